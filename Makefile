@@ -1,0 +1,64 @@
+# Set-up, demo and tests. `make help` lists the targets.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# A limit left over from the caller's shell would make the tests and the demo use fewer cores than there are.
+unexport OMP_NUM_THREADS
+# DeepSpeed compiles its operators on first use, where a CUDA toolkit is present, and not at installation.
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check style clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv with the pinned packages (PYTHON=... picks the interpreter)
+
+demo: $(READY)  ## train SWEPO on a small real model and write runs/demo/report.html
+	$(BIN)/python scripts/demo.py
+
+test test-all: export HF_HUB_OFFLINE := 1
+test test-all: export TOKENIZERS_PARALLELISM := false
+
+test: $(READY)  ## run the tests, offline (PYTEST_ARGS="-k word" narrows them)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-all: $(READY)  ## run the slow tests too (tests that need a GPU: pytest -m gpu)
+	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+check: $(READY)  ## lint and check the format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(READY)  ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and build outputs (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "PolyPO needs Python 3.11 or newer, but $(PYTHON) is '$$($(PYTHON) --version 2>&1)'." \
+	       "Name a newer one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@echo "[1/3] creating $(VENV) ($$($(PYTHON) --version))"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "[2/3] installing torch (CPU build, about 200 MB)"
+	@$(PIP) install --no-deps -c constraints.txt torch 2>$(VENV)/torch.log || { \
+	  echo "      not in the default package index; taking it from $(TORCH_CPU_INDEX)"; \
+	  $(PIP) install --no-deps -c constraints.txt --index-url $(TORCH_CPU_INDEX) torch || { \
+	    echo "The torch of constraints.txt was found in neither place. The default index said:" >&2; \
+	    cat $(VENV)/torch.log >&2; exit 1; }; }
+	@echo "[3/3] installing polypo and its pinned dependencies (a minute or two)"
+	@$(PIP) install -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+	@echo "$(VENV) is ready"
