@@ -1,0 +1,104 @@
+"""Small tokenizers and models built in memory, for tests without network or downloads."""
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "what is the capital of France? it is Paris, of course",
+    "say something kind to a friend who had a bad day today",
+    "user assistant system model",
+]
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+# name: (chat template, BOS, EOS, further special tokens); Qwen has no BOS
+FAMILIES = {
+    "llama3": (
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>"],
+    ),
+    "qwen": (QWEN, None, "<|im_end|>", ["<|im_start|>"]),
+    "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
+    "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
+}
+
+
+def build_tokenizer(
+    chat_template: str | None = None,
+    *,
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    pad: str | None = "<pad>",
+    special: list[str] = (),
+    sentences: list[str] = SENTENCES,
+    add_eos: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of about 330 tokens; BOS is put before a text (and EOS after it with `add_eos`)."""
+    tokens = [token for token in [pad, bos, eos, *special] if token is not None]
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=tokens, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    if bos is not None:
+        single = f"{bos} $A {eos}" if add_eos else f"{bos} $A"
+        ends = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=chat_template
+    )
+
+
+def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with the chat template and the special tokens of a model family."""
+    template, bos, eos, special = FAMILIES[name]
+    return build_tokenizer(template, bos=bos, eos=eos, special=special)
+
+
+def tiny_llama(vocab_size: int, *, seed: int = 0, **kwargs) -> LlamaForCausalLM:
+    """A randomly initialised Llama (2 layers, width 32, 4 heads, 2 key-value heads) in float32."""
+    config = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": torch.float32,
+        **kwargs,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**config))

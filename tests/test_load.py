@@ -1,0 +1,226 @@
+import gzip
+import importlib
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from trainers.data import load_preferences
+from trainers.data.adapters import ultrafeedback, ultrafeedback_fine_grained
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="shared/data is not here")
+
+ROWS = [
+    {"prompt": "a", "responses": ["x", "y", "z"], "scores": [1, 2, 3], "source": "s"},
+    {"prompt": "b", "responses": ["x", "y"], "scores": [0.5, 1.5], "source": "t"},
+]
+PAIRS = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "b", "chosen": "z", "rejected": "x"}]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_jsonl(path, rows):
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
+    with opened as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def assert_is_rows(dataset):
+    assert isinstance(dataset, Dataset)
+    assert dataset.to_list() == ROWS
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json.gz"])
+def test_json_lines_files(tmp_path, name):
+    assert_is_rows(load_preferences(write_jsonl(tmp_path / name, ROWS)))
+
+
+def test_json_list_file(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(ROWS, indent=1))
+    assert_is_rows(load_preferences(str(tmp_path / "data.json")))
+
+
+def test_parquet_and_gzipped_parquet(tmp_path):
+    path = tmp_path / "data.parquet"
+    Dataset.from_list(ROWS).to_parquet(path)
+    assert_is_rows(load_preferences(str(path)))
+    with path.open("rb") as plain, gzip.open(f"{path}.gz", "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    assert_is_rows(load_preferences(f"{path}.gz"))
+
+
+def test_folder_of_files_and_saved_dataset(tmp_path):
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "files" / "test.jsonl", ROWS[:1])
+    assert_is_rows(load_preferences(str(tmp_path / "files")))
+    assert len(load_preferences(str(tmp_path / "files"), split="test")) == 1
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    assert_is_rows(load_preferences(str(tmp_path / "saved")))
+    with pytest.raises(ValueError, match=r"unknown split 'test'; give one of \['train'\]"):
+        load_preferences(str(tmp_path / "saved"), split="test")
+
+
+def test_split_of_a_file_and_max_rows(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    assert load_preferences(path, split="train[1:]")["prompt"][:] == ["b"]
+    assert load_preferences(path, max_rows=1)["prompt"][:] == ["a"]
+    assert len(load_preferences(path, max_rows=10)) == 2
+    with pytest.raises(ValueError, match='Unknown split "test"'):
+        load_preferences(path, split="test")
+
+
+def test_pairs_are_recognised_by_their_columns(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    for data_format in (None, "pairs"):
+        dataset = load_preferences(path, data_format=data_format)
+        assert dataset["responses"][:] == [["x", "y"], ["z", "x"]]
+        assert dataset["scores"][:] == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_as_chat(tmp_path):
+    dataset = load_preferences(write_jsonl(tmp_path / "data.jsonl", ROWS), as_chat=True)
+    assert dataset[1]["prompt"] == [{"role": "user", "content": "b"}]
+    assert dataset[1]["responses"][1] == [{"role": "assistant", "content": "y"}]
+
+
+def test_drops_are_logged_once_with_the_file(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "data.jsonl", [*ROWS, {**ROWS[0], "responses": ["x", "", ""]}])
+    with caplog.at_level(logging.INFO):
+        assert_is_rows(load_preferences(path))
+    [record] = [record for record in caplog.records if record.name.startswith("trainers")]
+    assert record.levelname == "WARNING"
+    assert "data.jsonl: 3 rows in, 2 kept, 1 dropped" in record.getMessage()
+    assert "responses dropped: 2 (empty text)" in record.getMessage()
+    with pytest.raises(ValueError, match=r"row 2: responses\[1\]: empty text"):
+        load_preferences(path, invalid="error")
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet.gz", "./absent", "/absent/data", "a/b/c"])
+def test_missing_path_never_reaches_the_hub(name):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        load_preferences(name)
+
+
+def test_unknown_columns_and_formats(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"question": "a", "answers": ["b", "c"]}])
+    with pytest.raises(ValueError, match=r"columns \['answers', 'question'\] are neither .*ultrafeedback"):
+        load_preferences(path)
+    with pytest.raises(ValueError, match="unknown data_format 'ultrafeedbak'; give one of .*ultrafeedback"):
+        load_preferences(path, data_format="ultrafeedbak")
+    with pytest.raises(ValueError, match="row 0: no field 'completions' for this data_format; found columns"):
+        load_preferences(path, data_format="ultrafeedback")
+    with pytest.raises(ValueError, match="row 0: no field 'responses'"):
+        load_preferences(path, data_format="rows")
+    with pytest.raises(ValueError, match="'no_such_module.f' cannot be imported"):
+        load_preferences(path, data_format="no_such_module.f")
+    (tmp_path / "data.txt").write_text("hello")
+    with pytest.raises(ValueError, match="cannot read 'data.txt'; give a file ending in"):
+        load_preferences(str(tmp_path / "data.txt"))
+    with pytest.raises(ValueError, match="streaming=True is not supported"):
+        load_preferences(path, streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]}', r"row 2.*'scores\[1\]' is the str '2'"),
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": "high"}', "row 2.*'scores' is the str 'high'"),
+        ('{"prompt": "a", "responses": ["b", 4], "scores": [1, 2]}', r"row 2.*'responses\[1\]' is the int 4"),
+        ('{"prompt": "a", "responses": ["b", ', "row 2 of 'data.jsonl' is not valid JSON"),
+    ],
+)
+def test_faulty_line_of_a_file_is_named(tmp_path, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_preferences(str(path))
+
+
+def test_adapter_by_import_path_and_its_edits_reach_the_result(tmp_path, monkeypatch):
+    module = tmp_path / "my_lab_adapter.py"
+    code = (
+        "def ranks(row):\n"
+        "    return {'prompt': row['q'], 'responses': row['a'], 'scores': [FACTOR * r for r in row['r']]}\n"
+    )
+    module.write_text("FACTOR = -1\n" + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_jsonl(tmp_path / "ranks.jsonl", [{"q": "a", "a": ["x", "y", "z"], "r": [2, 1, 3]}])
+    assert load_preferences(path, data_format="my_lab_adapter.ranks")["scores"][:] == [[-2.0, -1.0, -3.0]]
+    module.write_text("FACTOR = -10\n" + code)
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["my_lab_adapter"])
+    assert load_preferences(path, data_format="my_lab_adapter.ranks")["scores"][:] == [[-20.0, -10.0, -30.0]]
+
+
+def completion(text, overall, **ratings):
+    annotations = {aspect: {"Rating": rating, "Rationale": "r"} for aspect, rating in ratings.items()}
+    return {"response": text, "overall_score": overall, "fine-grained_score": None, "annotations": annotations}
+
+
+def ultrafeedback_row():
+    return {
+        "source": "flan",
+        "instruction": "Say hi.",
+        "completions": [
+            completion("Hi.", 9.0, helpfulness="5", honesty="4", instruction_following="N/A", truthfulness="3"),
+            completion("Ho.", None, helpfulness="N/A", honesty="N/A", instruction_following="N/A", truthfulness="N/A"),
+            completion("He.", 2.0, helpfulness="1", honesty="2", instruction_following="1", truthfulness=None),
+        ],
+    }
+
+
+def test_ultrafeedback_overall_and_fine_grained():
+    overall = ultrafeedback(ultrafeedback_row())
+    assert overall["prompt"] == [{"role": "user", "content": "Say hi."}]
+    assert overall["responses"] == [[{"role": "assistant", "content": text}] for text in ("Hi.", "Ho.", "He.")]
+    assert overall["scores"] == [9.0, None, 2.0]
+    assert overall["source"] == "flan"
+    fine = ultrafeedback_fine_grained(ultrafeedback_row())
+    assert fine["scores"] == [4.0, None, pytest.approx(4 / 3)]
+
+
+def test_ultrafeedback_through_the_loader(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "uf.jsonl", [ultrafeedback_row(), {**ultrafeedback_row(), "completions": []}])
+    dataset = load_preferences(path, data_format="ultrafeedback")
+    assert dataset["scores"][:] == [[9.0, 2.0]]
+    assert "rows dropped: 1 (no completions)" in caplog.text
+    assert "responses dropped: 1 (missing score)" in caplog.text
+    assert load_preferences(path, data_format="ultrafeedback_fine_grained")["scores"][0] == [4.0, pytest.approx(4 / 3)]
+
+
+@needs_data
+def test_ultrafeedback_sample_of_the_hub_layout(caplog):
+    path = DATA / "hub_samples" / "openbmb__UltraFeedback.jsonl"
+    dataset = load_preferences(str(path), data_format="ultrafeedback")
+    assert dataset["scores"][0] == [4.0, 9.0, 8.0, 2.0]
+    assert len(dataset) == 3
+    assert "5 rows in, 3 kept, 2 dropped" in caplog.text
+    fine = load_preferences(str(path), data_format="ultrafeedback_fine_grained")
+    assert fine["scores"][0] == [2.5, 5.0, 4.25, 2.0]
+
+
+@needs_data
+def test_implicit_pairs_of_the_hub_layout():
+    dataset = load_preferences(str(DATA / "hub_samples" / "trl-lib__ultrafeedback_binarized.jsonl"))
+    assert dataset[0]["prompt"] == [{"role": "user", "content": "How many legs has a spider?"}]
+    assert dataset[0]["responses"][0] == [{"role": "assistant", "content": "Eight."}]
+    assert dataset[0]["score_chosen"] == 9.0
+    assert len(dataset[1]["prompt"]) == 3
+
+
+@needs_data
+def test_real_pairs_with_empty_responses(caplog):
+    dataset = load_preferences(str(DATA / "ultrafeedback_pairs.jsonl.gz"))
+    assert len(dataset) == 998
+    assert "responses dropped: 2 (empty text)" in caplog.text
+    assert all(len(row) == 2 for row in dataset["responses"])

@@ -1,0 +1,265 @@
+import math
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from trainers.data.drops import Drop
+from trainers.data.rows import canonicalize, clean_row, to_canonical
+
+ROW = {"prompt": "Name a colour.", "responses": ["Red.", "Blue!", "Green?"], "scores": [1, 2.5, -3]}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def dataset_with_faults():
+    return Dataset.from_list(
+        [
+            {
+                "prompt": "a",
+                "responses": ["x", "y", "z"],
+                "scores": [1.0, 2.0, 3.0],
+                "models": ["m", "n", "o"],
+                "id": 0,
+            },
+            {
+                "prompt": "b",
+                "responses": ["x", " \n", "z"],
+                "scores": [1.0, 2.0, 3.0],
+                "models": ["m", "n", "o"],
+                "id": 1,
+            },
+            {"prompt": "c", "responses": ["x", "y"], "scores": [None, 2.0], "models": ["m", "n"], "id": 2},
+            {
+                "prompt": "d",
+                "responses": ["x", "y", "z"],
+                "scores": [math.nan, 1.0, 0.0],
+                "models": ["m", "n", "o"],
+                "id": 3,
+            },
+            {"prompt": "e", "responses": ["x"], "scores": [1.0], "models": ["m"], "id": 4},
+            {"prompt": " ", "responses": ["x", "y"], "scores": [1.0, 0.0], "models": ["m", "n"], "id": 5},
+        ]
+    )
+
+
+def test_canonical_row_keeps_its_content_and_gets_float_scores():
+    out = to_canonical({**ROW, "annotator": "anna", "weight": 2, "source": "s"})
+    assert out == {**ROW, "scores": [1.0, 2.5, -3.0], "annotator": "anna", "weight": 2.0, "source": "s"}
+    assert all(type(score) is float for score in out["scores"])
+
+
+def test_explicit_pair():
+    out = to_canonical({"prompt": "p", "chosen": "good", "rejected": "bad", "score_chosen": 7.0})
+    assert out == {"prompt": "p", "responses": ["good", "bad"], "scores": [1.0, 0.0], "score_chosen": 7.0}
+
+
+def test_implicit_text_pair_is_split_where_the_answers_differ():
+    out = to_canonical({"chosen": "Sky? Blue.", "rejected": "Sky? Green."})
+    assert out == {"prompt": "Sky?", "responses": [" Blue.", " Green."], "scores": [1.0, 0.0]}
+
+
+def test_implicit_chat_pair_with_and_without_a_text_prompt():
+    head = [user("Hi"), assistant("Hello."), user("Sing.")]
+    pair = {"chosen": [*head, assistant("La.")], "rejected": [*head, assistant("No.")]}
+    expected = {"prompt": head, "responses": [[assistant("La.")], [assistant("No.")]], "scores": [1.0, 0.0]}
+    assert to_canonical(pair) == expected
+    assert to_canonical({"prompt": "Sing.", **pair}) == expected
+
+
+def test_explicit_chat_pair():
+    out = to_canonical({"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]})
+    assert out == {"prompt": [user("Hi")], "responses": [[assistant("a")], [assistant("b")]], "scores": [1.0, 0.0]}
+
+
+def test_text_prompt_with_chat_answers_becomes_a_user_message():
+    out = to_canonical({"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]})
+    assert out["prompt"] == [user("Hi")]
+    assert out["responses"] == [[assistant("a")], [assistant("b")]]
+
+
+def test_text_responses_to_messages_become_assistant_messages():
+    out = to_canonical({"prompt": [user("Hi")], "responses": ["a", "b", "c"], "scores": [1, 2, 3]})
+    assert out["responses"] == [[assistant("a")], [assistant("b")], [assistant("c")]]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("same", "same"), ("Q: a", "Q: a b"), ("x ", "y "), ("", "a"), ([user("a")], [user("b")]), ([], [user("b")])],
+)
+def test_pair_without_a_recognisable_prompt_is_dropped(chosen, rejected):
+    with pytest.raises(Drop, match="prompt"):
+        to_canonical({"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": [1, 2]}, "'responses' has 3 items but 'scores' has 2"),
+        ({"scores": [1, "4", 2]}, r"'scores\[1\]' is the str '4'; give a number"),
+        ({"scores": 3}, "'scores' is the int 3; give a list"),
+        ({"responses": "text"}, "'responses' is the str 'text'; give a list"),
+        ({"responses": ["a", 5, "c"]}, r"'responses\[1\]' is the int 5; give text or a list of messages"),
+        ({"prompt": 7}, "'prompt' is the int 7"),
+        ({"prompt": [{"role": "user"}]}, "'prompt' holds .* a message needs 'role' and 'content'"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "'prompt' holds a message whose"),
+        ({"responses": [["a"], ["b"], ["c"]]}, r"'responses\[0\]' holds the str 'a'"),
+        ({"weight": "2"}, "'weight' is the str '2'"),
+        ({"annotator": 1.5}, "'annotator' is the float 1.5; give a str or an int"),
+    ],
+)
+def test_wrongly_built_row_names_the_field_and_the_fix(change, message):
+    with pytest.raises(ValueError, match=message):
+        to_canonical({**ROW, **change})
+
+
+def test_missing_columns_lists_what_was_found():
+    with pytest.raises(
+        ValueError, match=r"missing column 'scores'; found columns \['answers', 'prompt', 'responses'\]"
+    ):
+        to_canonical({"prompt": "p", "responses": ["a", "b"], "answers": []})
+
+
+def test_wrongly_built_row_is_refused_whatever_invalid_says():
+    rows = Dataset.from_list([ROW, ROW, {**ROW, "scores": [1.0, 2.0]}])
+    with pytest.raises(ValueError, match="row 2: 'responses' has 3 items but 'scores' has 2"):
+        canonicalize(rows, invalid="drop")
+
+
+def test_clean_row_takes_per_response_columns_along():
+    row, reasons = clean_row(
+        {"prompt": "p", "responses": ["a", "", "c", "d"], "scores": [1.0, 2.0, math.inf, 4.0], "models": list("wxyz")}
+    )
+    assert row == {"prompt": "p", "responses": ["a", "d"], "scores": [1.0, 4.0], "models": ["w", "z"]}
+    assert reasons == ["response: empty text", "response: infinite score"]
+
+
+def test_clean_row_returns_a_good_row_unchanged():
+    row = to_canonical(ROW)
+    assert clean_row(row) == (row, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": None}, "row: prompt is empty"),
+        ({"prompt": []}, "row: prompt is empty"),
+        ({"weight": None}, "row: weight is missing or not finite"),
+        ({"weight": -1.0}, "row: weight is negative"),
+        ({"responses": ["a"], "scores": [1.0]}, "row: fewer than 2 responses given"),
+        ({"responses": [], "scores": []}, "row: fewer than 2 responses given"),
+        ({"scores": [None, None, 1.0]}, "row: fewer than 2 usable responses left"),
+        ({"responses": [[user("Hi"), assistant("a")]] * 3}, "row: fewer than 2 usable responses left"),
+    ],
+)
+def test_unusable_row_is_dropped_with_its_reason(change, reason):
+    row, reasons = clean_row(to_canonical({**ROW, **change}))
+    assert row is None
+    assert reasons[-1] == reason
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_canonicalize_counts_every_drop(num_proc):
+    dataset, report = canonicalize(dataset_with_faults(), num_proc=num_proc)
+    assert dataset["id"][:] == [0, 1, 3]
+    assert dataset["responses"][:] == [["x", "y", "z"], ["x", "z"], ["y", "z"]]
+    assert dataset["scores"][:] == [[1.0, 2.0, 3.0], [1.0, 3.0], [1.0, 0.0]]
+    assert dataset["models"][:] == [["m", "n", "o"], ["m", "o"], ["n", "o"]]
+    assert (report.rows_in, report.rows_out) == (6, 3)
+    assert report.reasons == Counter(
+        {
+            "fewer than 2 usable responses left": 1,
+            "fewer than 2 responses given": 1,
+            "prompt is empty": 1,
+        }
+    )
+    assert report.responses_dropped == Counter({"missing score": 2, "empty text": 1})
+    assert report.rows_in - report.rows_out == report.reasons.total()
+
+
+def test_report_reads_as_one_block():
+    _, report = canonicalize(dataset_with_faults())
+    lines = str(report).splitlines()
+    assert lines[0] == "6 rows in, 3 kept, 3 dropped"
+    assert "  rows dropped: 1 (prompt is empty)" in lines
+    assert "  responses dropped: 2 (missing score)" in lines
+
+
+def test_invalid_error_names_row_and_field():
+    with pytest.raises(ValueError, match=r"row 1: responses\[1\]: empty text"):
+        canonicalize(dataset_with_faults(), invalid="error")
+    with pytest.raises(ValueError, match="row 0: prompt is empty"):
+        canonicalize(dataset_with_faults().select([5, 0]), invalid="error")
+    with pytest.raises(ValueError, match="invalid must be 'drop' or 'error'"):
+        canonicalize(dataset_with_faults(), invalid="ignore")
+
+
+def test_nothing_left_is_an_error_with_the_reasons():
+    with pytest.raises(ValueError, match="no usable row is left(.|\n)*prompt is empty"):
+        canonicalize(dataset_with_faults().select([5]))
+
+
+def test_as_chat_wraps_text_and_leaves_messages():
+    dataset, _ = canonicalize(Dataset.from_list([ROW]), as_chat=True)
+    assert dataset[0]["prompt"] == [user("Name a colour.")]
+    assert dataset[0]["responses"] == [[assistant("Red.")], [assistant("Blue!")], [assistant("Green?")]]
+    again, _ = canonicalize(dataset, as_chat=True)
+    assert again[:] == dataset[:]
+
+
+def test_canonicalize_is_idempotent():
+    once, _ = canonicalize(dataset_with_faults())
+    twice, report = canonicalize(once)
+    assert twice[:] == once[:]
+    assert (report.rows_in, report.rows_out) == (3, 3)
+
+
+def first_score_only(row):
+    return None if row["id"] == 0 else {**row, "scores": [row["scores"][0], 0.0, 0.0][: len(row["responses"])]}
+
+
+def test_adapter_that_returns_none_is_counted_under_its_name():
+    dataset, report = canonicalize(dataset_with_faults(), first_score_only)
+    assert dataset["id"][:] == [1, 3]
+    assert report.reasons["left out by first_score_only"] == 1
+
+
+def test_fingerprint_is_the_same_for_the_same_input_and_differs_by_option():
+    def build(**kwargs):
+        return canonicalize(dataset_with_faults(), **kwargs)[0]
+
+    assert build()._fingerprint == build()._fingerprint
+    assert build(adapter=first_score_only)._fingerprint == build(adapter=first_score_only)._fingerprint
+    assert (
+        len({build()._fingerprint, build(as_chat=True)._fingerprint, build(adapter=first_score_only)._fingerprint})
+        == 3
+    )
+
+
+def test_counts_are_right_when_the_result_comes_from_the_cache(tmp_path):
+    dataset_with_faults().to_parquet(tmp_path / "data.parquet")
+    source = Dataset.from_parquet(str(tmp_path / "data.parquet"), cache_dir=str(tmp_path / "cache"))
+    first, first_report = canonicalize(source)
+    second, second_report = canonicalize(source)
+    assert first.cache_files and first.cache_files == second.cache_files
+    assert first_report == second_report
+    assert second_report.responses_dropped["missing score"] == 2
+
+
+def test_column_that_is_empty_in_the_first_rows_keeps_its_type():
+    rows = [{**ROW, "note": None} for _ in range(1200)] + [{**ROW, "note": "late"}]
+    dataset, _ = canonicalize(Dataset.from_list(rows))
+    assert dataset[1200]["note"] == "late" and dataset[0]["note"] is None
+
+
+def test_message_keys_that_appear_late_keep_their_type():
+    rows = [{"prompt": [{**user("Hi"), "name": None}], "responses": ["a", "b"], "scores": [1, 0]} for _ in range(100)]
+    rows.append({"prompt": [{**user("Hi"), "name": "eve"}], "responses": ["a", "b"], "scores": [1, 0]})
+    dataset, _ = canonicalize(Dataset.from_list(rows))
+    assert dataset[100]["prompt"][0]["name"] == "eve"

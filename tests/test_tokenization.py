@@ -1,0 +1,295 @@
+import logging
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer
+from trainers.data import PreferenceCollator, canonicalize, load_preferences, tokenize_dataset, tokenize_row
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+MODEL = DATA.parent / "models" / "stories260K"
+needs_data = pytest.mark.skipif(not DATA.exists() or not MODEL.exists(), reason="shared/ is not here")
+
+PLAIN = {"prompt": "say something", "responses": [" kind", " kind today", " the dog"], "scores": [1.0, 2.0, 3.0]}
+
+# decoded prompt, and what follows the text of a response
+EXPECTED = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nsay it<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>",
+    ),
+    "qwen": (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\n",
+        "{}<|im_end|>\n",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nsay it<end_of_turn>\n<start_of_turn>model\n",
+        "{}<end_of_turn>\n",
+    ),
+    "mistral": ("<s>[INST] say it [/INST]", " {}</s>"),
+}
+END_OF_TURN = {"llama3": "<|eot_id|>", "qwen": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
+
+
+def chat_row(*texts, prompt="say it"):
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "responses": [[{"role": "assistant", "content": text}] for text in texts],
+        "scores": [float(k) for k in range(len(texts))],
+    }
+
+
+def as_dataset(*rows):
+    return canonicalize(Dataset.from_list(list(rows)))[0]
+
+
+def token_row(**changes):
+    return {"prompt_ids": [7, 8], "response_ids": [[1, 2, 3], [4]], "scores": [1.0, 0.0], **changes}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_template_writes_bos_and_end_of_turn_exactly_once(family):
+    tokenizer = family_tokenizer(family)
+    texts = ["the dog", "a lazy fox", "Paris"]
+    row = tokenize_row(chat_row(*texts), tokenizer, max_length=200)
+    prompt, response = EXPECTED[family]
+    assert tokenizer.decode(row["prompt_ids"]) == prompt
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [response.format(text) for text in texts]
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    for text, ids in zip(texts, row["response_ids"], strict=True):
+        assert ids.count(end) == 1
+        full = chat_row(text)["prompt"] + [{"role": "assistant", "content": text}]
+        assert row["prompt_ids"] + ids == tokenizer.apply_chat_template(full)["input_ids"]
+        if tokenizer.bos_token_id is not None:
+            assert (row["prompt_ids"] + ids).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_turns_stay_in_the_prompt(family):
+    tokenizer = family_tokenizer(family)
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "say it")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = tokenize_row({**chat_row("the dog", "a fox"), "prompt": messages}, tokenizer)
+    assert "hello" in tokenizer.decode(row["prompt_ids"])
+    assert tokenizer.decode(row["response_ids"][1]) == EXPECTED[family][1].format("a fox")
+
+
+def test_batches_equal_single_rows_for_text_and_chat():
+    for tokenizer, rows in [
+        (build_tokenizer(), [PLAIN, {"prompt": "hi", "responses": [" a", " b"], "scores": [0.0, 1.0]}]),
+        (family_tokenizer("qwen"), [chat_row("a", "b", "c"), chat_row("the dog", "x", prompt="what is it?")]),
+    ]:
+        dataset, _ = tokenize_dataset(as_dataset(*rows), tokenizer, max_length=100)
+        assert dataset.to_list() == [tokenize_row(row, tokenizer, max_length=100) for row in rows]
+
+
+def test_text_gets_one_bos_and_one_eos():
+    tokenizer = build_tokenizer()
+    row = tokenize_row({**PLAIN, "responses": [" kind", " kind</s>", " the dog"]}, tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>say something"
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" kind</s>", " kind</s>", " the dog</s>"]
+    assert row["prompt_ids"].count(bos) == 1
+    assert [ids.count(eos) for ids in row["response_ids"]] == [1, 1, 1]
+
+
+def test_text_with_a_written_bos_and_a_tokenizer_that_adds_eos(caplog):
+    tokenizer = build_tokenizer(add_eos=True)
+    row = tokenize_row({**PLAIN, "prompt": "<s>say something"}, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>say something"
+    assert tokenizer.decode(row["response_ids"][0]) == " kind</s>"
+    assert not caplog.records
+
+
+def test_prompt_is_cut_at_the_prefix_common_to_all_responses(caplog):
+    # "th" + "e" is one token in this vocabulary, so the prompt alone is no token prefix of the first response only
+    tokenizer = build_tokenizer()
+    row = {"prompt": "say th", "responses": ["is", "e dog", "ey"], "scores": [0.0, 1.0, 2.0]}
+    alone = tokenizer("say th")["input_ids"]
+    assert tokenizer("say this")["input_ids"][: len(alone)] == alone
+    assert tokenizer("say the dog")["input_ids"][: len(alone)] != alone
+    dataset, report = tokenize_dataset(as_dataset(row, row), tokenizer)
+    prompt_ids, response_ids = dataset[0]["prompt_ids"], dataset[0]["response_ids"]
+    assert len(prompt_ids) < len(alone) and prompt_ids == alone[: len(prompt_ids)]
+    for text, ids in zip(row["responses"], response_ids, strict=True):
+        assert prompt_ids + ids == tokenizer("say th" + text)["input_ids"] + [tokenizer.eos_token_id]
+    [record] = caplog.records
+    assert repr(tokenizer.decode(alone[len(prompt_ids) :])) in record.getMessage()
+    assert list(report.notes.values()) == [2]
+
+
+def test_template_that_renders_the_prompt_differently_is_cut_and_named(caplog):
+    thinking = QWEN.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
+    tokenizer = build_tokenizer(thinking, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    dataset, _ = tokenize_dataset(as_dataset(chat_row("the dog", "a fox", "it")), tokenizer)
+    assert tokenizer.decode(dataset[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(dataset[0]["response_ids"][2]) == "it<|im_end|>\n"
+    assert "'<think>'" in caplog.text
+
+
+def test_truncation_is_per_response_and_counted():
+    tokenizer = build_tokenizer()
+    full = tokenize_row(PLAIN, tokenizer)
+    p, lengths = len(full["prompt_ids"]), [len(ids) for ids in full["response_ids"]]
+    room = min(lengths)
+    assert max(lengths) > room
+    dataset, report = tokenize_dataset(as_dataset(PLAIN), tokenizer, max_length=p + room)
+    assert dataset[0]["prompt_ids"] == full["prompt_ids"]
+    assert dataset[0]["response_ids"] == [ids[:room] for ids in full["response_ids"]]
+    assert report.notes == {"responses truncated to fit max_length": sum(n > room for n in lengths)}
+
+
+def test_prompt_that_fills_the_window_is_dropped_and_one_token_less_is_kept():
+    tokenizer = build_tokenizer()
+    p = len(tokenize_row(PLAIN, tokenizer)["prompt_ids"])
+    short = {"prompt": "say", "responses": [" a", " b"], "scores": [0.0, 1.0]}
+    data = as_dataset(PLAIN, short)
+    dataset, report = tokenize_dataset(data, tokenizer, max_length=p)
+    assert len(dataset) == 1 and len(dataset[0]["response_ids"]) == 2
+    assert report.reasons == {"prompt fills max_length and leaves no room for a response": 1}
+    assert (report.rows_in, report.rows_out) == (2, 1)
+    dataset, report = tokenize_dataset(data, tokenizer, max_length=p + 1)
+    assert len(dataset) == 2 and [len(ids) for ids in dataset[0]["response_ids"]] == [1, 1, 1]
+    with pytest.raises(ValueError, match="row 0: prompt fills max_length"):
+        tokenize_dataset(data, tokenizer, max_length=p, invalid="error")
+    with pytest.raises(ValueError, match="max_length is 1"):
+        tokenize_dataset(data, tokenizer, max_length=1)
+
+
+def test_prompt_without_tokens_is_dropped():
+    # without BOS and with everything merged into the responses nothing is left of the prompt
+    tokenizer = build_tokenizer(bos=None)
+    row = {"prompt": "th", "responses": ["e dog", "e fox"], "scores": [0.0, 1.0]}
+    dataset, report = tokenize_dataset(as_dataset(row, PLAIN), tokenizer)
+    assert len(dataset) == 1
+    assert report.reasons == {"prompt has no tokens, so the first response token would have no context": 1}
+
+
+def test_token_ids_are_accepted_and_truncated_with_their_per_token_columns():
+    rows = [
+        token_row(weights=[[0.1, 0.2, 0.3], [0.4]], ref=[-1.5, -2.5], annotator="anna"),
+        token_row(
+            response_ids=[[1], [], [5, 6]],
+            scores=[1.0, 2.0, 3.0],
+            weights=[[1.0], [], [0.5, 0.6]],
+            ref=[-1.0, -2.0, -3.0],
+            annotator="bert",
+        ),
+    ]
+    dataset, report = tokenize_dataset(Dataset.from_list(rows), build_tokenizer(), max_length=4)
+    assert dataset.to_list() == [
+        token_row(response_ids=[[1, 2], [4]], weights=[[0.1, 0.2], [0.4]], ref=[-1.5, -2.5], annotator="anna"),
+        token_row(
+            response_ids=[[1], [5, 6]],
+            scores=[1.0, 3.0],
+            weights=[[1.0], [0.5, 0.6]],
+            ref=[-1.0, -3.0],
+            annotator="bert",
+        ),
+    ]
+    assert report.responses_dropped == {"no tokens": 1}
+    batch = PreferenceCollator(0)(dataset.to_list())
+    assert batch["weights"].shape == (2, 2, 2) and batch["ref"].shape == (2, 2)
+
+
+def test_token_rows_with_faults():
+    tokenizer = build_tokenizer()
+    data = Dataset.from_list([token_row(), token_row(scores=[None, 1.0]), token_row(scores=[float("nan"), 1.0])])
+    dataset, report = tokenize_dataset(data, tokenizer)
+    assert len(dataset) == 1
+    assert report.responses_dropped == {"missing or infinite score": 2}
+    with pytest.raises(ValueError, match="row 1: .*missing or infinite score"):
+        tokenize_dataset(data, tokenizer, invalid="error")
+    with pytest.raises(ValueError, match="row 1: 'response_ids' has 2 items but 'scores' has 1"):
+        tokenize_dataset(Dataset.from_list([token_row(), token_row(scores=[1.0])]), tokenizer)
+
+
+def test_scalar_columns_are_kept_and_text_is_not():
+    row = {**PLAIN, "annotator": "anna", "weight": 0.5, "id": 3, "models": ["m", "n", "o"], "ref": [1.0, 2.0, 3.0]}
+    dataset, _ = tokenize_dataset(as_dataset(row), build_tokenizer())
+    assert set(dataset.column_names) == {
+        "prompt_ids", "response_ids", "scores", "annotator", "weight", "id", "ref",
+    }  # fmt: skip
+    assert (dataset[0]["annotator"], dataset[0]["weight"], dataset[0]["id"]) == ("anna", 0.5, 3)
+
+
+def test_keys_that_arrow_adds_to_messages_do_not_reach_the_template():
+    strict = QWEN.replace("{{ m['content'] }}", "{{ m['content'] }}{% if m.name is defined %} NAME{% endif %}")
+    tokenizer = build_tokenizer(strict, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    named = chat_row("a", "b")
+    named["prompt"][0]["name"] = "eve"
+    dataset, _ = tokenize_dataset(as_dataset(chat_row("a", "b"), named), tokenizer)
+    assert ["NAME" in tokenizer.decode(ids) for ids in dataset["prompt_ids"]] == [False, True]
+
+
+def test_chat_template_kwargs_reach_prompt_and_responses():
+    template = "{{ greeting }}" + QWEN
+    tokenizer = build_tokenizer(template, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    dataset, report = tokenize_dataset(
+        as_dataset(chat_row("a", "b")), tokenizer, chat_template_kwargs={"greeting": "good day "}
+    )
+    assert tokenizer.decode(dataset[0]["prompt_ids"]).startswith("good day <|im_start|>")
+    assert not report.notes
+
+
+def test_errors_say_the_fix():
+    with pytest.raises(ValueError, match="no chat template; use the tokenizer of an instruct model"):
+        tokenize_dataset(as_dataset(chat_row("a", "b")), build_tokenizer())
+    with pytest.raises(ValueError, match="no EOS token .* set tokenizer.eos_token"):
+        tokenize_dataset(as_dataset(PLAIN), build_tokenizer(eos=None))
+    with pytest.raises(ValueError, match="are not canonical rows"):
+        tokenize_dataset(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), build_tokenizer())
+    system = chat_row("a", "b")
+    system["prompt"].insert(0, {"role": "system", "content": "be kind"})
+    with pytest.raises(ValueError, match="row 1: the chat template refuses these messages: no system turn"):
+        tokenize_dataset(as_dataset(chat_row("a", "b"), system), family_tokenizer("gemma"))
+    with pytest.raises(ValueError, match="fewer than 2 usable responses left"):
+        tokenize_row(token_row(response_ids=[[1], []]), build_tokenizer())
+
+
+def test_fingerprint_depends_on_content_and_options_only(tmp_path):
+    saved = tmp_path / "tokenizer"
+    build_tokenizer().save_pretrained(saved)
+    data = as_dataset(PLAIN)
+
+    def fingerprint(tokenizer, **kwargs):
+        return tokenize_dataset(data, tokenizer, **kwargs)[0]._fingerprint
+
+    from transformers import AutoTokenizer
+
+    first, second = AutoTokenizer.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    fresh = fingerprint(first, max_length=64)
+    first(["used", "before this"], padding=True, truncation=True, max_length=2)
+    first(["and again"])
+    assert fresh == fingerprint(first, max_length=64) == fingerprint(second, max_length=64)
+    assert fresh != fingerprint(first, max_length=65)
+    assert fresh != fingerprint(build_tokenizer(sentences=["another corpus about other things"]), max_length=64)
+
+
+def test_several_processes_give_the_same_rows_and_counts(caplog):
+    tokenizer = build_tokenizer()
+    rows = [{"prompt": "say" + " dog" * k, "responses": [" a", " b b b"], "scores": [0.0, 1.0]} for k in range(9)]
+    one, one_report = tokenize_dataset(as_dataset(*rows), tokenizer, max_length=10)
+    with caplog.at_level(logging.ERROR):
+        two, two_report = tokenize_dataset(as_dataset(*rows), tokenizer, max_length=10, num_proc=2)
+    assert one.to_list() == two.to_list()
+    assert one_report == two_report
+    assert 0 < one_report.rows_out < 9
+
+
+@needs_data
+def test_real_ragged_rows_fit_the_window():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    data = load_preferences(str(DATA / "alpaca_eval_ranked_short.jsonl.gz"), max_rows=40)
+    dataset, report = tokenize_dataset(data, tokenizer, max_length=256)
+    assert report.rows_in == len(data) and report.rows_out == len(dataset)
+    assert len(dataset) + report.reasons.total() == 40
+    for row in dataset:
+        assert len(row["response_ids"]) == len(row["scores"]) >= 2
+        assert all(0 < len(ids) <= 256 - len(row["prompt_ids"]) for ids in row["response_ids"])
+    batch = PreferenceCollator(0)(dataset.to_list())
+    assert batch["mask"].sum() == sum(len(row["scores"]) for row in dataset)

@@ -1,0 +1,19 @@
+"""From any preference data to padded batches: read, check, tokenise, collate."""
+
+from .collator import PreferenceCollator
+from .drops import Drop, DropReport
+from .load import load_preferences
+from .rows import canonicalize, clean_row, to_canonical
+from .tokenization import tokenize_dataset, tokenize_row
+
+__all__ = [
+    "Drop",
+    "DropReport",
+    "PreferenceCollator",
+    "canonicalize",
+    "clean_row",
+    "load_preferences",
+    "to_canonical",
+    "tokenize_dataset",
+    "tokenize_row",
+]

@@ -1,0 +1,158 @@
+"""Read preference data from the hub, a folder or a file."""
+
+import gzip
+import importlib
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from . import adapters
+from .rows import Row, canonicalize, to_canonical
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_preferences(
+    name_or_path: str,
+    split: str | None = None,
+    data_format: str | Callable[[Row], Row | None] | None = None,
+    *,
+    as_chat: bool = False,
+    invalid: str = "drop",
+    num_proc: int | None = None,
+    max_rows: int | None = None,
+    **kwargs,
+) -> Dataset:
+    """Load preference data as canonical rows; what is dropped is counted by reason and logged.
+
+    Args:
+        name_or_path: hub id, local folder, or a .jsonl, .json or .parquet file (each also with .gz).
+        split: split to read, in the syntax of `datasets` (`"train[:100]"` works). Default: `"train"`.
+        data_format: name of a function of `trainers.data.adapters`, or the dotted import path of any function
+            `row -> row or None`. Default: the columns are those of canonical rows or of TRL pairs.
+        as_chat: wrap text prompts and responses in user and assistant messages.
+        invalid: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
+        num_proc: processes for reading the rows.
+        max_rows: read at most this many rows, counted before any is dropped.
+        kwargs: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `data_files`.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: naming the row and the field, if the data is not what `data_format` says.
+    """
+    if kwargs.get("streaming"):
+        raise ValueError("streaming=True is not supported: rows are counted and checked before training.")
+    adapter = _find_adapter(data_format)
+    dataset = _read(str(name_or_path), split or "train", kwargs)
+    if max_rows is not None:
+        dataset = dataset.select(range(min(max_rows, len(dataset))))
+    if adapter is None:
+        _check_columns(dataset.column_names)
+    dataset, report = canonicalize(dataset, adapter, invalid, num_proc, as_chat)
+    report.log(logger, str(name_or_path))
+    return dataset
+
+
+def _read(name_or_path: str, split: str, kwargs: dict) -> Dataset:
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return _read_file(path, split, kwargs)
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _pick_split(load_from_disk(str(path)), split)
+        return load_dataset(str(path), split=split, **kwargs)
+    if _looks_like_path(name_or_path):
+        raise FileNotFoundError(f"no file or folder {name_or_path!r}; give an existing path or a hub id 'owner/name'.")
+    return load_dataset(name_or_path, split=split, **kwargs)
+
+
+def _read_file(path: Path, split: str, kwargs: dict) -> Dataset:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
+    if suffix == ".parquet" and path.suffix == ".gz":  # datasets does not unpack this combination
+        table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
+        return _pick_split(DatasetDict(train=Dataset(table)), split)
+    try:
+        dataset = load_dataset(SUFFIXES[suffix], data_files=str(path), split=split, **kwargs)
+    except DatasetGenerationError as error:
+        if suffix != ".parquet":
+            _find_json_fault(path)
+        raise ValueError(f"cannot read {path.name!r}: {error.__cause__ or error}") from error
+    mixed = [name for name, feature in dataset.features.items() if "Json(" in repr(feature)]
+    if suffix != ".parquet" and mixed:
+        # datasets reads a column of mixed types as raw JSON, which turns the text "2" into the number 2
+        _find_json_fault(path)
+        if {"prompt", "responses", "scores", "chosen", "rejected"} & set(mixed):
+            raise ValueError(f"column {mixed[0]!r} of {path.name!r} mixes types; give the same type in every row.")
+    return dataset
+
+
+def _find_json_fault(path: Path) -> None:
+    """Raise for the first faulty row of a JSON Lines file, which the Arrow reader does not name."""
+    with _open_text(path) as lines:
+        for index, line in enumerate(line for line in lines if line.strip()):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if index == 0:
+                    return  # not JSON Lines: one JSON value over many lines
+                raise ValueError(f"row {index} of {path.name!r} is not valid JSON: {error}.") from error
+            if not isinstance(row, dict):
+                return
+            if "responses" in row:
+                try:
+                    to_canonical(row)
+                except ValueError as error:
+                    raise ValueError(f"row {index} of {path.name!r}: {error}") from error
+
+
+def _open_text(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _pick_split(data: Dataset | DatasetDict, split: str) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if split not in data:
+        raise ValueError(f"unknown split {split!r}; give one of {sorted(data)}.")
+    return data[split]
+
+
+def _looks_like_path(name: str) -> bool:
+    stem = name.removesuffix(".gz")
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or stem.endswith(tuple(SUFFIXES)) or "\\" in name
+
+
+def _check_columns(columns: list[str]) -> None:
+    if {"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns):
+        return
+    raise ValueError(
+        f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
+        f"chosen, rejected); set data_format to one of {adapters.__all__} or to the import path of your own function."
+    )
+
+
+def _find_adapter(data_format) -> Callable[[Row], Row | None] | None:
+    if data_format is None or callable(data_format):
+        return data_format
+    if data_format in adapters.__all__:
+        return getattr(adapters, data_format)
+    module, _, name = data_format.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"unknown data_format {data_format!r}; give one of {adapters.__all__} or a dotted import path."
+        )
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data_format {data_format!r} cannot be imported: {error}.") from error

@@ -1,0 +1,298 @@
+"""Canonical rows to token ids: one prompt, K responses, cut at the tokens that all K have in common.
+
+Prompt and response are always tokenised together, because a tokenizer may merge the end of one with the beginning of
+the other. The prompt ends where the first of the K sequences departs from the prompt tokenised on its own.
+"""
+
+import logging
+from typing import Any
+
+from datasets import Dataset, List, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from .drops import (
+    EVENTS,
+    KEPT,
+    DropReport,
+    batch_to_rows,
+    check_invalid,
+    is_first_process,
+    refuse,
+    source_digest,
+    split_off_drops,
+    with_event_columns,
+)
+from .rows import MIN_RESPONSES, Row, canonicalize, is_per_token, take_responses
+
+logger = logging.getLogger(__name__)
+
+CUT = "_cut_text"
+CUT_NOTE = "prompts whose end is counted to the responses, because it is no token prefix"
+CUT_WARNING = (
+    "The tokenised prompt is not the beginning of the tokenised prompt + response, so this end of the prompt is "
+    "counted to the responses: %r. Either tokens merge across the boundary, or the chat template writes the prompt "
+    "differently when an answer follows. At inference the model sees other tokens there. End the prompt on a token "
+    "boundary, or use a chat template that writes the prompt the same way in both cases. Shown once; the report "
+    "counts the rows."
+)
+
+
+def tokenize_row(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Row:
+    """Tokenise one canonical row; see `tokenize_dataset`.
+
+    Returns `prompt_ids` (list of P ints), `response_ids` (K lists of ints), `scores` (K floats) and the other columns.
+
+    Raises:
+        ValueError: if the row has no room or tokens for two responses.
+    """
+    [(out, reasons, cut)] = _tokenize_rows([row], tokenizer, max_length, chat_template_kwargs or {})
+    if cut is not None:
+        logger.warning(CUT_WARNING, cut)
+    if out is None:
+        raise ValueError("; ".join(reasons))
+    return {name: value for name, value in out.items() if name not in ("prompt", "responses")}
+
+
+def tokenize_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    invalid: str = "drop",
+    num_proc: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[Dataset, DropReport]:
+    """Tokenise canonical rows, and count what is dropped or truncated.
+
+    Messages go through the chat template, which writes its own BOS and end-of-turn tokens; nothing is added to what it
+    gives. Text is tokenised as it is, and EOS is added unless the response ends with it. Each response is truncated to
+    `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
+    tokenised and only truncated, together with their per-token columns (K lists as long as the responses). Scalar
+    columns and lists of numbers are carried over, other columns are not.
+
+    Args:
+        max_length: largest number of tokens of prompt plus response. None: no limit.
+        invalid: `"drop"` leaves out and counts responses without tokens, prompts that fill `max_length`, and rows with
+            fewer than two responses; `"error"` refuses the first one. Truncation is counted, never refused.
+        chat_template_kwargs: further arguments of the chat template.
+
+    Raises:
+        ValueError: if messages are given and the tokenizer has no chat template, if text is given and it has no EOS
+            token, or naming the row.
+    """
+    check_invalid(invalid)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length is {max_length}; a prompt and a response need at least 2 tokens.")
+    _check_columns(dataset)
+    features = _token_features(dataset)
+    mapped = dataset.map(
+        _tokenize_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=with_event_columns({**features, CUT: Value("string")}),
+        num_proc=num_proc,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "invalid": invalid,
+            "template_kwargs": chat_template_kwargs or {},
+            "columns": list(features),
+            "code": source_digest(tokenize_dataset, canonicalize),
+        },
+        desc="Tokenising",
+    )
+    cut = next((text for text in mapped[CUT] if text is not None), None)
+    if cut is not None and is_first_process():
+        logger.warning(CUT_WARNING, cut)
+    return split_off_drops(mapped.remove_columns(CUT))
+
+
+def common_prefix_length(a: list[int], b: list[int]) -> int:
+    if b[: len(a)] == a:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _check_columns(dataset: Dataset) -> None:
+    names = set(dataset.column_names)
+    if not ({"prompt", "responses", "scores"} <= names or {"prompt_ids", "response_ids", "scores"} <= names):
+        raise ValueError(
+            f"columns {sorted(names)} are not canonical rows (prompt, responses, scores); read the data with "
+            "load_preferences or canonicalize first, or give prompt_ids, response_ids and scores."
+        )
+
+
+def _token_features(dataset: Dataset) -> dict[str, Any]:
+    def is_scalar(feature) -> bool:
+        return isinstance(feature, Value)
+
+    def is_numbers(feature) -> bool:
+        while isinstance(feature, List):
+            feature = feature.feature
+        return isinstance(feature, Value) and feature.dtype not in ("string", "large_string")
+
+    text = ("prompt", "responses")
+    carried = {
+        name: feature
+        for name, feature in dataset.features.items()
+        if name not in text and (is_scalar(feature) or is_numbers(feature))
+    }
+    return {
+        **carried,
+        "prompt_ids": List(Value("int32")),
+        "response_ids": List(List(Value("int32"))),
+        "scores": List(Value("float64")),
+    }
+
+
+def _tokenize_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    invalid: str,
+    template_kwargs: dict[str, Any],
+    columns: list[str],
+    code: str,
+) -> dict[str, list]:
+    rows = batch_to_rows(batch)
+    out = {name: [] for name in [*columns, EVENTS, KEPT, CUT]}
+    results = _tokenize_rows(rows, tokenizer, max_length, template_kwargs, first_index=indices[0])
+    for index, (row, reasons, cut) in zip(indices, results, strict=True):
+        faults = [reason for reason in reasons if not reason.startswith("note: ")]
+        if faults and invalid == "error":
+            refuse(index, faults[0])
+        for name in columns:
+            out[name].append(row[name] if row else None)
+        out[EVENTS].append(reasons)
+        out[KEPT].append(row is not None)
+        out[CUT].append(cut)
+    return out
+
+
+def _tokenize_rows(
+    rows: list[Row], tokenizer, max_length: int | None, template_kwargs: dict, first_index: int = 0
+) -> list[tuple[Row | None, list[str], str | None]]:
+    """For each row: the tokenised row or None, the reasons, and the end of the prompt that was cut off or None."""
+    if "response_ids" in rows[0]:
+        for i, row in enumerate(rows):
+            _check_token_row(row, first_index + i)
+        return [(*_fit(row, max_length), None) for row in rows]
+    if isinstance(rows[0]["prompt"], str):
+        encoded = _encode_text(rows, tokenizer)
+    else:
+        encoded = _encode_chat(rows, tokenizer, template_kwargs, first_index)
+    results = []
+    for row, (prompt_ids, full_ids) in zip(rows, encoded, strict=True):
+        n = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+        tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
+        out, reasons = _fit(tokenised, max_length)
+        cut = tokenizer.decode(prompt_ids[n:]) if n < len(prompt_ids) else None
+        results.append((out, reasons if cut is None else [*reasons, f"note: {CUT_NOTE}"], cut))
+    return results
+
+
+def _encode_text(rows: list[Row], tokenizer) -> list[tuple[list[int], list[list[int]]]]:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token to end a text response with; set tokenizer.eos_token.")
+    texts = [text for row in rows for text in [row["prompt"], *(row["prompt"] + r for r in row["responses"])]]
+    ids = iter(_single_bos(i, tokenizer.bos_token_id) for i in tokenizer(texts, verbose=False)["input_ids"])
+    encoded = []
+    for row in rows:
+        prompt_ids = next(ids)
+        if prompt_ids[-1:] == [eos] and not row["prompt"].endswith(tokenizer.eos_token):
+            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
+        full_ids = [next(ids) for _ in row["responses"]]
+        encoded.append((prompt_ids, [i if i[-1] == eos else [*i, eos] for i in full_ids]))
+    return encoded
+
+
+def _encode_chat(rows: list[Row], tokenizer, template_kwargs: dict, first_index: int):
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
+            "set tokenizer.chat_template, or give prompts and responses as text."
+        )
+    prompts = [_without_none(row["prompt"]) for row in rows]
+    chats = [
+        prompt + _without_none(response)
+        for prompt, row in zip(prompts, rows, strict=True)
+        for response in row["responses"]
+    ]
+    apply = tokenizer.apply_chat_template
+    try:
+        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **template_kwargs)["input_ids"]
+        full_ids = iter(apply(chats, return_dict=True, **template_kwargs)["input_ids"])
+    except TemplateError as error:
+        if len(rows) == 1:
+            raise ValueError(f"row {first_index}: the chat template refuses these messages: {error}.") from error
+        # one by one, to find the row
+        return [_encode_chat([row], tokenizer, template_kwargs, first_index + i)[0] for i, row in enumerate(rows)]
+    return [(ids, [next(full_ids) for _ in row["responses"]]) for ids, row in zip(prompt_ids, rows, strict=True)]
+
+
+def _without_none(messages: list[dict]) -> list[dict]:
+    """Arrow gives every message all keys that any message has; templates ask whether a key is defined."""
+    return [
+        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
+    ]
+
+
+def _single_bos(ids: list[int], bos: int | None) -> list[int]:
+    """A text that was written with a template may begin with BOS, and the tokenizer adds another."""
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _check_token_row(row: Row, index: int) -> None:
+    k = len(row["scores"] or ())
+    if len(row["response_ids"] or ()) != k:
+        raise ValueError(
+            f"row {index}: 'response_ids' has {len(row['response_ids'] or ())} items but 'scores' has {k}; give one "
+            "score per response."
+        )
+
+
+def _fit(row: Row, max_length: int | None) -> tuple[Row | None, list[str]]:
+    """Fit a tokenised row into `max_length` tokens per response."""
+    prompt_ids, response_ids = row["prompt_ids"] or [], row["response_ids"] or []
+    if not prompt_ids:
+        return None, ["row: prompt has no tokens, so the first response token would have no context"]
+    room = None if max_length is None else max_length - len(prompt_ids)
+    if room is not None and room < 1:
+        return None, ["row: prompt fills max_length and leaves no room for a response"]
+    reasons = []
+    keep = [k for k, ids in enumerate(response_ids) if ids and _is_score(row["scores"][k])]
+    for k, ids in enumerate(response_ids):
+        if not ids:
+            reasons.append("response: no tokens")
+        elif k not in keep:
+            reasons.append("response: missing or infinite score")
+        elif room is not None and len(ids) > room:
+            reasons.append("note: responses truncated to fit max_length")
+    if len(keep) < MIN_RESPONSES:
+        return None, [*reasons, f"row: fewer than {MIN_RESPONSES} usable responses left"]
+    if room is not None and any(len(ids) > room for ids in response_ids):
+        row = _truncate(row, room)
+    return (take_responses(row, keep) if len(keep) < len(response_ids) else row), reasons
+
+
+def _is_score(score: float | None) -> bool:
+    return score is not None and abs(score) < float("inf")
+
+
+def _truncate(row: Row, room: int) -> Row:
+    lengths = [len(ids) for ids in row["response_ids"]]
+    text = ("prompt", "responses")
+    return {
+        name: [item[:room] for item in value] if name not in text and is_per_token(value, lengths) else value
+        for name, value in row.items()
+    }
