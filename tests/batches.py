@@ -1,0 +1,31 @@
+"""Batches of tensors as the collator gives them, made without a tokenizer."""
+
+import torch
+
+
+def make_batch(lengths: list[tuple[int, list[int]]], vocab: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """lengths: per prompt its length and those of its responses -> a padded batch with random tokens and scores."""
+    generator = torch.Generator().manual_seed(seed)
+    b, k = len(lengths), max(len(r) for _, r in lengths)
+    p, r = max(n for n, _ in lengths), max(max(n) for _, n in lengths)
+
+    def draw(*shape):
+        return torch.randint(1, vocab, shape, generator=generator)
+
+    batch = {
+        "prompt_ids": draw(b, p),
+        "prompt_mask": torch.zeros(b, p, dtype=torch.bool),
+        "response_ids": draw(b, k, r),
+        "response_mask": torch.zeros(b, k, r, dtype=torch.bool),
+        "mask": torch.zeros(b, k, dtype=torch.bool),
+        "scores": torch.rand(b, k, generator=generator),
+    }
+    for i, (prompt, responses) in enumerate(lengths):
+        batch["prompt_mask"][i, :prompt] = True
+        for j, n in enumerate(responses):
+            batch["response_mask"][i, j, :n] = True
+            batch["mask"][i, j] = True
+    return batch
+
+
+RAGGED = [(5, [3, 1, 7, 4]), (1, [2, 6]), (9, [5, 5, 2]), (3, [1, 8, 3])]

@@ -1,0 +1,275 @@
+"""Log-probabilities without logits, in both layouts, against the model's own logits: values and gradients."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from batches import RAGGED, make_batch
+from trainers.forward.layout import rows_layout, shared_layout, token_counts
+from trainers.forward.run import (
+    _why_not_shared,
+    cheaper_shared,
+    check_first_batch,
+    prepare_forward,
+    run,
+    sliding_window,
+)
+
+VOCAB = 61
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+    "mistral": MistralConfig(**SMALL, sliding_window=20),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "phi": PhiConfig(**SMALL),
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0, sliding_window=64),
+}
+# Cohere rounds to float32 inside its rotary embedding, so its gradients can only be compared in one layout.
+SHARING = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi"]
+
+
+def build(name, dtype=torch.float64, **kwargs):
+    torch.manual_seed(3)
+    config = copy.deepcopy(CONFIGS[name])
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, key, 0.0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    _norms_in_full_precision(model)
+    for parameter in model.parameters():  # biases and norms start at 0 and 1, where a mistake in them would not show
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def _norms_in_full_precision(model):
+    """transformers' norms round to float32 inside, which would hide a real mistake behind 1e-6 of noise."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            offset = type(module).__name__.startswith("Gemma")
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            module.forward = partial(_rms_norm, module.weight, eps=eps, offset=offset)
+        elif type(module).__name__ == "CohereLayerNorm":
+            module.forward = partial(_layer_norm, module.weight, eps=module.variance_epsilon)
+
+
+def _rms_norm(weight, x, *, eps, offset):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight + offset)
+
+
+def _layer_norm(weight, x, *, eps):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * weight
+
+
+def reference_logps(model, batch):
+    """(B,K,R) from the model's logits, one unpadded response at a time."""
+    out = torch.zeros(batch["response_mask"].shape, dtype=torch.float64)
+    for i, j in batch["mask"].nonzero().tolist():
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
+        response = batch["response_ids"][i, j][batch["response_mask"][i, j]]
+        logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0]
+        logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        out[i, j, : len(response)] = logps.gather(-1, response[:, None])[:, 0]
+    return out
+
+
+def gradients(model, batch, logps_of):
+    weights = torch.linspace(-1, 2, batch["response_mask"].numel(), dtype=torch.float64)
+    model.zero_grad()
+    (logps_of(model, batch) * weights.view(batch["response_mask"].shape)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_values_and_gradients_equal_the_models_own_logits(name, shared):
+    if shared and name not in SHARING:
+        pytest.skip("this model cannot share prompts")
+    model, batch = build(name), make_batch(RAGGED, VOCAB)
+    expected = reference_logps(model, batch)
+    expected_gradients = gradients(model, batch, reference_logps)
+    reason = prepare_forward(model, share=shared)
+    assert reason is None
+
+    def logps(model, batch):
+        return run(model, batch, shared=shared).logps
+
+    torch.testing.assert_close(logps(model, batch), expected, rtol=0, atol=1e-10)
+    assert torch.equal(
+        logps(model, batch)[~batch["response_mask"]], torch.zeros((~batch["response_mask"]).sum()).double()
+    )
+    found = gradients(model, batch, logps)
+    assert found.keys() == expected_gradients.keys()
+    for key, value in expected_gradients.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_shared_equals_rows_with_checkpointing_and_lora(lora, reentrant):
+    batch, results = make_batch(RAGGED, VOCAB), []
+    for shared in (False, True):
+        model = build("llama")
+        if lora:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        base = model.get_base_model() if lora else model
+        prepare_forward(base, share=shared)
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        base.enable_input_require_grads()
+        model.train()
+        results.append(gradients(model, batch, lambda m, b, s=shared: run(m, b, shared=s).logps))
+    assert results[0].keys() == results[1].keys()
+    assert all("lora" in key for key in results[0]) == lora
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-9, atol=1e-9)
+    assert max(v.abs().max() for v in results[0].values()) > 0.1
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
+def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(shared):
+    batch, model = make_batch(RAGGED, VOCAB), build("llama", dtype=torch.bfloat16)
+    exact = reference_logps(build("llama"), batch)
+    theirs = (reference_logps(model, batch) - exact).abs()[batch["response_mask"]].mean()
+    prepare_forward(model, share=shared)
+    logps = run(model, batch, shared=shared).logps
+    assert logps.dtype == torch.float32
+    assert (logps.double() - exact).abs()[batch["response_mask"]].mean() < 1.5 * theirs
+
+
+@pytest.mark.parametrize("chunk", [VOCAB, 7 * VOCAB, 10**6])
+def test_chunk_size_changes_nothing(chunk):
+    from trainers.forward.head import add_logps_head
+
+    batch, model = make_batch(RAGGED, VOCAB), build("phi")
+    expected = reference_logps(model, batch)
+    expected_gradients = gradients(model, batch, reference_logps)
+    add_logps_head(model, chunk_elements=chunk)
+    found = gradients(model, batch, lambda m, b: run(m, b, shared=False).logps)
+    torch.testing.assert_close(run(model, batch, shared=False).logps, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found["lm_head.weight"], expected_gradients["lm_head.weight"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found["lm_head.bias"], expected_gradients["lm_head.bias"], rtol=1e-9, atol=1e-9)
+
+
+def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits():
+    from trainers.forward.head import add_logps_head
+
+    batch, model = make_batch(RAGGED, VOCAB), build("llama")
+    rows = []
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda h: rows.append(h.numel() // h.size(-1)) or original(h)
+    add_logps_head(model, chunk_elements=10 * VOCAB)
+    with torch.no_grad():
+        run(model, batch, shared=False)
+    assert sum(rows) == batch["response_mask"].sum() and max(rows) <= 10
+
+
+def test_prompt_tokens_are_fed_once_and_nothing_is_padded():
+    batch = make_batch(RAGGED, VOCAB)
+    prompts, responses = int(batch["prompt_mask"].sum()), int(batch["response_mask"].sum())
+    shared, rows = shared_layout(batch), rows_layout(batch)
+    assert shared.input_ids.shape == (1, prompts - len(RAGGED) + responses)
+    assert rows.input_ids.shape == (12, 13)
+    assert token_counts(batch) == (rows.input_ids.numel(), shared.input_ids.numel())
+
+
+def test_prompts_and_responses_of_a_batch_do_not_see_each_other():
+    model = build("llama")
+    prepare_forward(model, share=True)
+    batch = make_batch(RAGGED, VOCAB)
+    before = run(model, batch, shared=True).logps
+    changed = {k: v.clone() for k, v in batch.items()}
+    changed["response_ids"][0, 2] = (changed["response_ids"][0, 2] + 1) % VOCAB
+    changed["prompt_ids"][2] = (changed["prompt_ids"][2] + 1) % VOCAB
+    after = run(model, changed, shared=True).logps
+    same = torch.ones(4, 4, dtype=torch.bool)
+    same[0, 2], same[2] = False, False
+    torch.testing.assert_close(after[same], before[same], rtol=0, atol=1e-12)
+    assert (after[0, 2] - before[0, 2]).abs().max() > 1e-3
+    assert ((after[2] - before[2]).abs().sum(-1) > 1e-3)[batch["mask"][2]].all()
+
+
+def test_generation_is_untouched_by_the_head_and_the_attention():
+    plain, ready = build("llama", torch.float32), build("llama", torch.float32)
+    prepare_forward(ready, share=True)
+    ids = torch.randint(1, VOCAB, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # left padding as in batched generation
+    keywords = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(plain.generate(**keywords), ready.generate(**keywords))
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"attn_implementation": "eager"}, "attn_implementation"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_models_that_cannot_share_say_why(change, word):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.attention_dropout = change.pop("dropout", 0.0)
+    model = AutoModelForCausalLM.from_config(config, **change)
+    assert word in _why_not_shared(model)
+    assert word in prepare_forward(model, share=True)
+
+
+def test_recurrent_and_alibi_models_cannot_share():
+    from transformers import BloomConfig, Qwen3NextConfig
+
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4))
+    assert "bias" in _why_not_shared(bloom)
+    config = Qwen3NextConfig(**SMALL, head_dim=8, layer_types=["linear_attention", "full_attention"], num_experts=2)
+    assert "linear_attention" in _why_not_shared(AutoModelForCausalLM.from_config(config))
+
+
+def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window():
+    long_prompt = make_batch([(30, [5, 5, 5, 5])], VOCAB)
+    no_prompt = make_batch([(1, [6, 6])], VOCAB)
+    assert cheaper_shared(long_prompt, None) and cheaper_shared(long_prompt, 35)
+    assert not cheaper_shared(no_prompt, None)
+    assert not cheaper_shared(long_prompt, 34)
+    assert sliding_window(build("mistral")) == 20 and sliding_window(build("qwen2")) is None
+
+
+def test_first_batch_check_sees_a_wrong_head_and_a_wrong_layout(monkeypatch):
+    batch = make_batch(RAGGED, VOCAB)
+    model = build("cohere")
+    prepare_forward(model, share=True)
+    assert check_first_batch(model, batch, shared=True) < 1e-9
+    blind = build("cohere")
+    scale, blind.config.logit_scale = blind.config.logit_scale, None
+    prepare_forward(blind, share=True)
+    blind.config.logit_scale = scale
+    assert check_first_batch(blind, batch, shared=True) > 0.1
+
+    import trainers.forward.run as module
+
+    def shifted(batch):
+        inputs = shared_layout(batch)
+        return inputs._replace(position_ids=torch.arange(inputs.input_ids.size(1))[None])
+
+    monkeypatch.setattr(module, "shared_layout", shifted)
+    assert check_first_batch(model, batch, shared=True) > 1e-3

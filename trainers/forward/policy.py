@@ -1,0 +1,103 @@
+"""Make a model ready to be trained: load it, add the adapter, switch dropout off."""
+
+import logging
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer import disable_dropout_in_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel, *, init_kwargs: dict[str, Any] | None = None, quantization_config=None
+) -> PreTrainedModel | PeftModel:
+    """A model given as a path or hub id is loaded; one given as an instance is taken as it is.
+
+    Raises:
+        ValueError: loading options were given for a model that is already loaded.
+    """
+    if isinstance(model, str):
+        kwargs = dict(init_kwargs or {})
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
+        if value:
+            raise ValueError(f"{name} has no effect on a model that is already loaded: pass the model as a path.")
+    return model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool) -> PeftModel:
+    """Wrap a model in a fresh adapter.
+
+    Raises:
+        ValueError: the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is a PeftModel already: omit peft_config to go on training its adapter, or merge it."
+        )
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    # ZeRO-3 gathers parameters in one dtype (DeepSpeed issue 8072): float32 adapters on a bf16 base would fail.
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The Hugging Face model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, also the rates that attention modules keep as plain numbers."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any dropout rate is above 0."""
+    return any(
+        isinstance(module, nn.Dropout)
+        and module.p > 0
+        or isinstance(getattr(module, "attention_dropout", None), float)
+        and module.attention_dropout > 0
+        for module in model.modules()
+    )
+
+
+def load_tokenizer(model: PreTrainedModel | PeftModel, pad_token: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        ValueError: the model has no path to read a tokenizer from.
+    """
+    path = base_model(model).config.name_or_path
+    if not path:
+        raise ValueError("The model has no path to load a tokenizer from: pass processing_class=<tokenizer>.")
+    return set_pad_token(AutoTokenizer.from_pretrained(path), pad_token)
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> PreTrainedTokenizerBase:
+    """Give the tokenizer its padding token.
+
+    Raises:
+        ValueError: it has none and none was named, or the named one is not a single known token.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"pad_token={pad_token!r} is not in the vocabulary: name a token that is, for example "
+                f"{tokenizer.eos_token!r}."
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer has no pad token: set pad_token, for example to {tokenizer.eos_token!r} "
+            "(safe here, masks are never derived from it)."
+        )
+    return tokenizer

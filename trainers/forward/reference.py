@@ -1,0 +1,92 @@
+"""The frozen policy that log-ratios are taken against, and how it is reached during training."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed, prepare_fsdp
+
+REFERENCE_ADAPTER = "reference"
+
+
+@dataclass
+class Reference:
+    """Either a model of its own, or the policy with its adapter switched off (`adapter=None`) or swapped."""
+
+    model: nn.Module | None = None
+    adapter: str | None = None
+
+    @contextmanager
+    def active(self, policy: nn.Module, unwrapped: nn.Module) -> Iterator[nn.Module]:
+        """Give the module to call for the reference; `policy` is the wrapped policy, `unwrapped` its inner model."""
+        if self.model is not None:
+            yield self.model
+        elif self.adapter is None:
+            with unwrapped.disable_adapter():
+                yield policy
+        else:
+            trained = unwrapped.active_adapter
+            unwrapped.set_adapter(self.adapter, inference_mode=True)
+            try:
+                yield policy
+            finally:
+                unwrapped.set_adapter(trained)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Place and shard an own reference model like the policy. Call once, before the first forward."""
+        if self.model is None:
+            return
+        self.model.requires_grad_(False).eval()
+        if accelerator.state.deepspeed_plugin is not None:
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+
+
+def make_reference(
+    policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, *, fresh_adapter: bool
+) -> Reference:
+    """The reference for a policy as it stands before its first step.
+
+    A fresh adapter changes nothing yet, so switching it off gives the reference. A pretrained adapter is part of the
+    policy: the reference is a frozen copy of it under the name "reference". A full model is copied.
+
+    Raises:
+        ValueError: `ref_model` is the policy itself, or a ZeRO-3 policy cannot be read again from its path.
+    """
+    if ref_model is policy:
+        raise ValueError("ref_model is the policy itself and would be trained: omit ref_model to get a frozen copy.")
+    if ref_model is not None:
+        return Reference(model=ref_model)
+    if not isinstance(policy, PeftModel):
+        return Reference(model=_frozen_copy(policy))
+    if fresh_adapter:
+        return Reference()
+    trained = policy.active_adapter
+    if REFERENCE_ADAPTER not in policy.peft_config:
+        policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
+    weights = get_peft_model_state_dict(policy, adapter_name=trained)
+    set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE_ADAPTER)
+    policy.set_requires_grad(REFERENCE_ADAPTER, False)
+    return Reference(adapter=REFERENCE_ADAPTER)
+
+
+def _frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
+    if not is_deepspeed_zero3_enabled():
+        return copy.deepcopy(policy)
+    # Under ZeRO-3 this process holds only its own share of each weight, so there is nothing whole to copy.
+    path = policy.config.name_or_path
+    if not path:
+        raise ValueError(
+            "Under ZeRO-3 the reference is read from the policy's path, but this model has none: pass the model as a "
+            "path or hub id, or pass ref_model."
+        )
+    return AutoModelForCausalLM.from_pretrained(path, dtype=policy.dtype)

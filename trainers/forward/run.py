@@ -1,0 +1,144 @@
+"""One forward pass: choose a layout for a batch, run the model, give per-token log-probabilities back."""
+
+import inspect
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import SHARED_SDPA
+from .head import add_logps_head
+from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
+from .policy import has_dropout
+
+logger = logging.getLogger(__name__)
+
+# Mean difference in log-probability per token that rounding explains; a wrong mask or position is far above it.
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+CHECK_PROMPT, CHECK_RESPONSE = 128, 64  # tokens of the group that the first batch is checked on
+
+
+class Forward(NamedTuple):
+    """What one model says about one batch."""
+
+    logps: Tensor  # (B,K,R) float32 or wider, log-probability of each response token, 0 elsewhere
+
+
+class LayoutError(RuntimeError):
+    """The layout of a batch and the model's own logits disagree."""
+
+
+def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
+    """Add the log-probability head and, if `share`, the attention for shared prompts.
+
+    Returns why prompts cannot be shared with this model, or None when they can.
+    """
+    reason = None
+    if share:
+        reason = _why_not_shared(model)
+        if reason is None:
+            model.set_attn_implementation(SHARED_SDPA)
+    add_logps_head(model)
+    return reason
+
+
+def run(model: nn.Module, batch: dict[str, Tensor], *, shared: bool) -> Forward:
+    """Feed a batch to a prepared model (wrapped by DDP, DeepSpeed, FSDP or PEFT, or bare)."""
+    inputs = shared_layout(batch) if shared else rows_layout(batch)
+    logps = model(**_keywords(inputs))
+    if logps.dtype in (torch.float16, torch.bfloat16):
+        logps = logps.float()
+    return Forward(to_responses(logps, batch["response_mask"]))
+
+
+def _keywords(inputs: ModelInputs) -> dict:
+    keywords = {"input_ids": inputs.input_ids, "positions": inputs.positions, "targets": inputs.targets}
+    if inputs.branches is not None:
+        keywords |= {
+            "position_ids": inputs.position_ids,
+            "branches": inputs.branches,
+            # A mask with four dimensions is passed on as it is; without one the model would build (T,T) from the
+            # position ids. The attention function reads `branches` instead.
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device),
+        }
+    return keywords
+
+
+def cheaper_shared(batch: dict[str, Tensor], window: int | None) -> bool:
+    """Whether the `shared` layout saves work for this batch; never when a row outgrows the sliding window.
+
+    Linear layers cost the same per token in both layouts and attention is computed per branch in both, so the tokens
+    that are fed decide. Gathering keys and values costs about as much as 5 % of the tokens (measured on CPU).
+    """
+    if (
+        window is not None
+        and int((batch["prompt_mask"].sum(1) + batch["response_mask"].sum(2).amax(1)).max()) > window
+    ):
+        return False
+    rows, shared = token_counts(batch)
+    return shared * 1.05 < rows
+
+
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """The longest distance that every layer can look back, None if unlimited."""
+    config = model.config.get_text_config()
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _why_not_shared(model: PreTrainedModel) -> str | None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    forward = inspect.signature(type(model.base_model).forward).parameters
+    if kinds:
+        return f"its layers are of kind {', '.join(sorted(kinds))}"
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "its position biases follow the place in the row"
+    if "position_ids" not in forward or not any(p.kind is p.VAR_KEYWORD for p in forward.values()):
+        return "its forward takes no position ids or no attention keywords"
+    if config._attn_implementation not in ("sdpa", SHARED_SDPA):
+        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if has_dropout(model):
+        return "dropout is on"
+    return None
+
+
+def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: bool) -> float:
+    """Mean difference per token between `run` and the model's own logits, on the start of the first prompt's group.
+
+    Raises:
+        LayoutError: it is larger than rounding in the model's dtype explains.
+    """
+    group = _small_group(batch)
+    inputs = rows_layout(group)
+    with torch.no_grad():
+        logits = model(input_ids=inputs.input_ids).logits
+        logits = logits.flatten(0, 1).index_select(0, inputs.positions)
+        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        expected = wide.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
+        found = run(model, group, shared=shared).logps[group["response_mask"]]
+    return float((found - expected).abs().mean())
+
+
+def agreement(model: nn.Module) -> float:
+    """Largest mean difference per token that `check_first_batch` may find for a model of this dtype."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.bfloat16)
+    return max(AGREEMENT.get(dtype, AGREEMENT[torch.bfloat16]) for dtype in dtypes)
+
+
+def _small_group(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The end of the first prompt with the starts of its responses, so that the check costs little."""
+    length = int(batch["prompt_mask"][0].sum())
+    kept = slice(max(0, length - CHECK_PROMPT), length)
+    return {
+        "prompt_ids": batch["prompt_ids"][:1, kept],
+        "prompt_mask": batch["prompt_mask"][:1, kept],
+        "response_ids": batch["response_ids"][:1, :, :CHECK_RESPONSE],
+        "response_mask": batch["response_mask"][:1, :, :CHECK_RESPONSE],
+        "mask": batch["mask"][:1],
+    }
