@@ -1,0 +1,330 @@
+"""The whole stack, from rows to a step: closed forms, equivalences, what is trained and what is saved."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback, pipeline
+
+from helpers import build_tokenizer, tiny_llama
+from trainers import PreferenceConfig, PreferenceTrainer, SWEPOConfig, SWEPOTrainer
+from trainers.forward.run import LayoutError
+
+WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def rows(n=8, seed=0):
+    """Ragged K from 2 to 5, ragged lengths, one row without a signal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(low, high):
+        count = int(torch.randint(low, high, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator))
+
+    out = []
+    for i in range(n):
+        k = 2 + i % 4
+        scores = [float(s) for s in torch.randperm(7, generator=generator)[:k]]
+        out.append(
+            {
+                "prompt": text(3, 9) + " ",
+                "responses": [text(1, 9) for _ in range(k)],
+                "scores": [1.0] * k if i == 3 else scores,
+            }
+        )
+    return out
+
+
+def config(tmp_path, **kwargs):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": "none",
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "lr_scheduler_type": "constant",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+    }
+    return SWEPOConfig(**{**defaults, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
+    extra = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "compute_metrics", "callbacks") if k in kwargs}
+    model = model or tiny_llama(len(tokenizer))
+    data = Dataset.from_list(data or rows())
+    eval_data = Dataset.from_list(eval_data) if eval_data else None
+    return SWEPOTrainer(
+        model,
+        args=config(tmp_path, **kwargs),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+@pytest.mark.parametrize("kind", ["full", "lora", "pretrained"])
+def test_step_zero_is_the_closed_form(tmp_path, tokenizer, kind, layout):
+    kwargs = {"layout": layout, "weighting": "none"}
+    model = tiny_llama(len(tokenizer), attention_dropout=0.5)  # dropout must be off in policy and reference
+    if kind == "lora":
+        kwargs["peft_config"] = LoraConfig(**LORA, lora_dropout=0.5)
+    if kind == "pretrained":
+        torch.manual_seed(5)
+        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    data = [row for row in rows() if len(set(row["scores"])) > 1]
+    t = trainer(tmp_path, tokenizer, model=model, data=data, eval_data=data, **kwargs)
+    expected = sum(
+        math.log(len(s) / sum(x > sum(s) / len(s) for x in s)) for s in (row["scores"] for row in data)
+    ) / len(data)
+    metrics = t.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    t.train()
+    after = t.evaluate()
+    assert abs(after["eval_loss"] - expected) > 1e-4 and abs(after["eval_rewards/margins"]) > 1e-5
+
+
+def gradients_after(tmp_path, tokenizer, batch, accumulation, **kwargs):
+    """Gradients of one optimiser step over the same eight rows."""
+    seen = {}
+
+    class Grab(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    torch.manual_seed(0)
+    args = config(
+        tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1, **kwargs
+    )
+    t = SWEPOTrainer(
+        tiny_llama(len(tokenizer)),
+        args=args,
+        train_dataset=Dataset.from_list(rows()),
+        processing_class=tokenizer,
+        callbacks=[Grab()],
+    )
+    result = t.train()
+    return seen, result.training_loss
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_micro_batches_do_not_change_the_gradients(tmp_path, tokenizer, layout):
+    whole, loss = gradients_after(tmp_path, tokenizer, 8, 1, layout=layout)
+    assert max(g.abs().max() for g in whole.values()) > 1e-4
+    for batch, accumulation in ((2, 4), (1, 8), (4, 2)):
+        parts, parts_loss = gradients_after(tmp_path, tokenizer, batch, accumulation, layout=layout)
+        assert parts_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_weight_column_is_a_weighted_mean_and_zero_removes_a_row(tmp_path, tokenizer):
+    data = rows()
+    weighted = [row | {"weight": 0.0 if i in (1, 5) else 2.0} for i, row in enumerate(data)]
+    kept = [row for i, row in enumerate(data) if i not in (1, 5)]
+    model = tiny_llama(len(tokenizer))
+    losses = [
+        trainer(
+            tmp_path, tokenizer, model=copy.deepcopy(model), eval_data=d, ref_model=tiny_llama(len(tokenizer), seed=9)
+        ).evaluate()["eval_loss"]
+        for d in (weighted, kept)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_eval_loss_is_a_mean_over_prompts_whatever_the_batch_size(tmp_path, tokenizer):
+    reference = tiny_llama(len(tokenizer), seed=9)
+    found = []
+    for batch in (1, 3, 8):
+        t = trainer(
+            tmp_path,
+            tokenizer,
+            eval_data=rows(7),
+            ref_model=copy.deepcopy(reference),
+            per_device_eval_batch_size=batch,
+        )
+        metrics = t.evaluate()
+        found.append([metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")])
+        assert metrics["eval_prompts/without_signal"] == pytest.approx(1 / 7)
+    torch.testing.assert_close(torch.tensor(found[1:]), torch.tensor(found[:1] * 2), rtol=1e-5, atol=1e-6)
+
+
+def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer):
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [{"prompt": r["prompt"], "chosen": r["responses"][0], "rejected": r["responses"][1]} for r in rows(6)]
+    policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
+    common = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": "none",
+        "per_device_train_batch_size": 6,
+        "bf16": False,
+        "max_length": 64,
+        "beta": 0.3,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    dpo = DPOTrainer(
+        copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=DPOConfig(**common),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    ours = SWEPOTrainer(
+        copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=SWEPOConfig(**common),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    losses, gradients = [], []
+    for t in (dpo, ours):
+        batch = t.data_collator([t.train_dataset[i] for i in range(6)])
+        t.model.train()
+        loss = t.compute_loss(t.model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in t.model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and abs(losses[0] - math.log(2)) > 1e-3
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "pretrained"])
+def test_training_moves_the_right_parameters_only(tmp_path, tokenizer, kind):
+    model, kwargs = tiny_llama(len(tokenizer)), {}
+    if kind == "lora":
+        kwargs["peft_config"] = LoraConfig(**LORA)
+    if kind == "pretrained":
+        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    t = trainer(tmp_path, tokenizer, model=model, learning_rate=0.5, **kwargs)
+    own = t.reference.model
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    reference = {n: p.detach().clone() for n, p in own.named_parameters()} if own is not None else {}
+    t.train()
+    moved = {n for n, p in t.model.named_parameters() if not torch.equal(p, before[n])}
+    if kind == "full":
+        assert moved == set(before)
+        assert all(torch.equal(p, reference[n]) and not p.requires_grad for n, p in own.named_parameters())
+    else:
+        assert own is None and moved == {n for n in before if "lora" in n and ".default." in n}
+    if kind == "pretrained":
+        assert any(".reference." in n for n in before)
+
+
+def test_saved_model_generates_the_same_text_through_a_pipeline(tmp_path, tokenizer):
+    for kind in ("full", "lora"):
+        folder = tmp_path / kind
+        base = tiny_llama(len(tokenizer))
+        base.save_pretrained(tmp_path / "base")
+        kwargs = {"peft_config": LoraConfig(**LORA)} if kind == "lora" else {}
+        t = trainer(folder, tokenizer, model=base, learning_rate=0.5, **kwargs)
+        t.train()
+        t.save_model()
+        prompt = "the cat sat on "
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        t.model.eval()
+        expected = t.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        if kind == "full":
+            loaded = AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
+            loaded = loaded.merge_and_unload()
+        pipe = pipeline("text-generation", model=loaded, tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+        text = pipe(prompt, max_new_tokens=8, do_sample=False, return_full_text=True)[0]["generated_text"]
+        assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+def test_compute_metrics_sees_sums_scores_and_which_slots_are_real(tmp_path, tokenizer):
+    seen = {}
+
+    def metrics(prediction):
+        seen["logps"], seen["ref_logps"] = prediction.predictions
+        seen["scores"], seen["mask"] = prediction.label_ids
+        return {"mine": 1.0}
+
+    data = rows(5)
+    t = trainer(tmp_path, tokenizer, eval_data=data, compute_metrics=metrics, per_device_eval_batch_size=2)
+    assert t.evaluate()["eval_mine"] == 1.0
+    assert seen["scores"].shape == seen["logps"].shape == (5, 5)
+    for i, row in enumerate(data):
+        k = len(row["scores"])
+        assert seen["scores"][i, :k].tolist() == row["scores"]
+        assert (seen["mask"][i, :k] == 1).all() and (seen["mask"][i, k:] != 1).all()
+        assert (seen["logps"][i, :k] < -1).all()
+
+
+def test_a_model_with_logits_of_its_own_kind_is_refused_on_the_first_batch(tmp_path, tokenizer, monkeypatch):
+    original = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):  # scales its logits where the config does not say so
+        out = original(self, *args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(LayoutError, match="own logits"):
+        trainer(tmp_path, tokenizer, layout="rows").train()
+
+
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"layout": "packed"}, "layout"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"max_length": 1}, "max_length"),
+        ({"invalid_rows": "keep"}, "invalid_rows"),
+        ({"beta": -1}, "beta"),
+    ],
+)
+def test_wrong_options_name_the_field(tmp_path, wrong, word):
+    with pytest.raises(ValueError, match=word):
+        config(tmp_path, **wrong)
+
+
+def test_wrong_arguments_say_the_fix(tmp_path, tokenizer):
+    model = tiny_llama(len(tokenizer))
+    with pytest.raises(ValueError, match="omit ref_model"):
+        trainer(tmp_path, tokenizer, model=model, ref_model=model)
+    with pytest.raises(ValueError, match="SWEPOConfig"):
+        SWEPOTrainer(
+            model,
+            args=PreferenceConfig(output_dir=str(tmp_path)),
+            train_dataset=Dataset.from_list(rows()),
+            processing_class=tokenizer,
+        )
+    with pytest.raises(ValueError, match="processing_class"):
+        SWEPOTrainer(model, args=config(tmp_path), train_dataset=Dataset.from_list(rows()))
+    with pytest.raises(ValueError, match="shared"):
+        eager = tiny_llama(len(tokenizer))
+        eager.set_attn_implementation("eager")
+        trainer(tmp_path, tokenizer, model=eager, layout="shared")
+    with pytest.raises(NotImplementedError, match="loss"):
+        PreferenceTrainer(model, args=None, train_dataset=None, processing_class=tokenizer).loss({}, None, None)
+
+
+def test_model_card_names_method_paper_and_data(tmp_path, tokenizer):
+    t = trainer(tmp_path, tokenizer)
+    t.train()
+    t.create_model_card(dataset="lab/preferences")
+    card = (tmp_path / "README.md").read_text()
+    for word in ("SWEPO", "2412.04628", "lab/preferences", "polypo"):
+        assert word in card

@@ -1,0 +1,75 @@
+"""Options that every method shares."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+LAYOUTS = ("auto", "shared", "rows")
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus the data path, the layout of a batch and the reference.
+
+    Raises:
+        ValueError: a field outside its range; the message names the field and the fix.
+    """
+
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if below 1)."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator decides which columns become tensors."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Token to pad with, for a tokenizer that has none. Any known token will do."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest prompt plus one response, in tokens; longer responses are cut."}
+    )
+    invalid_rows: str = field(
+        default="drop",
+        metadata={
+            "help": "Rows or responses that cannot be trained on (empty response, missing score, prompt longer "
+            "than max_length): drop and count them, or stop with an error.",
+            "choices": ["drop", "error"],
+        },
+    )
+    as_chat: bool = field(
+        default=False, metadata={"help": "Wrap plain-text prompts and responses as user and assistant messages."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the chat template, such as {enable_thinking: false}."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for preprocessing."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad prompts and responses to a multiple."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off in policy and reference, so that log-ratios start at 0."}
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "How a batch travels through the model: every prompt once with its responses as branches "
+            "(shared), one padded row per response (rows), or whichever is cheaper (auto).",
+            "choices": list(LAYOUTS),
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords for from_pretrained when the model is given as a path."}
+    )
+
+    def __post_init__(self):
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            if isinstance(getattr(self, name), str):  # JSON from the command line
+                setattr(self, name, json.loads(getattr(self, name)))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: it would remove the prompts and responses.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
+        if self.invalid_rows not in ("drop", "error"):
+            raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose drop or error.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt and a response: use 2 or more."
+            )
+        super().__post_init__()

@@ -1,0 +1,251 @@
+"""SWEPO: all good responses of a prompt against all bad ones, weighted by how far each score lies from the mean.
+
+Paper: "SWEPO: Simultaneous Weighted Preference Optimization for Group Contrastive Alignment", arXiv 2412.04628 (v4 is
+a rewrite, "Multi-Preference Optimization"). Its full text was not available to us: the loss follows Eq. 5 of REFA v4
+(arXiv 2412.16378, same authors), and `weighting="absolute"` is our reading of the abstracts, not a published formula.
+
+Left out: REFA's length normalisation and reference-free form, which are REFA's own additions.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import PreferenceConfig, PreferenceTrainer
+
+WEIGHTINGS = ("absolute", "signed", "none")
+POSITIVES = ("above_mean", "best", "top_m")
+
+# A score counts as above the mean only by more than this share of the prompt's score range: the mean of three equal
+# floats is not always that float.
+MEAN_TOLERANCE = 1e-6
+
+
+@dataclass
+class SWEPOConfig(PreferenceConfig):
+    """Options of SWEPO; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate (5e-6 is a start for LoRA)."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference policy."})
+    alpha: float = field(
+        default=0.1,
+        metadata={"help": "Scale of the score weights; for scores multiplied by c use alpha divided by c."},
+    )
+    weighting: str = field(
+        default="absolute",
+        metadata={
+            "help": "Weight exp(alpha * g(d)) of a response that lies d above its prompt's mean score: g is "
+            "|d|^power, sign(d)|d|^power or 0.",
+            "choices": list(WEIGHTINGS),
+        },
+    )
+    power: float = field(default=1.0, metadata={"help": "Exponent of the score deviation; 0 means no weights."})
+    positives: str = field(
+        default="above_mean",
+        metadata={
+            "help": "Which responses are positive: above the prompt's mean, only the best one, or the `top_m` "
+            "best against the `top_m` worst.",
+            "choices": list(POSITIVES),
+        },
+    )
+    top_m: int = field(default=1, metadata={"help": "Responses per side with positives='top_m'."})
+    mean_over: str = field(
+        default="kept",
+        metadata={
+            "help": "With positives='top_m': mean score over the kept or over all responses.",
+            "choices": ["kept", "all"],
+        },
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Factor on the negatives in the denominator (REFA Eq. 6)."})
+    alpha_inside_beta: bool = field(
+        default=False, metadata={"help": "Multiply the score weights' exponent by beta as well (REFA Eq. 18)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_options(
+            self.beta, self.alpha, self.weighting, self.power, self.positives, self.top_m, self.mean_over, self.gamma
+        )
+
+
+class Split(NamedTuple):
+    """Who is contrasted with whom. Each field is (B,K)."""
+
+    positive: Tensor
+    negative: Tensor
+    deviations: Tensor
+
+
+def swepo_loss(
+    logratios: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    weighting: Literal["absolute", "signed", "none"] = "absolute",
+    power: float = 1.0,
+    positives: Literal["above_mean", "best", "top_m"] = "above_mean",
+    top_m: int = 1,
+    mean_over: Literal["kept", "all"] = "kept",
+    gamma: float = 1.0,
+    alpha_inside_beta: bool = False,
+) -> Tensor:
+    """SWEPO loss of each prompt: -log of the weighted share of the positives (REFA v4 Eq. 5).
+
+    Args:
+        logratios: (B,K) log pi(y|x) - log pi_ref(y|x), summed over the tokens of each response.
+        scores: (B,K) data rewards, higher is better; no gradient passes through them.
+        mask: (B,K) true for real responses; other slots may hold anything.
+
+    Returns:
+        (B,) losses, exactly 0 and without gradient for prompts that have no positive or no negative.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+    _check_options(beta, alpha, weighting, power, positives, top_m, mean_over, gamma)
+    assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
+    split = score_split(scores, mask, positives=positives, top_m=top_m, mean_over=mean_over)
+    exponents = alpha * _weight_exponents(split.deviations, weighting, power).to(logratios.dtype)
+    x = beta * logratios + (beta * exponents if alpha_inside_beta else exponents)
+    x = x + split.negative.to(x.dtype) * math.log(gamma)
+    return _log_share(x, split.positive, split.negative)
+
+
+def score_split(
+    scores: Tensor, mask: Tensor, *, positives: str = "above_mean", top_m: int = 1, mean_over: str = "kept"
+) -> Split:
+    """Positives, negatives and score deviations of each prompt; both sets are empty where nothing can be learned."""
+    mask = mask.bool()
+    # Measured from the lowest score, so that a large common offset costs no precision.
+    lowest = scores.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
+    d = torch.where(mask, (scores - lowest).double(), 0.0)
+    spread = d.amax(-1, keepdim=True)
+    kept = mask
+    if positives == "top_m":
+        best, worst = _top_and_bottom(d, mask, top_m)
+        kept = best | worst
+    averaged = mask if mean_over == "all" else kept
+    mean = (d * averaged).sum(-1, keepdim=True) / averaged.sum(-1, keepdim=True).clamp(min=1)
+
+    if positives == "above_mean":
+        positive = mask & (d - mean > MEAN_TOLERANCE * spread)
+        used = positive.any(-1, keepdim=True)
+    elif positives == "best":
+        positive = mask & (
+            torch.arange(d.size(-1), device=d.device) == d.masked_fill(~mask, -1).argmax(-1, keepdim=True)
+        )
+        used = spread > 0
+    else:
+        positive = best
+        lowest_best = d.masked_fill(~best, math.inf).amin(-1, keepdim=True)
+        highest_worst = d.masked_fill(~worst, -math.inf).amax(-1, keepdim=True)
+        used = (mask.sum(-1, keepdim=True) >= 2 * top_m) & (lowest_best > highest_worst)
+    deviations = torch.where(kept, d - mean, 0.0).to(scores.dtype)
+    return Split(positive & used, kept & ~positive & used, deviations)
+
+
+def _top_and_bottom(d: Tensor, mask: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The m best and the m worst responses of each prompt, (B,K) bool each; the first one wins a tie."""
+    best_rank = d.masked_fill(~mask, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    worst_rank = d.masked_fill(~mask, math.inf).argsort(dim=-1, stable=True).argsort(-1)
+    return mask & (best_rank < m), mask & (worst_rank < m)
+
+
+def _weight_exponents(deviations: Tensor, weighting: str, power: float) -> Tensor:
+    if weighting == "none" or power == 0:  # also for `signed`, where sign(d)|d|^0 would still tell the sides apart
+        return torch.zeros_like(deviations)
+    size = deviations.abs() ** power
+    return size if weighting == "absolute" else deviations.sign() * size
+
+
+def _log_share(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """-log( sum over P of e^x / sum over P and N of e^x ), 0 where P or N is empty."""
+    used = positive.any(-1) & negative.any(-1)
+    # logsumexp over nothing but -inf has a NaN gradient, so unused prompts take part with zeros and are cut off after.
+    x = torch.where(used.unsqueeze(-1), x, 0.0)
+    keep_all = (positive | negative) | ~used.unsqueeze(-1)
+    keep_positive = positive | ~used.unsqueeze(-1)
+    losses = torch.logsumexp(x.masked_fill(~keep_all, -math.inf), -1) - torch.logsumexp(
+        x.masked_fill(~keep_positive, -math.inf), -1
+    )
+    return torch.where(used, losses, 0.0)
+
+
+def _check_options(beta, alpha, weighting, power, positives, top_m, mean_over, gamma) -> None:
+    for name, value, allowed in (
+        ("weighting", weighting, WEIGHTINGS),
+        ("positives", positives, POSITIVES),
+        ("mean_over", mean_over, ("kept", "all")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+    for name, value, good, fix in (
+        ("beta", beta, beta > 0, "positive"),
+        ("gamma", gamma, gamma > 0, "positive"),
+        ("alpha", alpha, alpha >= 0, "0 or more"),
+        ("power", power, power >= 0, "0 or more"),
+        ("top_m", top_m, top_m >= 1, "1 or more"),
+    ):
+        if not (good and math.isfinite(value)):
+            raise ValueError(f"{name}={value!r} must be finite and {fix}.")
+
+
+class SWEPOTrainer(PreferenceTrainer):
+    """Trains with `swepo_loss` on rows of K scored responses."""
+
+    config_class = SWEPOConfig
+    method = "SWEPO"
+    paper = ("SWEPO: Simultaneous Weighted Preference Optimization for Group Contrastive Alignment", "2412.04628")
+
+    def signal(self, batch) -> Tensor:
+        return self._split(batch).positive.any(-1)
+
+    def loss(self, batch, policy, reference):
+        args, mask = self.args, batch["mask"]
+        logratios = policy.logps.sum(-1) - reference.logps.sum(-1)
+        losses = swepo_loss(
+            logratios,
+            batch["scores"],
+            mask,
+            beta=args.beta,
+            alpha=args.alpha,
+            weighting=args.weighting,
+            power=args.power,
+            positives=args.positives,
+            top_m=args.top_m,
+            mean_over=args.mean_over,
+            gamma=args.gamma,
+            alpha_inside_beta=args.alpha_inside_beta,
+        )
+        rewards = args.beta * logratios.detach()
+        return losses, self.ranking_metrics(batch, rewards) | self._set_metrics(batch, rewards)
+
+    def _split(self, batch) -> Split:
+        args = self.args
+        return score_split(
+            batch["scores"], batch["mask"], positives=args.positives, top_m=args.top_m, mean_over=args.mean_over
+        )
+
+    def _set_metrics(self, batch, rewards: Tensor) -> dict[str, Tensor]:
+        """Mean reward of each side and the size of the positive set, NaN for prompts without a signal."""
+        split = self._split(batch)
+        used = split.positive.any(-1)
+        sizes = split.positive.sum(-1).to(rewards.dtype), split.negative.sum(-1).to(rewards.dtype)
+        positive = (rewards * split.positive).sum(-1) / sizes[0].clamp(min=1)
+        negative = (rewards * split.negative).sum(-1) / sizes[1].clamp(min=1)
+        exponents = self.args.alpha * _weight_exponents(split.deviations, self.args.weighting, self.args.power)
+        contrasted = split.positive | split.negative
+        share = torch.softmax((rewards + exponents).masked_fill(~contrasted, -1e30), -1)
+        values = {
+            "rewards/positive": positive,
+            "rewards/negative": negative,
+            "swepo/positives": sizes[0],
+            "swepo/max_weight": exponents.exp().masked_fill(~contrasted, 0).amax(-1),
+            "swepo/effective_responses": 1 / share.square().sum(-1),
+        }
+        return {name: value.masked_fill(~used, math.nan) for name, value in values.items()}
