@@ -1,0 +1,82 @@
+"""Batches by token budget instead of by number of prompts, as a pure function of (seed, epoch, position)."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+WINDOW = 64  # batches whose prompts are sorted together: the longer, the less padding and the less mixing
+EVEN = 8  # the number of batches is a multiple of this, so that 1, 2, 4 and 8 processes see the same order
+SLACK = 1.02  # more batches than the first epoch needs, so that every epoch has the same number
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Yields lists of row indices whose packed lengths sum to at most `budget` tokens.
+
+    Every row comes once per epoch, in an order that depends on seed and epoch only. The number of batches is the same
+    in every epoch and divisible by `processes`, so that accelerate can deal them out evenly; where the packing gives
+    fewer, the largest batches are halved. A row longer than the budget is a batch of its own.
+
+    Args:
+        lengths: packed length of every row (`packed_length`).
+        budget: most tokens per batch.
+
+    Raises:
+        ValueError: there are fewer rows than processes.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, *, seed: int = 0, processes: int = 1):
+        if len(lengths) < processes:
+            raise ValueError(f"{len(lengths)} rows cannot be dealt to {processes} processes: use fewer processes.")
+        self.lengths, self.budget, self.seed, self.epoch = np.asarray(lengths), budget, seed, 0
+        multiple = int(np.lcm(EVEN, processes))
+        wanted = int(np.ceil(len(self._pack(0)) * SLACK / multiple)) * multiple
+        # At most one batch per row, at least what the first epoch needs.
+        self.count = min(wanted, len(lengths) // processes * processes)
+        self.oversized = int((self.lengths > budget).sum())
+
+    @property
+    def sampler(self) -> "TokenBudgetSampler":
+        """accelerate passes the epoch on to `batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches(self.epoch))
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of an epoch, in order."""
+        packed = self._pack(epoch)
+        if len(packed) > self.count:  # rare, and the budget must hold: keep the first epoch's groups, in a new order
+            packed = self._pack(0)
+        while len(packed) < self.count:
+            largest = max(range(len(packed)), key=lambda i: len(packed[i]))
+            batch = packed[largest]
+            packed[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(packed))
+        return [packed[i] for i in order]
+
+    def _pack(self, epoch: int) -> list[list[int]]:
+        """Shuffle, sort within windows, fill greedily."""
+        order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.lengths))
+        window = max(1, int(WINDOW * self.budget / max(1.0, self.lengths.mean())))
+        batches, batch, used = [], [], 0
+        for start in range(0, len(order), window):
+            chunk = order[start : start + window]
+            for row in chunk[np.argsort(self.lengths[chunk], kind="stable")].tolist():
+                if batch and used + self.lengths[row] > self.budget:
+                    batches.append(batch)
+                    batch, used = [], 0
+                batch.append(row)
+                used += int(self.lengths[row])
+        return batches + [batch] if batch else batches
+
+
+def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]) -> int:
+    """Tokens that a row takes in the `shared` layout: the prompt without its last token, and every response."""
+    return len(prompt_ids) - 1 + sum(map(len, response_ids))
