@@ -9,28 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import PreferenceConfig
 from .data import PreferenceCollator
+from .data.budget import TokenBudgetSampler, packed_length
 from .data.prepare import prepare_dataset
 from .forward import policy as policies
+from .forward.cache import LogpsCache, reference_fingerprint, reference_parameters
 from .forward.reference import make_reference
-from .forward.run import (
-    Forward,
-    LayoutError,
-    agreement,
-    cheaper_shared,
-    check_first_batch,
-    prepare_forward,
-    run,
-    sliding_window,
-)
+from .forward.reference_pass import ROW, ReferenceTable
+from .forward.run import Forward, Runner
 from .metrics import MetricMeter, best_and_worst, ranking_metrics
 
 logger = logging.getLogger(__name__)
@@ -59,6 +55,7 @@ class PreferenceTrainer(Trainer):
     method: str = "preference optimisation"
     paper: tuple[str, str] | None = None  # title, arXiv number
     needs_reference: bool = True
+    reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
 
     # `compute_loss` divides by the prompts of the whole accumulation window itself.
     loss_is_scaled_for_ga = True
@@ -100,12 +97,22 @@ class PreferenceTrainer(Trainer):
         if args.disable_dropout:
             policies.disable_dropout(model)
 
+        train_dataset = self._prepare_rows(train_dataset, processing_class, args)
+        eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
+        self.table = None
+        if args.precompute_ref_logps and self.needs_reference:
+            self.table = _reference_table(self, model, ref_model, args, fresh_adapter=peft_config is not None)
+            train_dataset, eval_dataset = (self._number_rows(d) for d in (train_dataset, eval_dataset))
         self.reference = None
         if self.needs_reference:
-            self.reference = make_reference(model, ref_model, fresh_adapter=peft_config is not None)
-        self._prepare_layout(model, args)
-        datasets = (self._prepare_rows(d, processing_class, args) for d in (train_dataset, eval_dataset))
-        train_dataset, eval_dataset = datasets
+            self.reference = make_reference(
+                model,
+                ref_model,
+                fresh_adapter=peft_config is not None,
+                copy_policy=self.table is None or bool(self.table.missing()),
+            )
+        models = [model] if self.reference is None or self.reference.model is None else [model, self.reference.model]
+        self.runner = Runner([policies.base_model(m) for m in models], args.layout)
 
         super().__init__(
             model=model,
@@ -124,8 +131,9 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
+        if self.table is not None:
+            self.add_callback(_PrecomputeReference(self))
         self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
-        self._first_batch = True
 
     # What a method writes or overrides.
 
@@ -140,7 +148,7 @@ class PreferenceTrainer(Trainer):
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
-        return run(model, batch, shared=self._shared(batch))
+        return self.runner(model, batch)
 
     def ranking_metrics(self, batch: Batch, rewards: Tensor) -> dict[str, Tensor]:
         """Metrics of the implicit rewards (B,K) against the scores, under TRL's names where TRL has one."""
@@ -154,8 +162,7 @@ class PreferenceTrainer(Trainer):
         `num_items_in_batch` is the weight of that window (`get_batch_samples`). Every process returns its own share
         times the number of processes, because DDP, DeepSpeed and FSDP average gradients.
         """
-        if self._first_batch:
-            self._check_layout(model, inputs)
+        self.runner.check(model, inputs, self.accelerator)
         losses, weights, policy, reference = self._losses(model, inputs)
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
@@ -172,9 +179,43 @@ class PreferenceTrainer(Trainer):
         return losses, weights, policy, reference
 
     def _reference_forward(self, model: nn.Module, batch: Batch) -> Forward:
+        if self.table is not None and ROW in batch and self.table.complete(batch[ROW]):
+            return Forward(self.table.lookup(batch[ROW], batch["response_mask"]))
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model, unwrapped) as reference:
             return self.forward(reference, batch)
+
+    def precompute_reference(self) -> None:
+        """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.
+
+        Runs by itself when training begins, because only then is the policy inside its engine.
+        """
+
+        def score(rows: list[dict]) -> Tensor:
+            batch = self._prepare_inputs(self.data_collator(rows))
+            self.runner.check(self.model_wrapped, batch, self.accelerator)
+            if self.reference.in_memory:
+                return self._reference_forward(self.model_wrapped, batch).logps
+            with torch.no_grad(), self.accelerator.autocast():  # before its first step the policy is the reference
+                return self.forward(self.model_wrapped, batch).logps
+
+        scored = self.table.fill(score, self.accelerator, budget=self.args.ref_tokens_per_batch)
+        logger.info("Reference cache %s: %d responses scored now.", self.table.cache.path, scored)
+        if self.reference.in_memory or self.state.global_step == 0:
+            self.table.verify(score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
+        if self.reference.own:
+            self.reference.model = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that a forward pass computes in."""
+        args = self.args
+        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else policies.base_model(self.model).dtype
+
+    def _number_rows(self, dataset):
+        if isinstance(dataset, dict):
+            return {name: self._number_rows(d) for name, d in dataset.items()}
+        return None if dataset is None else self.table.register(dataset)
 
     def _weights(self, batch: Batch) -> Tensor:
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""
@@ -187,48 +228,33 @@ class PreferenceTrainer(Trainer):
         weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
 
-    # Which layout.
-
-    def _prepare_layout(self, model: PreTrainedModel | PeftModel, args: PreferenceConfig) -> None:
-        models = [policies.base_model(model)]
-        if self.reference is not None and self.reference.model is not None:
-            models.append(policies.base_model(self.reference.model))
-        reasons = [prepare_forward(m, share=args.layout != "rows") for m in models]
-        self._windows = [w for w in map(sliding_window, models) if w is not None]
-        reason = next(filter(None, reasons), None)
-        if reason and args.layout == "shared":
-            raise ValueError(
-                f"layout='shared' is not possible with this model: {reason}. Use layout='auto' or 'rows'."
-            )
-        if reason:
-            logger.warning("Prompts are not shared between responses: %s. Training goes on with padded rows.", reason)
-        self._can_share = args.layout != "rows" and reason is None
-
-    def _shared(self, batch: Batch) -> bool:
-        if not self._can_share or self.args.layout == "shared":
-            return self._can_share
-        return cheaper_shared(batch, min(self._windows, default=None))
-
-    @torch.no_grad()
-    def _check_layout(self, model: nn.Module, batch: Batch) -> None:
-        """Compare with the model's own logits on a small group, once a run: a silent mistake costs a whole run."""
-        self._first_batch = False
-        with self.accelerator.autocast():
-            limit = agreement(model)
-            difference = check_first_batch(model, batch, shared=self._can_share)
-        difference = float(self.accelerator.gather(torch.tensor([difference], device=self.args.device)).max())
-        if difference <= limit:
-            return
-        found = (
-            f"log-probabilities differ from the model's own logits by {difference:.2g} per token (limit {limit:.2g})"
-        )
-        if not self._can_share or self.args.layout == "shared":
-            raise LayoutError(f"The {found}: this model computes its logits in a way that is not supported.")
-        logger.warning("The shared layout's %s. Training goes on with padded rows.", found)
-        self._can_share = False
-        self._check_layout(model, batch)
-
     # Data.
+
+    def get_train_dataloader(self):
+        """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens."""
+        budget = self.args.max_tokens_per_batch
+        if budget is None:
+            return super().get_train_dataloader()
+        rows = self.train_dataset.select_columns(["prompt_ids", "response_ids"])
+        lengths = [packed_length(row["prompt_ids"], row["response_ids"]) for row in rows]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = TokenBudgetSampler(lengths, budget, seed=seed, processes=self.args.world_size)
+        if sampler.oversized:
+            logger.warning("%d rows are longer than max_tokens_per_batch=%d; each is a batch of its own.",
+                           sampler.oversized, budget)  # fmt: skip
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+        # Not `accelerator.prepare`: it evens out batches by repeating rows, and these are even already.
+        return prepare_data_loader(
+            loader, self.args.device, self.args.world_size, self.args.process_index, put_on_device=True,
+            even_batches=False,
+        )  # fmt: skip
 
     def _prepare_rows(self, dataset, tokenizer, args: PreferenceConfig):
         if dataset is None:
@@ -334,3 +360,27 @@ def _fit_checkpointing_to_adapter(model: PeftModel, args: PreferenceConfig, *, z
     model.enable_input_require_grads()
     if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
         args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+
+
+class _PrecomputeReference(TrainerCallback):
+    def __init__(self, trainer: PreferenceTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.precompute_reference()
+
+
+def _reference_table(trainer, model, ref_model, args: PreferenceConfig, *, fresh_adapter: bool) -> ReferenceTable:
+    """The table over the cache of the reference that `make_reference` will give for the same arguments."""
+    source = model if ref_model is None else ref_model
+    has_adapters = isinstance(source, PeftModel)
+    adapter = source.active_adapter if has_adapters and not fresh_adapter else None
+    base = policies.base_model(source)
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
+    fingerprint = reference_fingerprint(
+        reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
+        base.config.to_dict(),
+        compute_dtype=f"{base.dtype}, autocast {autocast}",
+        per_token=trainer.reference_per_token,
+    )
+    return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=trainer.reference_per_token)

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
 LAYOUTS = ("auto", "shared", "rows")
@@ -54,6 +56,24 @@ class PreferenceConfig(TrainingArguments):
             "choices": list(LAYOUTS),
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Group prompts so that a batch has at most so many tokens (every prompt counted once); replaces "
+            "per_device_train_batch_size."
+        },
+    )
+    precompute_ref_logps: bool = field(
+        default=False,
+        metadata={"help": "Score all rows with the reference once, before training, and cache it on disk."},
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the reference cache; by default beside the hub cache of Hugging Face."},
+    )
+    ref_tokens_per_batch: int = field(
+        default=16384, metadata={"help": "Tokens per batch and process while the reference scores the rows."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keywords for from_pretrained when the model is given as a path."}
     )
@@ -72,4 +92,9 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt and a response: use 2 or more."
             )
+        for name in ("max_tokens_per_batch", "ref_tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.ref_cache_dir is None:
+            self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")
         super().__post_init__()

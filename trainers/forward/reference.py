@@ -17,15 +17,29 @@ REFERENCE_ADAPTER = "reference"
 
 @dataclass
 class Reference:
-    """Either a model of its own, or the policy with its adapter switched off (`adapter=None`) or swapped."""
+    """Where the frozen policy is.
 
+    `own` says that it is a model of its own; that model is None once all its numbers are cached. Otherwise it is the
+    policy with `adapter` active, or with no adapter where `adapter` is None.
+    """
+
+    own: bool
     model: nn.Module | None = None
     adapter: str | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        return self.model is not None or not self.own
 
     @contextmanager
     def active(self, policy: nn.Module, unwrapped: nn.Module) -> Iterator[nn.Module]:
         """Give the module to call for the reference; `policy` is the wrapped policy, `unwrapped` its inner model."""
-        if self.model is not None:
+        if self.own:
+            if self.model is None:
+                raise ValueError(
+                    "These rows have no cached reference log-probabilities, and the reference is not in memory any "
+                    "more. Give the data set as eval_dataset at the start, or set precompute_ref_logps to false."
+                )
             yield self.model
         elif self.adapter is None:
             with unwrapped.disable_adapter():
@@ -52,12 +66,17 @@ class Reference:
 
 
 def make_reference(
-    policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, *, fresh_adapter: bool
+    policy: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    *,
+    fresh_adapter: bool,
+    copy_policy: bool = True,
 ) -> Reference:
     """The reference for a policy as it stands before its first step.
 
     A fresh adapter changes nothing yet, so switching it off gives the reference. A pretrained adapter is part of the
-    policy: the reference is a frozen copy of it under the name "reference". A full model is copied.
+    policy: the reference is a frozen copy of it under the name "reference". A full model is copied, unless
+    `copy_policy` is false because all its numbers are cached.
 
     Raises:
         ValueError: `ref_model` is the policy itself, or a ZeRO-3 policy cannot be read again from its path.
@@ -65,18 +84,18 @@ def make_reference(
     if ref_model is policy:
         raise ValueError("ref_model is the policy itself and would be trained: omit ref_model to get a frozen copy.")
     if ref_model is not None:
-        return Reference(model=ref_model)
+        return Reference(own=True, model=ref_model)
     if not isinstance(policy, PeftModel):
-        return Reference(model=_frozen_copy(policy))
+        return Reference(own=True, model=_frozen_copy(policy) if copy_policy else None)
     if fresh_adapter:
-        return Reference()
+        return Reference(own=False)
     trained = policy.active_adapter
     if REFERENCE_ADAPTER not in policy.peft_config:
         policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])
     weights = get_peft_model_state_dict(policy, adapter_name=trained)
     set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE_ADAPTER)
     policy.set_requires_grad(REFERENCE_ADAPTER, False)
-    return Reference(adapter=REFERENCE_ADAPTER)
+    return Reference(own=False, adapter=REFERENCE_ADAPTER)
 
 
 def _frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:

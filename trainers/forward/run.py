@@ -5,6 +5,7 @@ import logging
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,13 +22,74 @@ CHECK_PROMPT, CHECK_RESPONSE = 128, 64  # tokens of the group that the first bat
 
 
 class Forward(NamedTuple):
-    """What one model says about one batch."""
+    """What one model says about one batch.
 
-    logps: Tensor  # (B,K,R) float32 or wider, log-probability of each response token, 0 elsewhere
+    `logps` is (B,K,R), float32 or wider: the log-probability of each response token, 0 elsewhere. Cached reference
+    values are (B,K,1), the sums over the tokens, unless the method asks for tokens; `logps.sum(-1)` is right for both.
+    """
+
+    logps: Tensor
 
 
 class LayoutError(RuntimeError):
     """The layout of a batch and the model's own logits disagree."""
+
+
+class Runner:
+    """Runs prepared models on batches, in the layout that the user asked for or that is cheaper.
+
+    Args:
+        models: the policy and, if it is a model of its own, the reference; all of them are prepared here.
+        layout: "rows", "shared" or "auto".
+
+    Raises:
+        ValueError: "shared" is asked for and a model cannot do it.
+    """
+
+    def __init__(self, models: list[PreTrainedModel], layout: str):
+        reasons = [prepare_forward(model, share=layout != "rows") for model in models]
+        reason = next(filter(None, reasons), None)
+        if reason and layout == "shared":
+            raise ValueError(
+                f"layout='shared' is not possible with this model: {reason}. Use layout 'auto' or 'rows'."
+            )
+        if reason:
+            logger.warning("Prompts are not shared between responses: %s. Training goes on with padded rows.", reason)
+        self.layout = "rows" if reason else layout
+        self._window = min((w for w in map(sliding_window, models) if w is not None), default=None)
+        self._checked = False
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Forward:
+        return run(model, batch, shared=self.shared(batch))
+
+    def shared(self, batch: dict[str, Tensor]) -> bool:
+        """Whether this batch goes through the model in the `shared` layout."""
+        return self.layout == "shared" or self.layout == "auto" and cheaper_shared(batch, self._window)
+
+    @torch.no_grad()
+    def check(self, model: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> None:
+        """Compare with the model's own logits on a small group, once a run: a silent mistake costs a whole run.
+
+        Raises:
+            LayoutError: they differ, and there is no other layout to go on with.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        with accelerator.autocast():
+            limit = agreement(model)
+            difference = check_first_batch(model, batch, shared=self.layout != "rows")
+        difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
+        if difference <= limit:
+            return
+        found = (
+            f"log-probabilities differ from the model's own logits by {difference:.2g} per token (limit {limit:.2g})"
+        )
+        if self.layout != "auto":
+            raise LayoutError(f"The {found}: this model computes its logits in a way that is not supported.")
+        logger.warning("The shared layout's %s. Training goes on with padded rows.", found)
+        self.layout, self._checked = "rows", False
+        self.check(model, batch, accelerator)
 
 
 def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
@@ -107,11 +169,7 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
 
 
 def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: bool) -> float:
-    """Mean difference per token between `run` and the model's own logits, on the start of the first prompt's group.
-
-    Raises:
-        LayoutError: it is larger than rounding in the model's dtype explains.
-    """
+    """Mean difference per token between `run` and the model's own logits, on a part of the first prompt's group."""
     group = _small_group(batch)
     inputs = rows_layout(group)
     with torch.no_grad():

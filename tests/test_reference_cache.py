@@ -1,0 +1,273 @@
+"""The reference cache: same numbers as online, and recomputed exactly when something that matters changed."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from helpers import build_tokenizer, tiny_llama
+from test_trainer import LORA, config, rows
+from trainers import SWEPOTrainer
+from trainers.forward.cache import LogpsCache, response_keys
+from trainers.forward.reference_pass import StaleCacheError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+class CountingTrainer(SWEPOTrainer):
+    """Counts responses that the reference scores, in the pass and online."""
+
+    scored = 0
+    counting = False
+
+    def precompute_reference(self):
+        before = dict(self.table.cache.entries)
+        super().precompute_reference()
+        self.scored = len(set(self.table.cache.entries) - set(before))
+
+
+def make(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
+    extra = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "callbacks") if k in kwargs}
+    kwargs = {
+        "precompute_ref_logps": True,
+        "ref_cache_dir": str(tmp_path / "cache"),
+        "ref_tokens_per_batch": 60,
+        **kwargs,
+    }
+    return CountingTrainer(
+        model or tiny_llama(len(tokenizer)),
+        args=config(tmp_path / "out", **kwargs),
+        train_dataset=Dataset.from_list(data or rows()),
+        eval_dataset=Dataset.from_list(eval_data) if eval_data else None,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+def total(data):
+    return sum(len(row["responses"]) for row in data)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "pretrained", "explicit"])
+def test_cached_reference_gives_the_same_training_as_online(tmp_path, tokenizer, kind):
+    losses = []
+    for precompute in (False, True):
+        model, kwargs = tiny_llama(len(tokenizer)), {}
+        if kind == "lora":
+            kwargs["peft_config"] = LoraConfig(**LORA)
+        if kind == "pretrained":
+            torch.manual_seed(5)
+            model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+        if kind == "explicit":
+            kwargs["ref_model"] = tiny_llama(len(tokenizer), seed=9)
+        t = make(tmp_path, tokenizer, model=model, eval_data=rows(5, seed=4), precompute_ref_logps=precompute,
+                 max_steps=3, learning_rate=0.3, **kwargs)  # fmt: skip
+        assert (t.table is not None) == precompute
+        t.train()
+        if precompute and kind in ("full", "explicit"):
+            assert t.reference.model is None  # its memory is free for training
+        history = [log["loss"] for log in t.state.log_history if "loss" in log]
+        losses.append([*history, t.evaluate()["eval_loss"]])
+    assert losses[0][0] != pytest.approx(losses[0][2], abs=1e-4)
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
+
+
+SAME = {
+    "learning_rate": {"learning_rate": 0.5},
+    "output_dir": {"output_dir": "elsewhere"},
+    "batch": {"per_device_train_batch_size": 2},
+    "beta": {"beta": 0.7},
+    "weighting": {"weighting": "signed"},
+    "layout": {"layout": "rows"},
+    "seed": {"seed": 7},
+    "tokens": {"ref_tokens_per_batch": 200},
+    "lora": {"peft_config": LoraConfig(**LORA)},
+}
+
+
+@pytest.mark.parametrize("name", list(SAME))
+def test_options_that_do_not_change_the_reference_reuse_the_cache(tmp_path, tokenizer, name):
+    first = make(tmp_path, tokenizer)
+    first.train()
+    assert first.scored == total(rows())
+    second = make(tmp_path, tokenizer, **SAME[name])
+    assert name == "lora" or second.reference.model is None  # nothing to score: no copy was made
+    second.train()
+    assert second.scored == 0
+
+
+def test_row_order_and_new_scores_reuse_the_cache(tmp_path, tokenizer):
+    make(tmp_path, tokenizer).train()
+    moved = [row | {"scores": [-s for s in row["scores"]]} for row in reversed(rows())]
+    t = make(tmp_path, tokenizer, data=moved)
+    t.train()
+    assert t.scored == 0
+
+
+def test_only_new_responses_are_scored(tmp_path, tokenizer):
+    make(tmp_path, tokenizer).train()
+    data = rows()
+    data[2]["responses"][1] = "a new mat by the sea"
+    data.append({"prompt": "the hill ", "responses": ["rise", "over", "sea"], "scores": [1.0, 2.0, 3.0]})
+    t = make(tmp_path, tokenizer, data=data, eval_data=rows()[:4])
+    t.train()
+    assert t.scored == 1 + 3
+
+
+def changed_model(tokenizer):
+    model = tiny_llama(len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] += 1e-3
+    return model
+
+
+def rope_model(tokenizer):
+    model = tiny_llama(len(tokenizer))
+    model.config.rms_norm_eps = 1e-3
+    return model
+
+
+def pretrained(tokenizer):
+    torch.manual_seed(5)
+    return get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: {"model": changed_model(t)},
+    lambda t: {"model": rope_model(t)},
+    lambda t: {"model": pretrained(t)},
+    lambda t: {"ref_model": tiny_llama(len(t), seed=9)},
+    lambda t: {"model": tiny_llama(len(t)).to(torch.bfloat16)},
+    lambda t: {"bf16": True},
+], ids=["weights", "config", "adapter", "ref_model", "dtype", "autocast"])  # fmt: skip
+def test_a_change_of_the_reference_recomputes_everything(tmp_path, tokenizer, change):
+    make(tmp_path, tokenizer).train()
+    t = make(tmp_path, tokenizer, **change(tokenizer))
+    t.train()
+    assert t.scored == total(rows())
+
+
+def test_max_length_recomputes_exactly_the_responses_that_it_cuts(tmp_path, tokenizer):
+    full = make(tmp_path, tokenizer)
+    full.train()
+    keys = lambda t: {k for row in t.train_dataset for k in response_keys(row["prompt_ids"], row["response_ids"])}  # noqa: E731
+    cut = make(tmp_path, tokenizer, max_length=25)
+    new = keys(cut) - keys(full)
+    assert 0 < len(new) < total(rows())
+    cut.train()
+    assert cut.scored == len(new)
+
+
+def test_the_template_is_part_of_the_key(tmp_path):
+    from helpers import family_tokenizer
+
+    scored = []
+    for name in ("qwen", "gemma"):
+        tokenizer = family_tokenizer(name)
+        torch.manual_seed(0)
+        t = make(tmp_path, tokenizer, model=tiny_llama(400), as_chat=True)
+        t.train()
+        scored.append(t.scored)
+    assert scored == [total(rows())] * 2
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
+    import trainers.forward.reference_pass as module
+
+    monkeypatch.setattr(module, "WRITE_EVERY", 1)
+    calls = []
+    original = module.ReferenceTable._entries
+
+    def stop(self, rows, score):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        return original(self, rows, score)
+
+    monkeypatch.setattr(module.ReferenceTable, "_entries", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, tokenizer).train()
+    monkeypatch.setattr(module.ReferenceTable, "_entries", original)
+    t = make(tmp_path, tokenizer)
+    done = len(t.table.cache.entries)
+    assert 0 < done < total(rows())
+    t.train()
+    assert t.scored == total(rows()) - done
+    assert not t.table.cache.parts.exists()
+
+
+def test_the_file_is_plain_parquet_and_can_be_copied(tmp_path, tokenizer):
+    t = make(tmp_path, tokenizer)
+    t.train()
+    table = pq.read_table(t.table.cache.path)
+    assert table.column_names == ["key", "logps"] and table.num_rows == total(rows())
+    (tmp_path / "other").mkdir()
+    t.table.cache.path.rename(tmp_path / "other" / t.table.cache.path.name)
+    moved = make(tmp_path, tokenizer, ref_cache_dir=str(tmp_path / "other"))
+    moved.train()
+    assert moved.scored == 0
+
+
+def test_wrong_numbers_in_the_cache_are_found_at_start(tmp_path, tokenizer):
+    t = make(tmp_path, tokenizer)
+    t.train()
+    path = t.table.cache.path
+    table = pq.read_table(path)
+    broken = table.set_column(1, "logps", [[v + 5.0 for v in table["logps"].to_pylist()]])
+    pq.write_table(broken, path)
+    with pytest.raises(StaleCacheError, match=str(path)):
+        make(tmp_path, tokenizer).train()
+
+
+def test_new_rows_after_the_reference_is_gone_are_refused_with_the_fix(tmp_path, tokenizer):
+    t = make(tmp_path, tokenizer)
+    t.train()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        t.evaluate(Dataset.from_list(rows(3, seed=11)))
+
+
+def test_per_token_values_are_the_tokens_of_the_reference(tmp_path, tokenizer):
+    class PerToken(CountingTrainer):
+        reference_per_token = True
+
+    seen = {}
+
+    class Grab(PerToken):
+        def loss(self, batch, policy, reference):
+            seen["difference"] = (policy.logps - reference.logps).abs().max()
+            seen["shape"] = reference.logps.shape == policy.logps.shape
+            return super().loss(batch, policy, reference)
+
+    t = Grab(tiny_llama(len(tokenizer)), args=config(tmp_path, precompute_ref_logps=True, max_steps=1,
+             ref_cache_dir=str(tmp_path / "c")), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)  # fmt: skip
+    t.train()
+    assert seen["shape"] and seen["difference"] < 1e-5
+
+
+def test_resume_uses_the_cache_and_not_the_trained_policy(tmp_path, tokenizer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.3}
+    whole = make(tmp_path / "a", tokenizer, **keys)
+    whole.train()
+    part = make(tmp_path / "b", tokenizer, callbacks=[Stop()], **keys)
+    part.train()
+    resumed = make(tmp_path / "b", tokenizer, **keys)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.scored == 0
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_keys_depend_on_prompt_response_and_their_boundary():
+    keys = response_keys([1, 2], [[3, 4], [3], [3, 4]])
+    assert keys[0] == keys[2] != keys[1]
+    assert response_keys([1, 2, 3], [[4]])[0] != keys[0]
+    assert len(set(keys)) == 2 and LogpsCache("nowhere", "x").entries == {}
