@@ -1,0 +1,325 @@
+"""Sampling: exact distribution, independence of the batch, stops, chat templates, state of the model afterwards."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
+from trainers.loop.sampler import (
+    GumbelSampler,
+    Sample,
+    SamplingConfig,
+    _batches,
+    encode_prompt,
+    sample_responses,
+    sample_seed,
+)
+from trainers.loop.vllm import sample_responses_vllm
+
+PROMPTS = ["the quick brown", "say something kind to a friend who had a bad day today", "what", "of course the dog"]
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    tokenizer = build_tokenizer()
+    return tiny_llama(len(tokenizer)), tokenizer
+
+
+def ids(samples):
+    return [[sample.token_ids for sample in row] for row in samples]
+
+
+def draws(logits, count, **options):
+    """`count` samples of the next token, each with its own stream."""
+    sampler = GumbelSampler(list(range(1000, 1000 + count)), **options)
+    return sampler(None, logits.expand(count, -1).clone()).argmax(-1)
+
+
+def test_tokens_follow_the_softmax():
+    logits = torch.randn(1, 23, generator=torch.Generator().manual_seed(3)) * 1.5
+    count = 40_000
+    seen = torch.bincount(draws(logits, count, temperature=0.7), minlength=23).double()
+    expected = (logits[0] / 0.7).double().softmax(0) * count
+    assert expected.min() > 5  # what the test below needs
+    assert chisquare(seen, expected).pvalue > 0.01
+
+
+def test_tokens_follow_the_softmax_cut_by_top_k_and_top_p():
+    logits = torch.randn(1, 23, generator=torch.Generator().manual_seed(4)) * 2
+    count = 20_000
+    cut = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(12)(None, logits / 0.9))[0]
+    kept = cut > -torch.inf
+    assert 2 < kept.sum() < 12
+    seen = torch.bincount(draws(logits, count, temperature=0.9, top_p=0.8, top_k=12), minlength=23)
+    assert seen[~kept].sum() == 0
+    assert chisquare(seen[kept].double(), cut[kept].double().softmax(0) * count).pvalue > 0.01
+
+
+def test_nucleus_without_sorting_is_the_argmax_over_the_transformers_nucleus():
+    generator = torch.Generator().manual_seed(5)
+    for spread, top_p in ((0.01, 0.1), (1.0, 0.3), (3.0, 0.95), (8.0, 0.6)):
+        logits = torch.randn(37, 501, generator=generator) * spread
+        seeds = list(range(37))
+        chosen = GumbelSampler(seeds, top_p=top_p)(None, logits.clone()).argmax(-1)
+        noise = GumbelSampler(seeds)._gumbel(logits)
+        assert torch.equal(chosen, (TopPLogitsWarper(top_p)(None, logits) + noise).argmax(-1))
+
+
+def test_sampler_refuses_another_number_of_rows():
+    with pytest.raises(ValueError, match="3 rows of logits for 2 random streams"):
+        GumbelSampler([1, 2])(None, torch.zeros(3, 5))
+
+
+def test_seed_is_stable_and_depends_on_every_part():
+    # A number, not a recomputation: committed data depends on it staying what it is.
+    assert sample_seed(0, 0, "hello", 0) == 6004562126718069562
+    chat = [{"role": "user", "content": "hello"}]
+    seeds = {sample_seed(*key) for key in [(0, 0, "hello", 0), (1, 0, "hello", 0), (0, 1, "hello", 0)]}
+    seeds |= {sample_seed(*key) for key in [(0, 0, "hello", 1), (0, 0, "hell", 0), (0, 0, chat, 0)]}
+    assert len(seeds) == 6
+    assert sample_seed(0, 0, [{"content": "hello", "role": "user"}], 0) == sample_seed(0, 0, chat, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_do_not_depend_on_the_batch(policy, dtype):
+    model, tokenizer = policy
+    model = tiny_llama(len(tokenizer)).to(dtype)
+    runs = [
+        ids(sample_responses(model, tokenizer, PROMPTS, config(batch_size=size), **QUIET)) for size in (1, 4, 5, 64)
+    ]
+    assert all(run == runs[0] for run in runs)
+    assert len({tuple(row) for prompt in runs[0] for row in prompt}) == 12  # 4 prompts x 3 different samples
+    backwards = ids(sample_responses(model, tokenizer, PROMPTS[::-1], config(), **QUIET))
+    assert backwards[::-1] == runs[0]
+    more = ids(sample_responses(model, tokenizer, PROMPTS[:2], config(num_generations=5), **QUIET))
+    assert [row[:3] for row in more] == runs[0][:2]
+
+
+def config(**changes) -> SamplingConfig:
+    options = {
+        "num_generations": 3,
+        "max_new_tokens": 12,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "batch_size": 4,
+        "seed": 7,
+    }
+    return SamplingConfig(**{**options, **changes})
+
+
+def test_seed_and_round_give_other_samples(policy):
+    base = ids(sample_responses(*policy, PROMPTS, config(), **QUIET))
+    assert ids(sample_responses(*policy, PROMPTS, config(), **QUIET)) == base
+    assert ids(sample_responses(*policy, PROMPTS, config(seed=8), **QUIET)) != base
+    assert ids(sample_responses(*policy, PROMPTS, config(), round=1, **QUIET)) != base
+
+
+def test_temperature_zero_is_greedy(policy):
+    model, tokenizer = policy
+    samples = sample_responses(model, tokenizer, PROMPTS, config(temperature=0.0, num_generations=2), **QUIET)
+    for prompt, row in zip(PROMPTS, samples, strict=True):
+        sequence = encode_prompt(tokenizer, prompt)
+        start = len(sequence)
+        while len(sequence) < start + 12 and (len(sequence) == start or sequence[-1] != tokenizer.eos_token_id):
+            with torch.no_grad():
+                sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
+        assert row[0].token_ids == row[1].token_ids == sequence[start:]
+
+
+def test_low_temperature_is_close_to_greedy_and_high_is_not(policy):
+    greedy, cold, hot = (
+        ids(sample_responses(*policy, PROMPTS, config(temperature=t, top_p=1.0), **QUIET)) for t in (0.0, 1e-4, 3.0)
+    )
+    assert cold == greedy
+    assert all(row != greedy[0][0] for row in hot[0])
+
+
+def test_stops_at_every_end_token_and_reports_truncation(policy):
+    model, tokenizer = policy
+    free = sample_responses(model, tokenizer, PROMPTS, config(max_new_tokens=20), **QUIET)
+    other = free[0][0].token_ids[3]  # make a token that this model samples an end token as well
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    try:
+        samples = sample_responses(model, tokenizer, PROMPTS, config(max_new_tokens=20), **QUIET)
+    finally:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    ends = {tokenizer.eos_token_id, other}
+    for before, after in zip(sum(free, []), sum(samples, []), strict=True):
+        stop = next((t + 1 for t, token in enumerate(before.token_ids) if token in ends), None)
+        assert after.token_ids == before.token_ids[:stop]
+        assert after.truncated == (stop is None)
+        assert len(after.token_ids) == 20 or not after.truncated
+        assert after.text == tokenizer.decode(after.token_ids, skip_special_tokens=True)
+    assert {sample.truncated for sample in sum(samples, [])} == {True, False}
+
+
+def test_a_model_cannot_bend_the_distribution_through_its_generation_config(policy):
+    model, tokenizer = policy
+    plain = ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET))
+    before = model.generation_config.to_dict()
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_length=30, num_beams=2, max_new_tokens=3, temperature=0.1
+    )
+    try:
+        assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) == plain
+    finally:
+        model.generation_config.update(**before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_is_the_chat_template_with_generation_prompt(family):
+    tokenizer = family_tokenizer(family)
+    chat = [{"role": "user", "content": "what is the capital of France?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    encoded = encode_prompt(tokenizer, chat)
+    assert tokenizer.decode(encoded) == text
+    bos = FAMILIES[family][1]
+    assert bos is None or encoded.count(tokenizer.bos_token_id) == 1
+    resumed = encode_prompt(tokenizer, [*chat, {"role": "assistant", "content": "it is Par"}])
+    assert tokenizer.decode(resumed).endswith("it is Par")
+
+
+def test_plain_prompts_keep_no_end_token_and_are_never_empty():
+    closing = build_tokenizer(add_eos=True)
+    assert encode_prompt(closing, "the dog")[-1] != closing.eos_token_id
+    assert encode_prompt(closing, "the dog") == build_tokenizer()("the dog")["input_ids"]
+    assert encode_prompt(build_tokenizer(), "") == [build_tokenizer().bos_token_id]
+    with pytest.raises(ValueError, match="has no tokens"):
+        encode_prompt(build_tokenizer(bos=None), "")
+    with pytest.raises(ValueError, match="chat template"):
+        encode_prompt(build_tokenizer(), [{"role": "user", "content": "hi"}])
+
+
+def test_works_without_a_pad_token(policy):
+    model, tokenizer = policy
+    bare = build_tokenizer()
+    bare.pad_token = None
+    expected = ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET))
+    assert ids(sample_responses(model, bare, PROMPTS, config(), **QUIET)) == expected
+
+
+def test_known_samples_are_kept_and_new_ones_reported(policy):
+    full = sample_responses(*policy, PROMPTS, config(), **QUIET)
+    marked = Sample("kept as it is", [9], False)
+    known = {(0, 1): marked, (3, 2): full[3][2]}
+    batches = []
+    samples = sample_responses(*policy, PROMPTS, config(), known=known, on_batch=batches.append, **QUIET)
+    assert samples[0][1] == marked
+    assert [row[2] for row in samples] == [row[2] for row in full]
+    made = {key: sample for batch in batches for key, sample in batch.items()}
+    assert len(made) == 10 and not made.keys() & known.keys()
+    assert all(len(batch) <= 4 for batch in batches)
+    assert all(samples[i][j] == sample for (i, j), sample in made.items())
+
+
+def test_training_mode_and_checkpointing_are_put_back(policy):
+    model, tokenizer = policy
+    expected = ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET))
+    model = tiny_llama(len(tokenizer), attention_dropout=0.5)
+    model.train()
+    model.model.layers[1].eval()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    before = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
+    during = []
+    model.model.register_forward_pre_hook(
+        lambda m, _: during.append(m.training or any(x.training or x.gradient_checkpointing for x in m.layers))
+    )
+    assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) == expected
+    assert during and not any(during)
+    assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()] == before
+    with pytest.raises(KeyError):
+        sample_responses(model, tokenizer, PROMPTS, config(), on_batch=lambda batch: {}["x"], **QUIET)
+    assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()] == before
+    ids_ = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
+    model(ids_, labels=ids_).loss.backward()  # sampling left nothing behind that autograd cannot use
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_adapters_change_the_samples(policy):
+    _, tokenizer = policy
+    model = get_peft_model(
+        tiny_llama(len(tokenizer)), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    fresh = ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET))
+    assert fresh == ids(sample_responses(*policy, PROMPTS, config(), **QUIET))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2.0, generator=torch.Generator().manual_seed(0))
+    assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) != fresh
+
+
+def test_processes_share_the_work_in_lock_step():
+    todo = [(i, j) for i in range(5) for j in range(3)]
+    for world, size in ((2, 4), (4, 1), (7, 2), (16, 3)):
+        shares = [list(_batches(todo, size, rank, world)) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        real = [key for share in shares for batch in share if not batch.filler for key in batch.keys]
+        assert sorted(real) == todo
+        assert all(len(batch.keys) <= size for share in shares for batch in share)
+
+
+def test_wrong_settings_and_long_prompts_are_refused(policy):
+    for wrong in ({"num_generations": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SamplingConfig(**wrong)
+    with pytest.raises(ValueError, match="Prompt 2: .*chat template"):
+        chat = [{"role": "user", "content": "hi"}]
+        sample_responses(*policy, ["fine", "too", chat], config(), **QUIET)
+    with pytest.raises(ValueError, match="Prompt 1 has .* context of 512"):
+        sample_responses(*policy, ["fine", "the dog " * 300], config(), **QUIET)
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers like the completions endpoint of `vllm serve`."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append({**request, "path": self.path})
+        if request["model"] != "tiny":
+            return self._answer(404, {"error": "no such model"})
+        ids = [request["seed"] % 97, 2]
+        choice = {"text": f"seed {ids[0]}", "token_ids": ids, "finish_reason": "length" if ids[0] % 2 else "stop"}
+        self._answer(200, {"choices": [choice]})
+
+    def _answer(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = HTTPServer(("127.0.0.1", 0), Stub)
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/", requests=server.requests)
+    server.shutdown()
+    server.server_close()
+
+
+def test_vllm_server_gets_one_seeded_request_per_sample(server):
+    tokenizer = build_tokenizer()
+    samples = sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), model="tiny", round=2, **QUIET)
+    for prompt, row in zip(PROMPTS, samples, strict=True):
+        seeds = [sample_seed(7, 2, prompt, j) for j in range(3)]
+        assert [sample.token_ids for sample in row] == [[seed % 97, 2] for seed in seeds]
+        assert [sample.truncated for sample in row] == [bool(seed % 97 % 2) for seed in seeds]
+    assert len(server.requests) == 12
+    first = server.requests[0]
+    assert first["path"] == "/v1/completions" and first["top_p"] == 0.9 and first["max_tokens"] == 12
+    assert [r["prompt"] for r in server.requests].count(encode_prompt(tokenizer, PROMPTS[2])) == 3
+    with pytest.raises(RuntimeError, match="no such model"):
+        sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), model="other", **QUIET)
+    with pytest.raises(ValueError, match="model"):
+        sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), **QUIET)

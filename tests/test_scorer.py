@@ -1,0 +1,204 @@
+"""Scorers: import paths, reward models, weights, and what is refused."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from helpers import LLAMA3, build_tokenizer, family_tokenizer
+from trainers.loop.rewards import vader_sentiment
+from trainers.loop.scorer import load_scorer
+
+PROMPTS = ["what is the capital", "the dog", "say something", "a bad day"]
+TEXTS = ["it is Paris, of course", "lazy", "something kind to a friend who had a bad day", "jumps"]
+
+
+def length(prompts, completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+
+def column(prompts, completions, *, topic, **columns):
+    return [float(len(prompt) + value) for prompt, value in zip(prompts, topic, strict=True)]
+
+
+def as_tensor(prompts, completions):
+    return torch.tensor([1.5] * len(completions))
+
+
+def as_array(prompts, completions):
+    return np.arange(len(completions))
+
+
+def save_reward_model(folder, tokenizer, *, num_labels=1, pad_token_id=None, dtype=torch.float32, **options):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_labels=num_labels,
+        pad_token_id=pad_token_id,
+        initializer_range=0.3,
+        **shape,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = LlamaForSequenceClassification(config).to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+def one_by_one(model, rows):
+    with torch.no_grad():
+        return [float(model(torch.tensor([row])).logits[0, 0]) for row in rows]
+
+
+def test_vader_gives_its_compound_score():
+    chats = [[{"role": "assistant", "content": text}] for text in ("I love it!", "I hate it.", "It is a table.")]
+    texts = ["I love it!", "I hate it.", "It is a table."]
+    scores = vader_sentiment(PROMPTS[:3], texts, topic=["x"] * 3)
+    assert scores == vader_sentiment(PROMPTS[:3], chats)
+    # Published arithmetic of VADER: valence v gives v / sqrt(v^2 + 15); love 3.2 plus 0.292 for one "!", hate -2.7.
+    assert scores == pytest.approx(
+        [3.492 / math.hypot(3.492, 15**0.5), -2.7 / math.hypot(2.7, 15**0.5), 0.0], abs=1e-4
+    )
+
+
+def test_vader_missing_names_the_extra(monkeypatch):
+    from trainers.loop import rewards
+
+    rewards._vader.cache_clear()
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(ImportError, match=r"pip install polypo\[demo\]"):
+        vader_sentiment(["p"], ["c"])
+
+
+def test_import_path_and_columns():
+    assert load_scorer(f"{__name__}.length")(PROMPTS, TEXTS) == [len(text) for text in TEXTS]
+    scores = load_scorer("trainers.loop.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"])
+    assert scores[0] > 0 > scores[1]
+    assert load_scorer(column)(PROMPTS[:2], TEXTS[:2], topic=[100, 200]) == [119.0, 207.0]
+
+
+def test_tensors_and_arrays_become_floats():
+    assert load_scorer(as_tensor)(PROMPTS, TEXTS) == [1.5] * 4
+    scores = load_scorer(as_array)(PROMPTS, TEXTS)
+    assert scores == [0.0, 1.0, 2.0, 3.0] and all(type(score) is float for score in scores)
+
+
+def test_weighted_sum():
+    parts = [{"spec": f"{__name__}.length", "weight": 0.5}, {"spec": as_array, "weight": -2}, as_tensor]
+    expected = [0.5 * len(text) - 2 * i + 1.5 for i, text in enumerate(TEXTS)]
+    assert load_scorer(parts)(PROMPTS, TEXTS) == expected
+    assert load_scorer(parts[0])(PROMPTS, TEXTS) == [0.5 * len(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "7", [1.0]])
+def test_scores_must_be_finite_numbers(bad):
+    def broken(prompts, completions, **columns):
+        return [1.0, 2.0, bad, 3.0]
+
+    with pytest.raises(ValueError, match="broken gave .* for completion 2"):
+        load_scorer(broken)(PROMPTS, TEXTS)
+
+
+def test_one_score_per_completion():
+    with pytest.raises(ValueError, match="<lambda> gave 3 scores for 4 completions"):
+        load_scorer(lambda prompts, completions: [1.0] * 3)(PROMPTS, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no_such_package.reward", "no module no_such_package"),
+        ("trainers.loop.nothing.here", "no module trainers.loop.nothing"),
+        ("trainers.loop.rewards.sentimental", "no callable sentimental"),
+        (f"{__name__}.PROMPTS", "no callable PROMPTS"),
+        ([], "empty"),
+        (3, "got 3"),
+        ({"weight": 1.0}, "weighted scorer"),
+        ({"spec": "a.b", "weigth": 1.0}, "weigth"),
+        ({"spec": "a.b", "weight": "heavy"}, "finite number"),
+    ],
+)
+def test_wrong_specs_say_what_is_wrong(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_scorer(spec)
+
+
+def test_error_inside_a_reward_module_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("import a_package_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has"):
+        load_scorer("broken_reward.score")
+
+
+@pytest.mark.parametrize("configured_pad", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_reward_model_scores_the_templated_chat(tmp_path, configured_pad, batch_size):
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.pad_token = "<pad>" if configured_pad else tokenizer.eos_token  # EOS ends each row: no padding it away
+    pad = tokenizer.pad_token_id if configured_pad else None
+    model = save_reward_model(tmp_path, tokenizer, pad_token_id=pad)
+    chats = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
+        for p, c in zip(PROMPTS, TEXTS, strict=True)
+    ]
+    rows = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in chats]
+    assert len({len(row) for row in rows}) == 4
+    assert all(row.count(tokenizer.bos_token_id) == 1 for row in rows)
+    scorer = load_scorer(str(tmp_path), batch_size=batch_size, device="cpu")
+    expected = one_by_one(model, rows)
+    assert max(expected) - min(expected) > 0.1
+    assert scorer([chat[:1] for chat in chats], [chat[1:] for chat in chats]) == pytest.approx(expected, abs=1e-5)
+    assert scorer(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-5)  # plain text gets the same template
+
+
+def test_reward_model_without_template_reads_plain_text(tmp_path):
+    tokenizer = build_tokenizer()
+    model = save_reward_model(tmp_path, tokenizer, pad_token_id=tokenizer.pad_token_id)
+    scorer = load_scorer(tmp_path.as_posix(), device="cpu")
+    rows = [tokenizer(p + c)["input_ids"] for p, c in zip(PROMPTS, TEXTS, strict=True)]
+    assert scorer(PROMPTS, TEXTS) == pytest.approx(one_by_one(model, rows), abs=1e-5)
+    with pytest.raises(ValueError, match="no chat template"):
+        scorer([[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "ho"}]])
+
+
+def test_reward_model_keeps_the_end_of_long_texts_and_says_so(tmp_path, caplog):
+    tokenizer = build_tokenizer()
+    model = save_reward_model(tmp_path, tokenizer, pad_token_id=0, max_position_embeddings=16)
+    scorer = load_scorer(str(tmp_path), device="cpu")
+    ids = tokenizer("the dog " * 20 + "jumps")["input_ids"]
+    expected = one_by_one(model, [ids[-16:]])
+    for _ in range(2):
+        assert scorer(["the dog " * 20], ["jumps"]) == pytest.approx(expected, abs=1e-5)
+    assert caplog.text.count("lose their beginning") == 1
+
+
+def test_reward_model_dtype(tmp_path):
+    save_reward_model(tmp_path, build_tokenizer(), pad_token_id=0, dtype=torch.bfloat16)
+    kept, wide = (load_scorer(str(tmp_path), dtype=dtype, device="cpu") for dtype in (None, torch.float32))
+    assert kept.function.model.dtype == torch.bfloat16 and wide.function.model.dtype == torch.float32
+    assert kept(PROMPTS, TEXTS) == pytest.approx(wide(PROMPTS, TEXTS), abs=0.1)
+
+
+def test_reward_model_must_have_one_output(tmp_path):
+    save_reward_model(tmp_path, family_tokenizer("llama3"), num_labels=2)
+    with pytest.raises(ValueError, match="has 2 outputs"):
+        load_scorer(str(tmp_path))
+
+
+def test_template_of_the_reward_model_is_its_own(tmp_path):
+    tokenizer = family_tokenizer("llama3")
+    model = save_reward_model(tmp_path, tokenizer, pad_token_id=0)
+    changed = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
+        chat_template=LLAMA3 + "{{ 'judge' }}",
+        tokenize=True,
+        return_dict=False,
+    )
+    tokenizer.chat_template = LLAMA3 + "{{ 'judge' }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_scorer(str(tmp_path), device="cpu")(["p"], ["c"]) == pytest.approx(one_by_one(model, [changed]))
