@@ -91,7 +91,8 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", list(SAME))
-def test_options_that_do_not_change_the_reference_reuse_the_cache(tmp_path, tokenizer, name):
+def test_options_that_do_not_change_the_reference_reuse_the_cache(tmp_path, tokenizer, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first = make(tmp_path, tokenizer)
     first.train()
     assert first.scored == total(rows())
@@ -243,9 +244,9 @@ def test_per_token_values_are_the_tokens_of_the_reference(tmp_path, tokenizer):
             seen["shape"] = reference.logps.shape == policy.logps.shape
             return super().loss(batch, policy, reference)
 
-    t = Grab(tiny_llama(len(tokenizer)), args=config(tmp_path, precompute_ref_logps=True, max_steps=1,
-             ref_cache_dir=str(tmp_path / "c")), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)  # fmt: skip
-    t.train()
+    args = config(tmp_path, precompute_ref_logps=True, max_steps=1, ref_cache_dir=str(tmp_path / "cache"))
+    model, data = tiny_llama(len(tokenizer)), Dataset.from_list(rows())
+    Grab(model, args=args, train_dataset=data, processing_class=tokenizer).train()
     assert seen["shape"] and seen["difference"] < 1e-5
 
 

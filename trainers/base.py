@@ -82,36 +82,22 @@ class PreferenceTrainer(Trainer):
         if ref_model is not None and not self.needs_reference:
             raise ValueError(f"ref_model has no effect: {self.method} needs no reference.")
         set_seed(args.seed)  # before the adapter draws its weights
-        model = policies.load_policy(
-            model, init_kwargs=args.model_init_kwargs, quantization_config=quantization_config
-        )
+        fresh_adapter = peft_config is not None
+        model = _load_policy(model, args, quantization_config, peft_config)
         if processing_class is None:
-            processing_class = policies.load_tokenizer(model, args.pad_token)
-        else:
-            policies.set_pad_token(processing_class, args.pad_token)
-        zero3 = is_deepspeed_zero3_enabled()
-        if peft_config is not None:
-            model = policies.add_adapter(model, peft_config, zero3=zero3)
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            _fit_checkpointing_to_adapter(model, args, zero3=zero3)
-        if args.disable_dropout:
-            policies.disable_dropout(model)
-
+            processing_class = policies.load_tokenizer(model)
+        policies.set_pad_token(processing_class, args.pad_token)
         train_dataset = self._prepare_rows(train_dataset, processing_class, args)
         eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
-        self.table = None
-        if args.precompute_ref_logps and self.needs_reference:
-            self.table = _reference_table(self, model, ref_model, args, fresh_adapter=peft_config is not None)
-            train_dataset, eval_dataset = (self._number_rows(d) for d in (train_dataset, eval_dataset))
-        self.reference = None
+
+        self.table, self.reference, models = None, None, [model]
+        if self.needs_reference and args.precompute_ref_logps:
+            self.table = self._make_table(model, ref_model, args, fresh_adapter=fresh_adapter)
+            train_dataset, eval_dataset = self._number_rows(train_dataset), self._number_rows(eval_dataset)
         if self.needs_reference:
-            self.reference = make_reference(
-                model,
-                ref_model,
-                fresh_adapter=peft_config is not None,
-                copy_policy=self.table is None or bool(self.table.missing()),
-            )
-        models = [model] if self.reference is None or self.reference.model is None else [model, self.reference.model]
+            copy_policy = self.table is None or bool(self.table.missing())
+            self.reference = make_reference(model, ref_model, fresh_adapter=fresh_adapter, copy_policy=copy_policy)
+            models += [self.reference.model] if self.reference.model is not None else []
         self.runner = Runner([policies.base_model(m) for m in models], args.layout)
 
         super().__init__(
@@ -211,6 +197,21 @@ class PreferenceTrainer(Trainer):
         """The dtype that a forward pass computes in."""
         args = self.args
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else policies.base_model(self.model).dtype
+
+    def _make_table(self, model, ref_model, args: PreferenceConfig, *, fresh_adapter: bool) -> ReferenceTable:
+        """The table over the cache of the reference that `make_reference` gives for the same arguments."""
+        source = model if ref_model is None else ref_model
+        has_adapters = isinstance(source, PeftModel)
+        adapter = source.active_adapter if has_adapters and not fresh_adapter else None
+        base = policies.base_model(source)
+        autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
+        fingerprint = reference_fingerprint(
+            reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
+            base.config.to_dict(),
+            compute_dtype=f"{base.dtype}, autocast {autocast}",
+            per_token=self.reference_per_token,
+        )
+        return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=self.reference_per_token)
 
     def _number_rows(self, dataset):
         if isinstance(dataset, dict):
@@ -355,13 +356,6 @@ class PreferenceTrainer(Trainer):
         card.save(path)
 
 
-def _fit_checkpointing_to_adapter(model: PeftModel, args: PreferenceConfig, *, zero3: bool) -> None:
-    """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
-    model.enable_input_require_grads()
-    if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
-        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-
-
 class _PrecomputeReference(TrainerCallback):
     def __init__(self, trainer: PreferenceTrainer):
         self._trainer = trainer
@@ -370,17 +364,21 @@ class _PrecomputeReference(TrainerCallback):
         self._trainer.precompute_reference()
 
 
-def _reference_table(trainer, model, ref_model, args: PreferenceConfig, *, fresh_adapter: bool) -> ReferenceTable:
-    """The table over the cache of the reference that `make_reference` will give for the same arguments."""
-    source = model if ref_model is None else ref_model
-    has_adapters = isinstance(source, PeftModel)
-    adapter = source.active_adapter if has_adapters and not fresh_adapter else None
-    base = policies.base_model(source)
-    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
-    fingerprint = reference_fingerprint(
-        reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
-        base.config.to_dict(),
-        compute_dtype=f"{base.dtype}, autocast {autocast}",
-        per_token=trainer.reference_per_token,
-    )
-    return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=trainer.reference_per_token)
+def _load_policy(model, args: PreferenceConfig, quantization_config, peft_config: PeftConfig | None):
+    """The policy with its adapter, without dropout."""
+    model = policies.load_policy(model, init_kwargs=args.model_init_kwargs, quantization_config=quantization_config)
+    zero3 = is_deepspeed_zero3_enabled()
+    if peft_config is not None:
+        model = policies.add_adapter(model, peft_config, zero3=zero3)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        _fit_checkpointing_to_adapter(model, args, zero3=zero3)
+    if args.disable_dropout:
+        policies.disable_dropout(model)
+    return model
+
+
+def _fit_checkpointing_to_adapter(model: PeftModel, args: PreferenceConfig, *, zero3: bool) -> None:
+    """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
+    model.enable_input_require_grads()
+    if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
+        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}

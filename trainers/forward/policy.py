@@ -70,7 +70,7 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
-def load_tokenizer(model: PreTrainedModel | PeftModel, pad_token: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the model.
 
     Raises:
@@ -79,10 +79,10 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, pad_token: str | None) ->
     path = base_model(model).config.name_or_path
     if not path:
         raise ValueError("The model has no path to load a tokenizer from: pass processing_class=<tokenizer>.")
-    return set_pad_token(AutoTokenizer.from_pretrained(path), pad_token)
+    return AutoTokenizer.from_pretrained(path)
 
 
-def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> PreTrainedTokenizerBase:
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:
     """Give the tokenizer its padding token.
 
     Raises:
@@ -100,4 +100,3 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> 
             f"The tokenizer has no pad token: set pad_token, for example to {tokenizer.eos_token!r} "
             "(safe here, masks are never derived from it)."
         )
-    return tokenizer
