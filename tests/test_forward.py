@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from batches import RAGGED, make_batch
+from trainers.forward.attention import flex_mask
 from trainers.forward.layout import rows_layout, shared_layout, token_counts
 from trainers.forward.run import (
     _why_not_shared,
@@ -157,6 +158,30 @@ def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(shared
     logps = run(model, batch, shared=shared).logps
     assert logps.dtype == torch.float32
     assert (logps.double() - exact).abs()[batch["response_mask"]].mean() < 1.5 * theirs
+
+
+@pytest.mark.slow  # compiles a kernel with the C++ compiler of the machine
+def test_flex_attention_gives_the_same_values():
+    model = build("llama", dtype=torch.float32)
+    batch, expected = make_batch(RAGGED, VOCAB), None
+    expected = reference_logps(model, batch)
+    flexible = build("llama", dtype=torch.float32, attn_implementation="flex_attention").eval()
+    assert prepare_forward(flexible, share=True) is None
+    with torch.no_grad():
+        found = run(flexible, batch, shared=True, flex=True).logps
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+
+
+def test_the_flex_mask_shows_exactly_the_trunk_and_the_own_branch():
+    inputs = shared_layout(make_batch([(3, [2, 1]), (1, [2, 3])], VOCAB))
+    visible = flex_mask(inputs.branches).to_dense()  # blocks, too coarse: ask the rule itself
+    assert visible.shape[-1] == 1
+    rule = flex_mask(inputs.branches).mask_mod
+    t = torch.arange(inputs.input_ids.size(1))
+    seen = [[bool(rule(0, 0, q, k)) for k in t] for q in t]
+    # trunk a a, branches b b, c; second prompt has no trunk: branches d d, e e e
+    rows = ["a", "aa", "aab", "aabb", "aa..c", ".....d", ".....dd", ".......e", ".......ee", ".......eee"]
+    assert [[c.isalpha() for c in row.ljust(10, ".")] for row in rows] == seen
 
 
 @pytest.mark.parametrize("chunk", [VOCAB, 7 * VOCAB, 10**6])

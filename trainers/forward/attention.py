@@ -3,16 +3,23 @@
 A packed row is cut into its trunks and branches: trunks attend to themselves, each branch to its trunk and itself.
 So no score between unrelated tokens is ever computed, unlike with one dense mask over the row. Calls without
 `branches` (generation, evaluation pipelines, the `rows` layout) go to transformers' own SDPA unchanged.
+
+A model loaded with `attn_implementation="flex_attention"` gets the same pattern as a block mask instead. Its kernel
+has no backward on CPUs.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .layout import Branches
+
 SHARED_SDPA = "sdpa_shared_prompt"
+FLEX = "flex_attention"
 
 
 def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, branches=None, **kwargs):
@@ -30,6 +37,19 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     pieces.append(_sdpa(_take(q, branches.branch), branch_k, branch_v, heads, scale, attn_mask=branches.mask))
     flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
     return flat.index_select(0, branches.restore).unsqueeze(0), None
+
+
+def flex_mask(branches: Branches) -> BlockMask:
+    """Block mask of a packed row: earlier tokens of the same prompt that lie in the trunk or in the same branch."""
+    trunk_slots, length = branches.trunk.numel(), branches.restore.numel()
+    in_trunk = branches.restore < trunk_slots
+    branch = torch.where(in_trunk, -1, (branches.restore - trunk_slots) // branches.branch.size(1))
+    prompt = torch.where(in_trunk, branches.restore // max(1, branches.trunk.size(1)), branches.owner[branch])
+
+    def visible(b, h, q, k):
+        return (k <= q) & (prompt[q] == prompt[k]) & ((branch[k] < 0) | (branch[k] == branch[q]))
+
+    return create_block_mask(visible, None, None, length, length, device=branches.restore.device)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

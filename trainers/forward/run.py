@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import SHARED_SDPA
+from .attention import FLEX, SHARED_SDPA, flex_mask
 from .head import add_logps_head
 from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
 from .policy import has_dropout
@@ -57,10 +57,11 @@ class Runner:
             logger.warning("Prompts are not shared between responses: %s. Training goes on with padded rows.", reason)
         self.layout = "rows" if reason else layout
         self._window = min((w for w in map(sliding_window, models) if w is not None), default=None)
+        self._flex = models[0].config._attn_implementation == FLEX
         self._checked = False
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Forward:
-        return run(model, batch, shared=self.shared(batch))
+        return run(model, batch, shared=self.shared(batch), flex=self._flex)
 
     def shared(self, batch: dict[str, Tensor]) -> bool:
         """Whether this batch goes through the model in the `shared` layout."""
@@ -78,7 +79,7 @@ class Runner:
         self._checked = True
         with accelerator.autocast():
             limit = agreement(model)
-            difference = check_first_batch(model, batch, shared=self.layout != "rows")
+            difference = check_first_batch(model, batch, shared=self.layout != "rows", flex=self._flex)
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
         if difference <= limit:
             return
@@ -100,26 +101,30 @@ def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
     reason = None
     if share:
         reason = _why_not_shared(model)
-        if reason is None:
+        if reason is None and model.config._attn_implementation != FLEX:
             model.set_attn_implementation(SHARED_SDPA)
     add_logps_head(model)
     return reason
 
 
-def run(model: nn.Module, batch: dict[str, Tensor], *, shared: bool) -> Forward:
+def run(model: nn.Module, batch: dict[str, Tensor], *, shared: bool, flex: bool = False) -> Forward:
     """Feed a batch to a prepared model (wrapped by DDP, DeepSpeed, FSDP or PEFT, or bare)."""
     inputs = shared_layout(batch) if shared else rows_layout(batch)
-    logps = model(**_keywords(inputs))
+    logps = model(**_keywords(inputs, flex))
     if logps.dtype in (torch.float16, torch.bfloat16):
         logps = logps.float()
     return Forward(to_responses(logps, batch["response_mask"]))
 
 
-def _keywords(inputs: ModelInputs) -> dict:
+def _keywords(inputs: ModelInputs, flex: bool) -> dict:
     keywords = {"input_ids": inputs.input_ids, "positions": inputs.positions, "targets": inputs.targets}
-    if inputs.branches is not None:
+    if inputs.branches is None:
+        return keywords
+    keywords["position_ids"] = inputs.position_ids
+    if flex:
+        keywords["attention_mask"] = flex_mask(inputs.branches)
+    else:
         keywords |= {
-            "position_ids": inputs.position_ids,
             "branches": inputs.branches,
             # A mask with four dimensions is passed on as it is; without one the model would build (T,T) from the
             # position ids. The attention function reads `branches` instead.
@@ -161,14 +166,14 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
         return "its position biases follow the place in the row"
     if "position_ids" not in forward or not any(p.kind is p.VAR_KEYWORD for p in forward.values()):
         return "its forward takes no position ids or no attention keywords"
-    if config._attn_implementation not in ("sdpa", SHARED_SDPA):
-        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if config._attn_implementation not in ("sdpa", SHARED_SDPA, FLEX):
+        return f"attn_implementation is {config._attn_implementation!r}, neither 'sdpa' nor {FLEX!r}"
     if has_dropout(model):
         return "dropout is on"
     return None
 
 
-def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: bool) -> float:
+def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: bool, flex: bool = False) -> float:
     """Mean difference per token between `run` and the model's own logits, on a part of the first prompt's group."""
     group = _small_group(batch)
     inputs = rows_layout(group)
@@ -177,7 +182,7 @@ def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: boo
         logits = logits.flatten(0, 1).index_select(0, inputs.positions)
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         expected = wide.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
-        found = run(model, group, shared=shared).logps[group["response_mask"]]
+        found = run(model, group, shared=shared, flex=flex).logps[group["response_mask"]]
     return float((found - expected).abs().mean())
 
 
