@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from batches import RAGGED, make_batch
+from trainers.forward import head
 from trainers.forward.attention import flex_mask
 from trainers.forward.layout import rows_layout, shared_layout, token_counts
 from trainers.forward.run import (
@@ -186,26 +187,31 @@ def test_the_flex_mask_shows_exactly_the_trunk_and_the_own_branch():
 
 @pytest.mark.parametrize("chunk", [VOCAB, 7 * VOCAB, 10**6])
 def test_chunk_size_changes_nothing(chunk):
-    from trainers.forward.head import add_logps_head
-
     batch, model = make_batch(RAGGED, VOCAB), build("phi")
     expected = reference_logps(model, batch)
     expected_gradients = gradients(model, batch, reference_logps)
-    add_logps_head(model, chunk_elements=chunk)
+    head.add_logps_head(model, chunk_elements=chunk)
     found = gradients(model, batch, lambda m, b: run(m, b, shared=False).logps)
     torch.testing.assert_close(run(model, batch, shared=False).logps, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(found["lm_head.weight"], expected_gradients["lm_head.weight"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found["lm_head.bias"], expected_gradients["lm_head.bias"], rtol=1e-9, atol=1e-9)
 
 
-def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits():
-    from trainers.forward.head import add_logps_head
+@pytest.mark.parametrize("name", ["llama", "cohere"])  # the fused head, and the one for heads of any kind
+def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits(name, monkeypatch):
+    batch, model, rows = make_batch(RAGGED, VOCAB), build(name), []
 
-    batch, model = make_batch(RAGGED, VOCAB), build("llama")
-    rows = []
-    original = model.lm_head.forward
-    model.lm_head.forward = lambda h: rows.append(h.numel() // h.size(-1)) or original(h)
-    add_logps_head(model, chunk_elements=10 * VOCAB)
+    def count(original):
+        def counted(hidden, *args):
+            rows.append(hidden.numel() // hidden.size(-1))
+            return original(hidden, *args)
+
+        return counted
+
+    monkeypatch.setattr(head, "_project", count(head._project))
+    if name == "cohere":
+        model.lm_head.forward = count(model.lm_head.forward)
+    head.add_logps_head(model, chunk_elements=10 * VOCAB)
     with torch.no_grad():
         run(model, batch, shared=False)
     assert sum(rows) == batch["response_mask"].sum() and max(rows) <= 10

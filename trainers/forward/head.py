@@ -1,24 +1,38 @@
 """Log-probabilities without logits: only positions that predict a response token reach the LM head, in chunks.
 
-A chunk's logits live while that chunk is worked on and are recomputed in the backward pass, so that peak memory does
-not grow with tokens x vocabulary. The head is called as a module, once per forward, and chunks inside that one call:
-ZeRO-3 and FSDP2 gather its weights through the hooks of that call, the same number of times on every process.
+A chunk's logits live while that chunk is worked on and are computed again in the backward pass, so that peak memory
+does not grow with tokens x vocabulary. The head is called as a module, once per forward, and chunks inside that one
+call: ZeRO-3 and FSDP2 gather its weights through the hooks of that call, the same number of times on every process.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Logits of one chunk (tokens x vocabulary): 128 MiB in float32.
-CHUNK_ELEMENTS = 2**25
+# Logits of one chunk (tokens x vocabulary). CPUs have small caches: 64 MiB in float32; kernels of GPUs want more.
+CHUNK_ELEMENTS = {"cpu": 2**24}
+GPU_CHUNK_ELEMENTS = 2**26
 
 
-def add_logps_head(model: PreTrainedModel, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+class LogitRule(NamedTuple):
+    """What a model does to the output of its LM head before the softmax: scaling, then soft-capping."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) -> None:
     """Let `model(..., positions=, targets=)` return log-probabilities of `targets` instead of logits.
 
     `positions` (N,) index the flattened (rows x length) hidden states, `targets` (N,) are the token ids they predict;
@@ -31,7 +45,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int = CHUNK_ELEMENTS)
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM.")
     original = model.forward
-    transform = logit_transform(model.config)
+    rule = logit_rule(model.config)
 
     @wraps(original.__func__ if isinstance(original, MethodType) else original)
     def forward(self, *args, positions: Tensor | None = None, targets: Tensor | None = None, **kwargs):
@@ -40,34 +54,111 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int = CHUNK_ELEMENTS)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.size(-1)).index_select(0, positions)
         # Looked up at each call: FSDP and PEFT replace modules after this function ran.
-        return chunked_logps(self.get_output_embeddings(), hidden, targets, transform, chunk_elements)
+        return chunked_logps(self.get_output_embeddings(), hidden, targets, rule, chunk_elements)
 
     model.forward = MethodType(forward, model)
 
 
 def chunked_logps(
-    head: nn.Module, hidden: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor], chunk_elements: int
+    head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule, chunk_elements: int | None = None
 ) -> Tensor:
     """(N,H) hidden states and (N,) target ids -> (N,) log-probabilities, with the logits of one chunk in memory."""
     project = head.forward
-
-    def logps(chunk: Tensor, ids: Tensor) -> Tensor:
-        logits = project(chunk)
-        logits = transform(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits)
-        return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-    def all_chunks(hidden: Tensor) -> Tensor:
-        size = max(1, chunk_elements // head_rows(head))
-        pieces = zip(hidden.split(size), targets.split(size), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in pieces])
-        return torch.cat([logps(h, t) for h, t in pieces])
-
-    head.forward = all_chunks
+    elements = chunk_elements or CHUNK_ELEMENTS.get(hidden.device.type, GPU_CHUNK_ELEMENTS)
+    size = max(1, elements // head_rows(head))
+    plain = type(head) is nn.Linear and rule == LogitRule()
+    head.forward = partial(_linear_logps if plain else _module_logps, head, project, targets, rule, size)
     try:
         return head(hidden)
     finally:
         head.forward = project
+
+
+def _linear_logps(head: nn.Linear, project, targets: Tensor, rule: LogitRule, size: int, hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _LinearLogps.apply(hidden, head.weight, head.bias, targets, size)
+
+
+def _module_logps(head: nn.Module, project: Callable, targets: Tensor, rule: LogitRule, size: int, hidden: Tensor):
+    """Any head: quantised, under an adapter, or with a rule for its logits."""
+
+    def logps(chunk: Tensor, ids: Tensor) -> Tensor:
+        logits = rule(_widen(project(chunk)))
+        return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([logps(h, t) for h, t in pieces])
+
+
+class _LinearLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[targets] with one buffer of logits, forward and backward.
+
+    With p the softmax and g the incoming gradient, the gradient of a row's logits is g (onehot(target) - p).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int) -> Tensor:
+        totals = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
+        chosen = torch.empty_like(totals)
+        weight_t = weight.to(hidden.dtype).t()
+        for part in _parts(len(hidden), size):
+            logits = _widen(_project(hidden[part], weight_t, bias))
+            chosen[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            top = logits.amax(-1, keepdim=True)
+            totals[part] = logits.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, totals)
+        ctx.size = size
+        return chosen - totals
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, bias, targets, totals = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in at least float32: bfloat16 sums drift.
+        grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and ctx.needs_input_grad[2] else None
+        )
+        cast = weight.to(hidden.dtype)
+        for part in _parts(len(hidden), ctx.size):
+            logits = _widen(_project(hidden[part], cast.t(), bias))
+            slope = logits.sub_(totals[part].unsqueeze(-1)).exp_().mul_(-grad[part].unsqueeze(-1))
+            slope.scatter_add_(-1, targets[part].unsqueeze(-1), grad[part].unsqueeze(-1))
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, cast, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += slope.t() @ hidden[part]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ weight_t if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight_t)
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(_wide(logits.dtype))
 
 
 def head_rows(head: nn.Module) -> int:
@@ -75,22 +166,15 @@ def head_rows(head: nn.Module) -> int:
     return getattr(head, "out_features", None) or head.weight.shape[0]
 
 
-def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
-    """What the model does to the output of its LM head before the softmax: scaling, then soft-capping.
+def logit_rule(config: PretrainedConfig) -> LogitRule:
+    """The rule of a model, from its config.
 
     transformers has no common name for it; the names below are those of Cohere, Granite, MiniCPM3, HyperCLOVA X,
-    Falcon-H1 and Gemma. The check on the first batch (`PreferenceTrainer`) catches a model that does something else.
+    Falcon-H1 and Gemma. The check on the first batch (`Runner.check`) catches a model that does something else.
     """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None)
     scaling = getattr(text, "logits_scaling", None)
     if not scale and scaling:
         scale = scaling if text.model_type == "hyperclovax" else 1 / scaling
-    cap = getattr(text, "final_logit_softcapping", None)
-
-    def transform(logits: Tensor) -> Tensor:
-        if scale:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return transform
+    return LogitRule(scale or 1.0, getattr(text, "final_logit_softcapping", None))
