@@ -3,16 +3,39 @@
 from .base import PreferenceTrainer
 from .config import PreferenceConfig
 from .data import PreferenceCollator, load_preferences
+from .dpo import DPOConfig, DPOTrainer, dpo_loss
 from .forward.run import Forward
+from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infonca_loss, nca_loss
+from .lire import LIREConfig, LIRETrainer, lire_loss
+from .plackett_luce import PlackettLuceConfig, PlackettLuceTrainer, plackett_luce_loss
+from .rrhf import RRHFConfig, RRHFTrainer, rrhf_loss
 from .swepo import SWEPOConfig, SWEPOTrainer, swepo_loss
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "Forward",
+    "InfoNCAConfig",
+    "InfoNCATrainer",
+    "LIREConfig",
+    "LIRETrainer",
+    "NCAConfig",
+    "NCATrainer",
+    "PlackettLuceConfig",
+    "PlackettLuceTrainer",
     "PreferenceCollator",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "RRHFConfig",
+    "RRHFTrainer",
     "SWEPOConfig",
     "SWEPOTrainer",
+    "dpo_loss",
+    "infonca_loss",
+    "lire_loss",
     "load_preferences",
+    "nca_loss",
+    "plackett_luce_loss",
+    "rrhf_loss",
     "swepo_loss",
 ]

@@ -1,0 +1,132 @@
+"""LIRE and the baselines through the whole stack: closed forms at step 0, a lower loss later, DPO as in TRL."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from helpers import build_tokenizer, tiny_llama
+from trainers.dpo import DPOConfig, DPOTrainer
+from trainers.infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer
+from trainers.lire import LIREConfig, LIRETrainer
+from trainers.plackett_luce import PlackettLuceConfig, PlackettLuceTrainer
+from trainers.rrhf import RRHFConfig, RRHFTrainer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def ranked_rows(n=6):
+    """Tokenised rows with 2 to 4 responses of 2 to 9 tokens and different scores."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(5, 300, (length,), generator=generator).tolist()
+
+    rows = []
+    for i in range(n):
+        scores = torch.randperm(7, generator=generator)[: 2 + i % 3].tolist()
+        rows.append(
+            {
+                "prompt_ids": ids(3, 8),
+                "response_ids": [ids(2, 10) for _ in scores],
+                "scores": [float(score) for score in scores],
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def summed_logps(model, row):
+    """Log-probabilities of a row's responses from the model's own logits, one response at a time."""
+    out = []
+    for response in row["response_ids"]:
+        ids = torch.tensor([row["prompt_ids"] + response])
+        logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])
+        out.append(logps[-len(response) :].sum().item())
+    return out
+
+
+def lire_by_hand(logps, row):
+    weights, gains = (
+        [math.exp(v - max(values)) for v in values] for values in ([x / 2 for x in logps], row["scores"])
+    )
+    return -sum(w * g for w, g in zip(weights, gains, strict=True)) / sum(weights) / sum(gains)
+
+
+def rrhf_by_hand(logps, row):
+    scores, per_token = row["scores"], [x / len(r) for x, r in zip(logps, row["response_ids"], strict=True)]
+    pairs = itertools.permutations(range(len(scores)), 2)
+    hinge = sum(max(0, per_token[j] - per_token[i]) for i, j in pairs if scores[i] > scores[j])
+    return hinge - logps[scores.index(max(scores))]
+
+
+STEP_ZERO = {
+    DPOTrainer: lambda logps, row: math.log(2),
+    PlackettLuceTrainer: lambda logps, row: math.log(math.factorial(len(logps))),
+    InfoNCATrainer: lambda logps, row: math.log(len(logps)),
+    NCATrainer: lambda logps, row: 2 * math.log(2),
+    LIRETrainer: lire_by_hand,
+    RRHFTrainer: rrhf_by_hand,
+}
+CONFIGS = {
+    DPOTrainer: DPOConfig, PlackettLuceTrainer: PlackettLuceConfig, InfoNCATrainer: InfoNCAConfig,
+    NCATrainer: NCAConfig, LIRETrainer: LIREConfig, RRHFTrainer: RRHFConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", STEP_ZERO, ids=lambda cls: cls.__name__)
+def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokenizer, cls):
+    data, model = ranked_rows(), tiny_llama(len(tokenizer))
+    args = CONFIGS[cls](
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd",
+        per_device_train_batch_size=6, max_steps=2, learning_rate=2e-3, lr_scheduler_type="constant", logging_steps=1,
+    )  # fmt: skip
+    expected = sum(STEP_ZERO[cls](summed_logps(model, row), row) for row in data) / len(data)
+    before = copy.deepcopy(model.state_dict())
+    rows = Dataset.from_list(data)
+    t = cls(model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    assert t.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    t.train()
+    assert t.evaluate()["eval_loss"] < expected - 1e-6
+    assert all(not torch.equal(value, before[name]) for name, value in t.model.state_dict().items())
+    assert (t.reference is None) == (cls in (LIRETrainer, RRHFTrainer))
+    assert 0 <= t.state.log_history[1]["ranking/pairwise_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, smoothing):
+    import trl
+
+    words = " the cat sat on a mat and saw the sun rise over an old green hill".replace(" ", "| ").split("|")[1:]
+    rows = [{"prompt": words[i] + words[i + 2], "chosen": "".join(words[i : i + 4]),
+             "rejected": "".join(words[i + 3 : 2 * i + 5])} for i in range(5)]  # fmt: skip
+    policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
+    common = {
+        "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 5,
+        "bf16": False, "max_length": 64, "beta": 0.3, "label_smoothing": smoothing, "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    losses, gradients = [], []
+    for cls, args in (
+        (trl.DPOTrainer, trl.DPOConfig(**common, loss_type="robust")),
+        (DPOTrainer, DPOConfig(**common)),
+    ):
+        t = cls(
+            copy.deepcopy(policy), ref_model=copy.deepcopy(reference), args=args,
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        )  # fmt: skip
+        loss = t.compute_loss(t.model.train(), t.data_collator([t.train_dataset[i] for i in range(5)]))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in t.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # the sums of log-probabilities are float32
+    assert abs(losses[0] - math.log(2)) > 1e-3
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

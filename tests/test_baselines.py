@@ -1,0 +1,297 @@
+"""The losses of the baselines on hand-worked vectors, and what all losses have in common."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainers.dpo import DPOConfig, dpo_loss, score_pairs
+from trainers.infonca import InfoNCAConfig, NCAConfig, infonca_loss, nca_loss
+from trainers.lire import lire_loss
+from trainers.plackett_luce import PlackettLuceConfig, plackett_luce_loss
+from trainers.rrhf import RRHFConfig, rrhf_loss
+from trainers.swepo import swepo_loss
+
+VECTORS = [json.loads((Path(__file__).parent / "vectors" / name).read_text()) for name in ("lire.json", "swepo.json")]
+CASES = {
+    case["id"] + " " + case["function"]: case
+    for vectors in VECTORS
+    for case in vectors["cases"]
+    # DPO with an offset is SWEPO with signed weights and is tested there.
+    if case["function"] not in ("lire", "swepo") and "offset" not in case["options"]
+}
+
+
+def close(found, expected, dtype=torch.float64):
+    tolerance = VECTORS[0]["tolerance"][str(dtype).removeprefix("torch.")]
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    error = (found.detach().double() - expected).abs() / expected.abs().clamp(min=1)
+    assert error.max() <= tolerance, (found, expected)
+
+
+def loss_of(case, logps, inputs):
+    """The loss of a vector case; `logps` are the sums that the expected gradient is with respect to."""
+    options = dict(case["options"])
+    reduction = options.pop("reduction", None)
+    logratios = logps - inputs["ref_seq_logps"] if "ref_seq_logps" in inputs else logps
+    # The DPO pair of the LIRE vectors comes without scores, winner first.
+    scores = inputs.get("scores", -torch.arange(logps.size(-1), dtype=logps.dtype).unsqueeze(0))
+    mask = torch.ones_like(logps, dtype=torch.bool)
+    match case["function"]:
+        case "dpo":
+            return dpo_loss(logratios, scores, mask, **options)
+        case "dpo_best_worst":
+            return dpo_loss(logratios, scores, mask, pairs="best_worst", **options)
+        case "dpo_best_rest":
+            return dpo_loss(logratios, scores, mask, pairs="best_rest", **options)
+        case "dpo_all_pairs":
+            number = score_pairs(scores, mask, "all").sum() if reduction == "sum" else 1
+            return dpo_loss(logratios, scores, mask, pairs="all", **options) * number
+        case "listmle_dpo_pl":
+            return plackett_luce_loss(logratios, scores, mask, reduction=reduction, **options)
+        case "listmle_length_averaged":
+            return plackett_luce_loss(logps / inputs["lengths"], scores, mask, beta=1)
+        case "infonca":
+            return infonca_loss(logratios, scores, mask, **options)
+        case "nca":
+            return nca_loss(logratios, scores, mask, **options)
+        case "rrhf":
+            return rrhf_loss(logps, scores, mask, inputs["lengths"], sft_weight={"none": 0, "sum": 1}[options["sft"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_vector(name, dtype):
+    case = CASES[name]
+    inputs = {k: torch.tensor([v], dtype=dtype) for k, v in case["inputs"].items()}
+    if "logratios" in inputs:
+        inputs = {k: inputs[k] for k in ("logratios", "scores")}
+    key = "logratios" if "logratios" in inputs else "seq_logps"
+    variable = inputs[key].requires_grad_()
+    loss = loss_of(case, variable, inputs)
+    loss.sum().backward()
+    close(loss[0], case["expected"]["loss"], dtype)
+    close(variable.grad[0], case["expected"]["grad_" + key], dtype)
+
+
+def test_every_baseline_has_vectors():
+    functions = [case["function"] for case in CASES.values()]
+    assert {"dpo", "dpo_all_pairs", "listmle_dpo_pl", "infonca", "nca", "rrhf"} <= set(functions)
+    assert len(functions) >= 18
+
+
+# What all losses share. x stands for log-ratios or, for the methods without a reference, log-probabilities.
+
+LENGTHS = torch.tensor([[4, 9, 1, 6, 3], [2, 5, 8, 1, 7], [3, 3, 6, 2, 9]])
+LOSSES = {
+    "swepo": lambda x, s, m, n: swepo_loss(x, s, m, beta=0.3, alpha=0.4),
+    "lire": lambda x, s, m, n: lire_loss(x, s, m),
+    "lire none": lambda x, s, m, n: lire_loss(x, s, m, score_transform="none"),
+    "lire zscore": lambda x, s, m, n: lire_loss(x, s, m, score_transform="zscore", temperature=0.7),
+    "lire per token": lambda x, s, m, n: lire_loss(x, s, m, length_average=True, lengths=n, temperature=0.5),
+    "lire sft": lambda x, s, m, n: lire_loss(x, s, m, sft_alpha=0.2, lengths=n),
+    "dpo": lambda x, s, m, n: dpo_loss(x, s, m, beta=0.3),
+    "dpo best_rest": lambda x, s, m, n: dpo_loss(x, s, m, beta=0.3, pairs="best_rest"),
+    "dpo all": lambda x, s, m, n: dpo_loss(x, s, m, beta=0.3, pairs="all", label_smoothing=0.1),
+    "plackett_luce": lambda x, s, m, n: plackett_luce_loss(x, s, m, beta=0.3),
+    "plackett_luce mean": lambda x, s, m, n: plackett_luce_loss(x, s, m, beta=0.3, reduction="mean"),
+    "infonca": lambda x, s, m, n: infonca_loss(x, s, m, beta=0.3, alpha=0.7),
+    "nca": lambda x, s, m, n: nca_loss(x, s, m, beta=0.3, alpha=0.7),
+    "rrhf": lambda x, s, m, n: rrhf_loss(x, s, m, n, sft_weight=0.5),
+    "rrhf hinge": lambda x, s, m, n: rrhf_loss(x, s, m, n, sft_weight=0),
+}
+# Losses that only compare responses do not change when all of a prompt's x move by the same amount.
+ABSOLUTE = {"lire sft", "nca", "rrhf"}
+PER_TOKEN = {"lire per token", "rrhf hinge"}
+# The SFT term is about the first of several best responses.
+FIRST_BEST = {"lire sft", "rrhf"}
+
+
+def example():
+    """Three prompts with 5, 4 and 3 responses."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    scores = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 2
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
+    return x, scores, mask
+
+
+def gradient(loss, x, *arguments):
+    return torch.autograd.grad(loss(x, *arguments).sum(), x)[0]
+
+
+@pytest.fixture(params=LOSSES)
+def name(request):
+    return request.param
+
+
+def test_gradients_agree_with_finite_differences(name):
+    x, scores, mask = example()
+    assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, scores, mask, LENGTHS), x)
+
+
+def test_permuted_responses_permute_the_gradient(name):
+    x, scores, mask = example()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    moved = x.detach()[:, order].requires_grad_()
+    arguments = scores[:, order], mask[:, order], LENGTHS[:, order]
+    expected = gradient(LOSSES[name], x, scores, mask, LENGTHS)
+    assert expected[mask].abs().max() > 1e-3
+    torch.testing.assert_close(LOSSES[name](moved, *arguments), LOSSES[name](x, scores, mask, LENGTHS))
+    torch.testing.assert_close(gradient(LOSSES[name], moved, *arguments), expected[:, order])
+
+
+def test_the_order_of_tied_responses_changes_nothing(name):
+    x, _, mask = example()
+    scores = torch.tensor([[2.0, 3, 3, 1, 1], [4, 9, 4, 4, 1], [9, 0, 0, 5, 9]], dtype=torch.float64)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    moved = LOSSES[name](x[:, order], scores[:, order], mask[:, order], LENGTHS[:, order])
+    plain = LOSSES[name](x, scores, mask, LENGTHS)
+    single_best = torch.tensor([False, False, True])
+    keep = single_best if name in FIRST_BEST else torch.ones(3, dtype=torch.bool)
+    torch.testing.assert_close(moved[keep], plain[keep])
+
+
+def test_padded_slots_do_not_matter_whatever_they_hold(name):
+    x, scores, mask = example()
+    expected, slope = LOSSES[name](x, scores, mask, LENGTHS), gradient(LOSSES[name], x, scores, mask, LENGTHS)
+    assert not slope[~mask].any()
+    for garbage in (math.nan, math.inf, -math.inf, 1e30):
+        dirty = x.detach().masked_fill(~mask, garbage).requires_grad_()
+        arguments = scores.masked_fill(~mask, garbage), mask, LENGTHS.masked_fill(~mask, 0)
+        torch.testing.assert_close(LOSSES[name](dirty, *arguments), expected, rtol=0, atol=1e-12)
+        found = gradient(LOSSES[name], dirty, *arguments)
+        torch.testing.assert_close(found[mask], slope[mask], rtol=0, atol=1e-12)
+        assert not found[~mask].nan_to_num(0).any()
+    alone = [LOSSES[name](x[i : i + 1, m], scores[i : i + 1, m], mask[i : i + 1, m], LENGTHS[i : i + 1, m])
+             for i, m in enumerate(mask)]  # fmt: skip
+    torch.testing.assert_close(torch.cat(alone), expected, rtol=0, atol=1e-12)
+
+
+def test_shifts(name):
+    x, scores, mask = example()
+    slope = gradient(LOSSES[name], x, scores, mask, LENGTHS)
+    torch.testing.assert_close(gradient(LOSSES[name], x, scores - 1000, mask, LENGTHS), slope)
+    if name in ABSOLUTE:
+        return
+    shift = 7.0 * LENGTHS if name in PER_TOKEN else 7.0
+    torch.testing.assert_close(LOSSES[name](x + shift, scores, mask, LENGTHS), LOSSES[name](x, scores, mask, LENGTHS))
+    total = (slope * LENGTHS if name in PER_TOKEN else slope).sum(-1)
+    torch.testing.assert_close(total, torch.zeros(3).double(), rtol=0, atol=1e-12)
+
+
+def test_prompts_without_a_signal_give_no_gradient(name):
+    x, scores, mask = example()
+    expected, slope = LOSSES[name](x, scores, mask, LENGTHS), gradient(LOSSES[name], x, scores, mask, LENGTHS)
+    scores[1], scores[2], mask[2] = 0.7, 0.0, torch.tensor([False, True, False, False, False])
+    empty = torch.zeros(1, 5)
+    x = torch.cat([x.detach(), empty]).requires_grad_()
+    arguments = torch.cat([scores, empty]), torch.cat([mask, empty.bool()]), torch.cat([LENGTHS, empty.long() + 1])
+    losses, found = LOSSES[name](x, *arguments), gradient(LOSSES[name], x, *arguments)
+    torch.testing.assert_close(losses[0], expected[0])
+    torch.testing.assert_close(found[0], slope[0])
+    assert not found[1:].any()
+    constants = {
+        "lire": [-1 / 4, -1],
+        "lire sft": [-1 / 4, -1],
+        "lire per token": [-1 / 4, -1],
+        "lire none": [-0.7, 0],
+    }
+    assert losses[1:].tolist() == pytest.approx(
+        [*constants.get(name, [0, 0]), 0], abs=0 if name not in constants else 1e-12
+    )
+
+
+def test_a_step_raises_the_best_and_lowers_the_worst(name):
+    x, scores, mask = example()
+    wrong = (-scores).requires_grad_()  # the worse the likelier
+    slope = gradient(LOSSES[name], wrong, scores, mask, torch.full_like(LENGTHS, 3))
+    best, worst = scores.masked_fill(~mask, -99).argmax(-1), scores.masked_fill(~mask, 99).argmin(-1)
+    assert (slope.gather(-1, best[:, None]) < 0).all() and (slope.gather(-1, worst[:, None]) > 0).all()
+
+
+def test_extreme_values_stay_finite(name):
+    x = torch.tensor([[-6000.0, -10000, -8000, -12000], [3000, -9000, 0, 500]], requires_grad=True)
+    scores = torch.tensor([[300.0, -300, 0, 900], [1e-3, 0, 2e-3, -1e-3]])
+    losses = LOSSES[name](x, scores, torch.ones(2, 4).bool(), torch.full((2, 4), 50))
+    assert losses.isfinite().all() and torch.autograd.grad(losses.sum(), x)[0].isfinite().all()
+
+
+# What single losses are.
+
+
+def test_two_responses_make_one_pair_for_every_method_that_contrasts_pairs():
+    x = torch.tensor([[1.3, -0.4], [-2.0, 0.5]], dtype=torch.float64)
+    scores, mask = torch.tensor([[6.0, 4.0], [0.0, 1.0]]).double(), torch.ones(2, 2).bool()
+    expected = -torch.nn.functional.logsigmoid(0.1 * torch.tensor([1.7, 2.5], dtype=torch.float64))
+    for loss in (
+        *(dpo_loss(x, scores, mask, beta=0.1, pairs=pairs) for pairs in ("best_worst", "best_rest", "all")),
+        plackett_luce_loss(x, scores, mask, beta=0.1),
+        infonca_loss(x, scores, mask, beta=0.1, alpha=1e4),
+    ):
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+
+
+def test_pairs_with_ties():
+    scores, mask = torch.tensor([[5.0, 5, 3, 1, 9]]), torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    expected = {
+        "best_worst": {(0, 3), (1, 3)},
+        "best_rest": {(0, 2), (0, 3), (1, 2), (1, 3)},
+        "all": {(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)},
+    }
+    for pairs, members in expected.items():
+        found = score_pairs(scores, mask, pairs)[0].nonzero().tolist()
+        assert {tuple(pair) for pair in found} == members and len(found) == len(members)
+
+
+def test_plackett_luce_probabilities_of_all_rankings_sum_to_one():
+    x = torch.tensor([[0.3, -1.2, 2.0, 0.7]], dtype=torch.float64)
+    likelihoods = [
+        (-plackett_luce_loss(x, torch.tensor([ranking]).double(), torch.ones(1, 4).bool(), beta=0.5)).exp()
+        for ranking in itertools.permutations(range(4))
+    ]
+    torch.testing.assert_close(sum(likelihoods), torch.ones(1).double())
+
+
+def test_plackett_luce_never_compares_tied_responses():
+    r = [0.3, -1.2, 2.0, 0.7]
+    scores = torch.tensor([[4.0, 2, 2, 1]]).double()
+    found = plackett_luce_loss(torch.tensor([r], dtype=torch.float64), scores, torch.ones(1, 4).bool(), beta=1)
+
+    def choice(chosen, *others):
+        return math.log(sum(math.exp(r[i]) for i in (chosen, *others))) - r[chosen]
+
+    assert found.item() == pytest.approx(choice(0, 1, 2, 3) + choice(1, 3) + choice(2, 3), abs=1e-12)
+
+
+def test_infonca_is_least_where_the_rewards_are_alpha_times_the_scores():
+    _, scores, mask = example()
+    x = (0.7 / 0.3 * scores + 5).requires_grad_()
+    assert gradient(LOSSES["infonca"], x, scores, mask, LENGTHS).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("loss", [infonca_loss, nca_loss])
+def test_a_large_common_offset_of_the_scores_costs_no_precision(loss):
+    x, scores, mask = torch.tensor([[0.5, -1.0, 0.3]]), torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3).bool()
+    torch.testing.assert_close(loss(x, scores + 1e6, mask, alpha=0.7), loss(x, scores, mask, alpha=0.7))
+
+
+@pytest.mark.parametrize(
+    "config, wrong, word",
+    [
+        (DPOConfig, {"beta": 0}, "beta"),
+        (DPOConfig, {"pairs": "random"}, "pairs"),
+        (DPOConfig, {"label_smoothing": 0.5}, "label_smoothing"),
+        (PlackettLuceConfig, {"beta": math.inf}, "beta"),
+        (PlackettLuceConfig, {"reduction": "max"}, "reduction"),
+        (InfoNCAConfig, {"beta": -1}, "beta"),
+        (NCAConfig, {"alpha": math.nan}, "alpha"),
+        (RRHFConfig, {"sft_weight": -1}, "sft_weight"),
+    ],
+)
+def test_wrong_options_name_themselves(config, wrong, word):
+    with pytest.raises(ValueError, match=word):
+        config(output_dir="unused", **wrong)

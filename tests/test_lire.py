@@ -1,0 +1,235 @@
+"""lire_loss on hand-worked vectors, its limits and options, and what a run with it loads and says."""
+
+import gc
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM
+
+from helpers import build_tokenizer, tiny_llama
+from trainers.dpo import DPOConfig, DPOTrainer
+from trainers.lire import LIREConfig, LIRETrainer, lire_loss, lire_metrics, transform_scores
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "lire.json").read_text())
+CASES = {case["id"]: case for case in VECTORS["cases"] if case["function"] == "lire"}
+
+
+def close(found, expected, dtype=torch.float64):
+    tolerance = VECTORS["tolerance"][str(dtype).removeprefix("torch.")]
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    error = (found.detach().double() - expected).abs() / expected.abs().clamp(min=1)
+    assert error.max() <= tolerance, (found, expected)
+
+
+def tensors(case, dtype=torch.float64):
+    logps, scores = (torch.tensor([case["inputs"][k]], dtype=dtype) for k in ("seq_logps", "scores"))
+    lengths = torch.tensor([case["inputs"]["lengths"]]) if "lengths" in case["inputs"] else None
+    return logps.requires_grad_(), scores, torch.ones_like(scores, dtype=torch.bool), lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case["id"])
+def test_vector(case, dtype):
+    logps, scores, mask, lengths = tensors(case, dtype)
+    losses = lire_loss(logps, scores, mask, lengths=lengths, **case["options"])
+    losses.sum().backward()
+    close(losses[0], case["expected"]["loss"], dtype)
+    close(logps.grad[0], case["expected"]["grad_seq_logps"], dtype)
+    close(transform_scores(scores, mask, case["options"]["score_transform"])[0],
+          case["expected"]["transformed_scores"], dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VECTORS["batch_cases"], ids=lambda case: case["id"])
+def test_sum_over_candidates_and_mean_over_prompts_of_a_padded_batch(case):
+    inputs = case["inputs"]
+    logps = torch.tensor(inputs["seq_logps"], dtype=torch.float64, requires_grad=True)
+    scores, mask = torch.tensor(inputs["scores"], dtype=torch.float64), torch.tensor(inputs["mask"]).bool()
+    losses = lire_loss(logps, scores, mask, **case["options"])
+    close(losses, case["expected"]["losses"])
+    close(losses.mean(), case["expected"]["loss"])
+    losses.mean().backward()
+    close(logps.grad, case["expected"]["grad_seq_logps_of_loss"])
+    per_candidate = lire_loss(logps, scores, mask, reduction="mean", **case["options"])
+    close(per_candidate, losses / mask.sum(-1))
+    close(per_candidate.mean(), case["not_expected"]["loss_if_mean_over_candidates_too"])
+
+
+@pytest.mark.parametrize("case", VECTORS["token_cases"], ids=lambda case: case["id"])
+def test_tokens_are_summed_not_averaged(case):
+    inputs = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["inputs"].items()}
+    logps, mask = inputs["logps"].requires_grad_(), inputs["completion_mask"].any(-1)
+    summed = (logps * inputs["completion_mask"]).sum(-1)
+    loss = lire_loss(summed, inputs["scores"], mask, **case["options"])
+    close(loss[0], case["expected"]["loss"])
+    loss.sum().backward()
+    close(logps.grad, case["expected"]["grad_logps"])
+    lengths = inputs["completion_mask"].sum(-1)
+    averaged = lire_loss(summed, inputs["scores"], mask, lengths=lengths, length_average=True, **case["options"])
+    close(averaged[0], case["not_expected"]["loss_if_token_mean_were_used"])
+
+
+@pytest.mark.parametrize("transform", ["softmax", "none"])
+def test_gradient_of_a_pair_is_the_closed_form(transform):
+    logps = torch.tensor([[-11.0, -9.5], [-3.0, -30.0], [-8.0, -8.0]], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[2.0, -0.3], [0.1, 0.4], [5.0, 1.0]], dtype=torch.float64)
+    temperature = 3.0
+    lire_loss(logps, scores, torch.ones(3, 2), temperature=temperature, score_transform=transform).sum().backward()
+    p = torch.sigmoid((logps[:, 0] - logps[:, 1]).detach() / temperature)
+    gap = scores[:, 0] - scores[:, 1]
+    gap = torch.tanh(gap / 2) if transform == "softmax" else gap
+    expected = -p * (1 - p) * gap / temperature
+    torch.testing.assert_close(logps.grad, torch.stack([expected, -expected], -1), rtol=0, atol=1e-12)
+
+
+def test_adding_a_constant_to_scores_moves_only_the_untransformed_loss():
+    logps, scores, mask, _ = tensors(CASES["A"])
+    for transform, change in (("softmax", 0), ("zscore", 0), ("none", -7)):
+        plain, moved = (lire_loss(logps, s, mask, score_transform=transform) for s in (scores, scores + 7))
+        torch.testing.assert_close(moved, plain + change, rtol=0, atol=1e-12)
+        gradients = [torch.autograd.grad(loss.sum(), logps)[0] for loss in (plain, moved)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_limits_of_the_temperature():
+    logps, scores, mask, _ = tensors(CASES["A"])
+    hot = lire_loss(logps, scores, mask, temperature=1e9, score_transform="none")
+    cold = lire_loss(logps, scores, mask, temperature=1e-3, score_transform="none")
+    torch.testing.assert_close(hot, -scores.mean(-1), rtol=0, atol=1e-8)
+    torch.testing.assert_close(cold, -scores[:, 1], rtol=0, atol=1e-8)  # -9.5 is the most likely
+    assert not torch.autograd.grad(cold.sum(), logps)[0].any()
+
+
+def test_score_temperature_and_loss_weight():
+    logps, scores, mask, lengths = tensors(CASES["D_mean"])
+    torch.testing.assert_close(
+        lire_loss(logps, scores, mask, score_temperature=0.5), lire_loss(logps, scores * 2, mask)
+    )
+    sft = lire_loss(logps, scores, mask, lengths=lengths, sft_alpha=0.2) - lire_loss(logps, scores, mask)
+    torch.testing.assert_close(sft[0], torch.tensor(0.2 * 11 / 9).double())
+    torch.testing.assert_close(
+        lire_loss(logps, scores, mask, lengths=lengths, sft_alpha=0.2, loss_weight=5),
+        5 * lire_loss(logps, scores, mask) + sft,
+    )
+
+
+def test_equal_scores_leave_a_constant_without_any_gradient():
+    logps = torch.tensor([[-3.0, -1.0, -2.5], [-7.0, -4.0, 9.0]], requires_grad=True)
+    scores, mask = torch.full((2, 3), 0.7), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    constants = {"softmax": [-1 / 3, -1 / 2], "none": [-0.7, -0.7], "zscore": [0.0, 0.0]}
+    for transform, expected in constants.items():
+        losses = lire_loss(logps, scores, mask, score_transform=transform, sft_alpha=0.5, sft_reduction="sum")
+        torch.testing.assert_close(losses, torch.tensor(expected))
+        assert not torch.autograd.grad(losses.sum(), logps)[0].any()
+
+
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"score_temperature": -1.0}, "score_temperature"),
+        ({"score_transform": "rank"}, "score_transform"),
+        ({"reduction": "max"}, "reduction"),
+        ({"loss_weight": math.inf}, "loss_weight"),
+        ({"sft_alpha": -0.1}, "sft_alpha"),
+        ({"sft_reduction": "padded"}, "sft_reduction"),
+        ({"length_average": True}, "lengths"),
+        ({"sft_alpha": 0.1}, "lengths"),
+    ],
+)
+def test_wrong_options_name_themselves(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        lire_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), **wrong)
+    if word != "lengths":  # the trainer has the lengths
+        with pytest.raises(ValueError, match=word):
+            LIREConfig(output_dir="unused", **wrong)
+
+
+def test_metrics_of_the_default_example_and_of_a_saturated_one():
+    expected = VECTORS["metrics"]
+    lengths = torch.tensor([[10, 8, 15, 9]])
+    found = lire_metrics(*tensors(CASES[expected["case"]])[:3], lengths)
+    for name, key in (
+        ("effective_candidates", "effective_candidates"),
+        ("prob_best", "prob_best"),
+        ("expected_score", "expected_score"),
+        ("mean_score", "mean_score"),
+        ("gradient", "grad_l1"),
+    ):
+        close(found["lire/" + name][0], expected[key])
+    assert found["lire/vanished"].item() == 0 and found["lire/likeliest_length"].item() == 8
+    saturated = lire_metrics(*tensors(CASES["S1"])[:3], lengths)
+    assert saturated["lire/vanished"].item() == 1 and 1 <= saturated["lire/effective_candidates"].item() < 1.001
+    constant = lire_metrics(*tensors(CASES["Q1"])[:3], lengths)
+    assert all(value.isnan().all() for value in constant.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"length_average": True}, {"reduction": "mean", "loss_weight": 3.0}, {"score_transform": "none"}]
+)
+def test_gradient_metric_is_the_size_of_the_gradient(options):
+    generator = torch.Generator().manual_seed(0)
+    logps = (torch.randn(3, 5, generator=generator, dtype=torch.float64) * 3).requires_grad_()
+    scores = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    mask, lengths = torch.arange(5) < torch.tensor([[5], [3], [2]]), torch.randint(1, 9, (3, 5), generator=generator)
+    lire_loss(logps, scores, mask, lengths=lengths, **options).sum().backward()
+    found = lire_metrics(logps, scores, mask, lengths, **options)["lire/gradient"]
+    torch.testing.assert_close(found, logps.grad.abs().sum(-1))
+
+
+def rows(lengths, n=4):
+    """Tokenised rows with responses of the given lengths, the best score first."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(5, 300, (count,), generator=generator).tolist()
+
+    return Dataset.from_list(
+        [
+            {"prompt_ids": ids(3 + i), "response_ids": [ids(c) for c in lengths], "scores": [2.0, 1.0, 0.0]}
+            for i in range(n)
+        ]
+    )
+
+
+def trainer(tmp_path, cls=LIRETrainer, data=None, **kwargs):
+    args = cls.config_class(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=2, max_steps=2, logging_steps=1, **kwargs,
+    )  # fmt: skip
+    tokenizer = build_tokenizer()
+    return cls(tiny_llama(len(tokenizer)), args=args, train_dataset=data, processing_class=tokenizer)
+
+
+def test_no_reference_is_loaded(tmp_path):
+    def models():
+        gc.collect()
+        return sum(type(o) is LlamaForCausalLM for o in gc.get_objects())
+
+    before = models()
+    lire = trainer(tmp_path, data=rows([3, 5, 4]))
+    assert models() == before + 1 and lire.reference is None
+    lire.train()
+    assert models() == before + 1
+    dpo = trainer(tmp_path, cls=DPOTrainer, data=rows([3, 5, 4]))
+    assert models() == before + 3 and dpo.reference.model is not None
+    assert isinstance(dpo.args, DPOConfig)
+
+
+def test_a_collapsed_distribution_is_warned_of_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="trainers.lire"):
+        t = trainer(tmp_path, data=rows([3, 30, 60]))
+        t.train()
+    logged = [entry for entry in t.state.log_history if "lire/vanished" in entry]
+    assert len(logged) == 2 and all(entry["lire/vanished"] == 1 for entry in logged)
+    assert len([r for r in caplog.records if "effective number of candidates" in r.message]) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="trainers.lire"):
+        t = trainer(tmp_path, data=rows([4, 4, 4]), length_average=True)
+        t.train()
+    assert t.state.log_history[0]["lire/effective_candidates"] > 2 and not caplog.records

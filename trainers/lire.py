@@ -1,0 +1,285 @@
+"""LIRE: raise the expected score under the policy's own distribution over a prompt's responses, without a reference.
+
+Paper: "LIRE: listwise reward enhancement for preference alignment", arXiv 2405.13516. Its full text was not available
+to us: the loss and its defaults follow the authors' code, which turns the scores into a softmax; the objective that
+public reviews quote has the plain scores (`score_transform="none"`). `zscore` and `length_average` are nobody's paper.
+
+Left out: `sft_target` "chosen" (rows name no chosen response beside the scores) and division by the padded width.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import PreferenceConfig, PreferenceTrainer
+from .metrics import best_and_worst
+
+logger = logging.getLogger(__name__)
+
+SCORE_TRANSFORMS = ("softmax", "none", "zscore")
+REDUCTIONS = ("sum", "mean")
+LISTWISE_OPTIONS = (
+    "temperature", "score_transform", "score_temperature", "length_average", "reduction", "loss_weight",
+)  # fmt: skip
+
+# A prompt's gradient has vanished when it is below this share of what it would be with all responses equally likely.
+VANISHED = 1e-3
+# Mean effective number of candidates below which the user is warned.
+PEAKED = 1.2
+
+
+@dataclass
+class LIREConfig(PreferenceConfig):
+    """Options of LIRE; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (the authors' value, for LoRA)."})
+    temperature: float = field(
+        default=2.0,
+        metadata={
+            "help": "The responses' probabilities are a softmax of their log-probabilities divided by this; raise it "
+            "when the distribution collapses onto one response."
+        },
+    )
+    score_transform: str = field(
+        default="softmax",
+        metadata={
+            "help": "What the scores become: a softmax over the prompt's responses (the authors' code), themselves "
+            "(none), or z-scores with the population's standard deviation.",
+            "choices": list(SCORE_TRANSFORMS),
+        },
+    )
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the scores before score_transform='softmax'; no effect otherwise."}
+    )
+    length_average: bool = field(
+        default=False,
+        metadata={"help": "Log-probability per token instead of the sum. Not LIRE, but does not collapse."},
+    )
+    reduction: str = field(
+        default="sum",
+        metadata={"help": "Sum or mean over a prompt's responses.", "choices": list(REDUCTIONS)},
+    )
+    loss_weight: float = field(default=1.0, metadata={"help": "Factor on the expected score, not on the SFT term."})
+    sft_alpha: float = field(
+        default=0.0, metadata={"help": "Weight of the negative log-likelihood of the best response; 0 for none."}
+    )
+    sft_reduction: str = field(
+        default="mean",
+        metadata={"help": "Sum or mean over the tokens in the SFT term.", "choices": list(REDUCTIONS)},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_options(**{name: getattr(self, name) for name in (*LISTWISE_OPTIONS, "sft_alpha", "sft_reduction")})
+
+
+def lire_loss(
+    logps: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 2.0,
+    score_transform: Literal["softmax", "none", "zscore"] = "softmax",
+    score_temperature: float = 1.0,
+    lengths: Tensor | None = None,
+    length_average: bool = False,
+    reduction: Literal["sum", "mean"] = "sum",
+    loss_weight: float = 1.0,
+    sft_alpha: float = 0.0,
+    sft_reduction: Literal["sum", "mean"] = "mean",
+) -> Tensor:
+    """LIRE loss of each prompt: minus the expected transformed score under softmax(logps / temperature).
+
+    Args:
+        logps: (B,K) log pi(y|x), summed over the tokens of each response.
+        scores: (B,K) data rewards, higher is better; no gradient passes through them.
+        mask: (B,K) true for real responses; other slots may hold anything.
+        lengths: (B,K) tokens of each response, for `length_average` and for an SFT term with `sft_reduction="mean"`.
+
+    Returns:
+        (B,) losses. Where all scores are equal the loss is a constant (-1/K under softmax) without gradient, and has
+        no SFT term. The SFT term is about the first of the best responses.
+
+    Raises:
+        ValueError: an option outside its range, or `lengths` is missing.
+    """
+    _check_options(
+        temperature, score_transform, score_temperature, length_average, reduction, loss_weight, sft_alpha,
+        sft_reduction,
+    )  # fmt: skip
+    assert logps.shape == scores.shape == mask.shape, (logps.shape, scores.shape, mask.shape)
+    if lengths is None and (length_average or (sft_alpha and sft_reduction == "mean")):
+        raise ValueError("lengths is missing: length_average and sft_reduction='mean' need the tokens per response.")
+    mask = mask.bool()
+    logits = candidate_logits(logps, mask, temperature, lengths if length_average else None)
+    rewards = transform_scores(scores.to(logits.dtype), mask, score_transform, score_temperature)
+    losses = -loss_weight * (_softmax(logits, mask) * rewards).sum(-1)
+    if reduction == "mean":
+        losses = losses / mask.sum(-1).clamp(min=1)
+    total = losses
+    if sft_alpha:
+        total = losses - sft_alpha * _best_logps(logps, scores, mask, lengths if sft_reduction == "mean" else None)
+    # Rounding would leave a gradient of 1e-17 where there is none.
+    return torch.where(_varied(scores, mask), total, losses.detach())
+
+
+def candidate_logits(logps: Tensor, mask: Tensor, temperature: float, lengths: Tensor | None = None) -> Tensor:
+    """(B,K) logits of the distribution over responses, at least float32; per token if `lengths` is given; 0 if masked.
+
+    They are also what LIRE has as implicit rewards.
+    """
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32)).masked_fill(~mask, 0)
+    if lengths is not None:
+        logps = logps / lengths.masked_fill(~mask, 1)
+    return logps / temperature
+
+
+def transform_scores(scores: Tensor, mask: Tensor, transform: str, temperature: float = 1.0) -> Tensor:
+    """(B,K) constants R that take the place of the scores, 0 in masked slots."""
+    scores = scores.detach().masked_fill(~mask, 0)
+    if transform == "softmax":
+        return _softmax(scores / temperature, mask)
+    if transform == "none":
+        return scores
+    # As shares of the prompt's range: equal scores then give exactly 0, whatever their mean is rounded to.
+    lowest = scores.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
+    d = (scores - lowest).masked_fill(~mask, 0)
+    spread = d.amax(-1, keepdim=True)
+    d = d / spread.masked_fill(spread == 0, 1)
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    d = (d - d.sum(-1, keepdim=True) / count).masked_fill(~mask, 0)
+    deviation = (d.square().sum(-1, keepdim=True) / count).sqrt()
+    return torch.where(spread > 0, d / deviation.masked_fill(spread == 0, 1), 0.0)
+
+
+@torch.no_grad()
+def lire_metrics(
+    logps: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    *,
+    temperature: float = 2.0,
+    score_transform: str = "softmax",
+    score_temperature: float = 1.0,
+    length_average: bool = False,
+    reduction: str = "sum",
+    loss_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """How peaked each prompt's distribution over its responses is, {name: (B,)}; NaN where all scores are equal.
+
+    - `lire/effective_candidates`: exp(entropy), from 1 (one response has all the probability) to K.
+    - `lire/gradient`: sum over the responses of |d loss / d logps|, without the SFT term.
+    - `lire/vanished`: 1 where that is below 1e-3 of what it would be if all responses were equally likely.
+    - `lire/prob_best`: probability of the response with the best score.
+    - `lire/expected_score`, `lire/mean_score`: mean of the raw scores under the distribution, and plain.
+    - `lire/likeliest_length`: tokens of the most probable response; sums of log-probabilities favour short ones.
+
+    Args as in `lire_loss`; `lengths` (B,K) in tokens.
+    """
+    mask = mask.bool()
+    logits = candidate_logits(logps, mask, temperature, lengths if length_average else None)
+    probs, count = _softmax(logits, mask), mask.sum(-1).clamp(min=1)
+    scores = scores.to(logits.dtype).masked_fill(~mask, 0)
+    rewards = transform_scores(scores, mask, score_transform, score_temperature)
+    scale = loss_weight / temperature * mask.to(logits.dtype)
+    if reduction == "mean":
+        scale = scale / count.unsqueeze(-1)
+    if length_average:
+        scale = scale / lengths.masked_fill(~mask, 1)
+
+    def gradient(p: Tensor) -> Tensor:
+        return (scale * p * (rewards - (p * rewards).sum(-1, keepdim=True)).abs()).sum(-1)
+
+    vanished = gradient(probs) < VANISHED * gradient(mask.to(probs.dtype) / count.unsqueeze(-1))
+    best, likeliest = best_and_worst(scores, mask)[0], probs.argmax(-1)
+    values = {
+        "lire/effective_candidates": torch.special.entr(probs).sum(-1).exp(),
+        "lire/gradient": gradient(probs),
+        "lire/vanished": vanished.to(probs.dtype),
+        "lire/prob_best": _take(probs, best),
+        "lire/expected_score": (probs * scores).sum(-1),
+        "lire/mean_score": scores.sum(-1) / count,
+        "lire/likeliest_length": _take(lengths, likeliest).to(probs.dtype),
+    }
+    varied = _varied(scores, mask)
+    return {name: value.masked_fill(~varied, math.nan) for name, value in values.items()}
+
+
+def _softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the real slots, exactly 0 in the others and in prompts without any."""
+    return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask
+
+
+def _best_logps(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B,) log-probability of the response with the best score, the first one on ties; per token with `lengths`."""
+    best = best_and_worst(scores, mask)[0]
+    values = _take(logps.masked_fill(~mask, 0), best)
+    return values if lengths is None else values / _take(lengths.masked_fill(~mask, 1), best)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _varied(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B,) bool: prompts with at least two different scores."""
+    return scores.masked_fill(~mask, -math.inf).amax(-1) > scores.masked_fill(~mask, math.inf).amin(-1)
+
+
+def _check_options(
+    temperature, score_transform, score_temperature, length_average, reduction, loss_weight, sft_alpha, sft_reduction
+) -> None:
+    for name, value, allowed in (
+        ("score_transform", score_transform, SCORE_TRANSFORMS),
+        ("reduction", reduction, REDUCTIONS),
+        ("sft_reduction", sft_reduction, REDUCTIONS),
+        ("length_average", length_average, (True, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(str, allowed))}.")
+    for name, value in (
+        ("temperature", temperature),
+        ("score_temperature", score_temperature),
+        ("loss_weight", loss_weight),
+    ):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r} must be finite and positive.")
+    if not 0 <= sft_alpha < math.inf:
+        raise ValueError(f"sft_alpha={sft_alpha!r} must be finite and 0 or more.")
+
+
+class LIRETrainer(PreferenceTrainer):
+    """Trains with `lire_loss` on rows of K scored responses; loads no reference."""
+
+    config_class = LIREConfig
+    method = "LIRE"
+    paper = ("LIRE: listwise reward enhancement for preference alignment", "2405.13516")
+    needs_reference = False
+    _warned = False
+
+    def loss(self, batch, policy, reference):
+        args, scores, mask = self.args, batch["scores"], batch["mask"]
+        logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)
+        options = {name: getattr(args, name) for name in LISTWISE_OPTIONS}
+        sft = {"sft_alpha": args.sft_alpha, "sft_reduction": args.sft_reduction}
+        losses = lire_loss(logps, scores, mask, lengths=lengths, **options, **sft)
+        logps = logps.detach()
+        rewards = candidate_logits(logps, mask, args.temperature, lengths if args.length_average else None)
+        return losses, self.ranking_metrics(batch, rewards) | lire_metrics(logps, scores, mask, lengths, **options)
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        candidates = self.state.log_history[-1].get("lire/effective_candidates", math.inf)
+        if candidates < PEAKED and not self._warned and self.is_world_process_zero():
+            self._warned = True
+            logger.warning(
+                "The mean effective number of candidates is %.2f: one response of each prompt has nearly all the "
+                "probability and most gradients vanish (lire/vanished). Raise temperature (now %s), train on shorter "
+                "responses or on samples of the policy itself, or set length_average.",
+                candidates, self.args.temperature,
+            )  # fmt: skip

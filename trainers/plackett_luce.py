@@ -1,0 +1,93 @@
+"""Plackett-Luce DPO: the likelihood of the whole ranking under the implicit rewards (ListMLE on rewards).
+
+Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", arXiv 2305.18290, appendix on
+the Plackett-Luce model. It assumes strict rankings; the rule for ties is ours.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import PreferenceConfig, PreferenceTrainer
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass
+class PlackettLuceConfig(PreferenceConfig):
+    """Options of Plackett-Luce DPO; those of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate (1e-5 is a start for LoRA)."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference policy."})
+    reduction: str = field(
+        default="sum",
+        metadata={
+            "help": "Sum over the stages of a ranking, its likelihood, or that divided by the number of responses.",
+            "choices": list(REDUCTIONS),
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_options(self.beta, self.reduction)
+
+
+def plackett_luce_loss(
+    logratios: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    beta: float = 0.1,
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """Negative log-likelihood of each prompt's ranking: every response is chosen over all those with a lower score.
+
+    Without ties these are the stages of the Plackett-Luce model. Responses with equal scores are never compared with
+    each other: each of them is chosen over the lower ones alone.
+
+    Args:
+        logratios: (B,K) log pi(y|x) - log pi_ref(y|x), summed over the tokens of each response.
+        scores: (B,K) data rewards, higher is better.
+        mask: (B,K) true for real responses; other slots may hold anything.
+
+    Returns:
+        (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+    _check_options(beta, reduction)
+    assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
+    mask = mask.bool()
+    rewards = beta * logratios.masked_fill(~mask, 0)
+    lower = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    available = lower | torch.eye(mask.size(-1), dtype=torch.bool, device=mask.device)
+    totals = torch.logsumexp(rewards.unsqueeze(-2).masked_fill(~available, -math.inf), -1)
+    losses = (totals - rewards).sum(-1)
+    return losses / mask.sum(-1).clamp(min=1) if reduction == "mean" else losses
+
+
+def _check_options(beta, reduction) -> None:
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta={beta!r} must be finite and positive.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}.")
+
+
+class PlackettLuceTrainer(PreferenceTrainer):
+    """Trains with `plackett_luce_loss` on rows of K scored responses."""
+
+    config_class = PlackettLuceConfig
+    method = "Plackett-Luce-DPO"
+    paper = ("Direct Preference Optimization: Your Language Model is Secretly a Reward Model", "2305.18290")
+
+    def loss(self, batch, policy, reference):
+        args = self.args
+        logratios = policy.logps.sum(-1) - reference.logps.sum(-1)
+        losses = plackett_luce_loss(
+            logratios, batch["scores"], batch["mask"], beta=args.beta, reduction=args.reduction
+        )
+        return losses, self.ranking_metrics(batch, args.beta * logratios.detach())
