@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCHMARK_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check style clean
+.PHONY: help setup demo benchmark test test-all check style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +25,10 @@ setup: $(READY)  ## create .venv with the pinned packages (PYTHON=... picks the 
 
 demo: $(READY)  ## train SWEPO on a small real model and write runs/demo/report.html
 	$(BIN)/python scripts/demo.py
+
+benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and write docs/benchmarks.md
+	$(BIN)/python scripts/get_smollm2.py
+	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
 
 test test-all: export HF_HUB_OFFLINE := 1
 test test-all: export TOKENIZERS_PARALLELISM := false
