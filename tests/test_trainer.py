@@ -300,7 +300,8 @@ def test_wrong_options_name_the_field(tmp_path, wrong, word):
         config(tmp_path, **wrong)
 
 
-def test_wrong_arguments_say_the_fix(tmp_path, tokenizer):
+def test_wrong_arguments_say_the_fix(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default output folder lies below it
     model = tiny_llama(len(tokenizer))
     with pytest.raises(ValueError, match="omit ref_model"):
         trainer(tmp_path, tokenizer, model=model, ref_model=model)

@@ -52,7 +52,7 @@ class PreferenceTrainer(Trainer):
     """
 
     config_class: type[PreferenceConfig] = PreferenceConfig
-    method: str = "preference optimisation"
+    method: str = "preferences"
     paper: tuple[str, str] | None = None  # title, arXiv number
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
