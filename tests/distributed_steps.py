@@ -13,11 +13,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from helpers import build_tokenizer, tiny_llama  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from test_trainer import LORA, rows  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from helpers import build_tokenizer, tiny_llama  # noqa: E402
+from test_trainer import LORA, rows  # noqa: E402
 from trainers import SWEPOConfig, SWEPOTrainer  # noqa: E402
 
 
@@ -62,7 +62,7 @@ def main(options: dict) -> None:
         per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
         gradient_accumulation_steps=options.get("accumulation", 1), logging_steps=1, save_strategy="no", seed=3,
         lr_scheduler_type="constant", disable_tqdm=True, max_grad_norm=100.0,
-        gradient_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
+        activation_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
         precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
         max_tokens_per_batch=options.get("budget"), **engine_arguments(options["engine"]),
     )  # fmt: skip

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from trainers.data.budget import TokenBudgetSampler, packed_length
+from trainers.data.budget import TokenBudgetSampler, packed_tokens, token_lengths
 
 LENGTHS = np.random.default_rng(0).integers(20, 400, size=311)
 
@@ -68,5 +69,11 @@ def test_few_rows_give_one_batch_per_row_at_most_and_too_few_are_refused():
         TokenBudgetSampler([10], 1000, processes=2)
 
 
-def test_packed_length_counts_the_prompt_once():
-    assert packed_length([1, 2, 3], [[4], [5, 6]]) == 2 + 3
+def test_lengths_are_read_off_the_rows_and_count_the_prompt_once():
+    rows = Dataset.from_list([
+        {"prompt_ids": [1, 2, 3], "response_ids": [[4], [5, 6]]},
+        {"prompt_ids": [1], "response_ids": [[4], [5, 6], [7, 8, 9]]},
+    ])  # fmt: skip
+    assert token_lengths(rows) == [(3, [1, 2]), (1, [1, 2, 3])]
+    assert token_lengths(rows.select([1])) == [(1, [1, 2, 3])]
+    assert [packed_tokens(row) for row in token_lengths(rows)] == [2 + 3, 6]

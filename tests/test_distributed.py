@@ -24,7 +24,6 @@ OPTIONS = {
     "budget": {"budget": 120},
 }
 ALWAYS = [("ddp", "budget"), ("zero2", "lora cache"), ("zero3", "cache"), ("fsdp2", "checkpointing")]
-UPSTREAM = {}
 
 
 def launch(engine: str, options: dict, folder: Path) -> dict:
@@ -33,10 +32,17 @@ def launch(engine: str, options: dict, folder: Path) -> dict:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = 1 if engine == "single" else 2
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1",
-        "--master_port", str(port), str(SCRIPT), json.dumps({"engine": engine, "folder": str(folder), **options}),
-    ]  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+    options = json.dumps({"engine": engine, "folder": str(folder), **options})
+    command = [*torchrun, "--nproc_per_node", str(processes), str(SCRIPT), options]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import train
 from datasets import Dataset
+
+import train
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows
 

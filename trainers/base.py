@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import PreferenceConfig
 from .data import PreferenceCollator
-from .data.budget import TokenBudgetSampler, packed_length
+from .data.budget import TokenBudgetSampler, packed_tokens, token_lengths
 from .data.prepare import prepare_dataset
 from .forward import policy as policies
 from .forward.cache import LogpsCache, reference_fingerprint, reference_parameters
@@ -85,7 +85,8 @@ class PreferenceTrainer(Trainer):
         fresh_adapter = peft_config is not None
         model = _load_policy(model, args, quantization_config, peft_config)
         if processing_class is None:
-            processing_class = policies.load_tokenizer(model)
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = policies.load_tokenizer(model, revision)
         policies.set_pad_token(processing_class, args.pad_token)
         train_dataset = self._prepare_rows(train_dataset, processing_class, args)
         eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
@@ -236,8 +237,7 @@ class PreferenceTrainer(Trainer):
         budget = self.args.max_tokens_per_batch
         if budget is None:
             return super().get_train_dataloader()
-        rows = self.train_dataset.select_columns(["prompt_ids", "response_ids"])
-        lengths = [packed_length(row["prompt_ids"], row["response_ids"]) for row in rows]
+        lengths = [packed_tokens(row) for row in token_lengths(self.train_dataset)]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = TokenBudgetSampler(lengths, budget, seed=seed, processes=self.args.world_size)
         if sampler.oversized:
@@ -370,7 +370,7 @@ def _load_policy(model, args: PreferenceConfig, quantization_config, peft_config
     zero3 = is_deepspeed_zero3_enabled()
     if peft_config is not None:
         model = policies.add_adapter(model, peft_config, zero3=zero3)
-    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+    if isinstance(model, PeftModel) and args.activation_checkpointing:
         _fit_checkpointing_to_adapter(model, args, zero3=zero3)
     if args.disable_dropout:
         policies.disable_dropout(model)
@@ -381,4 +381,4 @@ def _fit_checkpointing_to_adapter(model: PeftModel, args: PreferenceConfig, *, z
     """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
     model.enable_input_require_grads()
     if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
-        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+        args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}

@@ -1,9 +1,14 @@
 """Batches by token budget instead of by number of prompts, as a pure function of (seed, epoch, position)."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
+from datasets import Dataset
+from pyarrow import compute
 from torch.utils.data import Sampler
+
+Lengths = tuple[int, list[int]]  # of a prompt and of its responses, in tokens
 
 WINDOW = 64  # batches whose prompts are sorted together: the longer, the less padding and the less mixing
 EVEN = 8  # the number of batches is a multiple of this, so that 1, 2, 4 and 8 processes see the same order
@@ -18,7 +23,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     fewer, the largest batches are halved. A row longer than the budget is a batch of its own.
 
     Args:
-        lengths: packed length of every row (`packed_length`).
+        lengths: packed length of every row (`packed_tokens`).
         budget: most tokens per batch.
 
     Raises:
@@ -77,6 +82,16 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return batches + [batch] if batch else batches
 
 
-def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]) -> int:
+def token_lengths(rows: Dataset) -> list[Lengths]:
+    """Lengths of each prompt and of its responses, read off Arrow's offsets without looking at a token."""
+    found = []
+    for table in rows.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(batch_size=1000):
+        prompts, counts = (compute.list_value_length(table[name]).to_pylist() for name in table.column_names)
+        lengths = iter(compute.list_value_length(compute.list_flatten(table["response_ids"])).to_pylist())
+        found += [(p, list(islice(lengths, k))) for p, k in zip(prompts, counts, strict=True)]
+    return found
+
+
+def packed_tokens(row: Lengths) -> int:
     """Tokens that a row takes in the `shared` layout: the prompt without its last token, and every response."""
-    return len(prompt_ids) - 1 + sum(map(len, response_ids))
+    return row[0] - 1 + sum(row[1])

@@ -66,7 +66,8 @@ def chunked_logps(
     project = head.forward
     elements = chunk_elements or (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS)
     size = max(1, elements // head_rows(head))
-    plain = type(head) is nn.Linear and rule == LogitRule()
+    # FSDP2 makes a subclass of nn.Linear, quantised layers are one as well: the forward tells what a head computes.
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and rule == LogitRule()
     head.forward = partial(_linear_logps if plain else _module_logps, head, project, targets, rule, size)
     try:
         return head(hidden)

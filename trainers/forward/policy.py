@@ -70,7 +70,7 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
-def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: PreTrainedModel | PeftModel, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the model.
 
     Raises:
@@ -79,7 +79,7 @@ def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBas
     path = base_model(model).config.name_or_path
     if not path:
         raise ValueError("The model has no path to load a tokenizer from: pass processing_class=<tokenizer>.")
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, revision=revision or "main")
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

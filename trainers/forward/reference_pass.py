@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.budget import packed_length
+from ..data.budget import packed_tokens
 from .cache import LogpsCache, response_keys
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _scorable(row: dict, slots: list[int] | None = None) -> dict:
 
 def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
     """Rows of like length together, longest first so that a batch that does not fit in memory fails at once."""
-    lengths = [packed_length(row["prompt_ids"], row["response_ids"]) for row in rows]
+    lengths = [packed_tokens((len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]])) for row in rows]
     batch, used = [], 0
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
         if batch and used + lengths[i] > budget:

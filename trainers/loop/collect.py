@@ -18,6 +18,7 @@ from .sampler import Key, Sample, SamplingConfig, sample_responses
 from .scorer import Scorer
 
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
+OVERWRITE = "choose another output, or start over with overwrite"
 
 
 def settings_hash(settings: dict) -> str:
@@ -25,15 +26,31 @@ def settings_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def check_settings(manifest: Path, settings: dict) -> None:
+def model_fingerprint(name: str) -> str | None:
+    """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest, block = hashlib.sha256(), 1 << 16
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(32):  # the whole file when it is small, 2 MiB spread over it when not
+                file.seek(part * max(block, (size - block) // 31))
+                digest.update(file.read(block))
+    return digest.hexdigest()
+
+
+def check_settings(manifest: Path, settings: dict, *, ways_out: str = OVERWRITE) -> None:
     """Raises ValueError listing what differs when `manifest` was written for other settings."""
     found = json.loads(manifest.read_text())["settings"]
     names = [name for name in sorted(found.keys() | settings.keys()) if found.get(name) != settings.get(name)]
     if names:
         changes = "; ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in names)
         raise ValueError(
-            f"{manifest} belongs to a run with other settings ({changes}). Samples of different settings are never "
-            "mixed: restore the settings, choose another output, or start over with overwrite."
+            f"{manifest} belongs to a run with other settings ({changes}). Results of different settings are never "
+            f"mixed: restore the settings, {ways_out}."
         )
 
 

@@ -1,0 +1,153 @@
+"""Train with any method: accelerate launch scripts/train.py --config configs/swepo/demo.yaml [--any_field value]
+
+The YAML is flat: a key is a field of the method's config, of `DataArguments` below or of TRL's `ModelConfig`, and a
+flag of the same name on the command line wins. `trainer` is a class of `trainers` or any dotted import path.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dry_run import describe
+from trainers import PreferenceTrainer, load_preferences
+
+
+@dataclass
+class DataArguments:
+    """What to train with and on."""
+
+    trainer: str = field(default="SWEPOTrainer", metadata={"help": "Class of `trainers`, or a dotted import path."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of preference rows."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, slices included."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none without it."})
+    data_format: str | None = field(
+        default=None, metadata={"help": "Adapter of the rows, or its dotted path; none for canonical rows and pairs."}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
+    dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Accelerate file that a dry run estimates the memory for."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    argv = [part for argument in argv for part in _split_flag(argument)]
+    _check_config(argv)
+    # Which other fields exist depends on the trainer, so its name is read first.
+    parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
+    first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    trainer_class = find_trainer(first.trainer)
+    if first.dry_run:
+        argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
+    parser = TrlParser((DataArguments, trainer_class.config_class, ModelConfig), allow_abbrev=False)
+    data, args, model = parser.parse_args_and_config(argv)
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
+    if not data.dataset_name:
+        raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
+    if data.dry_run:
+        report = describe(trainer_class, data, args, model, load=lambda name: load_split(data, args, name))
+        if args.process_index == 0:
+            print(report)
+        return
+    train(trainer_class, data, args, model)
+
+
+def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
+    """Load, train, evaluate and save model, tokenizer, config, metrics and model card."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    splits = {name: load_split(data, args, name) for name in ("train", "test")}
+    trainer = trainer_class(
+        model.model_name_or_path,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if splits["test"] is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    trainer.save_model()
+    trainer.create_model_card(dataset=data.dataset_name)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset=data.dataset_name)
+
+
+def load_split(data: DataArguments, args, name: str) -> Dataset | None:
+    """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
+    split = data.dataset_train_split if name == "train" else data.dataset_test_split
+    if not split:
+        return None
+    with args.main_process_first(desc=f"reading {data.dataset_name}"):
+        return load_preferences(
+            data.dataset_name,
+            split=split,
+            data_format=data.data_format,
+            as_chat=args.as_chat,
+            invalid=args.invalid_rows,
+            num_proc=args.dataset_num_proc,
+            max_rows=data.max_train_rows if name == "train" else None,
+        )
+
+
+def find_trainer(name: str) -> type[PreferenceTrainer]:
+    """`SWEPOTrainer` or `my_lab.dro.DROTrainer` -> the class.
+
+    Raises:
+        ValueError: there is no such module or class, or it is no PreferenceTrainer.
+    """
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:  # `accelerate launch scripts/train.py` puts only scripts/ there
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module or "trainers"), attribute)
+    except (ImportError, AttributeError) as error:
+        known = [n for n in importlib.import_module("trainers").__all__ if n.endswith("Trainer")]
+        raise ValueError(
+            f"trainer={name!r} was not found ({error}). Use a dotted import path or one of: {', '.join(known)}."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, PreferenceTrainer)):
+        raise ValueError(f"trainer={name!r} is not a PreferenceTrainer.")
+    return found
+
+
+def _split_flag(argument: str) -> list[str]:
+    """`--config=path` -> `--config path`, which the parser needs."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _check_config(argv: list[str]) -> None:
+    if "--config" not in argv:
+        return
+    path = "".join(argv[argv.index("--config") + 1 :][:1])
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path} does not exist: name a YAML file.")
+
+
+def _checkpoint(args) -> str | None:
+    """`resume_from_checkpoint: true` takes the last complete checkpoint of the output folder, if there is one."""
+    wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("true", "last"):
+        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    return None if str(wanted).lower() in ("none", "false", "") else wanted
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,196 @@
+"""The demo's figures and its page: known intervals, paired gains, a complete and escaped page without a network."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from scripts.demo import bootstrap_interval, compare_answers, length_effect, repetition, summary
+from scripts.report import side_by_side, write_report
+
+HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"
+
+
+def answers(offset, prompts=11, k=3):
+    """Scores and lengths that grow with prompt and slot."""
+    return [
+        [
+            {"text": f"answer {i} {j} to it", "score": -0.6 + 0.1 * i + 0.02 * j + offset, "tokens": 5 + i + j,
+             "truncated": j == 2}
+            for j in range(k)
+        ]
+        for i in range(prompts)
+    ]  # fmt: skip
+
+
+def results():
+    before, after = answers(0.0), answers(0.25)
+    before[2][0]["text"] = HOSTILE
+    one = {"mean": 0.61, "low": 0.55, "high": 0.67, "count": 7}
+    return {
+        "created": "2020-02-03T04:05:06+00:00",
+        "train_command": "accelerate launch scripts/train.py",
+        "config": {"model_name_or_path": "runs/models/tiny", "output_dir": "runs/demo", "beta": 0.1},
+        "sampling": {"num_generations": 3, "max_new_tokens": 16, "seed": 5},
+        "versions": {"torch": "1.2.3"},
+        "seconds": {"Training: it": 12.4},
+        "generation": compare_answers(before, after),
+        "ranking": {"after": one, "before": one | {"mean": 0.5}, "longer answer first": one},
+        "checks": {"KL": one},
+        "answers": [
+            {"prompt": f"prompt {i}: {HOSTILE}", "before": b, "after": a}
+            for i, (b, a) in enumerate(zip(before, after, strict=True))
+        ],
+    }
+
+
+def history():
+    training = [
+        {"step": s, "loss": 0.7 / s, "rewards/margins": 0.1 * s, "ranking/pairwise_accuracy": 0.5 + s / 100}
+        for s in (2, 4, 6)
+    ]
+    return [*training, {"step": 6, "eval_loss": 0.5, "eval_rewards/margins": 0.2}, {"step": 6, "train_runtime": 9.0}]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "results.json").write_text(json.dumps(results()))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Collects the tags, their attributes and the text outside <style>."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "use"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "use"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def test_interval_of_equal_values_has_no_width():
+    assert bootstrap_interval(np.full(9, 0.4)) == pytest.approx({"mean": 0.4, "low": 0.4, "high": 0.4, "count": 9})
+
+
+def test_interval_of_zeros_and_ones_is_that_of_the_binomial():
+    # The mean of a resample of n zeros and ones is binomial(n, p) / n; for n = 400 and p = 0.3 the 2.5 % and 97.5 %
+    # points of the binomial are 102 and 138.
+    found = bootstrap_interval(np.repeat([1.0, 0.0], [120, 280]))
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["low"] == pytest.approx(102 / 400, abs=1 / 400)
+    assert found["high"] == pytest.approx(138 / 400, abs=1 / 400)
+
+
+def test_interval_narrows_with_its_level_and_ignores_order_of_magnitude():
+    values = np.random.default_rng(3).normal(size=50)
+    wide, narrow = bootstrap_interval(values), bootstrap_interval(values, level=0.5)
+    assert wide["low"] < narrow["low"] < narrow["mean"] < narrow["high"] < wide["high"]
+    moved = bootstrap_interval(1000 * values + 7)
+    assert [moved[k] for k in ("low", "high")] == pytest.approx([1000 * wide[k] + 7 for k in ("low", "high")])
+
+
+def test_undefined_prompts_are_left_out_of_the_interval():
+    values = np.array([0.1, math.nan, 0.7, 0.4, math.nan])
+    assert bootstrap_interval(values) == bootstrap_interval(np.array([0.1, 0.7, 0.4]))
+
+
+def test_gain_is_paired():
+    # Prompts differ widely and the change is the same everywhere: the gain's interval has no width.
+    compared = compare_answers(answers(0.0), answers(0.25))["reward"]
+    assert compared["before"]["high"] - compared["before"]["low"] > 0.1
+    assert [compared["gain"][k] for k in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
+
+
+def test_measures_of_the_answers():
+    before, after = answers(0.0, prompts=2), answers(0.0, prompts=2)
+    after[0][1] |= {"tokens": 36, "text": "so good! so good! so good!"}
+    compared = compare_answers(before, after)
+    assert compared["length in tokens"]["before"]["mean"] == pytest.approx(6.5)
+    assert compared["length in tokens"]["gain"]["mean"] == pytest.approx(5.0)  # 30 tokens over 6 answers
+    assert compared["share cut off at the limit"]["after"]["mean"] == pytest.approx(1 / 3)
+    assert compared["exclamation marks"]["gain"]["mean"] == pytest.approx(3 / 6)
+    assert compared["share of repeated word triples"]["gain"]["mean"] == pytest.approx(0.5 / 6)
+
+
+def test_length_effect_is_slope_times_change():
+    # Reward is 0.1 per token before training, and the answers to the first of two prompts grow by 6 tokens.
+    before = [[{"tokens": t, "score": 0.1 * t - 1} for t in row] for row in ((3, 7, 8), (5, 6, 1))]
+    after = [[a | {"tokens": a["tokens"] + extra} for a in row] for row, extra in zip(before, (6, 0), strict=True)]
+    assert length_effect(before, after) == pytest.approx({"mean": 0.3, "low": 0.0, "high": 0.6, "count": 2})
+
+
+def test_length_effect_without_any_spread_in_length_is_zero():
+    before = [[{"tokens": 4, "score": 0.1}, {"tokens": 4, "score": 0.5}]]
+    after = [[{"tokens": 9, "score": 0.1}, {"tokens": 9, "score": 0.5}]]
+    assert length_effect(before, after)["mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("", 0), ("two words", 0), ("one two three four", 0), ("a b c a b c", 1 / 4), ("So, so SO so so!", 2 / 3)],
+)
+def test_repetition(text, share):
+    assert repetition(text) == pytest.approx(share)
+
+
+def test_page_needs_nothing_from_outside(html):
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            assert attributes.get(name, "#").startswith("#")
+    assert not re.search(r"url\((?!#)|@import", html)
+
+
+def test_page_escapes_prompts_and_answers(html):
+    assert "<script" not in html and "<img" not in html
+    assert Page(html).text.count("prompt 2: " + HOSTILE) == 1
+    assert "before, reward -0.40, 7 tokens" + HOSTILE in Page(html).text
+
+
+def test_page_shows_figures_curves_and_settings(html):
+    page = Page(html)
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    assert len(labels) == 6 and "Loss" in labels and "Pairwise ranking accuracy" in labels
+    assert all("width" not in attributes for tag, attributes in page.tags if tag == "svg")
+    for shown in ("-0.08 → 0.17", "+0.25", "clear of zero", "0.610", "[0.55, 0.67]", "accelerate launch", "1.2.3",
+                  "held-out", "2020-02-03", "12 s"):  # fmt: skip
+        assert shown in page.text, shown
+
+
+def test_samples_are_chosen_by_their_change_and_not_by_hand():
+    change = {"a": 0.0, "b": 0.9, "c": -0.5, "d": 0.4, "e": 0.1, "f": 0.2, "g": -0.1, "h": 0.3, "i": 0.5, "j": -0.9}
+    first = {"text": "x", "score": 0.0, "tokens": 1, "truncated": False}
+    rows = [{"prompt": f"={k}=", "before": [first], "after": [first | {"score": v}]} for k, v in change.items()]
+    assert re.findall(r"=(\w)=", side_by_side(rows)) == list("bidfeajcg")
+
+
+def test_missing_results_are_named(tmp_path):
+    with pytest.raises(ValueError, match="results.json"):
+        write_report(tmp_path)
+
+
+def test_summary_prints_gain_and_interval():
+    text = summary(results())
+    assert "On 11 prompts" in text and "+0.250 [+0.250, +0.250]" in text and "0.610 [0.550, 0.670]" in text

@@ -1,0 +1,455 @@
+"""Self-enhancement (Evolve and Iterate of LIRE, arXiv 2405.13516): sample from the policy, score, train, repeat.
+
+Any method can be trained in rounds: the loop knows nothing of losses. Each round is a folder:
+
+    round-00/samples/       journal of the policy's responses to the training prompts
+    round-00/scores/        journal of their scores
+    round-00/rows.jsonl.gz  the pool that is trained on: canonical rows
+    round-00/training/      the trainer at work with its checkpoints; becomes checkpoint/ when it is done
+    round-00/checkpoint/    the trained model or adapter, where the next round starts
+    round-00/held-out/      the trained policy's responses to held-out prompts, and their scores
+    round-00/manifest.json  what came out, written last
+
+A killed run goes on where it stopped when the same command is given again, and ends with the same rows and the same
+weights. Every round has its own optimiser state and learning-rate schedule and reads its starting weights from disk,
+so it depends on nothing but the files of the round before.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from transformers import AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+from ..forward import policy as policies
+from ..statistics import bootstrap_interval
+from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
+from .journal import read_rows, write_json, write_rows
+from .rewards import completion_text
+from .sampler import Sample, SamplingConfig
+from .scorer import load_scorer
+
+OWN = -1  # origin of the data set's own responses; samples have the number of their round
+MANY_TRUNCATED = 0.2
+WAYS_OUT = "or choose another output_dir"
+
+# Training arguments that say where results go and how they are reported, and change no weight.
+UNCOMPARED = (
+    "output_dir", "run_name", "self_enhance", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "do_eval",
+    "dataset_num_proc", "ref_cache_dir", "ref_tokens_per_batch", "project", "prediction_loss_only", "local_rank",
+)  # fmt: skip
+UNCOMPARED_PREFIXES = ("log", "save_", "eval_", "hub_", "report_", "trackio", "ddp_", "per_device_eval",
+                       "dataloader_num", "dataloader_pin", "dataloader_per", "dataloader_pre")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EnhanceOptions:
+    """The keys of `self_enhance`.
+
+    Args:
+        scorer: what `load_scorer` takes: dotted path of a reward function, reward model, weighted list of these.
+        rounds: how often to sample and train (Evolve). May be raised later: finished rounds are kept.
+        iterations: how often a round goes through its training (Iterate): multiplies num_train_epochs or max_steps.
+        num_generations, max_new_tokens, temperature, top_p, top_k: samples per prompt and how they are drawn.
+        batch_size: sequences per forward pass and process while sampling.
+        own_responses: put the data set's own responses into every round's pool, scored by the same scorer.
+        keep_old: keep the samples of earlier rounds in the pool as well.
+        held_out_generations: responses per held-out prompt (`dataset_test_split`) before the first round and after
+            each, always from the same random streams; 0 for none.
+        dtype: of the weights while sampling; None is the dtype they are trained in.
+        scorer_batch_size: texts per forward pass of a reward model.
+
+    Raises:
+        ValueError: a key outside its range; the message names it.
+    """
+
+    scorer: str | dict | list = ""
+    rounds: int = 1
+    iterations: int = 1
+    num_generations: int = 4
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int | None = None
+    batch_size: int = 16
+    own_responses: bool = True
+    keep_old: bool = False
+    held_out_generations: int = 0
+    dtype: str | None = None
+    scorer_batch_size: int = 8
+
+    def __post_init__(self):
+        if not self.scorer:
+            raise ValueError("self_enhance: scorer is missing: name a reward function or a reward model.")
+        for name, lowest in (("rounds", 1), ("iterations", 1), ("held_out_generations", 0), ("scorer_batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"self_enhance: {name}={value!r} must be a whole number of at least {lowest}.")
+        for name in ("own_responses", "keep_old"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"self_enhance: {name}={getattr(self, name)!r} must be true or false.")
+        if self.num_generations < 2 and not self.own_responses:
+            raise ValueError("self_enhance: num_generations must be at least 2 without own_responses.")
+        if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
+            raise ValueError(f"self_enhance: dtype={self.dtype!r} is unknown: use float32, bfloat16 or float16.")
+        try:
+            self.sampling(0)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"self_enhance: {error}") from error
+
+    @classmethod
+    def parse(cls, value: dict[str, Any] | str) -> "EnhanceOptions":
+        """From the dict of a YAML file or the JSON of a flag.
+
+        Raises:
+            ValueError: text that is not a JSON object, or a key that does not exist.
+        """
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"self_enhance is not JSON ({error}): write '{{\"rounds\": 3, ...}}'.") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"self_enhance must be a mapping of options, got {value!r}.")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"self_enhance: unknown key {name!r}. Known keys: {', '.join(known)}.")
+        return cls(**value)
+
+    def sampling(self, seed: int, num_generations: int | None = None) -> SamplingConfig:
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
+        options = {name: getattr(self, name) for name in names}
+        return SamplingConfig(num_generations=num_generations or self.num_generations, seed=seed, **options)
+
+
+class Processes:
+    """What sampler and scorer ask of an accelerator, for a policy that every process holds whole and unwrapped."""
+
+    distributed_type = DistributedType.NO
+
+    def __init__(self):
+        state = PartialState()
+        self.num_processes, self.process_index = state.num_processes, state.process_index
+        self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
+
+    def unwrap_model(self, model):
+        return model
+
+    def say(self, text: str) -> None:
+        if self.is_main_process:
+            print(text, flush=True)
+
+
+@dataclass
+class Loop:
+    """Rounds of sampling, scoring and training in `folder`; `run` does what is not done yet.
+
+    Args:
+        rows: canonical rows to train on; columns other than prompt, responses and scores go to the scorer.
+        settings: everything that the weights depend on, from `run_settings`.
+        load: start folder or None (the model of round 0) -> policy to sample from, tokenizer.
+        train: (rows of the pool, round, start folder or None, folder) trains and leaves model and results in folder.
+            It must resume from `last_checkpoint(folder)`.
+        held_out: canonical rows whose prompts measure the policy.
+    """
+
+    options: EnhanceOptions
+    rows: list[dict]
+    folder: Path
+    settings: dict
+    load: Callable[[Path | None], tuple]
+    train: Callable[[list[dict], int, Path | None, Path], None]
+    held_out: list[dict] = field(default_factory=list)
+    seed: int = 0
+
+    def __post_init__(self):
+        self.folder, self.processes = Path(self.folder), Processes()
+        self.key = settings_hash(self.settings)
+
+    def run(self) -> Path:
+        """Returns the folder of the last round's model, whose files are also copied to `folder`.
+
+        Raises:
+            ValueError: `folder` belongs to a run with other settings; the message names what differs.
+        """
+        path = self.folder / "self_enhance.json"
+        self._main(lambda: path.exists() or self._create(path))
+        check_settings(path, self.settings, ways_out=WAYS_OUT)
+        start, rewards, history = None, [self._measure(self.folder / "before", None)], []
+        for index in range(self.options.rounds):
+            folder = self.folder / f"round-{index:02d}"
+            self.processes.say(f"\nRound {index + 1} of {self.options.rounds}: {folder}")
+            statistics = self._round(index, folder, start)
+            start = folder / "checkpoint"
+            rewards.append(self._measure(folder / "held-out", start))
+            manifest = self._manifest(index, folder, statistics, rewards)
+            history.append(manifest)
+            self.processes.say(describe(manifest))
+        self._main(lambda: self._publish(start, history))
+        return start
+
+    def _create(self, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"settings": self.settings, "hash": self.key})
+
+    def _round(self, index: int, folder: Path, start: Path | None) -> dict:
+        """Makes the pool and trains on it, as far as that is not done; returns the statistics of the samples."""
+        pool, statistics = self._make_pool(index, folder, start)
+        path, done = folder / "rows.jsonl.gz", folder / "checkpoint"
+        self._main(lambda: path.exists() or write_rows(path, pool))
+        if not done.exists():
+            training = folder / "training"
+            self._main(lambda: remove_incomplete_checkpoints(training))
+            self.train(pool, index, start, training)
+            _free()
+            self._main(lambda: training.rename(done))
+        # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
+        self._main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
+        return statistics
+
+    def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
+        prompts = [plain(row["prompt"]) for row in self.rows]
+        sampling = self.options.sampling(self.seed)
+        samples = self._sample(folder / "samples", prompts, sampling, index, start)
+        old = read_rows(folder.parent / f"round-{index - 1:02d}" / "rows.jsonl.gz") if index else None
+        pools = [self._candidates(i, index, samples[i], old and old[i]) for i in range(len(prompts))]
+        known = [_scored(old[i]) if old else {} for i in range(len(prompts))]
+        # A text is scored once in the whole run.
+        new = [list(dict.fromkeys(t for t, _ in pool if t not in k)) for pool, k in zip(pools, known, strict=True)]
+        scores = self._score(folder / "scores", self.rows, new, index)
+        for known_row, texts, values in zip(known, new, scores, strict=True):
+            known_row.update(zip(texts, values, strict=True))
+        rows = [self._row(*parts) for parts in zip(self.rows, prompts, pools, known, strict=True)]
+        fresh = [[k[s.text] for s in row] for row, k in zip(samples, known, strict=True)]
+        statistics = summarize(samples, fresh)
+        if statistics["truncated_share"] > MANY_TRUNCATED:
+            self.processes.say(
+                f"WARNING: {statistics['truncated_share']:.0%} of the samples were cut at max_new_tokens, and training "
+                "takes them for complete answers: raise max_new_tokens."
+            )
+        pooled = [value for row in rows for value in row["scores"]]
+        return rows, statistics | {"pool_responses": len(pooled), "pool_mean_score": sum(pooled) / len(pooled)}
+
+    def _candidates(self, i: int, index: int, samples: list[Sample], old: dict | None) -> list[tuple[str, int]]:
+        """Texts of a prompt's pool, each with its origin."""
+        own = [(completion_text(r), OWN) for r in self.rows[i]["responses"]] if self.options.own_responses else []
+        kept = []
+        if self.options.keep_old and old:
+            kept = [(completion_text(r), o) for r, o in zip(old["responses"], old["origin"], strict=True) if o != OWN]
+        return [*own, *kept, *((sample.text, index) for sample in samples)]
+
+    def _row(self, row: dict, prompt, pool: list[tuple[str, int]], scores: dict[str, float]) -> dict:
+        texts = [text for text, _ in pool]
+        responses = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
+        rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores", "origin")}
+        return {
+            "prompt": prompt,
+            "responses": responses,
+            "scores": [scores[text] for text in texts],
+            "origin": [origin for _, origin in pool],
+            # Lists may belong to the data set's own responses, which are not the responses of this row.
+            **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
+        }
+
+    def _measure(self, folder: Path, start: Path | None) -> list[list[float]] | None:
+        """Rewards of the policy in `start` on held-out prompts; the same random streams for every policy."""
+        count = self.options.held_out_generations
+        if not count or not self.held_out:
+            return None
+        prompts = [plain(row["prompt"]) for row in self.held_out]
+        samples = self._sample(folder / "samples", prompts, self.options.sampling(self.seed, count), 0, start)
+        texts = [[sample.text for sample in row] for row in samples]
+        return self._score(folder / "scores", self.held_out, texts, 0)
+
+    def _sample(self, folder: Path, prompts: list, config: SamplingConfig, index: int, start: Path | None):
+        open_folder(folder, {"run": self.key}, self.processes)
+        load = lambda: self.load(start)  # noqa: E731
+        samples = collect_samples(folder, load, prompts, config, round=index, accelerator=self.processes)
+        _free()
+        return samples
+
+    def _score(self, folder: Path, rows: list[dict], texts: list[list[str]], index: int) -> list[list[float]]:
+        open_folder(folder, {"run": self.key}, self.processes)
+        names = sorted({n for row in rows for n in row} - {"prompt", "prompts", "completions", "responses", "scores"})
+        scores = collect_scores(
+            folder,
+            lambda: load_scorer(self.options.scorer, batch_size=self.options.scorer_batch_size),
+            [plain(row["prompt"]) for row in rows],
+            texts,
+            columns={name: [row.get(name) for row in rows] for name in names},
+            accelerator=self.processes,
+        )
+        _free()
+        return scores
+
+    def _manifest(self, index: int, folder: Path, statistics: dict, rewards: list) -> dict:
+        """What a round gave; written when it is missing, which ends the round."""
+        path = folder / "manifest.json"
+        manifest = {
+            "round": index,
+            "settings_hash": self.key,
+            "started_from": f"round-{index - 1:02d}/checkpoint" if index else "the model of the settings",
+            "samples": statistics,
+            "training": _last_log(folder / "checkpoint"),
+        }
+        if rewards[-1] is not None:
+            now, last, first = ([sum(row) / len(row) for row in rewards[i]] for i in (-1, -2, 0))
+            manifest["held_out"] = {
+                "before_the_first_round": bootstrap_interval(first),
+                "reward": bootstrap_interval(now),
+                "gain_of_this_round": bootstrap_interval([a - b for a, b in zip(now, last, strict=True)]),
+                "gain_of_all_rounds": bootstrap_interval([a - b for a, b in zip(now, first, strict=True)]),
+            }
+        self._main(lambda: path.exists() or write_json(path, manifest))
+        return manifest
+
+    def _publish(self, start: Path, history: list[dict]) -> None:
+        shutil.copytree(start, self.folder, dirs_exist_ok=True)
+        write_json(self.folder / "rounds.json", {"rounds": history})
+
+    def _main(self, action: Callable[[], Any]) -> None:
+        """Runs `action` in the main process, while the others wait."""
+        if self.processes.is_main_process:
+            action()
+        self.processes.wait_for_everyone()
+
+
+def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
+    """What the result of a loop depends on, flat, so that a difference can be named.
+
+    `args` are the training arguments with their `self_enhance`; `more` is what else matters, such as the model. The
+    number of rounds is no part of it, and neither are batch sizes of sampling and scoring.
+    """
+    options = dataclasses.asdict(EnhanceOptions.parse(args.self_enhance))
+    for name in ("rounds", "batch_size", "scorer_batch_size"):
+        del options[name]
+    training = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in UNCOMPARED and not name.startswith(UNCOMPARED_PREFIXES)
+    }
+    settings = {
+        **training,
+        **{f"self_enhance.{name}": value for name, value in options.items()},
+        **more,
+        "processes": args.world_size,
+        "training rows": _digest(rows),
+        "held-out prompts": _digest([row["prompt"] for row in held_out]),
+    }
+    return json.loads(json.dumps(settings, default=str))  # as it reads back from a file
+
+
+def refuse_unsupported(args) -> None:
+    """Raises ValueError for what the loop cannot do."""
+    if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+        raise ValueError("self_enhance samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
+    if args.push_to_hub:
+        raise ValueError("push_to_hub does not work with self_enhance: upload output_dir when the run is done.")
+    if args.chat_template_kwargs:
+        raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
+
+
+def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
+    """The policy where a round starts: `model`, or the full model or the adapter on `model` that lies in `start`."""
+    keywords = {"init_kwargs": init_kwargs, "quantization_config": quantization_config}
+    if start is None or not (start / "adapter_config.json").exists():
+        return policies.load_policy(str(start or model), **keywords)
+    base = policies.load_policy(model, **keywords)
+    return PeftModel.from_pretrained(base, str(start), is_trainable=trainable)
+
+
+def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None, quantization_config=None) -> tuple:
+    """Policy on the device and tokenizer. In float32 an adapter is merged, which is faster; elsewhere it would round.
+
+    Raises:
+        ValueError: the tokenizer has no pad token and none was named.
+    """
+    init_kwargs = {**(args.model_init_kwargs or {})}
+    init_kwargs |= {} if dtype is None else {"dtype": dtype}
+    policy = load_start(model, start, init_kwargs=init_kwargs, quantization_config=quantization_config)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policies.set_pad_token(tokenizer, args.pad_token)
+    if quantization_config is not None:
+        return policy, tokenizer
+    if isinstance(policy, PeftModel) and policies.base_model(policy).dtype == torch.float32:
+        policy = policy.merge_and_unload()
+    return policy.to(args.device), tokenizer
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest of the trainer's checkpoints in `folder` that was saved to its end."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(path)]
+    return str(max(found, key=_step)) if found else None
+
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """The trainer counts these folders when it limits their number, and would delete a good one in their favour."""
+    for path in Path(folder).glob("checkpoint-*"):
+        if not _is_complete(path):
+            shutil.rmtree(path)
+
+
+def plain(prompt: str | list[dict]) -> str | list[dict]:
+    """Arrow gives every message all keys that any message has; chat templates ask whether a key is defined."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in prompt]
+
+
+def describe(manifest: dict) -> str:
+    """What a round gave, in a few lines."""
+    samples = manifest["samples"]
+    lines = [
+        f"  mean reward of {samples['responses']} samples on training prompts: {samples['mean_score']:.3f} "
+        f"({samples['mean_response_tokens']:.0f} tokens, {samples['truncated_share']:.1%} cut off)"
+    ]
+    for name, value in manifest.get("held_out", {}).items():
+        interval = f"[{value['low']:.3f}, {value['high']:.3f}]"
+        lines.append(f"  held-out prompts, {name.replace('_', ' ')}: {value['mean']:.3f} {interval}")
+    return "\n".join(lines)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """The trainer writes its state last."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _last_log(folder: Path) -> dict:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    logs = [log for log in state["log_history"] if "loss" in log]
+    return {"steps": state["global_step"], **(logs[-1] if logs else {})}
+
+
+def _scored(row: dict) -> dict[str, float]:
+    """Text -> score of a pool's row."""
+    return {completion_text(r): s for r, s in zip(row["responses"], row["scores"], strict=True)}
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _free() -> None:
+    """Lets go of a model that is no longer referenced, so that the next one has its memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,31 @@
+"""Intervals of a mean: over prompts by the bootstrap, over training seeds by Student's t."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import t as student
+
+
+def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> dict:
+    """Mean of values (N,), one per prompt, and its percentile bootstrap interval over prompts; NaN is left out.
+
+    Give per-prompt differences to get a paired interval.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> dict:
+    """Mean of one value per seed and its t interval, which is wide for few seeds: 3 of them give +-2.5 deviations.
+
+    A single value has no interval: `low` and `high` are None.
+    """
+    values = np.asarray(values, dtype=float)
+    mean, count = float(values.mean()), len(values)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "count": count}
+    half = float(student.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / count**0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "count": count}
