@@ -27,16 +27,18 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     heads, scale = query.size(1), kwargs.get("scaling")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T,heads,D)
+    table = torch.cat([branches.trunk.flatten(), branches.branch.flatten()])
+    # (slots, heads, D), then (B,S,heads,D) for the trunks and (M,R,heads,D) for the branches
+    q, k, v = (_ToTables.apply(x[0].transpose(0, 1), table, branches.restore) for x in (query, key, value))
+    (trunk_q, branch_q), (trunk_k, branch_k), (trunk_v, branch_v) = (_split(x, branches) for x in (q, k, v))
     pieces = []
-    trunk_k, trunk_v = _take(k, branches.trunk), _take(v, branches.trunk)
     if branches.trunk.size(1):
-        pieces.append(_sdpa(_take(q, branches.trunk), trunk_k, trunk_v, heads, scale, is_causal=True))
-    branch_k = torch.cat([trunk_k[branches.owner], _take(k, branches.branch)], 1)
-    branch_v = torch.cat([trunk_v[branches.owner], _take(v, branches.branch)], 1)
-    pieces.append(_sdpa(_take(q, branches.branch), branch_k, branch_v, heads, scale, attn_mask=branches.mask))
+        pieces.append(_sdpa(trunk_q, trunk_k, trunk_v, heads, scale, is_causal=True))
+        branch_k = torch.cat([_ToOwners.apply(trunk_k, branches.owner), branch_k], 1)
+        branch_v = torch.cat([_ToOwners.apply(trunk_v, branches.owner), branch_v], 1)
+    pieces.append(_sdpa(branch_q, branch_k, branch_v, heads, scale, attn_mask=branches.mask))
     flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
-    return flat.index_select(0, branches.restore).unsqueeze(0), None
+    return _FromTables.apply(flat, table, branches.restore, branches.real).unsqueeze(0), None
 
 
 def flex_mask(branches: Branches) -> BlockMask:
@@ -52,9 +54,53 @@ def flex_mask(branches: Branches) -> BlockMask:
     return create_block_mask(visible, None, None, length, length, device=branches.restore.device)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(T,heads,D) rows at an (A,C) index table -> (A,C,heads,D)."""
-    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+def _split(x: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+    """(slots, heads, D) -> trunks (B,S,heads,D) and branches (M,R,heads,D)."""
+    trunk, branch = x.split([branches.trunk.numel(), branches.branch.numel()])
+    return trunk.view(*branches.trunk.shape, *x.shape[1:]), branch.view(*branches.branch.shape, *x.shape[1:])
+
+
+class _ToTables(torch.autograd.Function):
+    """Tokens (T, ...) to table slots. Its gradient gathers again, where that of indexing would scatter and add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        return x.index_select(0, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (restore,) = ctx.saved_tensors
+        return grad.index_select(0, restore), None, None
+
+
+class _FromTables(torch.autograd.Function):
+    """Table slots back to tokens (T, ...); padded slots get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, restore: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(table, real)
+        return x.index_select(0, restore)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        table, real = ctx.saved_tensors
+        return grad.index_select(0, table) * real.view(-1, *[1] * (grad.dim() - 1)), None, None, None
+
+
+class _ToOwners(torch.autograd.Function):
+    """A trunk (B, ...) for each of its branches (M, ...)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, owner: Tensor) -> Tensor:
+        ctx.save_for_backward(owner)
+        ctx.prompts = len(x)
+        return x.index_select(0, owner)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (owner,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.prompts, *grad.shape[1:]).index_add_(0, owner, grad), None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None, **mask) -> Tensor:

@@ -16,13 +16,17 @@ from torch import Tensor
 
 
 class Branches(NamedTuple):
-    """Where trunks and branches lie in a packed row, as padded index tables. B prompts, M responses in all."""
+    """Where trunks and branches lie in a packed row, as padded index tables. B prompts, M responses in all.
+
+    Every token of the row lies in exactly one real slot of the two tables; `restore` says in which.
+    """
 
     trunk: Tensor  # (B,S) token index, 0 in padded slots
     branch: Tensor  # (M,R) token index, 0 in padded slots
     owner: Tensor  # (M,) the prompt of each response
     mask: Tensor  # (M,1,R,S+R) bool: may query r of a branch see key s of its trunk or of the branch
-    restore: Tensor  # (T,) where each token's result lies in the flattened trunk and branch tables
+    restore: Tensor  # (T,) the slot of each token in the two tables, flattened one after the other
+    real: Tensor  # (B*S+M*R,) bool: which of those slots hold a token
 
 
 class ModelInputs(NamedTuple):
@@ -84,7 +88,8 @@ def shared_layout(batch: dict[str, Tensor]) -> ModelInputs:
     restore = torch.empty(total, dtype=torch.long, device=device)
     restore[trunk[in_trunk]] = torch.arange(trunk.numel(), device=device).view_as(trunk)[in_trunk]
     restore[branch[in_branch]] = trunk.numel() + torch.arange(branch.numel(), device=device).view_as(branch)[in_branch]
-    branches = Branches(trunk, branch, owner, mask, restore)
+    real = torch.cat([in_trunk.flatten(), in_branch.flatten()])
+    branches = Branches(trunk, branch, owner, mask, restore, real)
     targets = batch["response_ids"][batch["response_mask"]]
     return ModelInputs(input_ids.unsqueeze(0), position_ids.unsqueeze(0), branch[in_branch], targets, branches)
 
