@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scripts.demo import bootstrap_interval, compare_answers, length_effect, repetition, summary
+from scripts.demo import bootstrap_interval, compare_answers, matched_gain, repetition, summary
 from scripts.report import side_by_side, write_report
 
 HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"
@@ -132,17 +132,18 @@ def test_measures_of_the_answers():
     assert compared["share of repeated word triples"]["gain"]["mean"] == pytest.approx(0.5 / 6)
 
 
-def test_length_effect_is_slope_times_change():
-    # Reward is 0.1 per token before training, and the answers to the first of two prompts grow by 6 tokens.
-    before = [[{"tokens": t, "score": 0.1 * t - 1} for t in row] for row in ((3, 7, 8), (5, 6, 1))]
-    after = [[a | {"tokens": a["tokens"] + extra} for a in row] for row, extra in zip(before, (6, 0), strict=True)]
-    assert length_effect(before, after) == pytest.approx({"mean": 0.3, "low": 0.0, "high": 0.6, "count": 2})
+def count_good(prompts, completions):
+    return [float(text.split().count("good")) for text in completions]
 
 
-def test_length_effect_without_any_spread_in_length_is_zero():
-    before = [[{"tokens": 4, "score": 0.1}, {"tokens": 4, "score": 0.5}]]
-    after = [[{"tokens": 9, "score": 0.1}, {"tokens": 9, "score": 0.5}]]
-    assert length_effect(before, after)["mean"] == 0
+def test_gain_at_equal_length_ignores_what_only_the_longer_answer_says():
+    before = [[{"text": "it was"}, {"text": "good bad bad bad bad"}], [{"text": "bad good"}, {"text": "a good b"}]]
+    after = [
+        [{"text": "good it good good"}, {"text": "good good"}],
+        [{"text": "bad good good good"}, {"text": "good"}],
+    ]
+    # Prompt 1: "it was" against "good it", "good bad" against "good good"; prompt 2: no change, "a" against "good".
+    assert matched_gain(before, after, count_good) == pytest.approx({"mean": 0.75, "low": 0.5, "high": 1, "count": 2})
 
 
 @pytest.mark.parametrize(
