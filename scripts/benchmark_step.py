@@ -259,7 +259,8 @@ def measure(job: dict) -> dict:
         "lengths": [[len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]] for r in used],
         "best": [max(range(len(r["scores"])), key=r["scores"].__getitem__) for r in used],
         "pairs": len(trainer.train_dataset) // len(rows) if job["variant"].startswith("trl_") else None,
-        "peak": torch.cuda.max_memory_allocated() if cuda else peak_rss(),
+        # The peak that the kernel reports lags a little behind.
+        "peak": torch.cuda.max_memory_allocated() if cuda else max(peak_rss(), before),
         "before": before,
         "shape": shape(trainer.model),
     }

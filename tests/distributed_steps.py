@@ -58,9 +58,11 @@ def main(options: dict) -> None:
     model = tiny_llama(len(tokenizer))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = SWEPOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.05, optim="adamw_torch",
+        output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.01, optim="adamw_torch",
         per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
-        gradient_accumulation_steps=options.get("accumulation", 1), logging_steps=1, save_strategy="no", seed=3,
+        # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
+        gradient_accumulation_steps=2 // processes if "budget" in options else options.get("accumulation", 1),
+        logging_steps=1, save_strategy="no", seed=3,
         lr_scheduler_type="constant", disable_tqdm=True, max_grad_norm=100.0,
         activation_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
         precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
@@ -99,3 +101,5 @@ def main(options: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    if torch.distributed.is_initialized():  # gloo's threads would otherwise abort some runs at exit
+        torch.distributed.destroy_process_group()
