@@ -27,6 +27,7 @@ from trainers.loop.collect import (
     check_settings,
     collect_samples,
     collect_scores,
+    model_fingerprint,
     open_folder,
     settings_hash,
     summarize,
@@ -97,22 +98,6 @@ def parse_scorers(specs: list[str]) -> list[dict]:
         except ValueError:
             raise ValueError(f"--scorer {spec}: what follows = must be a weight such as 0.5.") from None
     return parts
-
-
-def model_fingerprint(name: str) -> str | None:
-    """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    digest, block = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(32):  # the whole file when it is small, 2 MiB spread over it when not
-                file.seek(part * max(block, (size - block) // 31))
-                digest.update(file.read(block))
-    return digest.hexdigest()
 
 
 def run_settings(args: GenerateArguments, rows: list[dict]) -> dict:

@@ -4,6 +4,7 @@ The YAML is flat: a key is a field of the method's config, of `DataArguments` be
 flag of the same name on the command line wins. `trainer` is a class of `trainers` or any dotted import path.
 """
 
+import copy
 import importlib
 import os
 import sys
@@ -16,6 +17,11 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dry_run import describe
 from trainers import PreferenceTrainer, load_preferences
+from trainers.forward.policy import load_tokenizer
+from trainers.loop import enhance
+from trainers.loop.collect import model_fingerprint
+from trainers.loop.options import EnhanceOptions
+from trainers.loop.start import last_checkpoint, load_for_sampling, load_start
 
 
 @dataclass
@@ -60,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
-    """Load, train, evaluate and save model, tokenizer, config, metrics and model card."""
+    """Load, train, evaluate and save model, tokenizer, config, metrics and model card; in rounds if that is asked."""
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,
@@ -68,6 +74,9 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         **(args.model_init_kwargs or {}),
     }
     splits = {name: load_split(data, args, name) for name in ("train", "test")}
+    if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
+        train_in_rounds(trainer_class, data, args, model, splits)
+        return
     trainer = trainer_class(
         model.model_name_or_path,
         args=args,
@@ -76,18 +85,64 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    result = trainer.train(resume_from_checkpoint=_checkpoint(args))
+    fit(trainer, data, _checkpoint(args))
+
+
+def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None) -> None:
+    """Train from `checkpoint` or from the start, evaluate, and write everything to the trainer's output folder."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    if splits["test"] is not None:
+    if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
     trainer.save_model()
     trainer.create_model_card(dataset=data.dataset_name)
-    if args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset=data.dataset_name)
+
+
+def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelConfig, splits: dict) -> None:
+    """Self-enhancement: `fit` once per round on scored samples of the policy that the round before left.
+
+    A method with a reference takes the policy at the start of the round for it.
+    """
+    enhance.refuse_unsupported(args)
+    options = EnhanceOptions.parse(args.self_enhance)
+    name, quantization = model.model_name_or_path, get_quantization_config(model)
+    rows, held_out = (list(splits[split] or []) for split in ("train", "test"))
+
+    def load(start: Path | None) -> tuple:
+        return load_for_sampling(name, start, args, dtype=options.dtype, quantization_config=quantization)
+
+    def train_round(rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
+        keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization}
+        policy = load_start(name, start, trainable=True, **keywords)
+        trainer = trainer_class(
+            policy,
+            args=round_arguments(args, options.iterations, index, folder),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=splits["test"],
+            peft_config=get_peft_config(model) if start is None else None,
+            processing_class=load_tokenizer(policy),
+        )
+        fit(trainer, data, last_checkpoint(folder))
+
+    more = {f"model.{field}": value for field, value in vars(model).items()}
+    more |= {"trainer": data.trainer, "model files": model_fingerprint(name)}
+    settings = enhance.run_settings(args, rows, held_out, **more)
+    enhance.Loop(options, rows, args.output_dir, settings, load, train_round, held_out, seed=args.seed).run()
+
+
+def round_arguments(args, iterations: int, index: int, folder: Path):
+    """The training arguments of a round: its own folder and order of the rows, `iterations` times the length."""
+    own = copy.copy(args)
+    own.output_dir, own.seed, own.model_init_kwargs = str(folder), args.seed + index, None
+    own.num_train_epochs = args.num_train_epochs * iterations
+    own.max_steps = args.max_steps * iterations if args.max_steps > 0 else args.max_steps
+    return own
 
 
 def load_split(data: DataArguments, args, name: str) -> Dataset | None:

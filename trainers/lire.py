@@ -3,19 +3,22 @@
 Paper: "LIRE: listwise reward enhancement for preference alignment", arXiv 2405.13516. Its full text was not available
 to us: the loss and its defaults follow the authors' code, which turns the scores into a softmax; the objective that
 public reviews quote has the plain scores (`score_transform="none"`). `zscore` and `length_average` are nobody's paper.
+Its self-enhancement (Evolve and Iterate) is `self_enhance`; the loop itself is in loop/enhance.py.
 
 Left out: `sft_target` "chosen" (rows name no chosen response beside the scores) and division by the padded width.
 """
 
+import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .base import PreferenceConfig, PreferenceTrainer
+from .loop.options import EnhanceOptions
 from .metrics import best_and_worst
 
 logger = logging.getLogger(__name__)
@@ -71,9 +74,18 @@ class LIREConfig(PreferenceConfig):
         default="mean",
         metadata={"help": "Sum or mean over the tokens in the SFT term.", "choices": list(REDUCTIONS)},
     )
+    self_enhance: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, "
+            "...} (trainers/loop/options.py), as JSON on the command line. Read by scripts/train.py."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.self_enhance is not None:
+            self.self_enhance = dataclasses.asdict(EnhanceOptions.parse(self.self_enhance))
         _check_options(**{name: getattr(self, name) for name in (*LISTWISE_OPTIONS, "sft_alpha", "sft_reduction")})
 
 

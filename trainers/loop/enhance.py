@@ -12,7 +12,8 @@ Any method can be trained in rounds: the loop knows nothing of losses. Each roun
 
 A killed run goes on where it stopped when the same command is given again, and ends with the same rows and the same
 weights. Every round has its own optimiser state and learning-rate schedule and reads its starting weights from disk,
-so it depends on nothing but the files of the round before.
+so it depends on nothing but the files of the round before. A method with a reference takes the policy at the start of
+each round for it, not the model of the first one.
 """
 
 import dataclasses
@@ -28,19 +29,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft import PeftModel
-from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from ..forward import policy as policies
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
+from .options import EnhanceOptions
 from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
+from .start import remove_incomplete_checkpoints
 
-OWN = -1  # origin of the data set's own responses; samples have the number of their round
+ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
+OWN = -1
 MANY_TRUNCATED = 0.2
 WAYS_OUT = "or choose another output_dir"
 
@@ -53,87 +54,6 @@ UNCOMPARED_PREFIXES = ("log", "save_", "eval_", "hub_", "report_", "trackio", "d
                        "dataloader_num", "dataloader_pin", "dataloader_per", "dataloader_pre")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EnhanceOptions:
-    """The keys of `self_enhance`.
-
-    Args:
-        scorer: what `load_scorer` takes: dotted path of a reward function, reward model, weighted list of these.
-        rounds: how often to sample and train (Evolve). May be raised later: finished rounds are kept.
-        iterations: how often a round goes through its training (Iterate): multiplies num_train_epochs or max_steps.
-        num_generations, max_new_tokens, temperature, top_p, top_k: samples per prompt and how they are drawn.
-        batch_size: sequences per forward pass and process while sampling.
-        own_responses: put the data set's own responses into every round's pool, scored by the same scorer.
-        keep_old: keep the samples of earlier rounds in the pool as well.
-        held_out_generations: responses per held-out prompt (`dataset_test_split`) before the first round and after
-            each, always from the same random streams; 0 for none.
-        dtype: of the weights while sampling; None is the dtype they are trained in.
-        scorer_batch_size: texts per forward pass of a reward model.
-
-    Raises:
-        ValueError: a key outside its range; the message names it.
-    """
-
-    scorer: str | dict | list = ""
-    rounds: int = 1
-    iterations: int = 1
-    num_generations: int = 4
-    max_new_tokens: int = 256
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int | None = None
-    batch_size: int = 16
-    own_responses: bool = True
-    keep_old: bool = False
-    held_out_generations: int = 0
-    dtype: str | None = None
-    scorer_batch_size: int = 8
-
-    def __post_init__(self):
-        if not self.scorer:
-            raise ValueError("self_enhance: scorer is missing: name a reward function or a reward model.")
-        for name, lowest in (("rounds", 1), ("iterations", 1), ("held_out_generations", 0), ("scorer_batch_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"self_enhance: {name}={value!r} must be a whole number of at least {lowest}.")
-        for name in ("own_responses", "keep_old"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"self_enhance: {name}={getattr(self, name)!r} must be true or false.")
-        if self.num_generations < 2 and not self.own_responses:
-            raise ValueError("self_enhance: num_generations must be at least 2 without own_responses.")
-        if self.dtype is not None and not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
-            raise ValueError(f"self_enhance: dtype={self.dtype!r} is unknown: use float32, bfloat16 or float16.")
-        try:
-            self.sampling(0)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"self_enhance: {error}") from error
-
-    @classmethod
-    def parse(cls, value: dict[str, Any] | str) -> "EnhanceOptions":
-        """From the dict of a YAML file or the JSON of a flag.
-
-        Raises:
-            ValueError: text that is not a JSON object, or a key that does not exist.
-        """
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ValueError(f"self_enhance is not JSON ({error}): write '{{\"rounds\": 3, ...}}'.") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"self_enhance must be a mapping of options, got {value!r}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ValueError(f"self_enhance: unknown key {name!r}. Known keys: {', '.join(known)}.")
-        return cls(**value)
-
-    def sampling(self, seed: int, num_generations: int | None = None) -> SamplingConfig:
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
-        options = {name: getattr(self, name) for name in names}
-        return SamplingConfig(num_generations=num_generations or self.num_generations, seed=seed, **options)
-
-
 class Processes:
     """What sampler and scorer ask of an accelerator, for a policy that every process holds whole and unwrapped."""
 
@@ -143,6 +63,7 @@ class Processes:
         state = PartialState()
         self.num_processes, self.process_index = state.num_processes, state.process_index
         self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
+        self.device = state.device
 
     def unwrap_model(self, model):
         return model
@@ -236,8 +157,8 @@ class Loop:
         statistics = summarize(samples, fresh)
         if statistics["truncated_share"] > MANY_TRUNCATED:
             self.processes.say(
-                f"WARNING: {statistics['truncated_share']:.0%} of the samples were cut at max_new_tokens, and training "
-                "takes them for complete answers: raise max_new_tokens."
+                f"WARNING: {statistics['truncated_share']:.0%} of the samples were cut at max_new_tokens, and "
+                "training takes them for complete answers: raise max_new_tokens."
             )
         pooled = [value for row in rows for value in row["scores"]]
         return rows, statistics | {"pool_responses": len(pooled), "pool_mean_score": sum(pooled) / len(pooled)}
@@ -247,18 +168,18 @@ class Loop:
         own = [(completion_text(r), OWN) for r in self.rows[i]["responses"]] if self.options.own_responses else []
         kept = []
         if self.options.keep_old and old:
-            kept = [(completion_text(r), o) for r, o in zip(old["responses"], old["origin"], strict=True) if o != OWN]
+            kept = [(completion_text(r), o) for r, o in zip(old["responses"], old[ORIGIN], strict=True) if o != OWN]
         return [*own, *kept, *((sample.text, index) for sample in samples)]
 
     def _row(self, row: dict, prompt, pool: list[tuple[str, int]], scores: dict[str, float]) -> dict:
         texts = [text for text, _ in pool]
         responses = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
-        rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores", "origin")}
+        rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores")}
         return {
             "prompt": prompt,
             "responses": responses,
             "scores": [scores[text] for text in texts],
-            "origin": [origin for _, origin in pool],
+            ORIGIN: [origin for _, origin in pool],
             # Lists may belong to the data set's own responses, which are not the responses of this row.
             **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
         }
@@ -276,23 +197,20 @@ class Loop:
     def _sample(self, folder: Path, prompts: list, config: SamplingConfig, index: int, start: Path | None):
         open_folder(folder, {"run": self.key}, self.processes)
         load = lambda: self.load(start)  # noqa: E731
-        samples = collect_samples(folder, load, prompts, config, round=index, accelerator=self.processes)
-        _free()
-        return samples
+        return collect_samples(folder, load, prompts, config, round=index, accelerator=self.processes)
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]], index: int) -> list[list[float]]:
         open_folder(folder, {"run": self.key}, self.processes)
         names = sorted({n for row in rows for n in row} - {"prompt", "prompts", "completions", "responses", "scores"})
-        scores = collect_scores(
+        device = self.processes.device
+        return collect_scores(
             folder,
-            lambda: load_scorer(self.options.scorer, batch_size=self.options.scorer_batch_size),
+            lambda: load_scorer(self.options.scorer, batch_size=self.options.scorer_batch_size, device=device),
             [plain(row["prompt"]) for row in rows],
             texts,
             columns={name: [row.get(name) for row in rows] for name in names},
             accelerator=self.processes,
         )
-        _free()
-        return scores
 
     def _manifest(self, index: int, folder: Path, statistics: dict, rewards: list) -> dict:
         """What a round gave; written when it is missing, which ends the round."""
@@ -361,46 +279,6 @@ def refuse_unsupported(args) -> None:
         raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
 
 
-def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
-    """The policy where a round starts: `model`, or the full model or the adapter on `model` that lies in `start`."""
-    keywords = {"init_kwargs": init_kwargs, "quantization_config": quantization_config}
-    if start is None or not (start / "adapter_config.json").exists():
-        return policies.load_policy(str(start or model), **keywords)
-    base = policies.load_policy(model, **keywords)
-    return PeftModel.from_pretrained(base, str(start), is_trainable=trainable)
-
-
-def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None, quantization_config=None) -> tuple:
-    """Policy on the device and tokenizer. In float32 an adapter is merged, which is faster; elsewhere it would round.
-
-    Raises:
-        ValueError: the tokenizer has no pad token and none was named.
-    """
-    init_kwargs = {**(args.model_init_kwargs or {})}
-    init_kwargs |= {} if dtype is None else {"dtype": dtype}
-    policy = load_start(model, start, init_kwargs=init_kwargs, quantization_config=quantization_config)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    policies.set_pad_token(tokenizer, args.pad_token)
-    if quantization_config is not None:
-        return policy, tokenizer
-    if isinstance(policy, PeftModel) and policies.base_model(policy).dtype == torch.float32:
-        policy = policy.merge_and_unload()
-    return policy.to(args.device), tokenizer
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest of the trainer's checkpoints in `folder` that was saved to its end."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(path)]
-    return str(max(found, key=_step)) if found else None
-
-
-def remove_incomplete_checkpoints(folder: Path) -> None:
-    """The trainer counts these folders when it limits their number, and would delete a good one in their favour."""
-    for path in Path(folder).glob("checkpoint-*"):
-        if not _is_complete(path):
-            shutil.rmtree(path)
-
-
 def plain(prompt: str | list[dict]) -> str | list[dict]:
     """Arrow gives every message all keys that any message has; chat templates ask whether a key is defined."""
     if isinstance(prompt, str):
@@ -421,18 +299,6 @@ def describe(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """The trainer writes its state last."""
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-
-
 def _last_log(folder: Path) -> dict:
     state = json.loads((folder / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "loss" in log]
@@ -449,7 +315,7 @@ def _digest(content: list) -> str:
 
 
 def _free() -> None:
-    """Lets go of a model that is no longer referenced, so that the next one has its memory."""
+    """Lets go of a trainer's model, which its callbacks refer to in circles, so that the next one has its memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

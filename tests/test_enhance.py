@@ -1,0 +1,397 @@
+"""Training in rounds: what a round holds, resuming after a kill in each phase, refusal to mix settings."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import train
+from helpers import family_tokenizer, tiny_llama
+from trainers import LIREConfig, LIRETrainer
+from trainers.loop.options import EnhanceOptions
+from trainers.loop.sampler import SamplingConfig, sample_responses
+from trainers.loop.start import last_checkpoint, load_for_sampling
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ["the dog sleeps", "a lazy day", "say something kind", "Paris, of course", "jumps over", "it rains"]
+PROMPTS = ["what is the capital", "say something", "how was the day", "where is the dog", "the quick", "a friend said"]
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": prompt}],
+        "responses": [[{"role": "assistant", "content": TEXTS[(i + k) % 6]}] for k in range(2 + i % 2)],
+        "scores": [float(k) for k in range(2 + i % 2)],
+        "topic": 10.0 * i,
+    }
+    for i, prompt in enumerate(PROMPTS)
+]
+K = 3
+OPTIONS = {
+    "rounds": 2,
+    "num_generations": K,
+    "scorer": "test_enhance.vowels",
+    "max_new_tokens": 8,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "batch_size": 4,
+    "held_out_generations": 2,
+}
+
+
+def vowels(prompts, completions, *, topic, **columns):
+    """Share of vowels, plus the topic of the prompt."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(c in "aeiou" for c in t) / (len(t) + 1) + n for t, n in zip(texts, topic, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    Dataset.from_list(ROWS).to_json(folder / "rows.jsonl")
+    return folder
+
+
+def arguments(inputs, output, *, lora=False, options=None, **changes):
+    flags = {
+        "trainer": "LIRETrainer",
+        "model_name_or_path": inputs / "model",
+        "dataset_name": inputs / "rows.jsonl",
+        "dataset_train_split": "train[:4]",
+        "dataset_test_split": "train[4:]",
+        "output_dir": output,
+        "self_enhance": json.dumps(OPTIONS | (options or {})),
+        "use_cpu": True,
+        "report_to": "none",
+        "learning_rate": 0.01,
+        "temperature": 5.0,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    if lora:
+        flags |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+    return [str(part) for name, value in (flags | changes).items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train.main(arguments(inputs, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_lora(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished_lora")
+    train.main(arguments(inputs, folder, lora=True))
+    return folder
+
+
+def pool(folder, index):
+    data = gzip.decompress((folder / f"round-{index:02d}" / "rows.jsonl.gz").read_bytes())
+    return [json.loads(line) for line in data.decode().splitlines()]
+
+
+def texts(row):
+    return [response[0]["content"] for response in row["responses"]]
+
+
+def assert_same(found, expected, weights="model.safetensors"):
+    """The same pools, the same weights to the last bit, and the same rewards on held-out prompts."""
+    for index in range(OPTIONS["rounds"]):
+        assert pool(found, index) == pool(expected, index)
+        one, other = (load_file(f / f"round-{index:02d}" / "checkpoint" / weights) for f in (found, expected))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        manifests = [json.loads((f / f"round-{index:02d}" / "manifest.json").read_text()) for f in (found, expected)]
+        for name in ("samples", "held_out", "started_from"):
+            assert manifests[0][name] == manifests[1][name]
+    assert (found / weights).read_bytes() == (expected / "round-01" / "checkpoint" / weights).read_bytes()
+
+
+def test_a_pool_holds_own_responses_and_samples_of_the_rounds_policy_all_scored(inputs, finished):
+    tokenizer = family_tokenizer("llama3")
+    config = SamplingConfig(num_generations=K, max_new_tokens=8, temperature=1.0, top_p=1.0, seed=3)
+    args = LIREConfig(output_dir=str(finished), use_cpu=True)
+    for index, start in enumerate([None, finished / "round-00" / "checkpoint"]):
+        policy, _ = load_for_sampling(str(inputs / "model"), start, args, dtype=None)
+        prompts = [row["prompt"] for row in ROWS[:4]]
+        samples = sample_responses(policy, tokenizer, prompts, config, round=index, progress=False)
+        for row, source, drawn in zip(pool(finished, index), ROWS[:4], samples, strict=True):
+            own = len(source["responses"])
+            assert row["prompt"] == source["prompt"] and row["topic"] == source["topic"]
+            assert texts(row) == [*texts(source), *(sample.text for sample in drawn)]
+            assert row["sampled_in_round"] == [-1] * own + [index] * K
+            completions = [[{"role": "assistant", "content": text}] for text in texts(row)]
+            assert row["scores"] == vowels(None, completions, topic=[row["topic"]] * len(completions))
+    assert texts(pool(finished, 0)[0])[2:] != texts(pool(finished, 1)[0])[2:]
+
+
+def test_a_round_starts_from_the_weights_of_the_round_before(inputs, finished):
+    weights = [load_file(path / "model.safetensors") for path in (
+        inputs / "model", finished / "round-00" / "checkpoint", finished / "round-01" / "checkpoint")]  # fmt: skip
+    steps = [max(float((b[n] - a[n]).abs().max()) for n in a) for a, b in zip(weights, weights[1:], strict=False)]
+    assert all(0.01 < step < 0.09 for step in steps)  # 8 Adam steps of at most the decaying rate 0.01 each
+    rows = Dataset.from_list(pool(finished, 1))
+    states = []
+    for start in (finished / "round-00" / "checkpoint", inputs / "model"):
+        args = LIREConfig(output_dir=str(finished), use_cpu=True, report_to="none", temperature=5.0, seed=4,
+                          learning_rate=0.01, num_train_epochs=2, per_device_train_batch_size=1, save_strategy="no",
+                          disable_tqdm=True)  # fmt: skip
+        trainer = LIRETrainer(str(start), args=args, train_dataset=rows)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(weights[2][name], states[0][name]) for name in weights[2])
+    assert not all(torch.equal(weights[2][name], states[1][name]) for name in weights[2])
+
+
+def test_the_manifest_says_what_a_round_gave(finished):
+    manifest = json.loads((finished / "round-01" / "manifest.json").read_text())
+    rows = pool(finished, 1)
+    fresh = [score for row in rows for score in row["scores"][-K:]]
+    assert manifest["round"] == 1 and manifest["started_from"] == "round-00/checkpoint"
+    assert manifest["samples"]["responses"] == 4 * K == len(fresh)
+    assert manifest["samples"]["mean_score"] == pytest.approx(sum(fresh) / len(fresh), abs=1e-4)
+    assert manifest["samples"]["pool_responses"] == sum(len(row["responses"]) for row in rows)
+    assert manifest["training"]["steps"] == 8
+    assert "loss" in manifest["training"] and "lire/effective_candidates" in manifest["training"]
+    held_out = manifest["held_out"]
+    scores = [json.loads(line)["scores"] for line in (finished / "round-01/held-out/scores/scores-00000.jsonl").open()]
+    assert held_out["reward"]["mean"] == pytest.approx(sum(map(sum, scores)) / 4)
+    assert held_out["reward"]["count"] == 2  # prompts
+    first = json.loads((finished / "round-00" / "manifest.json").read_text())["held_out"]
+    before = held_out["before_the_first_round"]["mean"]
+    assert first["before_the_first_round"]["mean"] == before
+    assert held_out["gain_of_all_rounds"]["mean"] == pytest.approx(held_out["reward"]["mean"] - before)
+    assert held_out["gain_of_this_round"]["mean"] == pytest.approx(
+        held_out["reward"]["mean"] - first["reward"]["mean"]
+    )
+    rounds = json.loads((finished / "rounds.json").read_text())["rounds"]
+    assert rounds[1] == manifest and len(rounds) == 2
+
+
+def test_the_output_folder_holds_the_last_model_like_any_run(finished):
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "train_results.json", "eval_results.json",
+                 "trainer_state.json", "training_args.bin"):  # fmt: skip
+        assert (finished / name).read_bytes() == (finished / "round-01" / "checkpoint" / name).read_bytes()
+    assert not list(finished.glob("**/checkpoint-*")) and not list(finished.glob("*/training"))
+
+
+def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_start", "load_for_sampling"):
+        monkeypatch.setattr(train, name, refuse)
+    train.main(arguments(inputs, finished))
+    assert {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()} == before
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train.main(arguments(inputs, finished, options={"rounds": 3}))
+    assert not (finished / "round-02" / "manifest.json").exists()
+
+
+def test_other_settings_are_refused_by_name(inputs, finished):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.02 now\)"):
+        train.main(arguments(inputs, finished, learning_rate=0.02))
+    with pytest.raises(ValueError, match=r"\(self_enhance.top_p: 1.0 there, 0.9 now\)"):
+        train.main(arguments(inputs, finished, options={"top_p": 0.9}))
+    with pytest.raises(ValueError, match=r"\(training rows: "):
+        train.main(arguments(inputs, finished, dataset_train_split="train[1:5]", dataset_test_split="train[4:]"))
+    train.main(arguments(inputs, finished, logging_steps=7, options={"batch_size": 2}))  # these change no weight
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ('{"rounds": 2, "scorer": "a.b", "generations": 4}', r"self_enhance: unknown key 'generations'. Known keys: "),
+        ('{"rounds": 2}', "self_enhance: scorer is missing"),
+        ('{"scorer": "a.b", "rounds": 0}', "rounds=0 must be a whole number of at least 1"),
+        ('{"scorer": "a.b", "top_p": 2}', r"self_enhance: top_p must lie in \(0, 1\]"),
+        ('{"scorer": "a.b", "own_responses": false, "num_generations": 1}', "num_generations must be at least 2"),
+        ('{"scorer": "a.b", "dtype": "float31"}', "dtype='float31' is unknown"),
+        ('{"scorer": ', "self_enhance is not JSON"),
+        ("[3]", "must be a mapping"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        LIREConfig(output_dir=str(tmp_path), self_enhance=options)
+
+
+def test_options_come_from_yaml_or_json_and_have_defaults(tmp_path):
+    given = {"scorer": "a.b", "rounds": 3}
+    one = LIREConfig(output_dir=str(tmp_path), self_enhance=given).self_enhance
+    assert one == LIREConfig(output_dir=str(tmp_path), self_enhance=json.dumps(given)).self_enhance
+    assert EnhanceOptions.parse(one) == EnhanceOptions(scorer="a.b", rounds=3)
+    assert one["own_responses"] is True and one["keep_old"] is False and one["iterations"] == 1
+
+
+def test_old_samples_are_kept_and_iterations_lengthen_a_round(inputs, tmp_path):
+    options = {"keep_old": True, "iterations": 2, "own_responses": False, "held_out_generations": 0}
+    train.main(arguments(inputs, tmp_path, options=options, num_train_epochs=1, logging_steps=3))
+    first, second = pool(tmp_path, 0), pool(tmp_path, 1)
+    for old, new in zip(first, second, strict=True):
+        assert old["sampled_in_round"] == [0] * K and new["sampled_in_round"] == [0] * K + [1] * K
+        assert texts(new)[:K] == texts(old) and new["scores"][:K] == old["scores"]
+    manifest = json.loads((tmp_path / "round-00" / "manifest.json").read_text())
+    assert manifest["training"]["steps"] == 8 and "held_out" not in manifest
+    assert len((tmp_path / "round-01/scores/scores-00000.jsonl").read_text().splitlines()) == 4
+
+
+def test_lora_goes_on_with_the_same_adapter(inputs, finished_lora):
+    adapters = [load_file(finished_lora / f"round-0{i}" / "checkpoint" / "adapter_model.safetensors") for i in (0, 1)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert not any(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    args = LIREConfig(output_dir=str(finished_lora), use_cpu=True, report_to="none")
+    merged, tokenizer = load_for_sampling(str(inputs / "model"), finished_lora, args, dtype="float32")
+    base, _ = load_for_sampling(str(inputs / "model"), None, args, dtype="float32")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (adapters[1][f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    scale = json.loads((finished_lora / "adapter_config.json").read_text())["lora_alpha"] / 4
+    change = merged.get_submodule(name).weight - base.get_submodule(name).weight
+    torch.testing.assert_close(change, scale * b @ a, rtol=1e-4, atol=1e-6)
+
+
+def test_a_method_with_a_reference_takes_the_start_of_the_round(inputs, tmp_path, monkeypatch):
+    """Its first loss of every round is the closed form at policy = reference."""
+    (tmp_path / "looped.py").write_text(
+        "from dataclasses import dataclass\nfrom trainers import DPOConfig, DPOTrainer\n"
+        "@dataclass\nclass LoopedConfig(DPOConfig):\n    self_enhance: dict | str | None = None\n"
+        "class LoopedTrainer(DPOTrainer):\n    config_class = LoopedConfig\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = arguments(inputs, tmp_path / "out", lora=True, trainer="looped.LoopedTrainer")
+    at = argv.index("--temperature")
+    train.main([*argv[:at], *argv[at + 2 :]])
+    for index in (0, 1):
+        state = json.loads((tmp_path / f"out/round-0{index}/checkpoint/trainer_state.json").read_text())
+        losses = [log["loss"] for log in state["log_history"] if "loss" in log]
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5) and losses[-1] != pytest.approx(0.693147, abs=1e-3)
+
+
+def test_only_complete_checkpoints_are_resumed(tmp_path):
+    assert last_checkpoint(tmp_path / "missing") is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+# Kills its own process with signal 9, after so many training steps or writes to a journal.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import transformers
+import train
+from trainers.loop import collect
+
+phase, count = sys.argv[1], int(sys.argv[2])
+
+def die_after(function, matches):
+    left = [count]
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        left[0] -= matches(*args)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapped
+
+if phase == "training":
+    step = transformers.Trainer.training_step
+    transformers.Trainer.training_step = die_after(step, lambda *args: True)
+else:
+    name = {"sampling": "samples", "scoring": "scores"}[phase]
+    collect.append_records = die_after(collect.append_records, lambda path, _: Path(path).name.startswith(name))
+train.main(sys.argv[3:])
+"""
+
+
+def run_and_die(argv, phase, count):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, phase, str(count), *argv],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+def tear(journal):
+    """Leaves half a line behind, as a kill amid a write does."""
+    with open(journal, "ab") as file:
+        file.write(b'{"prompt": 3, "ind')
+
+
+def test_survives_kill_9_while_training(inputs, finished_lora, tmp_path):
+    argv = arguments(inputs, tmp_path, lora=True)
+    run_and_die(argv, "training", 13)  # 8 steps of round 0, 5 of round 1
+    assert last_checkpoint(tmp_path / "round-01" / "training").endswith("checkpoint-3")
+    assert (tmp_path / "round-00" / "manifest.json").exists() and not (
+        tmp_path / "round-01" / "manifest.json"
+    ).exists()
+    half = tmp_path / "round-01" / "training" / "checkpoint-6"
+    shutil.copytree(half.with_name("checkpoint-3"), half)
+    (half / "trainer_state.json").unlink()
+    kept = (tmp_path / "round-00" / "manifest.json").stat().st_mtime_ns
+    train.main(argv)
+    assert_same(tmp_path, finished_lora, "adapter_model.safetensors")
+    assert (tmp_path / "round-00" / "manifest.json").stat().st_mtime_ns == kept
+
+
+@pytest.mark.slow
+def test_survives_kill_9_in_every_phase_of_one_run(inputs, finished, tmp_path):
+    argv = arguments(inputs, tmp_path)
+    run_and_die(argv, "sampling", 3)  # 1 batch of held-out prompts before the first round, then 2 of 3
+    assert len((tmp_path / "round-00/samples/samples-00000.jsonl").read_text().splitlines()) == 8
+    tear(tmp_path / "round-00/samples/samples-00000.jsonl")
+    run_and_die(argv, "scoring", 1)
+    assert not (tmp_path / "round-00/rows.jsonl.gz").exists()
+    tear(tmp_path / "round-00/scores/scores-00000.jsonl")
+    run_and_die(argv, "training", 4)
+    assert last_checkpoint(tmp_path / "round-00/training").endswith("checkpoint-3")
+    run_and_die(argv, "sampling", 3)  # 1 batch of held-out prompts after the first round, then 2 of 3
+    run_and_die(argv, "training", 7)
+    assert last_checkpoint(tmp_path / "round-01/training").endswith("checkpoint-6")
+    train.main(argv)
+    assert_same(tmp_path, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_sample_and_train_together(inputs, finished, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+               str(ROOT / "scripts" / "train.py"), *arguments(inputs, tmp_path)]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert pool(tmp_path, 0) == pool(finished, 0)
+    journals = [(tmp_path / f"round-01/samples/samples-0000{rank}.jsonl").read_text() for rank in (0, 1)]
+    keys = [(r["prompt"], r["index"]) for j in journals for r in map(json.loads, j.splitlines())]
+    assert sorted(keys) == [(i, j) for i in range(4) for j in range(K)]
+    assert json.loads((tmp_path / "round-01" / "manifest.json").read_text())["training"]["steps"] == 4
+    assert (tmp_path / "model.safetensors").exists()
