@@ -73,6 +73,7 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         "attn_implementation": model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
+    checkpoint = _checkpoint(args)
     splits = {name: load_split(data, args, name) for name in ("train", "test")}
     if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
         train_in_rounds(trainer_class, data, args, model, splits)
@@ -85,7 +86,7 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    fit(trainer, data, _checkpoint(args))
+    fit(trainer, data, checkpoint)
 
 
 def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None) -> None:
@@ -156,7 +157,7 @@ def load_split(data: DataArguments, args, name: str) -> Dataset | None:
             split=split,
             data_format=data.data_format,
             as_chat=args.as_chat,
-            invalid=args.invalid_rows,
+            invalid_rows=args.invalid_rows,
             num_proc=args.dataset_num_proc,
             max_rows=data.max_train_rows if name == "train" else None,
         )
@@ -199,9 +200,18 @@ def _check_config(argv: list[str]) -> None:
 def _checkpoint(args) -> str | None:
     """`resume_from_checkpoint: true` takes the last complete checkpoint of the output folder, if there is one."""
     wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("none", "false", ""):
+        return None
     if str(wanted).lower() in ("true", "last"):
-        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    return None if str(wanted).lower() in ("none", "false", "") else wanted
+        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if found is None and args.process_index == 0:
+            print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
+        return found
+    if not Path(wanted).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={wanted!r} is not a folder: name a checkpoint, or true for the last."
+        )
+    return wanted
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_drops_are_logged_once_with_the_file(tmp_path, caplog):
     assert "data.jsonl: 3 rows in, 2 kept, 1 dropped" in record.getMessage()
     assert "responses dropped: 2 (empty text)" in record.getMessage()
     with pytest.raises(ValueError, match=r"row 2: responses\[1\]: empty text"):
-        load_preferences(path, invalid="error")
+        load_preferences(path, invalid_rows="error")
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet.gz", "./absent", "/absent/data", "a/b/c"])
@@ -224,3 +224,13 @@ def test_real_pairs_with_empty_responses(caplog):
     assert len(dataset) == 998
     assert "responses dropped: 2 (empty text)" in caplog.text
     assert all(len(row) == 2 for row in dataset["responses"])
+
+
+def test_an_empty_file_and_a_misspelled_column_are_named(tmp_path, caplog):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl is empty"):
+        load_preferences(tmp_path / "empty.jsonl")
+    row = {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0], "weigth": 0.5, "source": "x"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(load_preferences(tmp_path / "rows.jsonl")) == 1
+    assert "'weigth' is not used: did you mean 'weight'" in caplog.text and "source" not in caplog.text

@@ -322,6 +322,29 @@ def test_wrong_arguments_say_the_fix(tmp_path, tokenizer, monkeypatch):
         PreferenceTrainer(model, args=None, train_dataset=None, processing_class=tokenizer).loss({}, None, None)
 
 
+def test_the_mistakes_of_a_first_hour_are_explained(tmp_path, tokenizer, caplog):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir"):
+        config(tmp_path / "file")
+    with pytest.raises(ValueError, match="from_list"):
+        SWEPOTrainer(
+            tiny_llama(len(tokenizer)), args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer
+        )
+    tied = [row | {"scores": [2.0] * len(row["scores"])} for row in rows()]
+    trainer(tmp_path, tokenizer, data=tied).train()
+    assert "carries a signal" in caplog.text
+
+
+def test_a_reference_can_be_given_as_a_path(tmp_path, tokenizer):
+    reference = tiny_llama(len(tokenizer), seed=9)
+    reference.save_pretrained(tmp_path / "reference")
+    found = [
+        trainer(tmp_path, tokenizer, eval_data=rows(), ref_model=r).evaluate()["eval_loss"]
+        for r in (reference, str(tmp_path / "reference"))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_model_card_names_method_paper_and_data(tmp_path, tokenizer):
     t = trainer(tmp_path, tokenizer)
     t.train()

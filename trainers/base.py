@@ -39,7 +39,8 @@ class PreferenceTrainer(Trainer):
 
     Args:
         model: path or hub id, model, or PeftModel. A PeftModel goes on training its adapter.
-        ref_model: the reference policy; by default the policy as it is now (a frozen copy, or the adapter off).
+        ref_model: the reference policy, a path or a model; by default the policy as it is now (a frozen copy, or the
+            adapter off).
         args: the method's config (`config_class`).
         train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict.
         processing_class: tokenizer; by default the one beside the model.
@@ -63,7 +64,7 @@ class PreferenceTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: PreferenceConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -84,6 +85,8 @@ class PreferenceTrainer(Trainer):
         set_seed(args.seed)  # before the adapter draws its weights
         fresh_adapter = peft_config is not None
         model = _load_policy(model, args, quantization_config, peft_config)
+        if isinstance(ref_model, str):
+            ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = policies.load_tokenizer(model, revision)
@@ -264,6 +267,11 @@ class PreferenceTrainer(Trainer):
             return {name: self._prepare_rows(d, tokenizer, args) for name, d in dataset.items()}
         if isinstance(dataset, IterableDataset):
             raise ValueError("Streaming data sets are not supported yet: load the data set without streaming.")
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"A data set of type {type(dataset).__name__} is not supported: give a datasets.Dataset, for example "
+                "Dataset.from_list(rows) or load_preferences(path)."
+            )
         with args.main_process_first(desc="preparing the data set"):
             return prepare_dataset(
                 dataset,
@@ -335,6 +343,11 @@ class PreferenceTrainer(Trainer):
         if self.model.training:
             metrics = self._meters["train"].compute(self.accelerator)
             self._meters["train"].reset()
+            if metrics.get("prompts/without_signal") == 1:
+                logger.warning(
+                    "No prompt since the last log carries a signal, so nothing was learned: the scores of each prompt "
+                    "are all equal, or the method's options leave no response to contrast."
+                )
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
 

@@ -97,4 +97,6 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.ref_cache_dir is None:
             self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")
+        if self.output_dir is not None and Path(self.output_dir).expanduser().is_file():
+            raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder.")
         super().__post_init__()

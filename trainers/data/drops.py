@@ -71,7 +71,9 @@ def batch_to_rows(batch: dict[str, list]) -> list[dict[str, Any]]:
 
 def refuse(index: int, reason: str) -> None:
     """Raise for a row that `invalid="error"` does not let pass."""
-    raise ValueError(f"row {index}: {reason.removeprefix('row: ')}. Repair it, or leave it out with invalid='drop'.")
+    raise ValueError(
+        f"row {index}: {reason.removeprefix('row: ')}. Repair it, or leave it out with invalid_rows='drop'."
+    )
 
 
 def is_first_process() -> bool:

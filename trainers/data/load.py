@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +19,7 @@ from .rows import Row, canonicalize, to_canonical
 
 logger = logging.getLogger(__name__)
 
+OPTIONAL = ("weight", "annotator")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -27,7 +29,7 @@ def load_preferences(
     data_format: str | Callable[[Row], Row | None] | None = None,
     *,
     as_chat: bool = False,
-    invalid: str = "drop",
+    invalid_rows: str = "drop",
     num_proc: int | None = None,
     max_rows: int | None = None,
     **kwargs,
@@ -40,7 +42,7 @@ def load_preferences(
         data_format: name of a function of `trainers.data.adapters`, or the dotted import path of any function
             `row -> row or None`. Default: the columns are those of canonical rows or of TRL pairs.
         as_chat: wrap text prompts and responses in user and assistant messages.
-        invalid: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
+        invalid_rows: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
         num_proc: processes for reading the rows.
         max_rows: read at most this many rows, counted before any is dropped.
         kwargs: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `data_files`.
@@ -57,9 +59,18 @@ def load_preferences(
         dataset = dataset.select(range(min(max_rows, len(dataset))))
     if adapter is None:
         _check_columns(dataset.column_names)
-    dataset, report = canonicalize(dataset, adapter, invalid, num_proc, as_chat)
+    dataset, report = canonicalize(dataset, adapter, invalid_rows, num_proc, as_chat)
     report.log(logger, str(name_or_path))
+    _warn_of_misspellings(dataset.column_names)
     return dataset
+
+
+def _warn_of_misspellings(columns: list[str]) -> None:
+    """Any further column is carried along, so a misspelled optional one would be ignored without a word."""
+    for name in columns:
+        near = get_close_matches(name, OPTIONAL, n=1, cutoff=0.8)
+        if near and name != near[0]:
+            logger.warning("Column %r is not used: did you mean %r?", name, near[0])
 
 
 def _read(name_or_path: str, split: str, kwargs: dict) -> Dataset:
@@ -79,6 +90,8 @@ def _read_file(path: Path, split: str, kwargs: dict) -> Dataset:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: give a file with at least one row.")
     if suffix == ".parquet" and path.suffix == ".gz":  # datasets does not unpack this combination
         table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
         return _pick_split(DatasetDict(train=Dataset(table)), split)
