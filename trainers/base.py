@@ -27,7 +27,7 @@ from .forward.cache import LogpsCache, reference_fingerprint, reference_paramete
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, ReferenceTable
 from .forward.run import Forward, Runner
-from .metrics import MetricMeter, best_and_worst, ranking_metrics
+from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,7 @@ class PreferenceTrainer(Trainer):
 
     def signal(self, batch: Batch) -> Tensor:
         """(B,) bool: which prompts carry a signal. By default all but all-tied ones; the rest is left out."""
-        scores, mask = batch["scores"], batch["mask"]
-        return scores.masked_fill(~mask, -torch.inf).amax(-1) > scores.masked_fill(~mask, torch.inf).amin(-1)
+        return scores_differ(batch["scores"], batch["mask"])
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""

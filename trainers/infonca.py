@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import PreferenceConfig, PreferenceTrainer
+from .metrics import scores_differ
 
 
 @dataclass
@@ -58,7 +59,7 @@ def infonca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float
     rewards, target, mask = _prepare(logratios, scores, mask, beta, alpha)
     log_probs = torch.log_softmax(rewards.masked_fill(~mask, torch.finfo(rewards.dtype).min), -1)
     losses = -(target * log_probs.masked_fill(~mask, 0)).sum(-1)
-    return torch.where(_varied(scores, mask), losses, 0.0)
+    return torch.where(scores_differ(scores, mask), losses, 0.0)
 
 
 def nca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float = 0.01, alpha: float = 1.0) -> Tensor:
@@ -70,7 +71,7 @@ def nca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float = 0
     rewards, target, mask = _prepare(logratios, scores, mask, beta, alpha)
     noise = mask.to(rewards.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
     losses = -(target * logsigmoid(rewards) + noise * logsigmoid(-rewards)).sum(-1)
-    return torch.where(_varied(scores, mask), losses, 0.0)
+    return torch.where(scores_differ(scores, mask), losses, 0.0)
 
 
 def _prepare(logratios, scores, mask, beta, alpha) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +84,6 @@ def _prepare(logratios, scores, mask, beta, alpha) -> tuple[Tensor, Tensor, Tens
     exponents = alpha * (scores - highest).detach().to(logratios.dtype)
     target = torch.softmax(exponents.masked_fill(~mask, torch.finfo(exponents.dtype).min), -1) * mask
     return beta * logratios.masked_fill(~mask, 0), target, mask
-
-
-def _varied(scores: Tensor, mask: Tensor) -> Tensor:
-    """(B,) bool: prompts with at least two different scores."""
-    return scores.masked_fill(~mask, -math.inf).amax(-1) > scores.masked_fill(~mask, math.inf).amin(-1)
 
 
 def _check_options(beta, alpha) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base import PreferenceConfig, PreferenceTrainer
 from .loop.options import EnhanceOptions
-from .metrics import best_and_worst
+from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def lire_loss(
     if sft_alpha:
         total = losses - sft_alpha * _best_logps(logps, scores, mask, lengths if sft_reduction == "mean" else None)
     # Rounding would leave a gradient of 1e-17 where there is none.
-    return torch.where(_varied(scores, mask), total, losses.detach())
+    return torch.where(scores_differ(scores, mask), total, losses.detach())
 
 
 def candidate_logits(logps: Tensor, mask: Tensor, temperature: float, lengths: Tensor | None = None) -> Tensor:
@@ -218,7 +218,7 @@ def lire_metrics(
         "lire/mean_score": scores.sum(-1) / count,
         "lire/likeliest_length": _take(lengths, likeliest).to(probs.dtype),
     }
-    varied = _varied(scores, mask)
+    varied = scores_differ(scores, mask)
     return {name: value.masked_fill(~varied, math.nan) for name, value in values.items()}
 
 
@@ -236,11 +236,6 @@ def _best_logps(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor | N
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def _varied(scores: Tensor, mask: Tensor) -> Tensor:
-    """(B,) bool: prompts with at least two different scores."""
-    return scores.masked_fill(~mask, -math.inf).amax(-1) > scores.masked_fill(~mask, math.inf).amin(-1)
 
 
 def _check_options(

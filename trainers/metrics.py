@@ -17,6 +17,12 @@ def best_and_worst(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(~mask, -torch.inf).argmax(-1), scores.masked_fill(~mask, torch.inf).argmin(-1)
 
 
+def scores_differ(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B,) bool: prompts with at least two different scores. Values in masked slots never matter."""
+    mask = mask.bool()
+    return scores.masked_fill(~mask, -torch.inf).amax(-1) > scores.masked_fill(~mask, torch.inf).amin(-1)
+
+
 def best_worst(rewards: Tensor, scores: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Compares the best with the worst scored response, under TRL's metric names.
 
