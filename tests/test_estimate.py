@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from batches import RAGGED, make_batch
 from trainers.estimate import Fed, Plan, Run, fed, memory, plan_from_environment, read_plan, shape_of, total
+from trainers.forward import layout
 from trainers.forward.head import CPU_CHUNK_ELEMENTS
 from trainers.forward.layout import rows_layout, shared_layout
 from trainers.forward.policy import add_adapter, base_model
@@ -133,17 +134,19 @@ def test_peak_of_a_step(widths, lengths, shared, recompute, dtype, autocast, lor
     assert total(items.values()) - states == pytest.approx(peak, rel=0.1)
 
 
-def test_fed_counts_what_the_layouts_feed():
+@pytest.mark.parametrize("piece", [2, 256])
+def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
+    monkeypatch.setattr(layout, "PIECE", piece)
     batch = make_batch(RAGGED, vocab=50)
     shared, rows = shared_layout(batch), rows_layout(batch)
     branches = shared.branches
-    m, r, keys = branches.mask.size(0), branches.branch.size(1), branches.mask.size(-1)
+    trunks, keys = branches.trunk[0] * branches.trunk[1], branches.branch[0] * (branches.trunk[1] + branches.branch[1])
     assert fed(RAGGED, shared=True) == Fed(
         tokens=shared.input_ids.numel(),
         predicted=shared.targets.numel(),
-        queries=branches.trunk.numel() + m * r,
-        keys=branches.trunk.numel() + m * keys,
-        mask=branches.mask.numel(),
+        queries=branches.queries.token.numel(),
+        keys=trunks + keys,
+        mask=sum(mask.numel() for mask in branches.masks),
     )
     size = rows.input_ids.numel()
     assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0)

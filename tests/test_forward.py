@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from batches import RAGGED, make_batch
-from trainers.forward import head
+from trainers.forward import head, layout
 from trainers.forward.attention import flex_mask
 from trainers.forward.layout import rows_layout, shared_layout, token_counts
 from trainers.forward.run import (
@@ -124,6 +124,27 @@ def test_values_and_gradients_equal_the_models_own_logits(name, shared):
     )
     found = gradients(model, batch, logps)
     assert found.keys() == expected_gradients.keys()
+    for key, value in expected_gradients.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5])
+def test_cutting_long_branches_into_pieces_changes_nothing(piece, monkeypatch):
+    batch, whole = make_batch(RAGGED, VOCAB), build("llama")
+    longest = batch["response_mask"].size(-1)
+    assert len(shared_layout(batch).branches.masks) == 1
+    expected = reference_logps(whole, batch)
+    expected_gradients = gradients(whole, batch, reference_logps)
+    monkeypatch.setattr(layout, "PIECE", piece)
+    model = build("llama")
+    prepare_forward(model, share=True)
+    masks = shared_layout(batch).branches.masks
+    # every piece holds only the responses that reach it, and meets no key beyond its own end
+    lengths = batch["response_mask"].sum(-1)[batch["mask"]]
+    assert [m.size(0) for m in masks] == [int((lengths > begin).sum()) for begin in range(0, longest, piece)]
+    assert [m.size(2) for m in masks] == [min(piece, longest - begin) for begin in range(0, longest, piece)]
+    torch.testing.assert_close(run(model, batch, shared=True).logps, expected, rtol=0, atol=1e-10)
+    found = gradients(model, batch, lambda m, b: run(m, b, shared=True).logps)
     for key, value in expected_gradients.items():
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..forward.head import LogitRule, head_rows, logit_rule
+from ..forward.layout import piece_bounds
 from ..forward.policy import base_model
 
 
@@ -124,8 +125,8 @@ def fed(groups: list[tuple[int, list[int]]], *, shared: bool, flex: bool = False
     """Lengths of prompts P and of their responses R -> what one micro-batch of them costs.
 
     `shared`: T = sum over prompts of (P - 1 + sum of R). Attention works on padded tables of trunks (longest P - 1)
-    and branches (longest R); each branch has a copy of its trunk's keys and its rows of the mask. With `flex`
-    (FlexAttention) it needs neither tables nor copies.
+    and branches (longest R), whose queries are cut into pieces; each branch has a copy of its trunk's keys. With
+    `flex` (FlexAttention) it needs neither tables nor copies.
     `rows`: T = responses x longest (P + R - 1), without a mask.
     """
     responses = [r for _, lengths in groups for r in lengths]
@@ -136,5 +137,7 @@ def fed(groups: list[tuple[int, list[int]]], *, shared: bool, flex: bool = False
     tokens = sum(p - 1 for p, _ in groups) + sum(responses)
     if flex:
         return Fed(tokens, sum(responses), tokens, tokens, 0)
-    trunks, branches, keys = len(groups) * trunk, len(responses) * branch, len(responses) * (trunk + branch)
-    return Fed(tokens, sum(responses), trunks + branches, trunks + keys, branches * (trunk + branch))
+    trunks, keys = len(groups) * trunk, len(responses) * (trunk + branch)
+    pieces = [(sum(r > begin for r in responses) * (end - begin), end) for begin, end in piece_bounds(branch)]
+    queries, mask = sum(size for size, _ in pieces), sum(size * (trunk + end) for size, end in pieces)
+    return Fed(tokens, sum(responses), trunks + queries, trunks + keys, mask)

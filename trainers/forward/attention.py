@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layout import Branches
+from .layout import Branches, Slots
 
 SHARED_SDPA = "sdpa_shared_prompt"
 FLEX = "flex_attention"
@@ -27,65 +27,72 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     heads, scale = query.size(1), kwargs.get("scaling")
-    table = torch.cat([branches.trunk.flatten(), branches.branch.flatten()])
-    # (slots, heads, D), then (B,S,heads,D) for the trunks and (M,R,heads,D) for the branches
-    q, k, v = (_ToTables.apply(x[0].transpose(0, 1), table, branches.restore) for x in (query, key, value))
-    (trunk_q, branch_q), (trunk_k, branch_k), (trunk_v, branch_v) = (_split(x, branches) for x in (q, k, v))
+    in_trunks = branches.trunk[0] * branches.trunk[1]
+    sizes = [in_trunks, *(mask.size(0) * mask.size(2) for mask in branches.masks)]
+    queries = _ToSlots.apply(query[0].transpose(0, 1), branches.queries).split(sizes)  # (slots,H,D) each
+    (trunk_k, k), (trunk_v, v) = (_trunks_and_branches(x, branches) for x in (key, value))
     pieces = []
-    if branches.trunk.size(1):
-        pieces.append(_sdpa(trunk_q, trunk_k, trunk_v, heads, scale, is_causal=True))
-        branch_k = torch.cat([_ToOwners.apply(trunk_k, branches.owner), branch_k], 1)
-        branch_v = torch.cat([_ToOwners.apply(trunk_v, branches.owner), branch_v], 1)
-    pieces.append(_sdpa(branch_q, branch_k, branch_v, heads, scale, attn_mask=branches.mask))
+    if in_trunks:
+        q = queries[0].view(*branches.trunk, heads, -1)
+        pieces.append(_sdpa(q, _per_head(trunk_k, heads), _per_head(trunk_v, heads), scale, is_causal=True))
+        k = torch.cat([_ToOwners.apply(trunk_k, branches.owner), k], 1)
+        v = torch.cat([_ToOwners.apply(trunk_v, branches.owner), v], 1)
+    k, v = _per_head(k, heads), _per_head(v, heads)
+    for q, mask in zip(queries[1:], branches.masks, strict=True):
+        count, _, steps, seen = mask.shape
+        q = q.view(count, steps, heads, -1)
+        pieces.append(_sdpa(q, k[:count, :, :seen], v[:count, :, :seen], scale, attn_mask=mask))
     flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
-    return _FromTables.apply(flat, table, branches.restore, branches.real).unsqueeze(0), None
+    return _FromSlots.apply(flat, branches.queries).unsqueeze(0), None
 
 
 def flex_mask(branches: Branches) -> BlockMask:
     """Block mask of a packed row: earlier tokens of the same prompt that lie in the trunk or in the same branch."""
-    trunk_slots, length = branches.trunk.numel(), branches.restore.numel()
-    in_trunk = branches.restore < trunk_slots
-    branch = torch.where(in_trunk, -1, (branches.restore - trunk_slots) // branches.branch.size(1))
-    prompt = torch.where(in_trunk, branches.restore // max(1, branches.trunk.size(1)), branches.owner[branch])
+    slot, (prompts, trunk_length) = branches.keys.slot, branches.trunk
+    trunk_slots, length = prompts * trunk_length, slot.numel()
+    in_trunk = slot < trunk_slots
+    branch = torch.where(in_trunk, -1, (slot - trunk_slots) // branches.branch[1])
+    prompt = torch.where(in_trunk, slot // max(1, trunk_length), branches.owner[branch])
 
     def visible(b, h, q, k):
         return (k <= q) & (prompt[q] == prompt[k]) & ((branch[k] < 0) | (branch[k] == branch[q]))
 
-    return create_block_mask(visible, None, None, length, length, device=branches.restore.device)
+    return create_block_mask(visible, None, None, length, length, device=slot.device)
 
 
-def _split(x: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
-    """(slots, heads, D) -> trunks (B,S,heads,D) and branches (M,R,heads,D)."""
-    trunk, branch = x.split([branches.trunk.numel(), branches.branch.numel()])
-    return trunk.view(*branches.trunk.shape, *x.shape[1:]), branch.view(*branches.branch.shape, *x.shape[1:])
+def _trunks_and_branches(x: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
+    """Keys or values of a packed row (1,G,T,D) -> trunks (B,S,G,D) and branches (M,R,G,D)."""
+    x = _ToSlots.apply(x[0].transpose(0, 1), branches.keys)
+    trunk, branch = x.split([branches.trunk[0] * branches.trunk[1], branches.branch[0] * branches.branch[1]])
+    return trunk.view(*branches.trunk, *x.shape[1:]), branch.view(*branches.branch, *x.shape[1:])
 
 
-class _ToTables(torch.autograd.Function):
-    """Tokens (T, ...) to table slots. Its gradient gathers again, where that of indexing would scatter and add."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, restore: Tensor) -> Tensor:
-        ctx.save_for_backward(restore)
-        return x.index_select(0, table)
+class _ToSlots(torch.autograd.Function):
+    """Tokens (T, ...) to slots. Its gradient gathers again, where that of indexing would scatter and add."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        (restore,) = ctx.saved_tensors
-        return grad.index_select(0, restore), None, None
-
-
-class _FromTables(torch.autograd.Function):
-    """Table slots back to tokens (T, ...); padded slots get no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, table: Tensor, restore: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(table, real)
-        return x.index_select(0, restore)
+    def forward(ctx, x: Tensor, slots: Slots) -> Tensor:
+        ctx.save_for_backward(slots.slot)
+        return x.index_select(0, slots.token)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        table, real = ctx.saved_tensors
-        return grad.index_select(0, table) * real.view(-1, *[1] * (grad.dim() - 1)), None, None, None
+        (slot,) = ctx.saved_tensors
+        return grad.index_select(0, slot), None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Slots back to tokens (T, ...); padded slots get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Slots) -> Tensor:
+        ctx.save_for_backward(slots.token, slots.real)
+        return x.index_select(0, slots.slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        token, real = ctx.saved_tensors
+        return grad.index_select(0, token) * real.view(-1, *[1] * (grad.dim() - 1)), None
 
 
 class _ToOwners(torch.autograd.Function):
@@ -103,10 +110,14 @@ class _ToOwners(torch.autograd.Function):
         return grad.new_zeros(ctx.prompts, *grad.shape[1:]).index_add_(0, owner, grad), None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None, **mask) -> Tensor:
-    """(A,C,heads,D) queries against (A,E,groups,D) keys -> (A,C,heads,D)."""
-    repeat = heads // k.size(2)
-    k, v = (x.transpose(1, 2).repeat_interleave(repeat, 1) if repeat > 1 else x.transpose(1, 2) for x in (k, v))
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (A,E,groups,D) -> (A,heads,E,D)."""
+    x = x.transpose(1, 2)
+    return x.repeat_interleave(heads // x.size(1), 1) if heads > x.size(1) else x
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **mask) -> Tensor:
+    """(A,C,heads,D) queries against (A,heads,E,D) keys -> (A,C,heads,D)."""
     return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, **mask).transpose(1, 2)
 
 

@@ -18,6 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 # Logits of one chunk (tokens x vocabulary): 256 MiB in float32 on an accelerator, less on CPUs with small caches.
 CHUNK_ELEMENTS = 2**26
 CPU_CHUNK_ELEMENTS = 2**24
+# Elements of the weight's gradient that a CPU works on at once: a product that fits in its cache is cheap to widen.
+CPU_BLOCK_ELEMENTS = 2**21
 
 
 class LogitRule(NamedTuple):
@@ -106,9 +108,9 @@ class _LinearLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int) -> Tensor:
         totals = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         chosen = torch.empty_like(totals)
-        weight_t = weight.to(hidden.dtype).t()
+        weight_t, buffers = weight.to(hidden.dtype).t(), _Buffers(hidden, len(weight), size)
         for part in _parts(len(hidden), size):
-            logits = _widen(_project(hidden[part], weight_t, bias))
+            logits = buffers.logits(hidden[part], weight_t, bias)
             chosen[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
             top = logits.amax(-1, keepdim=True)
             totals[part] = logits.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
@@ -125,18 +127,19 @@ class _LinearLogps(torch.autograd.Function):
         grad_bias = (
             torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and ctx.needs_input_grad[2] else None
         )
-        cast = weight.to(hidden.dtype)
+        cast, buffers = weight.to(hidden.dtype), _Buffers(hidden, len(weight), ctx.size)
         for part in _parts(len(hidden), ctx.size):
-            logits = _widen(_project(hidden[part], cast.t(), bias))
+            logits = buffers.logits(hidden[part], cast.t(), bias)
             slope = logits.sub_(totals[part].unsqueeze(-1)).exp_().mul_(-grad[part].unsqueeze(-1))
             slope.scatter_add_(-1, targets[part].unsqueeze(-1), grad[part].unsqueeze(-1))
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-            slope = slope.to(hidden.dtype)
+            slope = buffers.narrow(slope)
             if grad_hidden is not None:
                 torch.mm(slope, cast, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += slope.t() @ hidden[part]
+                for rows in _blocks(weight):
+                    grad_weight[rows] += slope[:, rows].t() @ hidden[part]
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -146,8 +149,35 @@ class _LinearLogps(torch.autograd.Function):
         )
 
 
-def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
-    return hidden @ weight_t if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight_t)
+class _Buffers:
+    """Memory for the logits of a chunk, as the product gives them and as the softmax wants them."""
+
+    def __init__(self, hidden: Tensor, vocabulary: int, size: int):
+        shape = min(size, len(hidden)), vocabulary
+        self.raw = hidden.new_empty(shape)
+        wide = _wide(hidden.dtype)
+        self.wide = self.raw if wide == hidden.dtype else hidden.new_empty(shape, dtype=wide)
+
+    def logits(self, hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+        """hidden @ weight_t + bias in the wide dtype, until the next call."""
+        logits = _project(hidden, weight_t, bias, out=self.raw[: len(hidden)])
+        return logits if self.wide is self.raw else self.wide[: len(hidden)].copy_(logits)
+
+    def narrow(self, values: Tensor) -> Tensor:
+        """Values like those of `logits` in the dtype of the product."""
+        return values if self.wide is self.raw else self.raw[: len(values)].copy_(values)
+
+
+def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight_t, out=out)
+    return torch.addmm(bias.to(hidden.dtype), hidden, weight_t, out=out)
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """Rows of the weight whose gradients are computed together."""
+    rows = CPU_BLOCK_ELEMENTS // weight.size(1) if weight.device.type == "cpu" else len(weight)
+    return _parts(len(weight), max(1, rows))
 
 
 def _parts(length: int, size: int) -> list[slice]:

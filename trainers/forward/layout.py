@@ -14,19 +14,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Queries of a branch per call of the attention kernel: pieces this long skip most of what a causal mask would hide.
+PIECE = 256
+
+
+class Slots(NamedTuple):
+    """A padded table of tokens. Every token of the packed row lies in exactly one real slot."""
+
+    token: Tensor  # (slots,) index of the token, 0 in padded slots
+    slot: Tensor  # (T,) the slot of each token
+    real: Tensor  # (slots,) bool: which slots hold a token
+
 
 class Branches(NamedTuple):
-    """Where trunks and branches lie in a packed row, as padded index tables. B prompts, M responses in all.
+    """Where trunks and branches lie in a packed row. B prompts, M responses in all, the longest first.
 
-    Every token of the row lies in exactly one real slot of the two tables; `restore` says in which.
+    The queries of the branches are cut into pieces of at most `PIECE` steps. A piece holds those branches only that
+    reach so far, which are the first n, and meets only the keys up to its own end.
     """
 
-    trunk: Tensor  # (B,S) token index, 0 in padded slots
-    branch: Tensor  # (M,R) token index, 0 in padded slots
-    owner: Tensor  # (M,) the prompt of each response
-    mask: Tensor  # (M,1,R,S+R) bool: may query r of a branch see key s of its trunk or of the branch
-    restore: Tensor  # (T,) the slot of each token in the two tables, flattened one after the other
-    real: Tensor  # (B*S+M*R,) bool: which of those slots hold a token
+    trunk: tuple[int, int]  # B, longest trunk S
+    branch: tuple[int, int]  # M, longest branch R
+    owner: Tensor  # (M,) the prompt of each branch
+    queries: Slots  # (B,S) trunks, then the (n,steps) slots of each piece, all flattened
+    keys: Slots  # (B,S) trunks, then (M,R) branches, flattened
+    masks: tuple[Tensor, ...]  # of each piece (n,1,steps,S+end) bool: which keys of trunk and branch a query sees
 
 
 class ModelInputs(NamedTuple):
@@ -81,17 +93,41 @@ def shared_layout(batch: dict[str, Tensor]) -> ModelInputs:
     input_ids[branch[in_branch]] = fed[in_branch]
     steps = torch.arange(branch.size(1), device=device)
     position_ids[branch[in_branch]] = (trunk_lengths[owner].unsqueeze(1) + steps)[in_branch]
-
-    causal = steps.unsqueeze(1) >= steps
-    sees_trunk = in_trunk[owner].unsqueeze(1).expand(-1, len(steps), -1)
-    mask = torch.cat([sees_trunk, causal.expand(len(owner), -1, -1)], 2).unsqueeze(1)
-    restore = torch.empty(total, dtype=torch.long, device=device)
-    restore[trunk[in_trunk]] = torch.arange(trunk.numel(), device=device).view_as(trunk)[in_trunk]
-    restore[branch[in_branch]] = trunk.numel() + torch.arange(branch.numel(), device=device).view_as(branch)[in_branch]
-    real = torch.cat([in_trunk.flatten(), in_branch.flatten()])
-    branches = Branches(trunk, branch, owner, mask, restore, real)
     targets = batch["response_ids"][batch["response_mask"]]
+    branches = _branches(trunk, in_trunk, branch, lengths, owner, total)
     return ModelInputs(input_ids.unsqueeze(0), position_ids.unsqueeze(0), branch[in_branch], targets, branches)
+
+
+def _branches(trunk: Tensor, in_trunk: Tensor, branch: Tensor, lengths: Tensor, owner: Tensor, total: int) -> Branches:
+    """Tables for the attention from those of the row: trunks (B,S), branches (M,R) and their lengths (M,)."""
+    order = lengths.argsort(descending=True, stable=True)
+    branch, owner, in_branch = branch[order], owner[order], _reached(lengths[order], branch.size(1))
+    in_order = lengths[order].tolist()
+    steps = torch.arange(branch.size(1), device=branch.device)
+    sees_trunk = in_trunk[owner]
+    tables, masks = [(trunk, in_trunk)], []
+    for begin, end in piece_bounds(branch.size(1)):
+        count = sum(length > begin for length in in_order)
+        tables.append((branch[:count, begin:end], in_branch[:count, begin:end]))
+        causal = steps[begin:end].unsqueeze(1) >= steps[:end]
+        seen = sees_trunk[:count].unsqueeze(1).expand(-1, len(causal), -1)
+        masks.append(torch.cat([seen, causal.expand(count, -1, -1)], 2).unsqueeze(1))
+    queries, keys = _slots(tables, total), _slots([(trunk, in_trunk), (branch, in_branch)], total)
+    return Branches(tuple(trunk.shape), tuple(branch.shape), owner, queries, keys, tuple(masks))
+
+
+def piece_bounds(longest: int) -> list[tuple[int, int]]:
+    """First step and end of each piece of branches of which the longest has so many steps."""
+    return [(begin, min(begin + PIECE, longest)) for begin in range(0, longest, PIECE)]
+
+
+def _slots(tables: list[tuple[Tensor, Tensor]], total: int) -> Slots:
+    """Index tables, each with the mask of its real slots, one after the other."""
+    token = torch.cat([table.flatten() for table, _ in tables])
+    real = torch.cat([mask.flatten() for _, mask in tables])
+    slot = torch.empty(total, dtype=torch.long, device=token.device)
+    slot[token[real]] = torch.arange(len(token), device=token.device)[real]
+    return Slots(token, slot, real)
 
 
 def to_responses(logps: Tensor, response_mask: Tensor) -> Tensor:
@@ -114,6 +150,10 @@ def _lengths(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Index table of consecutive spans and the mask of its real slots, (len(starts), longest) each."""
-    steps = torch.arange(int(lengths.max()), device=starts.device)
-    real = steps < lengths.unsqueeze(1)
-    return (starts.unsqueeze(1) + steps) * real, real
+    real = _reached(lengths, int(lengths.max()))
+    return (starts.unsqueeze(1) + torch.arange(real.size(1), device=starts.device)) * real, real
+
+
+def _reached(lengths: Tensor, longest: int) -> Tensor:
+    """(n,) lengths -> (n, longest) bool: which steps lie within each length."""
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
