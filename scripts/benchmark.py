@@ -22,8 +22,8 @@ SCRIPTS = ROOT / "scripts"
 DATA = (ROOT.parent / "shared/data/alpaca_eval_ranked.jsonl.gz", ROOT / "data/demo/preferences.jsonl.gz")
 MODEL = ROOT / "runs/models/smollm2-135m"
 
-COMPARED = ["shared", "rows", "trl_best_rest", "trl_all_pairs"]
-ONCE = ["rows_full_logits", "trl_best_rest_default", "trl_all_pairs_default", "check"]
+COMPARED = ["shared", "rows", "rows_full_logits", "trl_best_rest", "trl_all_pairs"]
+ONCE = ["check", "trl_best_rest_default", "trl_all_pairs_default"]
 RESPONSES = (2, 4, 8, 16)
 PROMPTS = (64, 128, 256, 512, 1024)
 
@@ -96,10 +96,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
-    """All jobs in order: a first turn of everything, then further turns of what is compared."""
+    """All jobs, the most important first: what is compared, growth, what is measured once, further turns."""
     files = [output / f"rows-{turn}.json" for turn in range(args.turns)]
     common = {"model": args.model, "dtype": args.dtype, "device": "cpu", "lora": False, "checkpointing": False}
-    data = {"k": 4, "prompts": 2, "steps": 1, "max_response": args.max_response, "seed": 0}
+    data = {"k": 4, "prompts": 2, "max_response": args.max_response, "seed": 0}
     run_script(
         "benchmark_rows.py", {**data, "model": args.model, "data": args.data, "outputs": [str(f) for f in files]}
     )
@@ -107,12 +107,15 @@ def cpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
         {"setting": "main", "turn": turn, "variant": variant, "rows": str(files[turn]), **common,
          "prompts": 2, "micro": 2, "micro_trl": args.micro_trl, "warm_up": 1}
         for turn in range(args.turns)
-        for variant in COMPARED + (ONCE if turn == 0 else [])
+        for variant in COMPARED
     ]  # fmt: skip
+    once = [{**main_jobs[0], "variant": variant} for variant in ONCE]
+    recomputed = {**main_jobs[0], "setting": "With gradient checkpointing", "checkpointing": True}
+    once += [{**recomputed, "variant": variant} for variant in ("shared", "rows_full_logits")]
     vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     growth = growth_jobs(common, output, prompt=128, response=32, vocabulary=vocabulary, turns=2)
-    first = len(COMPARED + ONCE)
-    return main_jobs[:first] + growth[:2] + main_jobs[first:] + growth[2:]
+    second = 2 * len(COMPARED)
+    return main_jobs[:second] + growth[:2] + once + main_jobs[second:] + growth[2:]
 
 
 def gpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
@@ -138,11 +141,11 @@ def gpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
 
 def growth_jobs(common: dict, output: Path, *, prompt: int, response: int, vocabulary: int, turns: int) -> list[dict]:
     """One step for each number of responses and for each prompt length, all in one process per layout."""
-    warm_up = common.get("warm_up", 1)
-    lengths = [(prompt, [response] * 4)] * warm_up
+    # The largest shapes warm up.
+    lengths = [(prompt, [response] * max(RESPONSES)), (max(PROMPTS), [response] * 4)]
     lengths += [(prompt, [response] * k) for k in RESPONSES] + [(p, [response] * 4) for p in PROMPTS]
     rows = write_synthetic(output / "rows-growth.json", lengths, vocabulary)
-    sizes = {"prompts": 1, "micro": 1, "micro_trl": 1, "warm_up": warm_up}
+    sizes = {"prompts": 1, "micro": 1, "micro_trl": 1, "warm_up": 2}
     return [
         {**common, **sizes, "setting": "growth", "turn": turn, "variant": variant, "rows": rows}
         for turn in range(turns)

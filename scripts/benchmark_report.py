@@ -143,10 +143,11 @@ INTRO = """# Benchmarks
 Written by `make benchmark` from the JSON that it measured; do not edit by hand.
 
 One optimizer step with the reference in the loop, through the real `Trainer.train()` on each side, in a process of its
-own, on the same prompts, the same responses (token by token) and the same starting weights. Every number is the median
-over the turns; times, speeds and ratios show the smallest and the largest in brackets unless they were measured once.
-Each turn has other prompts, and a ratio is taken within a turn, where the variants ran one after another on the same
-prompts: the range is that of the data and of the machine. What was measured once has the prompts of the first turn:
+own, on the same prompts, the same responses (token by token) and the same starting weights. A step of the same rows
+warms up first (TRL: one micro-batch of them, the largest) and is not timed. Every number is the median over the turns;
+times, speeds and ratios show the smallest and the largest in brackets unless they were measured once. Each turn has
+other prompts, and a ratio is taken within a turn, where the variants ran one after another on the same prompts: the
+range is that of the data and of the machine. What was measured once has the prompts of the first turn:
 compare it through its ratio.
 """
 ROWS = """
@@ -239,7 +240,11 @@ def section(result: dict) -> str:
         parts.append("\n### Growth with the number of responses and with the prompt\n\n" + growth_table(growth))
     first = next(iter(runs.values()), growth)[0]
     micro = "one prompt" if first["micro_trl"] == 1 else f"{first['micro_trl']} prompts"
-    same = "gradient checkpointing as there" if gpu else "gradient checkpointing off on both sides"
+    same = (
+        "gradient checkpointing as there"
+        if gpu
+        else "gradient checkpointing off on both sides unless the heading says so"
+    )
     peak = "`torch.cuda.max_memory_allocated`" if gpu else "the largest resident set of the process with its libraries"
     parts.append(
         ROWS.format(micro=micro, dtype=first["dtype"], checkpointing=same, peak=peak, mfu=MFU.rstrip() if gpu else "")

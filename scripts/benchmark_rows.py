@@ -20,7 +20,6 @@ from trainers import load_preferences
 from trainers.data import tokenize_row
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
-WARM_UP_TOKENS = 16  # of each prompt and response in a short warm-up step
 
 
 def machine() -> dict:
@@ -43,7 +42,8 @@ def machine() -> dict:
 def write_rows(job: dict) -> dict:
     """Draw K responses with K different scores for each prompt; one file per repeat, the same for every variant.
 
-    A file holds one warm-up step of short rows and then the steps that are timed.
+    A file holds the rows of one step twice: the first time warms up. Memory that a process touches for the first
+    time costs as much as the step itself on some machines, so a warm-up must be as large as what is timed.
     """
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     dataset = load_preferences(job["data"], as_chat=tokenizer.chat_template is not None)
@@ -52,15 +52,14 @@ def write_rows(job: dict) -> dict:
     too_few = 0
     for path in job["outputs"]:
         rows = []
-        while len(rows) < job["prompts"] * (1 + job["steps"]):
+        while len(rows) < job["prompts"]:
             if not order:
                 raise ValueError(f"{job['data']} has too few prompts with {job['k']} different scores.")
             row = draw_responses(dataset[order.pop()], job["k"], draw)
             too_few += row is None
             if row is not None:
                 rows.append(cut(tokenize_row(row, tokenizer), response=job["max_response"]))
-        warm_up = [cut(r, prompt=WARM_UP_TOKENS, response=WARM_UP_TOKENS) for r in rows[: job["prompts"]]]
-        Path(path).write_text(json.dumps(warm_up + rows[job["prompts"] :]))
+        Path(path).write_text(json.dumps(rows + rows))
     return {"passed_over": too_few}
 
 
@@ -80,10 +79,10 @@ def draw_responses(row: dict, k: int, draw: random.Random) -> dict | None:
     }
 
 
-def cut(row: dict, *, response: int, prompt: int | None = None) -> dict:
-    """The last `prompt` tokens of the prompt and the first `response` tokens of each response."""
+def cut(row: dict, *, response: int) -> dict:
+    """The first `response` tokens of each response."""
     return {
-        "prompt_ids": row["prompt_ids"][-prompt:] if prompt else row["prompt_ids"],
+        "prompt_ids": row["prompt_ids"],
         "response_ids": [ids[:response] for ids in row["response_ids"]],
         "scores": row["scores"],
     }

@@ -99,11 +99,25 @@ def build(job: dict, rows: list[dict], folder: str):
     micro = job["micro_trl"] if variant.startswith("trl_") else job["micro"]
     settings["gradient_accumulation_steps"] = job["prompts"] // micro
     if variant.startswith("trl_"):
+        rows = short_warm_up(rows, job["warm_up"] * job["prompts"], micro)
         return trl_trainer(model, settings, rows, micro, variant, common)
     layout = "shared" if variant == "shared" else "rows"
     trainer_class = FullLogits if variant == "rows_full_logits" else SWEPOTrainer
     args = SWEPOConfig(layout=layout, per_device_train_batch_size=micro, **settings)
     return trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), **common)
+
+
+def short_warm_up(rows: list[dict], count: int, micro: int) -> list[dict]:
+    """Rows of which the first `count`, the warm-up, are cut short but for the `micro` longest of them.
+
+    A micro-batch of the longest prompts warms as much memory as a whole step of them.
+    """
+    by_length = sorted(range(count), key=lambda i: -max(map(len, rows[i]["response_ids"])))
+    short = set(by_length[micro:])
+    return [
+        {**row, "response_ids": [ids[:8] for ids in row["response_ids"]]} if i in short else row
+        for i, row in enumerate(rows)
+    ]
 
 
 def training_arguments(job: dict, steps: int, folder: str) -> dict:

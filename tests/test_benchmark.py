@@ -128,7 +128,7 @@ def test_drawn_responses_have_different_scores():
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Rows drawn from a small file for a tiny Llama: one warm-up step and one timed step of two prompts."""
+    """Rows drawn from a small file for a tiny Llama: a warm-up step and a timed step of the same two prompts."""
     folder = tmp_path_factory.mktemp("benchmark")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder / "model")
@@ -144,7 +144,7 @@ def job(tmp_path_factory):
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = folder / "rows.json"
-    settings = {"prompts": 2, "steps": 1, "k": 4, "max_response": 9, "seed": 1, "outputs": [str(path)]}
+    settings = {"prompts": 2, "k": 4, "max_response": 9, "seed": 0, "outputs": [str(path)]}
     benchmark_rows.write_rows({**settings, "model": str(folder / "model"), "data": str(folder / "data.jsonl")})
     return {
         "model": str(folder / "model"),
@@ -178,6 +178,12 @@ def test_every_variant_trains_on_the_same_rows_from_the_same_start(job, variant)
     assert all(parts[name] > 0 for name in ("reference", "forward", "backward", "optimizer"))
     assert sum(parts.values()) - parts["seconds"] <= parts["seconds"]
     assert 0 < result["before"] <= result["peak"]
+
+
+def test_the_warm_up_of_trl_keeps_the_longest_micro_batch_whole():
+    rows = [{"response_ids": [[1] * n, [2] * 3]} for n in (20, 30, 10, 20, 30, 10)]
+    lengths = [[len(ids) for ids in row["response_ids"]] for row in benchmark_step.short_warm_up(rows, 3, 1)]
+    assert lengths == [[8, 3], [30, 3], [8, 3], [20, 3], [30, 3], [10, 3]]
 
 
 def test_full_logits_give_the_same_losses_as_rows(job):

@@ -223,9 +223,9 @@ def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits(name
     batch, model, rows = make_batch(RAGGED, VOCAB), build(name), []
 
     def count(original):
-        def counted(hidden, *args):
+        def counted(hidden, *args, **kwargs):
             rows.append(hidden.numel() // hidden.size(-1))
-            return original(hidden, *args)
+            return original(hidden, *args, **kwargs)
 
         return counted
 
