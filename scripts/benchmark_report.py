@@ -131,8 +131,10 @@ def check_text(run: dict) -> str:
     return (
         f"\nShared prompts and padded rows {verdict} ({run['dtype']}, {run['tokens']} response tokens): mean "
         f"difference of log-probabilities {ours['logps']:.2g} per token, relative difference of gradients "
-        f"{ours['gradients']:.2g}. Rounding alone, seen from padded rows with one response per forward: "
-        f"{rounding['logps']:.2g} and {rounding['gradients']:.2g}.\n"
+        f"{ours['gradients']:.2g}. The two use different attention kernels, which round differently; padded rows with "
+        f"one response per forward use the same one and differ by {rounding['logps']:.2g} and "
+        f"{rounding['gradients']:.2g}. That both layouts are equally near to float64 is a test "
+        "(tests/test_forward.py).\n"
     )
 
 
@@ -156,7 +158,7 @@ What the rows mean:
 * **PolyPO, shared prompts**: SWEPO, `layout: shared`. Every prompt goes through the model once, K responses follow.
 * **PolyPO, padded rows**: SWEPO, `layout: rows`. One padded row per response.
 * **padded rows with all logits**: the same rows, the model's own logits and a softmax over every position, as plain
-  implementations do. Measured for its memory.
+  implementations do.
 * **TRL, best against each other**: `DPOTrainer` on K-1 pairs per prompt, the best response against each other one.
 * **TRL, all pairs**: `DPOTrainer` on the K(K-1)/2 pairs of the same K responses. TRL's collator is given the same
   token ids; a micro-batch holds the pairs of {micro}, and gradients are accumulated over the prompts of the step.

@@ -168,7 +168,7 @@ class _Buffers:
         return values if self.wide is self.raw else self.raw[: len(values)].copy_(values)
 
 
-def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     if bias is None:
         return torch.mm(hidden, weight_t, out=out)
     return torch.addmm(bias.to(hidden.dtype), hidden, weight_t, out=out)
