@@ -7,12 +7,10 @@ same random streams before and after training, so the two samples differ only by
 """
 
 import os
-import re
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from answers import Answer, compare_answers, matched_gain
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.data.prepare import prepare_dataset
 from trainers.loop.journal import read_rows, write_json, write_rows
@@ -52,8 +51,6 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
-
-Answer = dict  # one sampled response: text, score, tokens, truncated
 
 
 class Stages:
@@ -212,41 +209,6 @@ def measure_drift(trainer: SWEPOTrainer, rows: list[dict]) -> dict[str, dict]:
     logratios = (found["policy"] - found["reference"]) * found["mask"]
     means = logratios.sum(-1) / found["mask"].sum(-1)
     return {"KL to the base model, nats per answer": bootstrap_interval(means.numpy())}
-
-
-def compare_answers(before: list[list[Answer]], after: list[list[Answer]]) -> dict[str, dict]:
-    """Means over prompts before and after, and the paired gain, each with its interval."""
-    measures: dict[str, Callable[[Answer], float]] = {
-        "reward": lambda a: a["score"],
-        "length in tokens": lambda a: a["tokens"],
-        "share cut off at the limit": lambda a: a["truncated"],
-        "share of repeated word triples": lambda a: repetition(a["text"]),
-        "exclamation marks": lambda a: a["text"].count("!"),
-    }
-    compared = {}
-    for name, measure in measures.items():
-        first, second = (np.array([np.mean([measure(a) for a in row]) for row in rows]) for rows in (before, after))
-        arrays = {"before": first, "after": second, "gain": second - first}
-        compared[name] = {key: bootstrap_interval(values) for key, values in arrays.items()}
-    return compared
-
-
-def matched_gain(before: list[list[Answer]], after: list[list[Answer]], scorer: Callable) -> dict:
-    """Gain in reward with both answers of a pair cut to the words of the shorter one: what length cannot explain."""
-    gains = []
-    for first, second in zip(before, after, strict=True):
-        pairs = [(a["text"].split(), b["text"].split()) for a, b in zip(first, second, strict=True)]
-        cut = [[" ".join(words[: min(len(a), len(b))]) for words in (a, b)] for a, b in pairs]
-        flat = scorer(prompts=[""] * 2 * len(cut), completions=[text for pair in cut for text in pair])
-        gains.append(np.mean(flat[1::2]) - np.mean(flat[0::2]))
-    return bootstrap_interval(np.array(gains))
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """Share of the n-grams of words that occurred earlier in the text; 0 for a text of fewer than n words."""
-    words = re.findall(r"\w+", text.lower())
-    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summary(results: dict) -> str:

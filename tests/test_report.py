@@ -8,8 +8,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scripts.demo import bootstrap_interval, compare_answers, matched_gain, repetition, summary
+from scripts.answers import compare_answers, matched_gain, repetition
+from scripts.demo import summary
 from scripts.report import side_by_side, write_report
+from scripts.rounds_report import write_report as write_rounds_report
+from trainers.statistics import bootstrap_interval
 
 HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"
 
@@ -195,3 +198,45 @@ def test_missing_results_are_named(tmp_path):
 def test_summary_prints_gain_and_interval():
     text = summary(results())
     assert "On 11 prompts" in text and "+0.250 [+0.250, +0.250]" in text and "0.610 [0.550, 0.670]" in text
+
+
+def write_round(folder, texts, *, name="held-out", pool_mean=0.5):
+    """A finished round: the answers to each prompt spread over the journals of two processes, out of order."""
+    for part, count in (("samples", 2), ("scores", 2)):
+        (folder / name / part).mkdir(parents=True)
+        for rank in range(count):
+            prompts = reversed(range(rank, len(texts), count))
+            if part == "samples":
+                lines = [
+                    {"prompt": i, "index": j, "text": text, "token_ids": text.split(), "truncated": len(text) > 9}
+                    for i in prompts for j, text in reversed(list(enumerate(texts[i])))
+                ]  # fmt: skip
+            else:
+                lines = [{"prompt": i, "scores": [float(text.count("good")) for text in texts[i]]} for i in prompts]
+            (folder / name / part / f"{part}-{rank:05d}.jsonl").write_text(
+                "".join(json.dumps(x) + "\n" for x in lines)
+            )
+    if name == "held-out":
+        manifest = {"samples": {"mean_score": pool_mean}, "training": {"steps": 7}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sample(tmp_path):
+    scorer = "test_report.count_good"
+    (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
+    write_round(tmp_path, [["good", "no"], ["no", "no"], ["bad", "so"]], name="before")
+    with pytest.raises(ValueError, match="held_out_generations"):
+        write_rounds_report(tmp_path)
+    write_round(tmp_path / "round-00", [["good", "no"], ["good", "no"], ["bad", "so"]])
+    # the second good of a text is beyond the length of what it is compared with
+    write_round(tmp_path / "round-01", [["good good", "good"], ["good good", "no"], ["bad", "so good"]])
+    (tmp_path / "round-02").mkdir()  # not finished: no manifest
+    text = write_rounds_report(tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["start", "round 1", "round 2"]
+    assert [row[1].split()[0] for row in rows] == ["0.167", "0.333", "1.000"]
+    assert [row[2].split()[0] for row in rows[1:]] == ["+0.167", "+0.667"]
+    assert [row[3].split()[0] for row in rows[1:]] == ["+0.167", "+0.833"]
+    assert [row[4].split()[0] for row in rows[1:]] == ["+0.167", "+0.333"]
+    assert [row[5] for row in rows] == ["1", "1", "1.5"] and [row[-1] for row in rows] == ["", "7", "7"]
+    assert (tmp_path / "rounds.md").read_text() == text and "round 2" in (tmp_path / "rounds.svg").read_text()
