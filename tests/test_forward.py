@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -192,6 +193,20 @@ def test_flex_attention_gives_the_same_values():
     with torch.no_grad():
         found = run(flexible, batch, shared=True, flex=True).logps
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow  # compiles a kernel with the C++ compiler of the machine
+def test_flex_attention_is_not_compiled_again_for_each_new_length():
+    model = build("llama", dtype=torch.float32, attn_implementation="flex_attention").eval()
+    prepare_forward(model, share=True)
+    torch.compiler.reset()
+    before, graphs = counters["stats"]["unique_graphs"], []
+    for lengths in ([30, 100, 70], [130, 200, 71], [330, 200, 171], [40, 500, 90], [21, 333, 222, 111]):
+        with torch.no_grad():
+            run(model, make_batch([(9, lengths)], VOCAB), shared=True, flex=True)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    # once for the first length, once for all others
+    assert graphs == [1, 2, 2, 2, 2]
 
 
 def test_the_flex_mask_shows_exactly_the_trunk_and_the_own_branch():
