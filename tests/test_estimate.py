@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from batches import RAGGED, make_batch
 from trainers.estimate import Fed, Plan, Run, fed, memory, plan_from_environment, read_plan, shape_of, total
-from trainers.forward import layout
+from trainers.forward import head, layout
 from trainers.forward.head import CPU_CHUNK_ELEMENTS
 from trainers.forward.layout import rows_layout, shared_layout
 from trainers.forward.policy import add_adapter, base_model
@@ -132,6 +132,19 @@ def test_peak_of_a_step(widths, lengths, shared, recompute, dtype, autocast, lor
     assert states == pytest.approx(sum(p.nbytes for p in model.parameters()) + 3 * trained)
     # What a backward pass holds for a moment is only roughly known, what a forward pass keeps almost exactly.
     assert total(items.values()) - states == pytest.approx(peak, rel=0.1)
+
+
+def test_the_peak_of_a_step_does_not_grow_with_the_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "CPU_CHUNK_ELEMENTS", 2**18)
+    peaks, batch = [], make_batch(ONE, vocab=1000)
+    for vocabulary in (2000, 4000, 16000):
+        model = build(WIDE, lora=True, recompute=True, vocabulary=vocabulary)
+        prepare_forward(base_model(model), share=True)
+        model.train()
+        peaks.append(measured_peak(model, batch, True, False, tmp_path / "trace.json"))
+    logits = int(batch["response_mask"].sum()) * 16000 * 4
+    assert max(peaks) - min(peaks) < 0.02 * logits
+    assert max(peaks) < logits  # so they were never there at once
 
 
 @pytest.mark.parametrize("piece", [2, 256])
