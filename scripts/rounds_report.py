@@ -105,6 +105,7 @@ def plot(policies: list[list[list[Answer]]], manifests: list[dict]) -> str:
         range(len(pools)), pools, "s--", color=GREY, label="training prompts, samples that the round starts with"
     )
     left.set(ylabel="mean reward of fresh samples")
+    left.margins(y=0.25)
     tokens, cut = (
         [per_prompt(answers, MEASURES[name]).mean() for answers in policies]
         for name in ("length in tokens", "share cut off at the limit")
@@ -119,7 +120,7 @@ def plot(policies: list[list[list[Answer]]], manifests: list[dict]) -> str:
         axes.set_xticks(list(steps), ["start", *(f"round {number}" for number in steps[1:])])
         axes.grid(color="#e3e7ee")
         axes.set_axisbelow(True)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper left")
     return to_svg(figure)
 
 
