@@ -1,6 +1,8 @@
 """Five steps of a trainer on ragged rows, on as many processes as torchrun started; prints losses as one JSON line.
 
 torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "peft": true, ...}'
+
+`trainer` names the method, `settings` are fields of its config.
 """
 
 import json
@@ -16,9 +18,9 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+import trainers  # noqa: E402
 from helpers import build_tokenizer, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
-from trainers import SWEPOConfig, SWEPOTrainer  # noqa: E402
 
 
 def engine_arguments(engine: str) -> dict:
@@ -40,6 +42,12 @@ def engine_arguments(engine: str) -> dict:
     return {"ddp_find_unused_parameters": False} if engine == "ddp" else {}
 
 
+def adapter(wanted: bool | list[str] | None) -> LoraConfig | None:
+    """LoRA on all linear layers, or on those that are named."""
+    targets = {"target_modules": wanted} if isinstance(wanted, list) else {}
+    return LoraConfig(**LORA | targets) if wanted else None
+
+
 class Norms(TrainerCallback):
     """Gradient norms as the engine reports them."""
 
@@ -57,7 +65,8 @@ def main(options: dict) -> None:
     folder = Path(options["folder"])
     model = tiny_llama(len(tokenizer))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args = SWEPOConfig(
+    trainer_class = getattr(trainers, options.get("trainer", "SWEPOTrainer"))
+    args = trainer_class.config_class(
         output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.01, optim="adamw_torch",
         per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
         # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
@@ -67,6 +76,7 @@ def main(options: dict) -> None:
         activation_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
         precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
         max_tokens_per_batch=options.get("budget"), **engine_arguments(options["engine"]),
+        **options.get("settings", {}),
     )  # fmt: skip
     if options["engine"].startswith("zero"):
         import deepspeed
@@ -81,10 +91,10 @@ def main(options: dict) -> None:
         args.distributed_state.wait_for_everyone()
         model = str(path)
         args.model_init_kwargs = {"dtype": "float32"}
-    trainer = SWEPOTrainer(
+    trainer = trainer_class(
         model, args=args, train_dataset=Dataset.from_list(rows(12)), eval_dataset=Dataset.from_list(rows(7, seed=2)),
         processing_class=tokenizer, callbacks=[norms],
-        peft_config=LoraConfig(**LORA) if options.get("peft") else None,
+        peft_config=adapter(options.get("peft")),
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
@@ -95,6 +105,7 @@ def main(options: dict) -> None:
             "margins": [log["rewards/margins"] for log in history if "rewards/margins" in log],
             "norms": norms.values,
             "eval": {k: metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")},
+            "masks": {k: v for k, v in metrics.items() if "mask_mean" in k or "mask_sparsity" in k},
         }
         print("RESULT " + json.dumps(result), flush=True)
 
