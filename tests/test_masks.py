@@ -149,6 +149,7 @@ def test_the_mask_does_not_see_its_token():
     assert abs(after[2] - before[2]) > 1e-6
 
 
+@torch.no_grad()
 def test_starts_of_the_head():
     states = torch.randn(36, 500, 64, generator=torch.Generator().manual_seed(0))
     means = [MaskHeads(["common"], 36, 64, eps=1e-5, seed=s)(states)["common"].mean().item() for s in range(12)]

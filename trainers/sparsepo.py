@@ -21,13 +21,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .base import PreferenceConfig, PreferenceTrainer
 from .dpo import dpo_loss, score_pairs
 from .forward import policy as policies
-from .forward.divergence import adapts_head, frozen_head
+from .forward.divergence import check_vocabulary, frozen_head
 from .forward.layout import to_responses
 from .forward.run import Forward
 from .masks import MaskHeads, ReadPolicy, ReadReference, activation_mask, find_sites, mask_statistics
 from .masks.learned import ATTRIBUTE, STARTS, read_heads, split_state
 from .masks.readings import ACTIVATIONS
-from .masks.training import DEAD, DeadMaskAlarm, add_heads, regroup
+from .masks.training import DEAD, DeadMaskAlarm, add_heads, check_engine, regroup
 from .metrics import best_and_worst, scores_differ
 from .plackett_luce import plackett_luce_loss
 
@@ -304,6 +304,14 @@ class SparsePOTrainer(PreferenceTrainer):
             terms[f"{name}_mask"] = tokens * constant if found is None else found
         return terms
 
+    @torch.no_grad()
+    def token_values(self, rows: list[dict]) -> dict[str, Tensor]:
+        """`token_terms` of tokenised rows, as they are in a data set of this trainer."""
+        batch = self._prepare_inputs(self.data_collator(rows))
+        self.model.eval()
+        reference = self._reference_forward(self.model, batch)
+        return self.token_terms(batch, self.policy_forward(self.model, batch, reference), reference)
+
     def _masks(self, tokens: Tensor, policy: Forward, reference: Forward) -> dict[str, Tensor]:
         """The masks (B,K,R) by name: "common", or "reward" and "kl"; empty where all are constant."""
         kind = self.args.mask
@@ -347,40 +355,17 @@ class SparsePOTrainer(PreferenceTrainer):
         source = self.accelerator.unwrap_model(self.reference.model) if self.reference.own else self.model
         reference = policies.base_model(source)
         with_adapter = self.reference.own and source is not reference or self.reference.adapter is not None
-        if with_adapter and adapts_head(reference):
-            raise ValueError(
-                "The reference's adapter changes the LM head, which the KL per token cannot use: merge the adapter "
-                "into the model and start a fresh one, or train an adapter without the LM head."
-            )
-        vocabularies = [model.config.get_text_config().vocab_size for model in (policy, reference)]
-        if vocabularies[0] != vocabularies[1]:
-            raise ValueError(
-                f"ref_model has a vocabulary of {vocabularies[1]} tokens and the policy one of {vocabularies[0]}: the "
-                "KL per token needs the same vocabulary in both."
-            )
-        self._frozen = frozen_head(reference, args.device)
+        self._frozen = frozen_head(reference, args.device, with_adapter=with_adapter)
+        check_vocabulary(policy, reference)
         if args.mask == "activations":
             find_sites(reference)
         if args.head_names:
-            self._check_engine()
+            check_engine(self.accelerator, self.optimizer)
             self.mask_heads = add_heads(
                 policy, reference, args.head_names, seed=args.seed, std=args.mask_init_std, start=args.mask_init,
                 sharded=is_deepspeed_zero3_enabled() or self.is_fsdp_enabled,
             )  # fmt: skip
             self.add_callback(DeadMaskAlarm(args.masked))
-
-    def _check_engine(self) -> None:
-        """Raises ValueError where the mask heads would not be optimised or saved as asked."""
-        if self.optimizer is not None:
-            raise ValueError("optimizers has no parameters of the mask head: leave it out, or set mask to ones.")
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and "optimizer" in plugin.deepspeed_config:
-            raise ValueError(
-                "The DeepSpeed config names an optimizer, which would give the mask head the policy's learning rate "
-                "and weight decay: remove `optimizer` from it, and set optim in the recipe."
-            )
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
 
     def create_optimizer(self, model=None):
         """The Trainer's optimizer, with the mask heads in groups of their own."""

@@ -53,15 +53,23 @@ class FrozenHead(NamedTuple):
         return self.rule(means if self.bias is None else means + self.bias.mean(dtype=wide))
 
 
-def frozen_head(model: PreTrainedModel, device: torch.device) -> FrozenHead:
+def frozen_head(model: PreTrainedModel, device: torch.device, *, with_adapter: bool = False) -> FrozenHead:
     """The head of `model` without adapters, on `device`: the weights themselves, or a whole copy of sharded ones.
 
     Every process must call this. A model that is sharded later must not be sharded yet, or be sharded by ZeRO-3.
 
+    Args:
+        with_adapter: whether the frozen model is `model` with its adapter on.
+
     Raises:
-        ValueError: the head is not a linear layer with ordinary numbers.
+        ValueError: the head is not a linear layer with ordinary numbers, or the adapter that is on changes it.
     """
     head = model.get_output_embeddings()
+    if with_adapter and isinstance(head, (BaseTunerLayer, ModulesToSaveWrapper)):
+        raise ValueError(
+            "The reference's adapter changes the LM head, which the KL per token cannot use: merge the adapter into "
+            "the model and start a fresh one, or train an adapter without the LM head."
+        )
     if isinstance(head, ModulesToSaveWrapper):
         head = head.original_module
     if isinstance(head, BaseTunerLayer):
@@ -75,9 +83,14 @@ def frozen_head(model: PreTrainedModel, device: torch.device) -> FrozenHead:
     return FrozenHead(_whole(head.weight, device), bias, logit_rule(model.config))
 
 
-def adapts_head(model: PreTrainedModel) -> bool:
-    """Whether an adapter changes the LM head of `model`."""
-    return isinstance(model.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
+def check_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Raises ValueError when the two have different vocabularies, over which there is no KL."""
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (policy, reference))
+    if ours != theirs:
+        raise ValueError(
+            f"ref_model has a vocabulary of {theirs} tokens and the policy one of {ours}: the KL per token needs the "
+            "same vocabulary in both."
+        )
 
 
 def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback
 
 from .learned import ATTRIBUTE, MaskHeads
@@ -14,6 +15,20 @@ DEAD = (
     "The mask is 0 on every token (%s): nothing is learned through it, and a head whose mixer is negative stays dead. "
     "Raise mask_init_std or set mask_init to dense."
 )
+
+
+def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError where mask heads would not be optimised or saved as asked; `optimizer` is the user's own."""
+    if optimizer is not None:
+        raise ValueError("optimizers has no parameters of the mask head: leave it out, or set mask to ones.")
+    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
+    if deepspeed is not None and "optimizer" in deepspeed.deepspeed_config:
+        raise ValueError(
+            "The DeepSpeed config names an optimizer, which would give the mask head the policy's learning rate and "
+            "weight decay: remove `optimizer` from it, and set optim in the recipe."
+        )
+    if fsdp is not None and "FULL" not in str(fsdp.state_dict_type):
+        raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
 
 
 def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, names: list[str], *, sharded: bool, **options):
