@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from trainers.loop.journal import read_journal, write_atomic
 from trainers.statistics import bootstrap_interval, t_interval
 
+EQUAL_KL = (6.0, 9.0, 12.0, 18.0)  # nats at which methods are compared
 COLOURS = {"DPO": "#57606a", "TDPO1": "#9a6700", "MaPO": "#1a7f37", "SparsePO common": "#1f6feb",
            "SparsePO independent": "#d1242f"}  # fmt: skip
 MARKERS = "osD^v*"
@@ -23,16 +25,17 @@ def write_report(folder: Path, target: Path) -> None:
     """Writes `target`.json (a summary), `target`.md (a table) and `target`.svg."""
     records = read_journal(Path(folder) / "results.jsonl")
     reference = next(r for r in records if r["method"] == "reference")
-    points = summarize([r for r in records if r["method"] != "reference"])
+    trained = [r for r in records if r["method"] != "reference"]
+    points = summarize(trained)
     settings = json.loads((Path(folder) / "manifest.json").read_text())["settings"]
     pairs = sum(1 for _ in open(Path(folder) / "pairs.jsonl"))
     summary = {"settings": settings, "pairs": pairs, "held_out_openings": len(reference["by_opening"]["reward"]),
-               "reference": interval(reference), "points": points}  # fmt: skip
+               "reference": interval(reference), "points": points, "at_equal_kl": at_equal_kl(trained)}  # fmt: skip
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(summary, indent=1) + "\n"), (".md", table(summary)),
-                         (".svg", plot(summary))):  # fmt: skip
+    tables = table(summary) + "\n" + equal_kl_table(summary["at_equal_kl"])
+    for suffix, text in ((".json", json.dumps(summary, indent=1) + "\n"), (".md", tables), (".svg", plot(summary))):
         write_atomic(Path(f"{target}{suffix}"), text.encode())
-    print(table(summary))
+    print(tables)
 
 
 def interval(record: dict) -> dict:
@@ -48,7 +51,7 @@ def summarize(records: list[dict]) -> list[dict]:
             names = ("reward", "kl", "logratio", "tokens", "seconds")
             point = {"method": method, "beta": beta, "seeds": sorted(r["seed"] for r in runs)}
             point |= {name: t_interval([r[name] for r in runs]) for name in names}
-            last = [r["history"][-1] for r in runs]
+            last = [r["history"][-1] if r["history"] else {} for r in runs]
             for name in ("rewards/accuracies", "mask_mean/reward_chosen", "mask_sparsity/reward_chosen",
                          "mask_mean/kl_chosen", "mask_sparsity/kl_chosen"):  # fmt: skip
                 if all(name in log for log in last):
@@ -57,13 +60,47 @@ def summarize(records: list[dict]) -> list[dict]:
     return points
 
 
+def at_equal_kl(records: list[dict], baseline: str = "DPO") -> dict[str, dict]:
+    """Reward of each method minus that of `baseline` at the same KL, both read off the seed's own line through beta.
+
+    {method: {KL: t interval over the seeds whose two lines reach that KL, or None}}
+    """
+    lines = {}
+    for record in records:
+        lines.setdefault((record["method"], record["seed"]), []).append((record["kl"], record["reward"]))
+    lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+
+    def reward(key, kl) -> float | None:
+        kls, rewards = zip(*lines.get(key, [(0.0, 0.0)]), strict=True)
+        return float(np.interp(kl, kls, rewards)) if kls[0] <= kl <= kls[-1] else None
+
+    found = {}
+    for method in dict.fromkeys(m for m, _ in lines if m != baseline):
+        found[method] = {}
+        for kl in EQUAL_KL:
+            pairs = [(reward((method, s), kl), reward((baseline, s), kl)) for m, s in lines if m == method]
+            gains = [a - b for a, b in pairs if a is not None and b is not None]
+            found[method][f"{kl:g}"] = t_interval(gains) if gains else None
+    return found
+
+
+def equal_kl_table(found: dict[str, dict]) -> str:
+    """Markdown: gain in sentiment over DPO at the same KL."""
+    lines = ["| minus DPO at the same KL | " + " | ".join(f"{kl:g} nats" for kl in EQUAL_KL) + " |"]
+    lines.append("|" + " --- |" * (len(EQUAL_KL) + 1))
+    for method, row in found.items():
+        cells = ["not reached" if v is None else shown(v, 3, signed=True) + f" (n={v['count']})" for v in row.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: dict, digits: int, *, signed: bool = False) -> str:
+    mean = f"{value['mean']:{'+' if signed else ''}.{digits}f}"
+    return mean if value["low"] is None else f"{mean} ± {value['high'] - value['mean']:.{digits}f}"
+
+
 def table(summary: dict) -> str:
     """Markdown: one row per method and beta."""
-
-    def shown(value: dict, digits: int) -> str:
-        if value["low"] is None:
-            return f"{value['mean']:.{digits}f}"
-        return f"{value['mean']:.{digits}f} ± {value['high'] - value['mean']:.{digits}f}"
 
     head = ["method", "beta", "sentiment", "KL, nats", "sampled log-ratio", "tokens", "mean m_u", "zeros in m_u, %",
             "training, s"]  # fmt: skip

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "peft": true, ...}'
 
-`trainer` names the method, `settings` are fields of its config.
+`trainer` names the method, `settings` are fields of its config, `resume` is a checkpoint to go on from.
 """
 
 import json
@@ -30,7 +30,8 @@ def engine_arguments(engine: str) -> dict:
         return {"deepspeed": {
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto", "train_batch_size": "auto",
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0,
+                                  "stage3_gather_16bit_weights_on_model_save": True},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         }}  # fmt: skip
     if engine == "fsdp2":
@@ -66,7 +67,7 @@ def main(options: dict) -> None:
     model = tiny_llama(len(tokenizer))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer_class = getattr(trainers, options.get("trainer", "SWEPOTrainer"))
-    args = trainer_class.config_class(
+    fields = dict(
         output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.01, optim="adamw_torch",
         per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
         # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
@@ -76,8 +77,8 @@ def main(options: dict) -> None:
         activation_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
         precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
         max_tokens_per_batch=options.get("budget"), **engine_arguments(options["engine"]),
-        **options.get("settings", {}),
     )  # fmt: skip
+    args = trainer_class.config_class(**fields | options.get("settings", {}))
     if options["engine"].startswith("zero"):
         import deepspeed
 
@@ -96,7 +97,7 @@ def main(options: dict) -> None:
         processing_class=tokenizer, callbacks=[norms],
         peft_config=adapter(options.get("peft")),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.get("resume"))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trainers.forward.run import prepare_forward, run
 from trainers.masks import MaskHead, MaskHeads, ReadReference, find_sites
 from trainers.masks.activations import recorded
 from trainers.masks.learned import read_heads, split_state
-from trainers.masks.training import DeadMaskAlarm, regroup
+from trainers.masks.training import DeadMaskAlarm, check_engine, regroup
 
 NEOX = GPTNeoXConfig(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -193,6 +194,24 @@ def test_heads_have_groups_of_their_own():
         ({prefix + "weight", prefix + "mixer"}, 0.5, 0.25),
         ({prefix + "bias", prefix + "scale", prefix + "shift"}, 0.5, 0.0),
     ]
+
+
+@pytest.mark.parametrize(
+    "deepspeed, fsdp, word",
+    [
+        ({"optimizer": {"type": "AdamW"}}, None, "optimizer"),
+        (None, "StateDictType.SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+    ],
+)
+def test_engines_that_would_not_train_or_save_the_heads_are_refused(deepspeed, fsdp, word):
+    def accelerator(deepspeed, fsdp):
+        plugins = {"deepspeed_plugin": deepspeed and SimpleNamespace(deepspeed_config=deepspeed),
+                   "fsdp_plugin": fsdp and SimpleNamespace(state_dict_type=fsdp)}  # fmt: skip
+        return SimpleNamespace(state=SimpleNamespace(**plugins))
+
+    with pytest.raises(ValueError, match=word):
+        check_engine(accelerator(deepspeed, fsdp), None)
+    check_engine(accelerator({"zero_optimization": {}}, "StateDictType.FULL_STATE_DICT"), None)
 
 
 def test_alarm_for_a_dead_mask(caplog):

@@ -49,3 +49,20 @@ def test_two_processes_give_the_masks_and_losses_of_one(engine, name, tmp_path, 
     assert found["losses"][0] != pytest.approx(found["losses"][-1], rel=0.01)
     assert flat(found) == pytest.approx(flat(expected), rel=1e-4, abs=1e-5)
     assert found["masks"] == pytest.approx(expected["masks"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_cut_run_goes_on_with_its_masks(engine, name, tmp_path):
+    saving = options(name)
+    saving["settings"] |= {"save_strategy": "steps", "save_steps": 2}
+    whole = launch(engine, saving, tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-2"
+    assert (checkpoint / "mask_heads.safetensors").is_file()
+    again = launch(engine, options(name) | {"resume": str(checkpoint)}, tmp_path / "again")
+    assert len(again["losses"]) == 5 and len(again["norms"]) == 3  # of which two losses are read from the checkpoint
+    assert again["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert again["norms"] == pytest.approx(whole["norms"][2:], rel=1e-5)
+    assert again["masks"] == pytest.approx(whole["masks"], rel=1e-6)

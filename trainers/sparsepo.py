@@ -26,7 +26,7 @@ from .forward.layout import to_responses
 from .forward.run import Forward
 from .masks import MaskHeads, ReadPolicy, ReadReference, activation_mask, find_sites, mask_statistics
 from .masks.learned import ATTRIBUTE, STARTS, read_heads, split_state
-from .masks.readings import ACTIVATIONS
+from .masks.readings import activation_means
 from .masks.training import DEAD, DeadMaskAlarm, add_heads, check_engine, regroup
 from .metrics import best_and_worst, scores_differ
 from .plackett_luce import plackett_luce_loss
@@ -278,9 +278,8 @@ class SparsePOTrainer(PreferenceTrainer):
             if dead:
                 logger.warning(DEAD, f"{' and '.join(dead)}, in the first batch")
         if args.kl_term == "tdpo2":
-            losses = tdpo2_loss(
-                terms["logratios"], terms["kls"], tokens, scores, mask, beta=args.beta, alpha=args.tdpo2_alpha
-            )
+            both = terms["logratios"], terms["kls"]
+            losses = tdpo2_loss(*both, tokens, scores, mask, beta=args.beta, alpha=args.tdpo2_alpha)
         else:
             losses = sparsepo_loss(
                 **terms, token_mask=tokens, scores=scores, mask=mask, beta=args.beta, ranking=args.ranking,
@@ -318,12 +317,7 @@ class SparsePOTrainer(PreferenceTrainer):
         if kind == "learned":
             return {name: to_responses(policy.values[name], tokens) for name in self.args.head_names}
         if kind == "activations":
-            means = {
-                name: value.new_zeros(len(value), *tokens.shape).masked_scatter(tokens, value)
-                for name, value in reference.values.items()
-                if name.startswith(ACTIVATIONS)
-            }
-            return {"common": activation_mask(means, tokens)}
+            return {"common": activation_mask(activation_means(reference.values, tokens), tokens)}
         if kind == "random":
             names = self.args.masked if self.args.independent else ["common"]
             return {name: torch.rand_like(policy.logps) * tokens for name in names}

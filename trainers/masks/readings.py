@@ -54,3 +54,12 @@ class ReadPolicy:
         if "layers" in self.reference:
             values |= getattr(this.model, ATTRIBUTE)(self.reference["layers"])
         return values
+
+
+def activation_means(values: Mapping[str, Tensor], token_mask: Tensor) -> dict[str, Tensor]:
+    """What `ReadReference` recorded: {type: (A,N)} -> {type: (A,B,K,R)}, 0 outside `token_mask`."""
+    by_kind = {n.removeprefix(ACTIVATIONS): v for n, v in values.items() if n.startswith(ACTIVATIONS)}
+    return {
+        kind: means.new_zeros(len(means), *token_mask.shape).masked_scatter(token_mask, means)
+        for kind, means in by_kind.items()
+    }
