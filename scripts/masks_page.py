@@ -28,7 +28,7 @@ STYLE = """
 body { margin: 0 auto; max-width: 1240px; padding: 20px; background: #fff; color: #1c2430;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 1.8em 0 .5em; border-bottom: 2px solid #e3e7ee; }
-h3 { font-size: .95rem; margin: 1em 0 .3em; } small { color: #5b6675; font-weight: normal; }
+h3 { font-size: .95rem; margin: .2em 0 .3em; } .key { margin: 1em 0 0; } small { color: #5b6675; font-weight: normal; }
 .prompt { white-space: pre-wrap; background: #f8fafc; border: 1px solid #d9dfe8; border-radius: 8px; padding: 8px 12px;
   max-height: 9em; overflow: auto; }
 .pair, .curves { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); }
@@ -41,8 +41,9 @@ figure svg { display: block; width: 100%; height: auto; }
 
 
 class Heatmap(NamedTuple):
-    """One row: its prompt; for "chosen" and "rejected" the tokens' texts and their values {name: one per token}."""
+    """One row: its number, its prompt, and by side ("chosen", "rejected") the texts of the tokens and their values."""
 
+    row: int
     prompt: str
     sides: dict[str, tuple[list[str], dict[str, list[float]]]]
 
@@ -51,7 +52,7 @@ def render(title: str, heatmaps: list[Heatmap], history: list[dict]) -> str:
     """The whole page; `history` is the trainer's log."""
     logs = [log for log in history if "loss" in log]
     parts = [f"<h1>{escape(title)}</h1>", curves(logs)]
-    parts += [heatmap_section(i, heatmap) for i, heatmap in enumerate(heatmaps, 1)]
+    parts += [heatmap_section(heatmap) for heatmap in heatmaps]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
@@ -59,7 +60,7 @@ def render(title: str, heatmaps: list[Heatmap], history: list[dict]) -> str:
     )
 
 
-def heatmap_section(number: int, heatmap: Heatmap) -> str:
+def heatmap_section(heatmap: Heatmap) -> str:
     """A row's prompt and its two responses side by side, once per map; both sides share a map's scale."""
     blocks = []
     for title, value in MAPS:
@@ -72,7 +73,7 @@ def heatmap_section(number: int, heatmap: Heatmap) -> str:
         ]
         blocks.append(f'<p class="key">{key(top, signed=min(min(v, default=0) for v in values.values()) < 0)}</p>')
         blocks.append(f'<div class="pair">{"".join(sides)}</div>')
-    return f'<h2>Row {number}</h2><div class="prompt">{escape(heatmap.prompt)}</div>' + "".join(blocks)
+    return f'<h2>Row {heatmap.row}</h2><div class="prompt">{escape(heatmap.prompt)}</div>' + "".join(blocks)
 
 
 def spans(tokens: list[str], values: list[float], top: float) -> str:

@@ -51,7 +51,9 @@ def main(argv: list[str]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir, args.model_init_kwargs, args.precompute_ref_logps = scratch, None, False
         trainer = load_trainer(args, model, folder, rows.select(show.rows))
-        heatmaps = [heatmap(trainer, row) for row in trainer.eval_dataset]
+        if len(trainer.eval_dataset) < len(show.rows):
+            raise ValueError("Some of --rows were dropped, for the reasons above: name others, or raise max_length.")
+        heatmaps = [heatmap(trainer, n, row) for n, row in zip(show.rows, trainer.eval_dataset, strict=True)]
     page = Path(show.page) if show.page else folder / "masks.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     title = f"{args.mask} masks, {'independent' if args.independent else 'common'}: {folder.name}"
@@ -76,7 +78,7 @@ def load_trainer(args: SparsePOConfig, model: ModelConfig, folder: Path, rows) -
     return trainer
 
 
-def heatmap(trainer: SparsePOTrainer, row: dict) -> Heatmap:
+def heatmap(trainer: SparsePOTrainer, number: int, row: dict) -> Heatmap:
     """The best and the worst response of a tokenised row with their per-token values."""
     terms = trainer.token_values([row])
     decode = trainer.processing_class.decode
@@ -86,7 +88,7 @@ def heatmap(trainer: SparsePOTrainer, row: dict) -> Heatmap:
         ids = row["response_ids"][int(slot)]
         values = {name: value[0, int(slot), : len(ids)].tolist() for name, value in terms.items()}
         sides[side] = ([decode([token]) for token in ids], values)
-    return Heatmap(decode(row["prompt_ids"]), sides)
+    return Heatmap(number, decode(row["prompt_ids"]), sides)
 
 
 def history(folder: Path) -> list[dict]:

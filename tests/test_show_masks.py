@@ -40,7 +40,7 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     values = trainer.token_values([trainer.train_dataset[4]])
     best = max(range(2), key=lambda k: trainer.train_dataset[4]["scores"][k])
     length = len(trainer.train_dataset[4]["response_ids"][best])
-    shown = [float(x) for x in re.findall(r'title="([^"]*)"', page.split("<h2>Row 2")[1])][:length]
+    shown = [float(x) for x in re.findall(r'title="([^"]*)"', page.split("<h2>Row 4")[1])][:length]
     assert shown == pytest.approx(values["reward_mask"][0, best, :length].tolist(), rel=1e-3) and max(shown) > 0
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match="rows 99"):
@@ -54,7 +54,7 @@ def test_page_of_a_trained_run(tmp_path, adapter):
 def test_texts_are_escaped_and_colours_follow_the_values():
     values = {"reward_mask": [0.0, 2.0], "kl_mask": [1.0, 0.0], "logratios": [1.0, -1.0], "kls": [0.5, 0.5]}
     sides = {"chosen": (["<b>", "\n"], values), "rejected": (["x", "y"], values)}
-    page = render("a < b", [Heatmap("<script>", sides)], [])
+    page = render("a < b", [Heatmap(7, "<script>", sides)], [])
     assert "<b>" not in page and "<script>" not in page and "&lt;b&gt;" in page and "↵" in page
     assert "50 % zeros, mean 1, sum 2" in page and "Over training" not in page
     assert colour(0, 2) != colour(1, 2) != colour(2, 2) and colour(-2, 2).startswith("rgba(209")

@@ -258,7 +258,7 @@ class SparsePOTrainer(PreferenceTrainer):
     # Loss.
 
     def forward(self, model, batch) -> Forward:
-        """The reference's pass; the policy's, without masks and KL, is a part of it."""
+        """What the reference says: log-probabilities, and what masks and KL need of its states."""
         kind = self.args.mask
         if not self.args.needs_states:
             return self.runner(model, batch)
