@@ -120,7 +120,7 @@ def plot(summary: dict) -> str:
     """Reward against KL: a line per method through its betas, with the seeds' t intervals."""
     matplotlib.rcParams["svg.hashsalt"] = "polypo"
     figure = Figure(figsize=(8.2, 5.2), layout="constrained")
-    axes = figure.add_subplot()
+    axes, base = figure.add_subplot(), summary["reference"]["reward"]["mean"]
     for method, marker in zip(dict.fromkeys(p["method"] for p in summary["points"]), MARKERS, strict=False):
         points = sorted((p for p in summary["points"] if p["method"] == method), key=lambda p: p["kl"]["mean"])
         x, y = ([p[name]["mean"] for p in points] for name in ("kl", "reward"))
@@ -131,9 +131,11 @@ def plot(summary: dict) -> str:
         for point, a, b in zip(points, x, y, strict=True):
             axes.annotate(f"{point['beta']:g}", (a, b), textcoords="offset points", xytext=(5, 5), fontsize=7,
                           color=colour)  # fmt: skip
-    axes.axhline(summary["reference"]["reward"]["mean"], color="#8a94a6", lw=1, ls="--", label="reference")
-    axes.set(xlabel="KL(policy || reference) of whole responses, nats", ylabel="mean VADER sentiment of samples",
-             title="Reward against KL; numbers are beta, bars 95 % t intervals over seeds")  # fmt: skip
+    axes.set(
+        xlabel="KL(policy || reference) of whole responses, nats",
+        ylabel=f"VADER sentiment (reference: {base:.2f})",
+        title="Reward against KL; numbers are beta, bars 95 % t intervals over seeds",
+    )
     axes.set_xlim(left=0)
     axes.grid(color="#e3e7ee")
     axes.legend(frameon=False, fontsize=9)
