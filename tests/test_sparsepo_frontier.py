@@ -24,7 +24,8 @@ def run(tmp_path, monkeypatch):
 
     def call(*flags):
         folders = ["--model", tmp_path / "model", "--output", tmp_path / "out", "--report", tmp_path / "docs/frontier"]
-        argv = ["sparsepo_frontier.py", *map(str, folders), "--betas", "0.5", "--samples", "4", *flags]
+        sizes = "--betas 0.5 --samples 4 --epochs 4".split()
+        argv = ["sparsepo_frontier.py", *map(str, folders), *sizes, *flags]
         monkeypatch.setattr("sys.argv", argv)
         sparsepo_frontier.main()
         return [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
