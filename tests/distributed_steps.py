@@ -1,6 +1,8 @@
 """Five steps of a trainer on ragged rows, on as many processes as torchrun started; prints losses as one JSON line.
 
 torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "peft": true, ...}'
+
+`trainer` names the method, `settings` are fields of its config, `resume` is a checkpoint to go on from.
 """
 
 import json
@@ -16,9 +18,9 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+import trainers  # noqa: E402
 from helpers import build_tokenizer, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
-from trainers import SWEPOConfig, SWEPOTrainer  # noqa: E402
 
 
 def engine_arguments(engine: str) -> dict:
@@ -28,7 +30,8 @@ def engine_arguments(engine: str) -> dict:
         return {"deepspeed": {
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto", "train_batch_size": "auto",
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0,
+                                  "stage3_gather_16bit_weights_on_model_save": True},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         }}  # fmt: skip
     if engine == "fsdp2":
@@ -38,6 +41,12 @@ def engine_arguments(engine: str) -> dict:
             "state_dict_type": "FULL_STATE_DICT",
         }}  # fmt: skip
     return {"ddp_find_unused_parameters": False} if engine == "ddp" else {}
+
+
+def adapter(wanted: bool | list[str] | None) -> LoraConfig | None:
+    """LoRA on all linear layers, or on those that are named."""
+    targets = {"target_modules": wanted} if isinstance(wanted, list) else {}
+    return LoraConfig(**LORA | targets) if wanted else None
 
 
 class Norms(TrainerCallback):
@@ -57,7 +66,8 @@ def main(options: dict) -> None:
     folder = Path(options["folder"])
     model = tiny_llama(len(tokenizer))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args = SWEPOConfig(
+    trainer_class = getattr(trainers, options.get("trainer", "SWEPOTrainer"))
+    fields = dict(
         output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.01, optim="adamw_torch",
         per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
         # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
@@ -68,6 +78,7 @@ def main(options: dict) -> None:
         precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
         max_tokens_per_batch=options.get("budget"), **engine_arguments(options["engine"]),
     )  # fmt: skip
+    args = trainer_class.config_class(**fields | options.get("settings", {}))
     if options["engine"].startswith("zero"):
         import deepspeed
 
@@ -81,12 +92,12 @@ def main(options: dict) -> None:
         args.distributed_state.wait_for_everyone()
         model = str(path)
         args.model_init_kwargs = {"dtype": "float32"}
-    trainer = SWEPOTrainer(
+    trainer = trainer_class(
         model, args=args, train_dataset=Dataset.from_list(rows(12)), eval_dataset=Dataset.from_list(rows(7, seed=2)),
         processing_class=tokenizer, callbacks=[norms],
-        peft_config=LoraConfig(**LORA) if options.get("peft") else None,
+        peft_config=adapter(options.get("peft")),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.get("resume"))
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
@@ -95,6 +106,7 @@ def main(options: dict) -> None:
             "margins": [log["rewards/margins"] for log in history if "rewards/margins" in log],
             "norms": norms.values,
             "eval": {k: metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")},
+            "masks": {k: v for k, v in metrics.items() if "mask_mean" in k or "mask_sparsity" in k},
         }
         print("RESULT " + json.dumps(result), flush=True)
 

@@ -9,6 +9,7 @@ from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infon
 from .lire import LIREConfig, LIRETrainer, lire_loss
 from .plackett_luce import PlackettLuceConfig, PlackettLuceTrainer, plackett_luce_loss
 from .rrhf import RRHFConfig, RRHFTrainer, rrhf_loss
+from .sparsepo import SparsePOConfig, SparsePOTrainer, sparsepo_loss, tdpo2_loss
 from .swepo import SWEPOConfig, SWEPOTrainer, swepo_loss
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "RRHFTrainer",
     "SWEPOConfig",
     "SWEPOTrainer",
+    "SparsePOConfig",
+    "SparsePOTrainer",
     "dpo_loss",
     "infonca_loss",
     "lire_loss",
@@ -37,5 +40,7 @@ __all__ = [
     "nca_loss",
     "plackett_luce_loss",
     "rrhf_loss",
+    "sparsepo_loss",
     "swepo_loss",
+    "tdpo2_loss",
 ]

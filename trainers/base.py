@@ -139,6 +139,10 @@ class PreferenceTrainer(Trainer):
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
         return self.runner(model, batch)
 
+    def policy_forward(self, model: nn.Module, batch: Batch, reference: Forward | None) -> Forward:
+        """What the loss needs of the policy; `reference` is what the reference said about the same batch."""
+        return self.forward(model, batch)
+
     def ranking_metrics(self, batch: Batch, rewards: Tensor) -> dict[str, Tensor]:
         """Metrics of the implicit rewards (B,K) against the scores, under TRL's names where TRL has one."""
         return ranking_metrics(rewards, batch["scores"], batch["mask"])
@@ -160,7 +164,7 @@ class PreferenceTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
         reference = self._reference_forward(model, batch) if self.reference is not None else None
-        policy = self.forward(model, batch)
+        policy = self.policy_forward(model, batch, reference)
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
         weights = self._weights(batch)

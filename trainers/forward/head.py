@@ -3,9 +3,13 @@
 A chunk's logits live while that chunk is worked on and are computed again in the backward pass, so that peak memory
 does not grow with tokens x vocabulary. The head is called as a module, once per forward, and chunks inside that one
 call: ZeRO-3 and FSDP2 gather its weights through the hooks of that call, the same number of times on every process.
+
+What a forward gives back is decided by a reading, a function of the pass. `read_logps` is the default; a method that
+wants more than log-probabilities brings its own, and everything it does happens inside the wrapped forward.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, wraps
 from types import MethodType
 from typing import NamedTuple
@@ -34,12 +38,47 @@ class LogitRule(NamedTuple):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) -> None:
-    """Let `model(..., positions=, targets=)` return log-probabilities of `targets` instead of logits.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, as a reading sees it.
 
-    `positions` (N,) index the flattened (rows x length) hidden states, `targets` (N,) are the token ids they predict;
-    the call then returns (N,) log-probabilities in float32 (float64 for a float64 model). Without `positions` the
-    model's own forward runs, so that generation and `transformers.pipeline` see no difference.
+    `body(**more)` runs the model up to its last hidden states, once, and gives the model's output. `positions` (N,)
+    index the flattened (rows x length) states, `targets` (N,) are the token ids they predict.
+    """
+
+    model: PreTrainedModel
+    body: Callable
+    positions: Tensor
+    targets: Tensor
+    rule: LogitRule
+    chunk_elements: int | None
+
+    def select(self, states: Tensor) -> Tensor:
+        """(rows, length, H) -> (N,H): the states that predict a token of a response."""
+        return states.reshape(-1, states.size(-1)).index_select(0, self.positions)
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head, looked up at each call: FSDP and PEFT replace modules after the model was prepared."""
+        return self.model.get_output_embeddings()
+
+    def logps(self, hidden: Tensor) -> Tensor:
+        """(N,H) hidden states -> (N,) log-probabilities of the targets."""
+        return chunked_logps(self.head, hidden, self.targets, self.rule, self.chunk_elements)
+
+
+Reading = Callable[[Pass], dict[str, Tensor]]  # values of the N positions, "logps" among them
+
+
+def read_logps(this: Pass) -> dict[str, Tensor]:
+    """Log-probabilities of the targets, in float32 (float64 for a float64 model)."""
+    return {"logps": this.logps(this.select(this.body().last_hidden_state))}
+
+
+def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) -> None:
+    """Let `model(..., positions=, targets=, reading=)` return what the reading says instead of logits.
+
+    Without `positions` the model's own forward runs, so that generation and `transformers.pipeline` see no difference.
 
     Raises:
         ValueError: the model has no language-model head.
@@ -50,13 +89,18 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
     rule = logit_rule(model.config)
 
     @wraps(original.__func__ if isinstance(original, MethodType) else original)
-    def forward(self, *args, positions: Tensor | None = None, targets: Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        reading: Reading = read_logps,
+        **kwargs,
+    ):
         if positions is None:
             return original(*args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.size(-1)).index_select(0, positions)
-        # Looked up at each call: FSDP and PEFT replace modules after this function ran.
-        return chunked_logps(self.get_output_embeddings(), hidden, targets, rule, chunk_elements)
+        body = partial(self.base_model, *args, use_cache=False, **kwargs)
+        return reading(Pass(self, body, positions, targets, rule, chunk_elements))
 
     model.forward = MethodType(forward, model)
 
@@ -65,19 +109,36 @@ def chunked_logps(
     head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule, chunk_elements: int | None = None
 ) -> Tensor:
     """(N,H) hidden states and (N,) target ids -> (N,) log-probabilities, with the logits of one chunk in memory."""
+    size = chunk_size(head, hidden, chunk_elements)
+    compute = _linear_logps if is_plain(head, rule) else _module_logps
+    return call_head(head, partial(compute, head, targets, rule, size), hidden)
+
+
+def call_head(head: nn.Module, compute: Callable, hidden: Tensor):
+    """`compute(project, hidden)` inside a call of the head, where `project` is what the head's forward would do."""
     project = head.forward
-    elements = chunk_elements or (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS)
-    size = max(1, elements // head_rows(head))
-    # FSDP2 makes a subclass of nn.Linear, quantised layers are one as well: the forward tells what a head computes.
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and rule == LogitRule()
-    head.forward = partial(_linear_logps if plain else _module_logps, head, project, targets, rule, size)
+    head.forward = partial(compute, project)
     try:
         return head(hidden)
     finally:
         head.forward = project
 
 
-def _linear_logps(head: nn.Linear, project, targets: Tensor, rule: LogitRule, size: int, hidden: Tensor) -> Tensor:
+def chunk_size(head: nn.Module, hidden: Tensor, chunk_elements: int | None = None) -> int:
+    """Tokens per chunk, so that a chunk's logits have at most `chunk_elements` numbers."""
+    elements = chunk_elements or (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS)
+    return max(1, elements // head_rows(head))
+
+
+def is_plain(head: nn.Module, rule: LogitRule) -> bool:
+    """Whether logits are hidden @ weight.T + bias and nothing else.
+
+    FSDP2 makes a subclass of nn.Linear, quantised layers are one as well: the forward tells what a head computes.
+    """
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and rule == LogitRule()
+
+
+def _linear_logps(head: nn.Linear, targets: Tensor, rule: LogitRule, size: int, project, hidden: Tensor) -> Tensor:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -85,7 +146,7 @@ def _linear_logps(head: nn.Linear, project, targets: Tensor, rule: LogitRule, si
         return _LinearLogps.apply(hidden, head.weight, head.bias, targets, size)
 
 
-def _module_logps(head: nn.Module, project: Callable, targets: Tensor, rule: LogitRule, size: int, hidden: Tensor):
+def _module_logps(head: nn.Module, targets: Tensor, rule: LogitRule, size: int, project: Callable, hidden: Tensor):
     """Any head: quantised, under an adapter, or with a rule for its logits."""
 
     def logps(chunk: Tensor, ids: Tensor) -> Tensor:

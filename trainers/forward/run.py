@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import FLEX, SHARED_SDPA, flex_mask
-from .head import add_logps_head
+from .head import Reading, add_logps_head, read_logps
 from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
 from .policy import has_dropout
 
@@ -26,9 +28,11 @@ class Forward(NamedTuple):
 
     `logps` is (B,K,R), float32 or wider: the log-probability of each response token, 0 elsewhere. Cached reference
     values are (B,K,1), the sums over the tokens, unless the method asks for tokens; `logps.sum(-1)` is right for both.
+    `values` is what else the method's reading gave, for the N response tokens in the order of `response_mask`.
     """
 
     logps: Tensor
+    values: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class LayoutError(RuntimeError):
@@ -60,8 +64,8 @@ class Runner:
         self._flex = models[0].config._attn_implementation == FLEX
         self._checked = False
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Forward:
-        return run(model, batch, shared=self.shared(batch), flex=self._flex)
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], reading: Reading = read_logps) -> Forward:
+        return run(model, batch, shared=self.shared(batch), flex=self._flex, reading=reading)
 
     def shared(self, batch: dict[str, Tensor]) -> bool:
         """Whether this batch goes through the model in the `shared` layout."""
@@ -107,13 +111,21 @@ def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
     return reason
 
 
-def run(model: nn.Module, batch: dict[str, Tensor], *, shared: bool, flex: bool = False) -> Forward:
+def run(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    shared: bool,
+    flex: bool = False,
+    reading: Reading = read_logps,
+) -> Forward:
     """Feed a batch to a prepared model (wrapped by DDP, DeepSpeed, FSDP or PEFT, or bare)."""
     inputs = shared_layout(batch) if shared else rows_layout(batch)
-    logps = model(**_keywords(inputs, flex))
+    values = dict(model(**_keywords(inputs, flex), reading=reading))
+    logps = values.pop("logps")
     if logps.dtype in (torch.float16, torch.bfloat16):
         logps = logps.float()
-    return Forward(to_responses(logps, batch["response_mask"]))
+    return Forward(to_responses(logps, batch["response_mask"]), values)
 
 
 def _keywords(inputs: ModelInputs, flex: bool) -> dict:

@@ -1,0 +1,61 @@
+"""The page of heat-maps, from a run that was trained and saved, and its parts on made-up values."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+from helpers import build_tokenizer, tiny_llama
+from masks_page import Heatmap, colour, render
+from show_masks import main
+from test_sparsepo_trainer import DENSE, config, pairs
+from test_trainer import LORA
+from trainers import SparsePOTrainer
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_page_of_a_trained_run(tmp_path, adapter):
+    tokenizer, model = build_tokenizer(), tiny_llama(330)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, pairs())))
+    trainer = SparsePOTrainer(
+        str(tmp_path / "base"),
+        args=config(tmp_path / "out", independent=True),
+        train_dataset=Dataset.from_list(pairs()),
+        peft_config=LoraConfig(**LORA) if adapter else None,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    recipe = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "dataset_name": tmp_path / "rows.jsonl",
+              "output_dir": tmp_path / "unused", "use_cpu": True, "independent": True, **DENSE}  # fmt: skip
+    flags = [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
+    page = main([*flags, "--checkpoint", str(tmp_path / "out"), "--rows", "1", "4"]).read_text()
+    assert page.count("<h2>Row") == 2 and page.count("<figure>") == 4
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>', "", page, flags=re.S)
+    # The numbers on the page are those of the run itself.
+    values = trainer.token_values([trainer.train_dataset[4]])
+    best = max(range(2), key=lambda k: trainer.train_dataset[4]["scores"][k])
+    length = len(trainer.train_dataset[4]["response_ids"][best])
+    shown = [float(x) for x in re.findall(r'title="([^"]*)"', page.split("<h2>Row 4")[1])][:length]
+    assert shown == pytest.approx(values["reward_mask"][0, best, :length].tolist(), rel=1e-3) and max(shown) > 0
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="rows 99"):
+        main([*flags, "--checkpoint", str(tmp_path / "out"), "--rows", "99"])
+    with pytest.raises(ValueError, match="checkpoint"):
+        main([*flags, "--checkpoint", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="independent"):
+        main([*flags, "--independent", "false", "--checkpoint", str(tmp_path / "out")])
+
+
+def test_texts_are_escaped_and_colours_follow_the_values():
+    values = {"reward_mask": [0.0, 2.0], "kl_mask": [1.0, 0.0], "logratios": [1.0, -1.0], "kls": [0.5, 0.5]}
+    sides = {"chosen": (["<b>", "\n"], values), "rejected": (["x", "y"], values)}
+    page = render("a < b", [Heatmap(7, "<script>", sides)], [])
+    assert "<b>" not in page and "<script>" not in page and "&lt;b&gt;" in page and "↵" in page
+    assert "50 % zeros, mean 1, sum 2" in page and "Over training" not in page
+    assert colour(0, 2) != colour(1, 2) != colour(2, 2) and colour(-2, 2).startswith("rgba(209")
+    assert colour(0.0, 0.0).endswith("0.000)")

@@ -1,0 +1,129 @@
+"""The learned mask: a small head on the reference's hidden states, with exact zeros.
+
+    x_i = LayerNorm(h_i)             one LayerNorm for all layers i = 1..L
+    g_i = ReLU(w_i . x_i + b_i)
+    m   = ReLU(sum_i a_i g_i)
+
+The heads live inside the policy while it trains, so that every engine sees their parameters and their calls; they are
+saved beside the policy in a file of their own, and the saved policy has no trace of them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import layer_norm
+
+ATTRIBUTE = "mask_heads"  # name of the heads inside the policy
+FILE = "mask_heads.safetensors"
+STARTS = ("released", "dense")
+
+
+class MaskHead(nn.Module):
+    """Hidden states (L,N,H) of a reference -> one mask value per token (N,), 0 or more, in float32 or wider.
+
+    Args:
+        std: of the normal distribution that layer weights and mixer are drawn from; biases start at 0.
+        start: "released", or "dense" with the mixer at 1/L and layer biases at 0.5, where no head starts dead.
+    """
+
+    def __init__(self, layers: int, width: int, *, eps: float, std: float = 0.02, start: str = "released"):
+        super().__init__()
+        self.eps = eps
+        # Of the LayerNorm; not a module of its own, because ZeRO-3 gathers what belongs to the one that is called.
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.randn(layers, width) * std)
+        self.bias = nn.Parameter(torch.full((layers,), 0.5 if start == "dense" else 0.0))
+        self.mixer = nn.Parameter(torch.full((layers,), 1 / layers) if start == "dense" else torch.randn(layers) * std)
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        scale, shift, weight, bias, mixer = (
+            p.to(wide) for p in (self.scale, self.shift, self.weight, self.bias, self.mixer)
+        )
+        total = 0.0
+        for i, layer in enumerate(states):
+            # w.(scale x + shift) as x.(scale w) + w.shift: of (L,N,H) numbers only x is kept for the backward pass.
+            x = layer_norm(layer.to(wide), (len(scale),), eps=self.eps)
+            total = total + mixer[i] * torch.relu(x @ (scale * weight[i]) + weight[i] @ shift + bias[i])
+        return torch.relu(total)
+
+
+class MaskHeads(nn.Module):
+    """One head by name: "common", or "reward" and "kl". States (L,N,H) -> {name: (N,)}.
+
+    Args:
+        seed: of the heads' start, which then depends on nothing else.
+    """
+
+    def __init__(self, names: list[str], layers: int, width: int, *, seed: int = 0, **options):
+        super().__init__()
+        self.settings = {"names": list(names), "layers": layers, "width": width, "eps": options["eps"]}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.heads = nn.ModuleDict({name: MaskHead(layers, width, **options) for name in names})
+
+    def forward(self, states: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(states.device.type, enabled=False):
+            return {name: head(states) for name, head in self.heads.items()}
+
+    def decayed(self) -> set[str]:
+        """Names of the parameters that weight decay applies to: neither biases nor the LayerNorm."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("weight", "mixer")}
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the heads, or the given state of them, to `folder`."""
+        state = {name: value.detach().cpu().contiguous() for name, value in (state or self.state_dict()).items()}
+        save_file(state, Path(folder) / FILE, metadata={"settings": json.dumps(self.settings)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "MaskHeads":
+        """The heads that were saved in `folder`."""
+        settings, state = read_heads(folder)
+        heads = cls(settings.pop("names"), settings.pop("layers"), settings.pop("width"), **settings)
+        heads.restore(state)
+        return heads
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take values over, also where a sharded engine keeps only a part of each parameter.
+
+        Raises:
+            ValueError: the values belong to other heads.
+        """
+        own = dict(self.named_parameters())
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+            raise ValueError(
+                f"The saved mask heads ({', '.join(sorted(state))}) are not those of this run "
+                f"({', '.join(sorted(own))}): set mask, independent, mask_reward and mask_kl as in the saved run."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                value = state[name].to(parameter.device, parameter.dtype)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+
+
+def read_heads(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and values of the heads that were saved in `folder`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {folder} holds no learned masks.")
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["settings"]), {name: file.get_tensor(name) for name in file.keys()}
+
+
+def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A policy's state without its mask heads, and that of the heads under their own names."""
+    marker = f"{ATTRIBUTE}."
+    heads = {name.partition(marker)[2]: value for name, value in state.items() if marker in name}
+    return {name: value for name, value in state.items() if marker not in name}, heads
