@@ -16,7 +16,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import PreferenceConfig
 from .data import PreferenceCollator
@@ -84,7 +83,7 @@ class PreferenceTrainer(Trainer):
             raise ValueError(f"ref_model has no effect: {self.method} needs no reference.")
         set_seed(args.seed)  # before the adapter draws its weights
         fresh_adapter = peft_config is not None
-        model = _load_policy(model, args, quantization_config, peft_config)
+        model = policies.prepare_policy(model, args, quantization_config, peft_config)
         if isinstance(ref_model, str):
             ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
         if processing_class is None:
@@ -94,6 +93,8 @@ class PreferenceTrainer(Trainer):
         train_dataset = self._prepare_rows(train_dataset, processing_class, args)
         eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
 
+        if args.precompute_ref_logps and not self.needs_reference:
+            logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
         self.table, self.reference, models = None, None, [model]
         if self.needs_reference and args.precompute_ref_logps:
             self.table = self._make_table(model, ref_model, args, fresh_adapter=fresh_adapter)
@@ -378,23 +379,3 @@ class _PrecomputeReference(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.precompute_reference()
-
-
-def _load_policy(model, args: PreferenceConfig, quantization_config, peft_config: PeftConfig | None):
-    """The policy with its adapter, without dropout."""
-    model = policies.load_policy(model, init_kwargs=args.model_init_kwargs, quantization_config=quantization_config)
-    zero3 = is_deepspeed_zero3_enabled()
-    if peft_config is not None:
-        model = policies.add_adapter(model, peft_config, zero3=zero3)
-    if isinstance(model, PeftModel) and args.activation_checkpointing:
-        _fit_checkpointing_to_adapter(model, args, zero3=zero3)
-    if args.disable_dropout:
-        policies.disable_dropout(model)
-    return model
-
-
-def _fit_checkpointing_to_adapter(model: PeftModel, args: PreferenceConfig, *, zero3: bool) -> None:
-    """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
-    model.enable_input_require_grads()
-    if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
-        args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}

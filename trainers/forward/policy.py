@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import disable_dropout_in_model
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,26 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool)
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters in one dtype (DeepSpeed issue 8072): float32 adapters on a bf16 base would fail.
     return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
+
+
+def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """The policy with its adapter and without dropout, as the trainer's `args` want it; see `load_policy`."""
+    model = load_policy(model, init_kwargs=args.model_init_kwargs, quantization_config=quantization_config)
+    zero3 = is_deepspeed_zero3_enabled()
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, zero3=zero3)
+    if isinstance(model, PeftModel) and args.activation_checkpointing:
+        _fit_checkpointing_to_adapter(model, args, zero3=zero3)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _fit_checkpointing_to_adapter(model: PeftModel, args, *, zero3: bool) -> None:
+    """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
+    model.enable_input_require_grads()
+    if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
+        args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
