@@ -34,7 +34,7 @@ from trainers.loop.collect import (
 )
 from trainers.loop.journal import read_rows, write_json, write_rows
 from trainers.loop.sampler import SamplingConfig
-from trainers.loop.scorer import load_scorer
+from trainers.loop.scorer import check_scorer, load_scorer
 
 REPLACED_COLUMNS = ("prompt", "responses", "scores", "chosen", "rejected")
 
@@ -76,6 +76,8 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
         raise ValueError(f"--prompts: there is no file {path}.")
     else:
         rows = list(load_dataset(args.prompts, split=args.split))
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be 1 or more.")
     rows = rows[: args.limit]
     if not rows:
         raise ValueError(f"--prompts: {args.prompts} has no rows.")
@@ -142,6 +144,7 @@ def generate(args: GenerateArguments, accelerator: Accelerator) -> dict:
     """Samples, scores, writes; returns the statistics."""
     sampling = SamplingConfig(**{f: getattr(args, f) for f in SamplingConfig.__dataclass_fields__})
     rows = load_prompts(args)
+    check_scorer(parse_scorers(args.scorer))
     settings = run_settings(args, rows)
     if args.overwrite and accelerator.is_main_process:
         shutil.rmtree(parts_path(args.output), ignore_errors=True)

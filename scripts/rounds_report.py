@@ -6,6 +6,7 @@ Every policy answered the same prompts with the same random streams. Intervals a
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -127,4 +128,5 @@ def plot(policies: list[list[list[Answer]]], manifests: list[dict]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/rounds_report.py FOLDER")
+    sys.path.append(os.getcwd())  # a scorer may lie there
     print(write_report(Path(sys.argv[1])))

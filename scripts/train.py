@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dry_run import describe
@@ -21,6 +20,7 @@ from trainers.forward.policy import load_tokenizer
 from trainers.loop import enhance
 from trainers.loop.collect import model_fingerprint
 from trainers.loop.options import EnhanceOptions
+from trainers.loop.scorer import check_scorer
 from trainers.loop.start import last_checkpoint, load_for_sampling, load_start
 
 
@@ -73,11 +73,12 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         "attn_implementation": model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    checkpoint = _checkpoint(args)
     splits = {name: load_split(data, args, name) for name in ("train", "test")}
     if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
         train_in_rounds(trainer_class, data, args, model, splits)
         return
+    enhance.refuse_folder_of_rounds(args.output_dir)
+    checkpoint = _checkpoint(args)
     trainer = trainer_class(
         model.model_name_or_path,
         args=args,
@@ -112,6 +113,7 @@ def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelConfig
     """
     enhance.refuse_unsupported(args)
     options = EnhanceOptions.parse(args.self_enhance)
+    check_scorer(options.scorer)  # before anything is sampled for it
     name, quantization = model.model_name_or_path, get_quantization_config(model)
     rows, held_out = (list(splits[split] or []) for split in ("train", "test"))
 
@@ -141,6 +143,7 @@ def round_arguments(args, iterations: int, index: int, folder: Path):
     """The training arguments of a round: its own folder and order of the rows, `iterations` times the length."""
     own = copy.copy(args)
     own.output_dir, own.seed, own.model_init_kwargs = str(folder), args.seed + index, None
+    own.self_enhance = None
     own.num_train_epochs = args.num_train_epochs * iterations
     own.max_steps = args.max_steps * iterations if args.max_steps > 0 else args.max_steps
     return own
@@ -203,7 +206,7 @@ def _checkpoint(args) -> str | None:
     if str(wanted).lower() in ("none", "false", ""):
         return None
     if str(wanted).lower() in ("true", "last"):
-        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        found = last_checkpoint(args.output_dir)
         if found is None and args.process_index == 0:
             print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
         return found

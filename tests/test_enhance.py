@@ -218,6 +218,25 @@ def test_other_settings_are_refused_by_name(inputs, finished):
     train.main(arguments(inputs, finished, logging_steps=7, options={"batch_size": 2}))  # these change no weight
 
 
+def test_finished_rounds_are_never_taken_back(inputs, finished):
+    with pytest.raises(ValueError, match="rounds=1, but .* holds more: rounds can only be added"):
+        train.main(arguments(inputs, finished, options={"rounds": 1}))
+
+
+def test_a_plain_run_does_not_replace_the_model_of_a_run_in_rounds(inputs, finished):
+    plain_run = arguments(inputs, finished)
+    at = plain_run.index("--self_enhance")
+    del plain_run[at : at + 2]
+    with pytest.raises(ValueError, match="holds a run with self_enhance: choose another output_dir"):
+        train.main(plain_run)
+
+
+def test_a_scorer_that_does_not_exist_is_found_before_anything_is_sampled(inputs, tmp_path):
+    with pytest.raises(ValueError, match="no_such_lab"):
+        train.main(arguments(inputs, tmp_path / "out", options={"scorer": "no_such_lab.kindness"}))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -140,6 +140,11 @@ def test_clean_row_takes_per_response_columns_along():
     assert reasons == ["response: empty text", "response: infinite score"]
 
 
+def test_scores_beyond_float32_are_dropped_and_named():
+    row, reasons = clean_row({"prompt": "p", "responses": ["a", "b", "c"], "scores": [1e300, 3.4e38, -1.0]})
+    assert row["scores"] == [3.4e38, -1.0] and reasons == ["response: score too large for float32"]
+
+
 def test_clean_row_returns_a_good_row_unchanged():
     row = to_canonical(ROW)
     assert clean_row(row) == (row, [])

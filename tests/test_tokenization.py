@@ -200,6 +200,8 @@ def test_token_rows_with_faults():
     dataset, report = tokenize_dataset(data, tokenizer)
     assert len(dataset) == 1
     assert report.responses_dropped == {"missing or infinite score": 2}
+    _, report = tokenize_dataset(Dataset.from_list([token_row(), token_row(scores=[1e39, 1.0])]), tokenizer)
+    assert report.responses_dropped == {"missing or infinite score": 1}
     with pytest.raises(ValueError, match="row 1: .*missing or infinite score"):
         tokenize_dataset(data, tokenizer, invalid="error")
     with pytest.raises(ValueError, match="row 1: 'response_ids' has 2 items but 'scores' has 1"):

@@ -86,6 +86,8 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be false: it would remove the prompts and responses.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no effect on preferences: DPO has label_smoothing instead.")
         if self.invalid_rows not in ("drop", "error"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose drop or error.")
         if self.max_length is not None and self.max_length < 2:

@@ -269,6 +269,19 @@ class LIRETrainer(PreferenceTrainer):
     needs_reference = False
     _warned = False
 
+    def train(self, *arguments, **keywords):
+        """As `Trainer.train`.
+
+        Raises:
+            ValueError: `self_enhance` is set, whose rounds are run by the launcher and not by one trainer.
+        """
+        if self.args.self_enhance is not None:
+            raise ValueError(
+                "self_enhance trains in rounds, each with a trainer of its own: run the recipe with scripts/train.py, "
+                "or leave it out."
+            )
+        return super().train(*arguments, **keywords)
+
     def loss(self, batch, policy, reference):
         args, scores, mask = self.args, batch["scores"], batch["mask"]
         logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)

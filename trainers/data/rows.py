@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, List, Value
 from trl import extract_prompt
 
@@ -34,6 +35,7 @@ Row = dict[str, Any]
 
 FEATURE_SAMPLE = 64  # kept rows from which the column types are inferred
 MIN_RESPONSES = 2
+LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
 
 def to_canonical(row: Row) -> Row:
@@ -279,6 +281,8 @@ def _response_faults(row: Row) -> dict[int, str]:
             faults[k] = "missing score"
         elif math.isinf(score):
             faults[k] = "infinite score"
+        elif abs(score) > LARGEST_SCORE:
+            faults[k] = "score too large for float32"
     return faults
 
 

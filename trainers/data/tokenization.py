@@ -23,7 +23,7 @@ from .drops import (
     split_off_drops,
     with_event_columns,
 )
-from .rows import MIN_RESPONSES, Row, canonicalize, is_per_token, take_responses
+from .rows import LARGEST_SCORE, MIN_RESPONSES, Row, canonicalize, is_per_token, take_responses
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ def _fit(row: Row, max_length: int | None) -> tuple[Row | None, list[str]]:
 
 
 def _is_score(score: float | None) -> bool:
-    return score is not None and abs(score) < float("inf")
+    return score is not None and abs(score) <= LARGEST_SCORE
 
 
 def _truncate(row: Row, room: int) -> Row:

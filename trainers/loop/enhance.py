@@ -43,6 +43,7 @@ from .start import remove_incomplete_checkpoints
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
 MANY_TRUNCATED = 0.2
+SETTINGS = "self_enhance.json"
 WAYS_OUT = "or choose another output_dir"
 
 # Training arguments that say where results go and how they are reported, and change no weight.
@@ -105,9 +106,14 @@ class Loop:
         Raises:
             ValueError: `folder` belongs to a run with other settings; the message names what differs.
         """
-        path = self.folder / "self_enhance.json"
+        path = self.folder / SETTINGS
         self._main(lambda: path.exists() or self._create(path))
         check_settings(path, self.settings, ways_out=WAYS_OUT)
+        if (self.folder / f"round-{self.options.rounds:02d}" / "manifest.json").exists():
+            raise ValueError(
+                f"self_enhance: rounds={self.options.rounds}, but {self.folder} holds more: rounds can only be added. "
+                f"Raise it, {WAYS_OUT}."
+            )
         start, rewards, history = None, [self._measure(self.folder / "before", None)], []
         for index in range(self.options.rounds):
             folder = self.folder / f"round-{index:02d}"
@@ -277,6 +283,12 @@ def refuse_unsupported(args) -> None:
         raise ValueError("push_to_hub does not work with self_enhance: upload output_dir when the run is done.")
     if args.chat_template_kwargs:
         raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
+
+
+def refuse_folder_of_rounds(folder: str | Path) -> None:
+    """Raises ValueError for a plain run whose output folder holds a run in rounds, whose model it would replace."""
+    if (Path(folder) / SETTINGS).exists():
+        raise ValueError(f"output_dir={str(folder)!r} holds a run with self_enhance: choose another output_dir.")
 
 
 def plain(prompt: str | list[dict]) -> str | list[dict]:

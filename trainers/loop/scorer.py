@@ -55,6 +55,14 @@ def load_scorer(
     return CheckedScorer(spec, RewardModelScorer(spec, **options))
 
 
+def check_scorer(spec: str | Callable | dict | list) -> None:
+    """Raises ValueError for a spec that cannot be used, as far as that is known without loading a reward model."""
+    for part in spec if isinstance(spec, list) else [spec]:
+        name = part.get("spec") if isinstance(part, dict) else part
+        if not isinstance(name, str) or DOTTED_PATH.fullmatch(name) and not Path(name).is_dir():
+            load_scorer(part)
+
+
 class CheckedScorer:
     """Calls a scorer and refuses a result that is not one finite number per completion."""
 
