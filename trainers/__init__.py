@@ -4,6 +4,7 @@ from .base import PreferenceTrainer
 from .config import PreferenceConfig
 from .data import PreferenceCollator, load_preferences
 from .dpo import DPOConfig, DPOTrainer, dpo_loss
+from .emdpo import EMDPOConfig, EMDPOTrainer
 from .forward.run import Forward
 from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infonca_loss, nca_loss
 from .lire import LIREConfig, LIRETrainer, lire_loss
@@ -14,6 +15,8 @@ from .swepo import SWEPOConfig, SWEPOTrainer, swepo_loss
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "EMDPOConfig",
+    "EMDPOTrainer",
     "Forward",
     "InfoNCAConfig",
     "InfoNCATrainer",
