@@ -1,10 +1,22 @@
 """Rows of annotators with opposed tastes on made-up text, and the arguments of a small EM run."""
 
+import gc
+
+import pytest
 import torch
 
 from trainers import EMDPOConfig
 
 WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """EM collects garbage between policies; what was imported before need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def opposed_rows(annotators=6, items=5, k=3, *, seed=0):
@@ -34,4 +46,6 @@ def em_config(folder, **kwargs):
         "lr_scheduler_type": "constant", "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0,
         "dataloader_pin_memory": False,
     }  # fmt: skip
+    if "initial_posterior" in kwargs:
+        defaults["init"] = "given"
     return EMDPOConfig(**{**defaults, **kwargs})

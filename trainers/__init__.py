@@ -4,6 +4,7 @@ from .base import PreferenceTrainer
 from .config import PreferenceConfig
 from .data import PreferenceCollator, load_preferences
 from .dpo import DPOConfig, DPOTrainer, dpo_loss
+from .em.serve import MixturePolicy
 from .emdpo import EMDPOConfig, EMDPOTrainer
 from .forward.run import Forward
 from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infonca_loss, nca_loss
@@ -22,6 +23,7 @@ __all__ = [
     "InfoNCATrainer",
     "LIREConfig",
     "LIRETrainer",
+    "MixturePolicy",
     "NCAConfig",
     "NCATrainer",
     "PlackettLuceConfig",

@@ -16,22 +16,21 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.trainer_utils import TrainOutput
 
-from .base import PreferenceTrainer
 from .em import init, tables
 from .em.annotators import Annotators
 from .em.config import EMDPOConfig
 from .em.figures import draw_run
 from .em.game import min_max_regret
+from .em.m_step import TypePolicyTrainer, m_step_rows
 from .em.mixture import mixture_weights, observed_log_likelihood, posterior
 from .em.rounds import EM, Judged, Round, best
 from .em.scoring import PolicyScorer, usable
 from .forward.cache import reference_fingerprint
-from .likelihood import ordered_stages, ranking_logps
+from .likelihood import ranking_logps
 from .loop.collect import check_settings, model_fingerprint, settings_hash
 from .loop.journal import write_json
 from .loop.processes import Processes, free_memory
@@ -50,37 +49,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-POSTERIOR, REFERENCE = "posterior", "ref_logps"  # columns of the rows of an M-step
-NEGLIGIBLE = 1e-6  # a row of less weight than this share of the largest one is left out where weights are normalised
 # Fields that say how far a run goes, or where it works, and not what a round gives.
 FREE = ("rounds", "restarts", "stop_change", "precompute_ref_logps")
-MIXTURE = "mixture.json"
-
-
-class TypePolicyTrainer(PreferenceTrainer):
-    """The M-step of one type: minus the log-likelihood of rankings, each row times the posterior of its annotator.
-
-    Rows carry the reference's log-probabilities (`ref_logps`), so that no reference is needed here.
-    """
-
-    config_class = EMDPOConfig
-    method = "EM-DPO"
-    paper = (
-        "Direct Preference Optimization With Unobserved Preference Heterogeneity: "
-        "The Necessity of Ternary Preferences",
-        "2405.15065",
-    )
-    needs_reference = False
-
-    def loss(self, batch, policy, reference):
-        rewards = self.args.beta * (policy.logps.sum(-1) - batch[REFERENCE])
-        losses = -ranking_logps(rewards, batch["scores"], batch["mask"], top=self.args.top_q)
-        # Here a factor on the loss, and no weight: the base divides by the sum of the weights.
-        losses = losses * batch[POSTERIOR] if POSTERIOR in batch else losses
-        return losses, self.ranking_metrics(batch, rewards.detach())
-
-    def signal(self, batch) -> Tensor:
-        return ordered_stages(batch["scores"], batch["mask"], self.args.top_q).any(-1)
 
 
 class EMDPOTrainer(TypePolicyTrainer):
@@ -140,6 +110,8 @@ class EMDPOTrainer(TypePolicyTrainer):
             ValueError: `output_dir` belongs to a run with other settings; the message names what differs.
         """
         folder = Path(self.args.output_dir)
+        self._first_guess(0)  # what is wrong with it shall be said before anything is written
+        self.processes.say(f"First guess of the types: {self._kind_of_guess()}.")
         self._save_start(folder / "start")
         path, settings = folder / "emdpo.json", self._settings()
         self._release()
@@ -195,7 +167,8 @@ class EMDPOTrainer(TypePolicyTrainer):
     # Steps of EM.
 
     def _m_step(self, weights: np.ndarray, start: Path | None, folder: Path, seed: int) -> None:
-        rows, args = self.m_step_rows(weights), self._round_arguments(folder, seed)
+        rows = m_step_rows(self.rows, weights, self._weights_of_rows, self._reference, self.args.normalize)
+        args = self._round_arguments(folder, seed)
         trainer = TypePolicyTrainer(
             self._load(start, trainable=True), args=args, train_dataset=rows, processing_class=self.processing_class,
             peft_config=self._peft_config if start is None else None, callbacks=copy.copy(self._callbacks),
@@ -203,42 +176,28 @@ class EMDPOTrainer(TypePolicyTrainer):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_state()
         trainer.save_model()
-        trainer.accelerator.free_memory()
-
-    def m_step_rows(self, weights: np.ndarray) -> Dataset:
-        """The rows of an M-step: (J,) posteriors of one type, NaN for rows that take no part.
-
-        With normalize='posterior' the posterior joins the column `weight`, and rows that weigh nothing are left out.
-        """
-        kept = ~np.isnan(weights)
-        columns = {REFERENCE: self._reference}
-        if self.args.normalize == "batch":
-            columns[POSTERIOR] = weights.tolist()
-        else:
-            weights = weights * self._weights_of_rows
-            kept &= weights > NEGLIGIBLE * np.nanmax(weights)
-            columns["weight"] = (weights / np.nanmax(weights)).tolist()
-        rows = self.rows
-        for name, values in columns.items():
-            rows = rows.remove_columns(name) if name in rows.column_names else rows
-            rows = rows.add_column(name, values)
-        return rows if kept.all() else rows.select(np.flatnonzero(kept))
+        if trainer.is_deepspeed_enabled:
+            trainer.accelerator.free_memory()  # ends the engine
 
     def _first_guess(self, restart: int) -> np.ndarray:
+        """(N,T) first posterior of a restart."""
         args, random = self.args, np.random.default_rng((self.args.seed, restart))
+        rows, kind = Annotators(self.annotators.names, self._owner), self._kind_of_guess()
         if args.num_types == 1:
             return np.ones((len(self.annotators), 1))
-        rows = Annotators(self.annotators.names, self._owner)
-        kind = args.init
-        if kind == "auto":
-            shared = args.initial_posterior is None and init.shares_items(self.rows, rows)
-            kind = "given" if args.initial_posterior is not None else "agreement" if shared else "dirichlet"
-            self.processes.say(f"First guess of the types: {kind}.")
         if kind == "given":
             return init.given(args.initial_posterior, self.annotators, args.num_types)
         if kind == "dirichlet":
             return init.dirichlet(len(self.annotators), args.num_types, random)
         return getattr(init, kind)(self.rows, rows, args.num_types, random)
+
+    def _kind_of_guess(self) -> str:
+        if self.args.init != "auto":
+            return self.args.init
+        if self.args.initial_posterior is not None:
+            return "given"
+        shared = init.shares_items(self.rows, Annotators(self.annotators.names, self._owner))
+        return "agreement" if shared else "dirichlet"
 
     def _round_arguments(self, folder: Path, seed: int) -> EMDPOConfig:
         """An M-step's own folder and order of the rows; it neither evaluates nor loads a model."""
@@ -269,7 +228,6 @@ class EMDPOTrainer(TypePolicyTrainer):
     def _release(self) -> None:
         """Lets go of the start, so that each policy that is read from disk is alone in memory."""
         self.model = self.model_wrapped = self.callback_handler.model = None
-        self.accelerator.free_memory()
         free_memory()
 
     # The data.
@@ -302,7 +260,7 @@ class EMDPOTrainer(TypePolicyTrainer):
             return
         base = self.model.unload() if isinstance(self.model, PeftModel) else self.model
         self._weights_of_start = reference_fingerprint(base.named_parameters(), {}, compute_dtype="", per_token=False)
-        self._name, self._init_kwargs = str(start), {"dtype": base.dtype}
+        self._name, self._init_kwargs = str(start), {"dtype": str(base.dtype).removeprefix("torch.")}
 
         def save() -> None:
             if not start.exists():
@@ -340,17 +298,24 @@ class EMDPOTrainer(TypePolicyTrainer):
         for name in ("annotators.csv", "held_out.csv"):
             tables.copy_if_there(last.policies[0].parents[1] / name, folder / name)
         tables.write_rounds(folder / "rounds.csv", [r.manifest for run in runs for r in run])
-        write_json(folder / MIXTURE, {
-            "base": self._name,
-            "adapters": self._peft_config is not None,
-            "policies": last.manifest["policies"],
-            "prior": last.manifest["prior"],
-            "weights": last.manifest["prior"],
-            "weights_are": "shares of the annotators; scripts/aggregate.py replaces them by the min-max weights",
-            "beta": self.args.beta,
-        })  # fmt: skip
+        self._write_mixture(folder / tables.MIXTURE, last.manifest)
         self.processing_class.save_pretrained(folder)
         draw_run(folder, [r.posterior for r in rounds], [[r.manifest for r in run] for run in runs])
+
+    def _write_mixture(self, path: Path, manifest: dict) -> None:
+        """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
+        if path.exists() and tables.read_json(path)["policies"] == manifest["policies"]:
+            return
+        write_json(path, tables.plain({
+            "base": self._name,
+            "model_init_kwargs": self._init_kwargs,
+            "adapters": self._peft_config is not None,
+            "policies": manifest["policies"],
+            "prior": manifest["prior"],
+            "weights": manifest["prior"],
+            "weights_are": "shares of the annotators; scripts/aggregate.py replaces them by the min-max weights",
+            "beta": self.args.beta,
+        }))  # fmt: skip
 
     def _output(self, rounds: list[Round]) -> TrainOutput:
         last = rounds[-1].manifest

@@ -19,6 +19,7 @@ from ..forward.reference import Reference
 from ..forward.reference_pass import ReferenceTable
 from ..forward.run import Runner
 from ..likelihood import ordered_stages, ranking_logps
+from ..loop.processes import free_memory
 
 NAME = "logps"  # of the file, which lies in the folder of its policy
 CHUNK = 4096  # rows whose likelihood is computed at a time
@@ -55,22 +56,31 @@ class PolicyScorer:
             table.register(rows)
         if table.missing():
             self._fill(table, load(), title)
+            free_memory()
         return [[[cache.entries[key] for key in keys] for keys in rows] for rows in self._keys]
 
     def _fill(self, table: ReferenceTable, model: torch.nn.Module, title: str) -> None:
         disable_dropout(model)
         runner = Runner([base_model(model)], self.layout)
-        frozen = Reference(own=True, model=model)
-        frozen.prepare(self.accelerator)
+        policy = self._place(model)
 
         def score(rows: list[dict]) -> torch.Tensor:
             batch = {k: v.to(self.accelerator.device) for k, v in self.collator(rows).items()}
             with torch.no_grad(), self.accelerator.autocast():
-                runner.check(frozen.model, batch, self.accelerator)
-                return runner(frozen.model, batch).logps
+                runner.check(policy, batch, self.accelerator)
+                return runner(policy, batch).logps
 
         table.fill(score, self.accelerator, budget=self.budget, title=title)
-        self.accelerator.free_memory()  # it keeps what it prepared
+        if policy is not model:
+            policy.destroy()  # an engine keeps its hooks and buffers otherwise
+
+    def _place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The frozen policy on the device, or its shares in an engine."""
+        if self.accelerator.state.deepspeed_plugin is None:
+            return model.to(self.accelerator.device).requires_grad_(False).eval()
+        frozen = Reference(own=True, model=model)
+        frozen.prepare(self.accelerator)
+        return frozen.model
 
 
 def item_logps(

@@ -12,6 +12,7 @@ from ..loop.journal import write_atomic
 from .init import TYPE
 
 LIKELIHOOD = "log_likelihood_"
+MIXTURE = "mixture.json"  # what MixturePolicy and the aggregation read
 
 
 def write_annotators(
