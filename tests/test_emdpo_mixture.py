@@ -183,7 +183,7 @@ def test_the_table_compares_every_aggregate():
     assert table["min-max mixture"]["max"] == pytest.approx(value)
     assert table["uniform mixture"]["max"] == pytest.approx((regret[:, :2] @ [0.5, 0.5]).max())
     assert table["shares of EM"]["max"] == pytest.approx((regret[:, :2] @ [0.9, 0.1]).max())
-    assert table["best single type (type-0)"]["max"] == pytest.approx(regret[:, 0].max())
+    assert table["best single type (type-1)"]["max"] == pytest.approx(regret[:, 1].max())
     assert table["dpo"]["regret"] == pytest.approx(regret[:, 2])
     assert min(row["max"] for row in table.values()) == pytest.approx(table["dpo"]["max"])  # may beat any mixture
     for name in ("min-max mixture", "dpo"):
@@ -260,6 +260,7 @@ aggregate.main(sys.argv[3:])
 """
 
 
+@pytest.mark.parametrize("run", ["full"], indirect=True)
 def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
     whole = Path(shutil.copytree(copied, tmp_path / "whole"))
     aggregate.main(command(whole, start))

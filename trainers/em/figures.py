@@ -56,8 +56,13 @@ def log_likelihood(histories: list[list[dict]]) -> str:
     return to_svg(_plain(figure))
 
 
-def regret_bars(regrets: dict[str, np.ndarray], intervals: dict[str, tuple] | None = None) -> str:
-    """Regret of each type, one group of bars per policy or mixture: {name: (T,)} in nats, lower is better."""
+def regret_bars(
+    regrets: dict[str, np.ndarray], intervals: dict[str, tuple] | None = None, labels: list[str] | None = None
+) -> str:
+    """Regret of each type, one group of bars per policy or mixture: {name: (T,)} in nats, lower is better.
+
+    `intervals` hold (low, high) of each name, `labels` the names of the types.
+    """
     figure = Figure(figsize=(1.6 + 1.3 * len(regrets), 4), layout="constrained")
     axes = figure.subplots()
     types = len(next(iter(regrets.values())))
@@ -69,7 +74,7 @@ def regret_bars(regrets: dict[str, np.ndarray], intervals: dict[str, tuple] | No
             errors = np.array([[regrets[n][k] - intervals[n][0][k], intervals[n][1][k] - regrets[n][k]]
                                for n in regrets]).T.clip(min=0)  # fmt: skip
         axes.bar(places, [values[k] for values in regrets.values()], 0.9 * width, yerr=errors, capsize=2,
-                 color=COLOURS[k % len(COLOURS)], label=f"type {k}")  # fmt: skip
+                 color=COLOURS[k % len(COLOURS)], label=labels[k] if labels else f"type {k}")  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(regrets)), [name.replace(" ", "\n", 1) for name in regrets], fontsize=9)
     axes.set_ylabel("regret, nats per response")
