@@ -8,6 +8,7 @@ weight that is trained, is the gain of the last norm. So beta * log-ratio is a l
 EM-DPO (the trainer itself) starts from random posteriors. A run that is there already is not made again.
 """
 
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -178,6 +179,7 @@ def table(results: dict, args: IdentifyArguments) -> str:
 
 def main(argv: list[str]) -> dict:
     (args,) = HfArgumentParser(IdentifyArguments).parse_args_into_dataclasses(argv)
+    gc.freeze()  # EM collects garbage between policies, which are tiny here
     features = np.random.default_rng((args.seed, 99)).normal(size=(args.items, 2))
     results = {}
     for kind in FEEDBACK:

@@ -294,8 +294,8 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         f"{args.items} rankings of 3 answers each; {args.epochs} passes per policy at learning rate "
         f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds, {args.restarts} starts. Accuracy: "
         f"share of pairs of new answers to {args.test_prompts} new prompts in the order of the group's taste without "
-        "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle policy's log-ratio against "
-        "the oracle policy's own answers, 4 answers to each new prompt.",
+        "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle "
+        "policy's log-ratio against its own answers, 4 answers to each new prompt.",
     ]
     return "\n".join(lines) + "\n"
 

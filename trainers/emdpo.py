@@ -204,6 +204,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         own = copy.copy(self.args)
         own.output_dir, own.seed, own.model_init_kwargs = str(folder), seed, None
         own.eval_strategy, own.do_eval, own.precompute_ref_logps = "no", False, False
+        own.deepspeed_plugin = None  # the first Accelerator of a process has it; a second one takes it from there
         return own
 
     # Policies.
