@@ -2,11 +2,11 @@
 
 python scripts/emdpo_recovery.py --model MODEL --output runs/emdpo-recovery
 
-Three groups rank three of the model's own continuations of openings that it wrote itself: the cheerful (VADER up), the
-gloomy (VADER down) and the brief (few tokens), each with Gumbel noise. Per seed, the same number of passes over the
-rows for every policy:
+Three groups rank three of the model's own continuations (1 to 4 sentences) of openings that it wrote itself: the
+cheerful (VADER up), the gloomy (VADER down) and the brief (few tokens), each with Gumbel noise. Per seed, the same
+number of passes over the rows for every policy:
 
-    em            EM-DPO from random posteriors, best of the restarts
+    em            EM-DPO from the clusters below, scored on held-out halves; then one policy per type on all rows
     clusters      one DPO policy per k-means cluster of annotators, no EM
     oracle        one policy per true group
     vanilla       one policy for all
@@ -42,6 +42,7 @@ from trainers.statistics import t_interval
 GROUPS = ("cheerful", "gloomy", "brief")
 METHODS = ("em", "clusters", "oracle", "vanilla")
 EXTRA = "vanilla"
+LONGEST = 4  # sentences of an answer, drawn from 1
 
 
 @dataclass
@@ -59,7 +60,6 @@ class RecoveryArguments:
     answers: int = field(default=6, metadata={"help": "Answers sampled per prompt; each row shows three."})
     max_new_tokens: int = field(default=64, metadata={"help": "Of an answer."})
     rounds: int = field(default=4, metadata={"help": "Rounds of EM."})
-    restarts: int = field(default=2, metadata={"help": "Random starts of EM; the likeliest is kept."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of every policy, full fine-tuning."})
     beta: float = field(default=0.1, metadata={"help": "Of every policy."})
     batch_size: int = field(default=16, metadata={"help": "Rows per step."})
@@ -88,6 +88,7 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
     splits = {name: make_rows(args, seed, name, folder) for name in ("train", "test")}
     group_of = {row["annotator"]: row["group"] for row in splits["train"]}
     result, policies = {"seed": seed, "methods": {}}, {}
+    run_method("find", args, seed, folder / "find", splits, group_of)
     for name in METHODS:
         trainer = run_method(name, args, seed, folder / name, splits, group_of)
         labels = np.array([group_of[a] for a in trainer.annotators.names])
@@ -121,8 +122,9 @@ def make_rows(args: RecoveryArguments, seed: int, split: str, folder: Path) -> l
                             top_p=1.0, batch_size=96, seed=seed)  # fmt: skip
     samples = sample_responses(AutoModelForCausalLM.from_pretrained(args.model), tokenizer, prompts, config)
     prompt_ids = encode_prompts(tokenizer, prompts)
-    tastes = _tastes(samples)
     random, rows = np.random.default_rng((seed, split == "test")), []
+    answers = [[_cut(s.token_ids, tokenizer, random.integers(1, LONGEST + 1)) for s in row] for row in samples]
+    tastes = _tastes([[tokenizer.decode(ids, skip_special_tokens=True) for ids in row] for row in answers], answers)
     items = args.items if split == "train" else max(2, args.items // 3)
     for group in range(len(GROUPS)):
         for i in range(args.annotators):
@@ -130,7 +132,7 @@ def make_rows(args: RecoveryArguments, seed: int, split: str, folder: Path) -> l
                 shown = random.choice(args.answers, 3, replace=False)
                 utility = tastes[group, p, shown] + args.noise * random.gumbel(size=3)
                 rows.append({
-                    "prompt_ids": prompt_ids[p], "response_ids": [samples[p][k].token_ids for k in shown],
+                    "prompt_ids": prompt_ids[p], "response_ids": [answers[p][k] for k in shown],
                     "scores": utility.tolist(), "taste": tastes[group, p, shown].tolist(),
                     "annotator": f"{group}-{i}", "group": group,
                 })  # fmt: skip
@@ -156,10 +158,16 @@ def openings(args: RecoveryArguments, split: str) -> list[str]:
     return found[: args.train_prompts] if split == "train" else found[args.train_prompts : count]
 
 
-def _tastes(samples) -> np.ndarray:
+def _cut(ids: list[int], tokenizer, sentences: int) -> list[int]:
+    """The first so many sentences with an end token; the model itself would go on for hundreds of tokens."""
+    stops = [i for i, token in enumerate(ids) if "." in tokenizer.decode([token])]
+    return [*ids[: stops[sentences - 1] + 1], tokenizer.eos_token_id] if len(stops) >= sentences else ids
+
+
+def _tastes(texts: list[list[str]], answers: list[list[list[int]]]) -> np.ndarray:
     """(groups, prompts, answers) utilities, each with spread 1 over all answers."""
-    mood = np.array([vader_sentiment(None, [s.text for s in row]) for row in samples])
-    length = np.array([[float(len(s.token_ids)) for s in row] for row in samples])
+    mood = np.array([vader_sentiment(None, row) for row in texts])
+    length = np.array([[float(len(ids)) for ids in row] for row in answers])
     return np.stack([(x - x.mean()) / x.std() for x in (mood, -mood, -length)])
 
 
@@ -177,8 +185,10 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
     """Every method is the same trainer with another posterior, so that the training is the same."""
     options = {"num_types": len(GROUPS), "rounds": 1}
     rows = [{k: v for k, v in row.items() if k not in ("group", "taste")} for row in splits["train"]]
-    if name == "em":
-        options |= {"rounds": args.rounds, "restarts": args.restarts, "init": "dirichlet"}
+    if name == "find":
+        options |= {"rounds": args.rounds, "init": "kmeans", "score_on": "heldout_half"}
+    elif name == "em":
+        options["initial_posterior"] = str(folder.with_name("find") / "annotators.csv")
     elif name == "clusters":
         options["init"] = "kmeans"
     elif name == "oracle":
@@ -197,7 +207,7 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
         processing_class=load_tokenizer(args),
     )  # fmt: skip
     trainer.train()
-    if name in ("clusters", "oracle"):  # the type is the cluster itself, not what its policy makes of it
+    if name not in ("find", "vanilla"):  # the type is what was given, not what the policy makes of rows it has seen
         start = folder / "restart-0" / "start.csv"
         trainer.posterior = init.given(str(start), Annotators(trainer.annotators.names, trainer._owner), len(GROUPS))
     return trainer
@@ -292,7 +302,7 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         "",
         f"Means over {len(results)} seeds with 95 % t intervals. {args.annotators} annotators per group with "
         f"{args.items} rankings of 3 answers each; {args.epochs} passes per policy at learning rate "
-        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds, {args.restarts} starts. Accuracy: "
+        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves. Accuracy: "
         f"share of pairs of new answers to {args.test_prompts} new prompts in the order of the group's taste without "
         "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle "
         "policy's log-ratio against its own answers, 4 answers to each new prompt.",

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainers.loop.journal import read_rows, write_rows
 
-ANNOTATORS, ITEMS, SEED = 48, 24, 0
+ANNOTATORS, ITEMS, SEED = 32, 20, 0
 LONGEST = 300  # characters of a response, so that a small model's context holds the pair
 
 

@@ -11,7 +11,7 @@ from test_distributed import launch
 
 SCRIPT = Path(__file__).parent / "emdpo_steps.py"
 OPTIONS = {"full": {}, "lora": {"peft": True}, "halves": {"score_on": "heldout_half"}}
-ALWAYS = [("ddp", "full"), ("zero3", "lora")]
+ALWAYS = [("ddp", "halves"), ("zero3", "halves")]  # halves have rows that two processes do not divide
 CASES = [
     pytest.param(engine, name, marks=() if (engine, name) in ALWAYS else pytest.mark.slow)
     for engine in ("ddp", "zero2", "zero3")
