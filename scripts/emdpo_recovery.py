@@ -15,6 +15,7 @@ Judged on new prompts: share of annotators typed right, pairwise accuracy of the
 of each group when a mixture answers. A finished part is not made again.
 """
 
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ class RecoveryArguments:
 
 def main(argv: list[str]) -> dict:
     (args,) = HfArgumentParser(RecoveryArguments).parse_args_into_dataclasses(argv)
+    gc.freeze()  # EM collects garbage between policies, which are tiny here
     results = []
     for seed in range(args.seeds):
         path = Path(args.output) / f"seed-{seed}" / "result.json"
