@@ -67,12 +67,7 @@ def main(argv: list[str]) -> None:
 
 def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
     """Load, train, evaluate and save model, tokenizer, config, metrics and model card; in rounds if that is asked."""
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
+    set_model_options(args, model)
     splits = {name: load_split(data, args, name) for name in ("train", "test")}
     if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
         train_in_rounds(trainer_class, data, args, model, splits)
@@ -88,6 +83,16 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         peft_config=get_peft_config(model),
     )
     fit(trainer, data, checkpoint)
+
+
+def set_model_options(args, model: ModelConfig) -> None:
+    """The model's options of the command line become keywords of `from_pretrained`."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
 
 
 def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None) -> None:

@@ -26,8 +26,8 @@ OPTIONS = {
 ALWAYS = [("ddp", "budget"), ("zero2", "lora cache"), ("zero3", "cache"), ("fsdp2", "checkpointing")]
 
 
-def launch(engine: str, options: dict, folder: Path) -> dict:
-    """Run five steps and return what the first process printed."""
+def launch(engine: str, options: dict, folder: Path, script: Path = SCRIPT) -> dict:
+    """Run the script, by default five steps of a trainer, and return what its first process printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +42,7 @@ def launch(engine: str, options: dict, folder: Path) -> dict:
         str(port),
     ]
     options = json.dumps({"engine": engine, "folder": str(folder), **options})
-    command = [*torchrun, "--nproc_per_node", str(processes), str(SCRIPT), options]
+    command = [*torchrun, "--nproc_per_node", str(processes), str(script), options]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

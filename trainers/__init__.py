@@ -4,6 +4,8 @@ from .base import PreferenceTrainer
 from .config import PreferenceConfig
 from .data import PreferenceCollator, load_preferences
 from .dpo import DPOConfig, DPOTrainer, dpo_loss
+from .em.serve import MixturePolicy
+from .emdpo import EMDPOConfig, EMDPOTrainer, min_max_regret, posterior, ranking_logps
 from .forward.run import Forward
 from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infonca_loss, nca_loss
 from .lire import LIREConfig, LIRETrainer, lire_loss
@@ -15,11 +17,14 @@ from .swepo import SWEPOConfig, SWEPOTrainer, swepo_loss
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "EMDPOConfig",
+    "EMDPOTrainer",
     "Forward",
     "InfoNCAConfig",
     "InfoNCATrainer",
     "LIREConfig",
     "LIRETrainer",
+    "MixturePolicy",
     "NCAConfig",
     "NCATrainer",
     "PlackettLuceConfig",
@@ -37,8 +42,11 @@ __all__ = [
     "infonca_loss",
     "lire_loss",
     "load_preferences",
+    "min_max_regret",
     "nca_loss",
     "plackett_luce_loss",
+    "posterior",
+    "ranking_logps",
     "rrhf_loss",
     "sparsepo_loss",
     "swepo_loss",

@@ -234,8 +234,20 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.args.max_tokens_per_batch is None:
+            self._unweigh_repeated(batches[-1])
         weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
+
+    def _unweigh_repeated(self, batch: Batch) -> None:
+        """Rows that accelerate repeats so that the last batches of an epoch are even weigh nothing."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        size = len(batch["scores"])
+        position = self.accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)
+        weight = batch.get("weight", torch.ones_like(position))
+        batch["weight"] = (weight * (position < state.remainder)).float()
 
     # Data.
 

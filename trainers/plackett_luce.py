@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .base import PreferenceConfig, PreferenceTrainer
+from .likelihood import stage_logps
 
 REDUCTIONS = ("sum", "mean")
 
@@ -60,13 +60,8 @@ def plackett_luce_loss(
         ValueError: an option outside its range.
     """
     _check_options(beta, reduction)
-    assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     mask = mask.bool()
-    rewards = beta * logratios.masked_fill(~mask, 0)
-    lower = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    available = lower | torch.eye(mask.size(-1), dtype=torch.bool, device=mask.device)
-    totals = torch.logsumexp(rewards.unsqueeze(-2).masked_fill(~available, -math.inf), -1)
-    losses = (totals - rewards).sum(-1)
+    losses = -stage_logps(beta * logratios.masked_fill(~mask, 0), scores, mask).sum(-1)
     return losses / mask.sum(-1).clamp(min=1) if reduction == "mean" else losses
 
 

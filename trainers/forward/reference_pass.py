@@ -75,14 +75,15 @@ class ReferenceTable:
     def complete(self, rows: Tensor) -> bool:
         return all(key in self.cache for row in rows.tolist() for key in self._keys[row])
 
-    def fill(self, score: Score, accelerator: Accelerator, *, budget: int) -> int:
-        """Score what is missing, on all processes. Returns the number of responses scored."""
+    def fill(
+        self, score: Score, accelerator: Accelerator, *, budget: int, title: str = "Reference log-probabilities"
+    ) -> int:
+        """Score what is missing, on all processes, under a progress bar. Returns the number of responses scored."""
         rows = self.missing()  # the same on every process
         batches = list(_batches(rows, budget))
         rounds = -(-len(batches) // accelerator.num_processes)
         fresh, scored = {}, 0
-        progress = tqdm(total=rounds, desc="Reference log-probabilities",
-                        disable=not rounds or not accelerator.is_local_main_process)  # fmt: skip
+        progress = tqdm(total=rounds, desc=title, disable=not rounds or not accelerator.is_local_main_process)
         for step in range(rounds):
             # Sharded engines run their collectives in lockstep: a process without a batch repeats the last one.
             at = step * accelerator.num_processes + accelerator.process_index

@@ -17,27 +17,23 @@ each round for it, not the model of the first one.
 """
 
 import dataclasses
-import gc
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
 from .options import EnhanceOptions
+from .processes import Processes, free_memory
 from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
+from .settings import digest, training_settings
 from .start import remove_incomplete_checkpoints
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
@@ -45,33 +41,6 @@ OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
 WAYS_OUT = "or choose another output_dir"
-
-# Training arguments that say where results go and how they are reported, and change no weight.
-UNCOMPARED = (
-    "output_dir", "run_name", "self_enhance", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "do_eval",
-    "dataset_num_proc", "ref_cache_dir", "ref_tokens_per_batch", "project", "prediction_loss_only", "local_rank",
-)  # fmt: skip
-UNCOMPARED_PREFIXES = ("log", "save_", "eval_", "hub_", "report_", "trackio", "ddp_", "per_device_eval",
-                       "dataloader_num", "dataloader_pin", "dataloader_per", "dataloader_pre")  # fmt: skip
-
-
-class Processes:
-    """What sampler and scorer ask of an accelerator, for a policy that every process holds whole and unwrapped."""
-
-    distributed_type = DistributedType.NO
-
-    def __init__(self):
-        state = PartialState()
-        self.num_processes, self.process_index = state.num_processes, state.process_index
-        self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
-        self.device = state.device
-
-    def unwrap_model(self, model):
-        return model
-
-    def say(self, text: str) -> None:
-        if self.is_main_process:
-            print(text, flush=True)
 
 
 @dataclass
@@ -107,7 +76,7 @@ class Loop:
             ValueError: `folder` belongs to a run with other settings; the message names what differs.
         """
         path = self.folder / SETTINGS
-        self._main(lambda: path.exists() or self._create(path))
+        self.processes.main(lambda: path.exists() or self._create(path))
         check_settings(path, self.settings, ways_out=WAYS_OUT)
         if (self.folder / f"round-{self.options.rounds:02d}" / "manifest.json").exists():
             raise ValueError(
@@ -124,7 +93,7 @@ class Loop:
             manifest = self._manifest(index, folder, statistics, rewards)
             history.append(manifest)
             self.processes.say(describe(manifest))
-        self._main(lambda: self._publish(start, history))
+        self.processes.main(lambda: self._publish(start, history))
         return start
 
     def _create(self, path: Path) -> None:
@@ -135,15 +104,15 @@ class Loop:
         """Makes the pool and trains on it, as far as that is not done; returns the statistics of the samples."""
         pool, statistics = self._make_pool(index, folder, start)
         path, done = folder / "rows.jsonl.gz", folder / "checkpoint"
-        self._main(lambda: path.exists() or write_rows(path, pool))
+        self.processes.main(lambda: path.exists() or write_rows(path, pool))
         if not done.exists():
             training = folder / "training"
-            self._main(lambda: remove_incomplete_checkpoints(training))
+            self.processes.main(lambda: remove_incomplete_checkpoints(training))
             self.train(pool, index, start, training)
-            _free()
-            self._main(lambda: training.rename(done))
+            free_memory()
+            self.processes.main(lambda: training.rename(done))
         # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-        self._main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
+        self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
         return statistics
 
     def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
@@ -236,18 +205,12 @@ class Loop:
                 "gain_of_this_round": bootstrap_interval([a - b for a, b in zip(now, last, strict=True)]),
                 "gain_of_all_rounds": bootstrap_interval([a - b for a, b in zip(now, first, strict=True)]),
             }
-        self._main(lambda: path.exists() or write_json(path, manifest))
+        self.processes.main(lambda: path.exists() or write_json(path, manifest))
         return manifest
 
     def _publish(self, start: Path, history: list[dict]) -> None:
         shutil.copytree(start, self.folder, dirs_exist_ok=True)
         write_json(self.folder / "rounds.json", {"rounds": history})
-
-    def _main(self, action: Callable[[], Any]) -> None:
-        """Runs `action` in the main process, while the others wait."""
-        if self.processes.is_main_process:
-            action()
-        self.processes.wait_for_everyone()
 
 
 def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
@@ -259,18 +222,13 @@ def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
     options = dataclasses.asdict(EnhanceOptions.parse(args.self_enhance))
     for name in ("rounds", "batch_size", "scorer_batch_size"):
         del options[name]
-    training = {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in UNCOMPARED and not name.startswith(UNCOMPARED_PREFIXES)
-    }
     settings = {
-        **training,
+        **training_settings(args),
         **{f"self_enhance.{name}": value for name, value in options.items()},
         **more,
         "processes": args.world_size,
-        "training rows": _digest(rows),
-        "held-out prompts": _digest([row["prompt"] for row in held_out]),
+        "training rows": digest(rows),
+        "held-out prompts": digest([row["prompt"] for row in held_out]),
     }
     return json.loads(json.dumps(settings, default=str))  # as it reads back from a file
 
@@ -320,14 +278,3 @@ def _last_log(folder: Path) -> dict:
 def _scored(row: dict) -> dict[str, float]:
     """Text -> score of a pool's row."""
     return {completion_text(r): s for r, s in zip(row["responses"], row["scores"], strict=True)}
-
-
-def _digest(content: list) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _free() -> None:
-    """Lets go of a trainer's model, which its callbacks refer to in circles, so that the next one has its memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

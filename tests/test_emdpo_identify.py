@@ -1,0 +1,99 @@
+"""What single answers tell about types: exact laws of answers, and EM-DPO on linear softmax policies."""
+
+import numpy as np
+import pytest
+import torch
+
+import emdpo_identify as identify
+from emdpo_rows import quick_collection  # noqa: F401
+from test_emdpo_parts import CASES, close
+from trainers import ranking_logps
+
+ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+
+
+def probability(features, theta, order, shown=(0, 1, 2), top=None) -> np.ndarray:
+    """(prompts,) probability that an annotator of taste theta ranks the shown responses in this order."""
+    rewards = torch.tensor(features @ theta)[:, list(shown)]
+    scores = torch.tensor([[-float(order.index(k)) if k in order else -9.0 for k in shown]]).double()
+    scores = scores.expand(len(rewards), -1)
+    return ranking_logps(rewards, scores, torch.ones_like(scores).bool(), top=top).exp().numpy()
+
+
+def law(features, world) -> dict[str, np.ndarray]:
+    """Probabilities of all answers of one annotator who is drawn from the world."""
+    thetas, shares = np.array(world["theta"]), world["eta"]
+
+    def mean(answer):
+        return sum(share * answer(theta) for share, theta in zip(shares, thetas, strict=True))
+
+    def rankings(theta):
+        return np.stack([probability(features, theta, order) for order in ORDERS], 1)
+
+    def best(theta):
+        return np.stack([probability(features, theta, (k,), top=1) for k in range(3)], 1)
+
+    def both_pairs(theta):
+        one, other = (probability(features, theta, order, order) for order in ((0, 1), (2, 1)))
+        return one * other
+
+    return {
+        "pair_0_over_1": mean(lambda theta: probability(features, theta, (0, 1), (0, 1))),
+        "best_of_3": mean(best),
+        "ranking_012_021_102_120_201_210": mean(rankings),
+        "two_pairs_01_and_21": mean(both_pairs),
+    }
+
+
+def test_one_pair_per_annotator_has_one_law_in_different_worlds_and_other_answers_have_not():
+    case = CASES["I1"]
+    features = np.array(case["inputs"]["features"])
+    found = {name: law(features, world) for name, world in case["inputs"]["worlds"].items()}
+    for name, expected in case["expected"].items():
+        if name not in found:
+            continue
+        for answer, values in expected.items():
+            close(found[name][answer], values)
+    for a, b in (("W1", "W2"), ("W1", "W3"), ("V1", "V2")):
+        np.testing.assert_allclose(found[a]["pair_0_over_1"], found[b]["pair_0_over_1"], atol=1e-12)
+        for answer in ("best_of_3", "ranking_012_021_102_120_201_210", "two_pairs_01_and_21"):
+            assert np.abs(found[a][answer] - found[b][answer]).max() > 0.01, (a, b, answer)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return np.random.default_rng(5).normal(size=(300, 2))
+
+
+def test_the_likelihood_of_answers_cannot_or_can_tell_a_wrong_world(features):
+    for kind in identify.FEEDBACK:
+        rows, _ = identify.draw(features, 6000, kind, np.random.default_rng(1))
+        logps = [
+            identify.annotator_logps(rows, features, [theta, -theta], 6000)
+            for theta in (identify.TASTE, identify.OTHER)
+        ]
+        gap = np.diff([identify.observed_log_likelihood(x, np.log([0.5, 0.5])).sum() for x in logps])[0]
+        assert abs(gap) < 1e-8 if kind == "one pair" else gap < -50, (kind, gap)
+
+
+def test_a_linear_policy_is_the_linear_reward(features):
+    model = identify.linear_policy(features)
+    uniform = model(torch.tensor([[identify.PROMPT]])).logits[0, 0, identify.FIRST :]
+    assert not uniform.any()
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.tensor(identify.TASTE))
+    logits = model(torch.tensor([[identify.PROMPT]])).logits[0, 0, identify.FIRST :]
+    np.testing.assert_allclose(logits.detach().numpy(), features @ identify.TASTE, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_em_dpo_finds_the_types_from_one_ranking_and_not_from_one_pair(features, tmp_path):
+    """The trainer itself, from two random starts each."""
+    errors = {}
+    for kind in ("one pair", "one ranking of 3"):
+        rows, _ = identify.draw(features, 800, kind, np.random.default_rng(2))
+        for start in range(2):
+            thetas, _ = identify.train(rows, features, tmp_path / f"{kind}-{start}", rounds=14, seed=start)
+            errors[kind, start] = min(identify._error(thetas, names) for names in ((0, 1), (1, 0)))
+    assert max(errors["one ranking of 3", start] for start in range(2)) < 0.3, errors
+    assert min(errors["one pair", start] for start in range(2)) > 0.5, errors

@@ -1,0 +1,319 @@
+"""The pure parts of EM-DPO on hand-worked vectors: likelihoods, E-step, EM by hand, the game, the mixture."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from trainers.dpo import dpo_loss
+from trainers.em.annotators import halves
+from trainers.em.game import bootstrap_mixture, multiplicative_weights, regret_matrix
+from trainers.em.mixture import clamp_log_prior, e_step, match_types
+from trainers.emdpo import min_max_regret, mixture_weights, observed_log_likelihood, posterior, ranking_logps
+from trainers.likelihood import ordered_stages
+from trainers.plackett_luce import plackett_luce_loss
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "emdpo.json").read_text())
+CASES = {case["id"]: case for case in VECTORS["cases"]}
+
+
+def of(function):
+    cases = [case for case in VECTORS["cases"] if case["function"] == function]
+    return pytest.mark.parametrize("case", cases, ids=[case["id"] for case in cases])
+
+
+def close(found, expected, dtype="float64"):
+    found = found.detach().double().numpy() if isinstance(found, torch.Tensor) else np.asarray(found, dtype=float)
+    expected = np.asarray(expected, dtype=float)
+    assert found.shape == expected.shape
+    error = np.abs(found - expected) / np.maximum(np.abs(expected), 1)
+    assert error.max() <= VECTORS["tolerance"][dtype], (found, expected)
+
+
+# Likelihood of a ranking.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@of("item_loglik")
+def test_likelihood_of_an_item(case, dtype):
+    x = case["inputs"]
+    logps, reference = (torch.tensor([x[name]], dtype=dtype) for name in ("seq_logps", "ref_seq_logps"))
+    logps.requires_grad_()
+    scores = torch.empty_like(reference)
+    scores[0, x["ranking"]] = -torch.arange(len(x["ranking"]), dtype=dtype)
+    rewards = case["options"]["beta"] * (logps - reference)
+    found = ranking_logps(rewards, scores, torch.ones_like(scores).bool(), top=case["options"]["stages"])
+    found.sum().backward()
+    name = str(dtype).removeprefix("torch.")
+    close(found[0], case["expected"]["loglik"], name)
+    close(-logps.grad[0], case["expected"]["grad_nll_seq_logps"], name)
+
+
+@of("ranking_from_scores")
+def test_stages_from_scores_end_before_the_first_tie(case):
+    rewards, scores = (torch.tensor([case["inputs"][n]], dtype=torch.float64) for n in ("rewards", "scores"))
+    mask = torch.tensor([case["inputs"]["mask"]]).bool()
+    rewards.requires_grad_()
+    found = ranking_logps(rewards, scores, mask)
+    found.sum().backward()
+    close(found[0], case["expected"]["loglik"])
+    close(-rewards.grad[0], case["expected"]["grad_nll_rewards"])
+    stages = ordered_stages(scores, mask).sum()
+    assert stages == case["expected"]["stages"] and bool(stages) == case["expected"]["used"]
+
+
+def test_a_pair_is_the_dpo_likelihood():
+    rewards = torch.randn(20, 2, dtype=torch.float64) * 5
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64).repeat(10, 1)
+    mask = torch.ones(20, 2).bool()
+    found = ranking_logps(rewards, scores, mask)
+    torch.testing.assert_close(found, -dpo_loss(rewards, scores, mask, beta=1.0))
+    won = rewards.gather(1, scores.argmax(1, keepdim=True)) - rewards.gather(1, scores.argmin(1, keepdim=True))
+    torch.testing.assert_close(found, logsigmoid(won.squeeze(1)))
+
+
+def test_rankings_sum_to_one_and_marginals_are_the_shorter_feedback():
+    rewards = torch.tensor([[0.3, -1.2, 2.0, 0.7]], dtype=torch.float64)
+    mask = torch.ones(1, 4).bool()
+    orders = list(itertools.permutations(range(4)))
+    scores = torch.tensor([[-order.index(k) for k in range(4)] for order in orders]).double()
+    probs = ranking_logps(rewards.expand(24, 4), scores, mask.expand(24, 4)).exp()
+    torch.testing.assert_close(probs.sum(), torch.ones((), dtype=torch.float64))
+    for top in (1, 2):
+        for start in itertools.permutations(range(4), top):
+            marginal = sum(p for p, order in zip(probs, orders, strict=True) if order[:top] == start)
+            place = torch.tensor([[-start.index(k) if k in start else -9.0 for k in range(4)]]).double()
+            torch.testing.assert_close(ranking_logps(rewards, place, mask)[0], marginal.log())
+    above = sum(p for p, order in zip(probs, orders, strict=True) if order.index(0) < order.index(3))
+    pair = ranking_logps(rewards[:, [0, 3]], torch.tensor([[1.0, 0.0]]).double(), mask[:, :2])
+    torch.testing.assert_close(pair[0], above.log())
+
+
+def test_likelihood_without_ties_is_that_of_plackett_luce():
+    rewards, scores = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [5]])
+    found = ranking_logps(rewards, scores, mask)
+    torch.testing.assert_close(found, -plackett_luce_loss(rewards, scores, mask, beta=1.0))
+    tied = torch.tensor([[4.0, 2, 2, 1]]).double()  # Plackett-Luce goes on below a tie, this does not
+    both = rewards[:1, :4], tied, torch.ones(1, 4).bool()
+    assert -plackett_luce_loss(*both, beta=1.0) < ranking_logps(*both) - 0.1
+
+
+def test_likelihood_ignores_padding_order_and_garbage():
+    rewards, scores = (
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.tensor([[3.0, 1, 2, 0], [1, 1, 0, 2], [0, 3, 3, 1]]),
+    )
+    mask = torch.ones(3, 4).bool()
+    plain = ranking_logps(rewards, scores.double(), mask)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(ranking_logps(rewards[:, order], scores[:, order].double(), mask), plain)
+    wide = [torch.cat([x.double(), torch.full((3, 2), bad)], 1) for x, bad in ((rewards, math.nan), (scores, 9.0))]
+    wide_mask = torch.cat([mask, torch.zeros(3, 2).bool()], 1)
+    wide[0].requires_grad_()
+    found = ranking_logps(*wide, wide_mask)
+    torch.testing.assert_close(found.detach(), plain)
+    found.sum().backward()
+    assert wide[0].grad.isfinite().all() and not wide[0].grad[:, 4:].any()
+
+
+def test_gradient_of_the_likelihood():
+    scores = torch.tensor([[3.0, 1, 2, 0], [1, 1, 0, 2], [2, 1, 1, 0]]).double()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    rewards = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for top in (None, 1, 2):
+        assert torch.autograd.gradcheck(lambda r, top=top: ranking_logps(r, scores, mask, top=top), rewards)
+    with pytest.raises(ValueError, match="top=0"):
+        ranking_logps(rewards, scores, mask, top=0)
+
+
+# E-step and EM.
+
+
+@of("e_step")
+def test_e_step(case):
+    likelihood, prior = np.array(case["inputs"]["annotator_loglik"]), np.array(case["inputs"]["prior"])
+    found = posterior(likelihood, clamp_log_prior(prior))
+    close(found, case["expected"]["posterior"])
+    close(mixture_weights(found), case["expected"]["new_prior"])
+    close(observed_log_likelihood(likelihood, clamp_log_prior(prior)).sum(), case["expected"]["observed_loglik"])
+
+
+@of("e_step_from_items")
+def test_items_are_summed_per_annotator_and_every_annotator_counts_once(case):
+    x, expected = case["inputs"], case["expected"]
+    found = e_step(np.array(x["item_loglik"]), np.array(x["owner"]), np.array(x["prior"]),
+                   case["options"]["num_annotators"])  # fmt: skip
+    close(found.posterior, expected["posterior"])
+    close(found.prior, expected["new_prior"])
+    close(found.log_likelihood, expected["annotator_loglik"])
+    close(found.observed, expected["observed_loglik"])
+
+
+def hand_em(counts, start, rounds):
+    """EM on votes for one shown set, with the exact M-step: weighted shares of the votes. Our E-step throughout."""
+    counts, gamma = np.array(counts, dtype=float), np.array(start)
+    owner = np.repeat(np.arange(len(counts)), counts.sum(1).astype(int))
+    votes = np.concatenate([np.repeat(np.arange(counts.shape[1]), row.astype(int)) for row in counts])
+    for _ in range(rounds):
+        prior = mixture_weights(gamma)
+        shares = gamma.T @ counts
+        shares /= shares.sum(1, keepdims=True)
+        found = e_step(np.log(np.maximum(shares[:, votes].T, 1e-300)), owner, prior, len(counts))
+        gamma = found.posterior
+        yield prior, shares, found
+
+
+@of("em_tabular")
+def test_em_by_hand(case):
+    expected = case["expected"]["rounds"]
+    last = -np.inf
+    for (prior, shares, found), want in zip(
+        hand_em(case["inputs"]["counts"], case["inputs"]["initial_posterior"], case["options"]["rounds"]),
+        expected, strict=True,
+    ):  # fmt: skip
+        close(prior, want["prior_used"])
+        close(shares, want["choice_probs"])
+        close(found.log_likelihood, want["annotator_loglik"])
+        close(found.posterior, want["posterior"])
+        close(found.observed, want["observed_loglik"])
+        assert found.observed >= last - 1e-12
+        last = found.observed
+
+
+def test_likelihood_never_falls_with_an_exact_m_step_and_types_are_exchangeable():
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        counts = random.integers(0, 20, (12, 3))
+        start = random.dirichlet(np.ones(3), 12)
+        order = random.permutation(3)
+        runs = [list(hand_em(counts, s, 12)) for s in (start, start[:, order])]
+        observed = [found.observed for _, _, found in runs[0]]
+        assert all(b >= a - 1e-9 for a, b in itertools.pairwise(observed)) and observed[-1] > observed[0] + 0.1
+        np.testing.assert_allclose(runs[1][-1][2].posterior, runs[0][-1][2].posterior[:, order], atol=1e-9)
+
+
+def test_types_are_named_as_suits_them_best():
+    gamma = np.array([[0.9, 0.1, 0], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0, 0, 1.0]])
+    assert match_types(gamma, np.array([1, 0, 0, 1]))[0] == 0.75
+    assert match_types(gamma[:, [1, 2, 0]], np.array([1, 0, 0, 1]))[0] == 0.75
+    assert match_types(gamma, np.array([1, 0, 0, 1]))[1].tolist() == [1, 0, -1]
+
+
+def test_halves_split_every_annotator():
+    owner = np.array([0] * 5 + [1] * 2 + [2] + [0, 1, 3])
+    half = halves(owner, seed=0)
+    for annotator in range(4):
+        mine = half[owner == annotator]
+        assert abs(int((mine == 0).sum()) - int((mine == 1).sum())) <= 1
+    assert (half == halves(owner, seed=0)).all()
+    singles = halves(np.arange(100), seed=0)
+    assert 20 < singles.sum() < 80  # the only row of an annotator does not always lie in the first half
+
+
+# The game.
+
+
+@of("min_max_regret")
+def test_min_max_regret(case):
+    regret, expected = np.array(case["inputs"]["regret"]), case["expected"]
+    for zero_row in (True, False):
+        found = min_max_regret(regret, zero_row=zero_row)
+        close(found.mixture, expected["weights"])
+        close(found.value, expected["value"])
+    close(regret @ found.mixture, expected["regret_per_type"])
+    close(np.array(expected["adversary"]) @ regret @ found.mixture, expected["value"])  # no mixture does better:
+    assert (np.array(expected["adversary"]) @ regret >= expected["value"] - 1e-9).all()
+    close(min_max_regret(37 * regret).mixture, expected["weights"])
+    order = np.random.default_rng(0).permutation(regret.shape[1])
+    close(min_max_regret(regret[:, order]).mixture, np.array(expected["weights"])[order])
+
+
+def test_the_game_is_not_transposed_and_type_weights_scale_rows():
+    regret = np.array(CASES["R1"]["inputs"]["regret"])
+    wrong = CASES["R1"]["expected"]["transposed_by_mistake"]
+    close(min_max_regret(regret.T).mixture, wrong["weights"])
+    close((regret @ min_max_regret(regret.T).mixture).max(), wrong["true_max_regret"])
+    close(min_max_regret(regret, weights=[1, 4]).mixture, CASES["R2"]["expected"]["weights"])
+    close(min_max_regret(regret, weights=[1, 4]).value, CASES["R2"]["expected"]["value"])
+    third = np.array(CASES["R3"]["inputs"]["regret"])
+    close((third.mean(1)).max(), CASES["R3"]["expected"]["uniform_max_regret"])
+    close(third.max(0).min(), CASES["R3"]["expected"]["best_single_policy_max_regret"])
+
+
+def test_regrets_below_zero_have_the_value_zero():
+    regret = np.array(CASES["R6"]["inputs"]["regret"])
+    found = min_max_regret(regret)
+    assert found.value == 0 and max(0, (regret @ found.mixture).max()) == 0
+    free = min_max_regret(regret, zero_row=False)  # the smallest largest regret, whatever the zero row says
+    np.testing.assert_allclose(free.mixture, found.mixture)
+    assert free.value < 0
+    assert min_max_regret(np.zeros((2, 2))).value == 0
+
+
+@of("omwu")
+def test_multiplicative_weights(case):
+    regret, options, expected = np.array(case["inputs"]["regret"]), case["options"], case["expected"]
+    mixture, adversary = multiplicative_weights(regret / np.abs(regret).max(), options["iterations"])
+    # The authors' step depends on the scale of the matrix; the vectors have it as it is.
+    plain, plain_adversary = multiplicative_weights(regret, options["iterations"])
+    close(plain, expected["weights"], "omwu")
+    close(plain_adversary, expected["adversary_zero_row_first"], "omwu")
+    close((regret @ plain).max(), expected["max_regret"], "omwu")
+    # Both players' first distance to any answer, over the length of the way, in the unit of the matrix.
+    bound = np.abs(regret).max() * math.log(adversary.size * mixture.size) / (5 * options["iterations"] ** 0.5)
+    assert 0 <= (regret @ mixture).max() - min_max_regret(regret).value < bound
+    if options["iterations"] == 1000:
+        close(min_max_regret(regret, solver="omwu", steps=1000).mixture, mixture)
+
+
+@of("tabular_regret")
+def test_regret_of_exact_policies(case):
+    x, beta, want = case["inputs"], case["options"]["beta"], case["expected"]
+    reference, rewards = np.array(x["ref_probs"]), np.array(x["type_rewards"])
+    policies = reference * np.exp(rewards / beta)
+    policies /= policies.sum(1, keepdims=True)
+    close(policies, want["policies"])
+    gains = np.log(policies / reference) @ policies.T
+    close(gains, want["L"])
+    regret = regret_matrix(gains)
+    close(regret, want["regret"])
+    close(beta * regret, want["reward_regret"])
+    found = min_max_regret(regret)
+    close(found.mixture, want["weights"])
+    close(found.value, want["value"])
+    mixed = found.mixture @ policies  # regret is linear: that of the mixed distribution itself is the same
+    close(mixed, want["mixture"])
+    direct = [(np.log(p / reference) * (p - mixed)).sum() for p in policies]
+    close(direct, want["mixture_regret_direct"])
+    close(regret @ found.mixture, direct)
+
+
+def test_bootstrap_interval_of_the_mixture_holds_it_and_shrinks():
+    random = np.random.default_rng(0)
+    gains = np.array([[0.4, -1.9], [-1.9, 0.8]])[..., None] + random.normal(0, 0.5, (2, 2, 400))
+    wide, narrow = (bootstrap_mixture(g, resamples=200) for g in (gains[..., :40], gains))
+    mixture = min_max_regret(regret_matrix(gains.mean(-1))).mixture
+    assert (narrow["low"] <= mixture).all() and (mixture <= narrow["high"]).all()
+    assert ((narrow["high"] - narrow["low"]) < (wide["high"] - wide["low"])).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (([[0, math.nan]],), "finite"),
+        (([0, 1],), "matrix"),
+        (([[0, 1], [1, 0]], [1, 0]), "weights"),
+        (([[0, 1], [1, 0]], [1]), "weights"),
+    ],
+)
+def test_a_game_that_cannot_be_solved_is_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        min_max_regret(*arguments)
+    with pytest.raises(ValueError, match="solver"):
+        min_max_regret([[0, 1], [1, 0]], solver="simplex")

@@ -1,0 +1,177 @@
+"""From the policies of the types to weights that are fair to all: samples, regrets, and the game over them.
+
+Regret of type i when policy j answers is E_{y~pi_i} - E_{y~pi_j} of log pi_i(y|x) - log pi_ref(y|x): its implicit
+reward divided by beta. The expectations are means over samples at temperature 1, with their end token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from ..data import PreferenceCollator
+from ..loop.collect import collect_samples, model_fingerprint, open_folder
+from ..loop.processes import Processes, free_memory
+from ..loop.sampler import Sample, SamplingConfig, encode_prompts
+from ..loop.start import load_start
+from .game import Solution, bootstrap_mixture, max_regret, min_max_regret, regret_matrix
+from .scoring import PolicyScorer
+from .tables import MIXTURE, read_json
+
+
+@dataclass(frozen=True)
+class Player:
+    """A policy that answers: `start` is a model or adapter folder, None for the reference itself."""
+
+    name: str
+    start: Path | None
+
+
+class Arena:
+    """Samples of some policies on some prompts, scored by the policies of a run's types; all of it on disk.
+
+    Args:
+        run: `output_dir` of a finished EM-DPO run.
+        prompts: texts or message lists.
+        config: at temperature 1 and without cuts, or the regrets are biased.
+        folder: of samples and scores; a killed run goes on where it stopped.
+
+    Raises:
+        ValueError: `run` is no finished run, the prompts are none, or the samples would not be those of the policies.
+    """
+
+    def __init__(self, run: Path, prompts: list, config: SamplingConfig, folder: Path, accelerator: Accelerator):
+        if not (Path(run) / MIXTURE).is_file():
+            raise ValueError(f"{run} has no {MIXTURE}: give the output_dir of a finished EM-DPO run.")
+        if not prompts:
+            raise ValueError("there are no prompts to sample from: name a data set with at least one row.")
+        if config.temperature != 1 or config.top_p != 1 or config.top_k:
+            raise ValueError("regrets need samples of the policies themselves: temperature 1, top_p 1 and no top_k.")
+        self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
+        self.accelerator, self.processes = accelerator, Processes()
+        self.mixture = read_json(self.run / MIXTURE)
+        self.tokenizer = AutoTokenizer.from_pretrained(run)
+        self.types = [Player(f"type-{k}", self.run / path) for k, path in enumerate(self.mixture["policies"])]
+
+    def load(self, player: Player):
+        """The policy of a player, on the device."""
+        kwargs = self.mixture["model_init_kwargs"] or {}
+        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs).to(self.accelerator.device).eval()
+
+    def samples(self, player: Player) -> list[list[Sample]]:
+        """The answers of a player to each prompt."""
+        start = player.start or self.mixture["base"]
+        settings = {
+            "policy": str(start),
+            "policy files": model_fingerprint(str(start)),
+            "prompts": [str(p) for p in self.prompts],
+            **{n: getattr(self.config, n) for n in ("num_generations", "max_new_tokens", "seed")},
+        }
+        folder = open_folder(self.folder / f"samples-{player.name}", settings, self.processes)
+        found = collect_samples(
+            folder, lambda: (self.load(player), self.tokenizer), self.prompts, self.config, accelerator=self.processes
+        )
+        free_memory()
+        return found
+
+    def gains(self, players: list[Player]) -> tuple[np.ndarray, list[list[list[Sample]]]]:
+        """(T,P,prompts) mean log-ratio of each player's answers under each type's policy, and the answers."""
+        samples = [self.samples(player) for player in players]
+        prompt_ids = encode_prompts(self.tokenizer, self.prompts)
+        datasets = [
+            Dataset.from_list([
+                {"prompt_ids": ids, "response_ids": [s.token_ids for s in row]}
+                for ids, row in zip(prompt_ids, answers, strict=True)
+            ])
+            for answers in samples
+        ]  # fmt: skip
+        score = PolicyScorer(datasets, self.accelerator, PreferenceCollator(self.tokenizer.pad_token_id), "auto", 8192)
+
+        def logps(player: Player) -> np.ndarray:
+            out = self.folder / f"scores-{player.name}"
+            return np.array(score(out, lambda: self.load(player), f"scores by {player.name}"))  # (P,prompts,samples)
+
+        reference = logps(Player("reference", None))
+        return np.stack([(logps(player) - reference).mean(-1) for player in self.types]), samples
+
+
+def compare(
+    gains: np.ndarray, names: list[str], shares: np.ndarray, weights: np.ndarray | None = None, *,
+    resamples: int = 1000, seed: int = 0,
+) -> dict:  # fmt: skip
+    """The game over the types' policies, and how every aggregate and every further policy does in it.
+
+    Args:
+        gains: (T,P,prompts), the first T columns the types' own policies.
+        names: of the P columns.
+        shares: (T,) mixture weights of EM.
+        weights: (T,) factors on the types' regrets.
+
+    Returns:
+        "regret" (T,P), "mixture" (T,) with "interval", "value", and "table": for each aggregate its regret per type
+        and the largest one, with 95 % bootstrap intervals over prompts. Regrets are in nats per response.
+    """
+    types = len(gains)
+    factors = np.ones(types) if weights is None else np.asarray(weights, dtype=float)
+    regret = regret_matrix(gains.mean(-1))
+    solution = min_max_regret(regret[:, :types], factors)
+    interval = bootstrap_mixture(gains[:, :types], weights=factors, resamples=resamples, seed=seed)
+    single = int((factors[:, None] * regret[:, :types]).max(0).argmin())
+
+    def pad(mixture) -> np.ndarray:
+        return np.r_[np.asarray(mixture, dtype=float), np.zeros(len(names) - types)]
+
+    mixtures = {
+        "min-max mixture": pad(solution.mixture),
+        "uniform mixture": pad(np.full(types, 1 / types)),
+        "shares of EM": pad(shares),
+        f"best single type ({names[single]})": pad(np.eye(types)[single]),
+        **{names[j]: np.eye(len(names))[j] for j in range(types, len(names))},
+    }
+    table = {name: _row(gains, mixture, factors, resamples, seed) for name, mixture in mixtures.items()}
+    table["min-max mixture, judged on other prompts"] = _cross_fitted(gains, factors, pad)
+    return {
+        "policies": names,
+        "prompts": gains.shape[-1],
+        "regret": regret.tolist(),
+        "mixture": solution.mixture.tolist(),
+        "interval": {name: value.tolist() for name, value in interval.items()},
+        "value": solution.value,
+        "shares": np.asarray(shares).tolist(),
+        "type_weights": factors.tolist(),
+        "table": table,
+    }
+
+
+def _row(gains: np.ndarray, mixture: np.ndarray, factors: np.ndarray, resamples: int, seed: int) -> dict:
+    random, prompts = np.random.default_rng(seed), gains.shape[-1]
+
+    def regrets(columns) -> np.ndarray:
+        return factors * (regret_matrix(gains[..., columns].mean(-1)) @ mixture)
+
+    drawn = np.array([regrets(random.integers(0, prompts, prompts)) for _ in range(resamples)])
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    worst = np.quantile(drawn.max(1), [0.025, 0.975])
+    values = regrets(slice(None))
+    return {
+        "regret": values.tolist(), "low": low.tolist(), "high": high.tolist(),
+        "max": float(values.max()), "max_low": float(worst[0]), "max_high": float(worst[1]),
+    }  # fmt: skip
+
+
+def _cross_fitted(gains: np.ndarray, factors: np.ndarray, pad: Callable) -> dict:
+    """Weights of each half of the prompts judged on the other half, which does not favour them."""
+    half = np.arange(gains.shape[-1]) % 2
+    found = []
+    for side in (0, 1):
+        if not (half == side).any() or not (half != side).any():
+            return {}
+        own = regret_matrix(gains[..., half == side].mean(-1))[:, : len(gains)]
+        mixture: Solution = min_max_regret(own, factors)
+        found.append(factors * (regret_matrix(gains[..., half != side].mean(-1)) @ pad(mixture.mixture)))
+    values = np.mean(found, 0)
+    return {"regret": values.tolist(), "max": max_regret(values[:, None], np.ones(1), zero_row=False)}

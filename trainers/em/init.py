@@ -1,0 +1,166 @@
+"""Where EM starts: a first guess of each annotator's type, (N,T) rows that sum to 1.
+
+`agreement` and `kmeans` cluster annotators by what they preferred; the paper's own clustering is not public, so both
+are ours. `dirichlet` draws each row at random. A start that is the same for all annotators separates nothing.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+from datasets import Dataset
+from scipy.cluster.vq import ClusterError, kmeans2
+from scipy.sparse import csr_matrix
+
+from .annotators import Annotators
+
+STARTS = ("given", "agreement", "kmeans", "dirichlet")
+TYPE = "type_"  # columns of a table of posteriors: type_0, type_1, ...
+BUCKETS = 512  # token ids are counted modulo this
+DIRECTIONS = 8
+
+
+def dirichlet(annotators: int, types: int, random: np.random.Generator) -> np.ndarray:
+    """Every mixture of types is equally likely for every annotator."""
+    return random.dirichlet(np.ones(types), annotators)
+
+
+def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
+    """One-hot clusters of annotators who vote alike on the pairs of responses that they share.
+
+    Each vote is taken relative to the mean vote on its pair, so that what all agree on separates nobody. The leading
+    types - 1 eigenvectors of the agreement matrix (cosine of the shared votes, dense (N,N)) go into k-means.
+
+    Raises:
+        ValueError: no two annotators judged the same pair of responses.
+    """
+    votes = _votes(rows, annotators)
+    counts = np.bincount(votes.indices, minlength=votes.shape[1])
+    if not (counts > 1).any():
+        raise ValueError(
+            "init='agreement' needs prompts and responses that several annotators judged, and there are none: use "
+            "init='kmeans' or 'dirichlet'."
+        )
+    mean = np.asarray(votes.sum(0)).ravel() / np.maximum(counts, 1)
+    centred = votes.copy()
+    centred.data = centred.data - mean[centred.indices]
+    seen = votes.copy()
+    seen.data = np.ones_like(seen.data)
+    squares = centred.multiply(centred)
+    # Norms over the shared pairs only: |x_i| where j voted too.
+    norm = np.sqrt(np.maximum((squares @ seen.T).toarray() * (seen @ squares.T).toarray(), 1e-12))
+    matrix = (centred @ centred.T).toarray() / norm
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    leading = np.argsort(-values)[: max(1, types - 1)]
+    return _clusters(vectors[:, leading] * np.sqrt(np.maximum(values[leading], 0)), types, random)
+
+
+def shares_items(rows: Dataset, annotators: Annotators) -> bool:
+    """Whether any pair of responses was judged by two annotators, so that `agreement` is possible."""
+    votes = _votes(rows, annotators)
+    return bool((np.bincount(votes.indices, minlength=votes.shape[1]) > 1).any())
+
+
+def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
+    """One-hot clusters by the tokens and the length of what each annotator preferred over what they did not.
+
+    Features: per row, the tokens' frequencies (hashed) and the log-length of each response, times its centred score
+    scaled to [-1, 1]; averaged over an annotator's rows, scaled, reduced to the leading directions.
+    """
+    table = np.zeros((len(annotators), BUCKETS + 1))
+    counts = np.bincount(annotators.owner, minlength=len(annotators))
+    for owner, row in zip(annotators.owner, rows.select_columns(["response_ids", "scores"]), strict=True):
+        scores = np.asarray(row["scores"], dtype=float)
+        scores = scores - scores.mean()
+        scale = np.abs(scores).max()
+        if scale == 0:
+            continue
+        for ids, score in zip(row["response_ids"], scores / scale, strict=True):
+            table[owner, :BUCKETS] += score * np.bincount(np.asarray(ids) % BUCKETS, minlength=BUCKETS) / len(ids)
+            table[owner, BUCKETS] += score * np.log(len(ids))
+    table /= np.maximum(counts, 1)[:, None]
+    spread = table.std(0)
+    table = (table - table.mean(0)) / np.where(spread > 0, spread, 1)
+    left, sizes, _ = np.linalg.svd(table, full_matrices=False)
+    return _clusters(left[:, :DIRECTIONS] * sizes[:DIRECTIONS], types, random)
+
+
+def given(table: dict | str, annotators: Annotators, types: int) -> np.ndarray:
+    """Rows of a mapping {annotator: probabilities}, or of a CSV or parquet file with annotator, type_0, type_1, ...
+
+    Raises:
+        ValueError: an annotator is missing, or a row is no distribution over `types` types.
+    """
+    known = {str(name): row for name, row in (_read(table) if isinstance(table, str) else table).items()}
+    out = np.empty((len(annotators), types))
+    for i, name in enumerate(annotators.names):
+        row = known.get(str(name))
+        if row is None:
+            raise ValueError(f"initial_posterior has no row for annotator {name!r}: give one for each.")
+        values = np.asarray(row, dtype=np.float64)
+        if values.shape != (types,) or (values < 0).any() or abs(values.sum() - 1) > 1e-6:
+            raise ValueError(
+                f"initial_posterior of annotator {name!r} is {list(row)}: give {types} probabilities (num_types) that "
+                "sum to 1."
+            )
+        out[i] = values / values.sum()
+    return out
+
+
+def is_uniform(start: np.ndarray) -> bool:
+    """Whether all annotators have the same row, so that the types would train on the same data."""
+    return start.shape[1] > 1 and bool((np.abs(start - start[:1]) < 1e-6).all())
+
+
+def _read(path: str) -> dict[str, list[float]]:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"initial_posterior={path!r} is not a file: give a CSV or parquet file: annotator, type_0, ..."
+        )
+    if path.endswith(".json"):
+        return json.loads(Path(path).read_text())
+    table = pyarrow.parquet.read_table(path) if path.endswith(".parquet") else pyarrow.csv.read_csv(path)
+    names = sorted((n for n in table.column_names if n.startswith(TYPE)), key=lambda n: int(n.removeprefix(TYPE)))
+    if "annotator" not in table.column_names or not names:
+        raise ValueError(f"initial_posterior={path!r} has {table.column_names}: it needs annotator, type_0, ...")
+    columns = [table[name].to_pylist() for name in names]
+    return dict(zip(table["annotator"].to_pylist(), map(list, zip(*columns, strict=True)), strict=True))
+
+
+def _votes(rows: Dataset, annotators: Annotators) -> csr_matrix:
+    """(N, pairs of responses): +1 or -1 for who won, an explicit 0 for ties; repeated votes are averaged."""
+    columns: dict = {}
+    votes: dict = defaultdict(list)
+    for owner, row in zip(
+        annotators.owner, rows.select_columns(["prompt_ids", "response_ids", "scores"]), strict=True
+    ):
+        prompt, texts = tuple(row["prompt_ids"]), [tuple(ids) for ids in row["response_ids"]]
+        for a in range(len(texts)):
+            for b in range(a + 1, len(texts)):
+                first, second = sorted((a, b), key=lambda k: texts[k])
+                column = columns.setdefault((prompt, texts[first], texts[second]), len(columns))
+                votes[owner, column].append(np.sign(row["scores"][first] - row["scores"][second]))
+    data = [float(np.mean(values)) for values in votes.values()]
+    index = np.array(list(votes)).T if votes else np.empty((2, 0), dtype=int)
+    return csr_matrix((data, (index[0], index[1])), shape=(len(annotators), len(columns)))
+
+
+def _clusters(points: np.ndarray, types: int, random: np.random.Generator) -> np.ndarray:
+    """One-hot (N,T) of the best of 20 runs of k-means."""
+    if types == 1:
+        return np.ones((len(points), 1))
+    best, least = None, np.inf
+    for _ in range(20):
+        try:
+            centres, labels = kmeans2(points, types, minit="++", rng=random, missing="raise")
+        except ClusterError:  # a cluster lost all its members
+            continue
+        error = ((points - centres[labels]) ** 2).sum()
+        if error < least:
+            best, least = labels, error
+    if best is None:
+        raise ValueError(f"the annotators do not fall into {types} clusters: use fewer types, or init='dirichlet'.")
+    return np.eye(types)[best]

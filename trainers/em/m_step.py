@@ -1,0 +1,66 @@
+"""The M-step of one type: an ordinary training run on rows that are weighted by the posterior of their annotators."""
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+
+from ..base import PreferenceTrainer
+from ..likelihood import ordered_stages, ranking_logps
+from .config import EMDPOConfig
+
+POSTERIOR, REFERENCE = "posterior", "ref_logps"  # columns of the rows of an M-step
+NEGLIGIBLE = 1e-6  # a row of less weight than this share of the largest one is left out where weights are normalised
+
+
+class TypePolicyTrainer(PreferenceTrainer):
+    """The M-step of one type: minus the log-likelihood of rankings, each row times the posterior of its annotator.
+
+    Rows carry the reference's log-probabilities (`ref_logps`), so that no reference is needed here.
+    """
+
+    config_class = EMDPOConfig
+    method = "EM-DPO"
+    paper = (
+        "Direct Preference Optimization With Unobserved Preference Heterogeneity: "
+        "The Necessity of Ternary Preferences",
+        "2405.15065",
+    )
+    needs_reference = False
+
+    def loss(self, batch, policy, reference):
+        rewards = self.args.beta * (policy.logps.sum(-1) - batch[REFERENCE])
+        losses = -ranking_logps(rewards, batch["scores"], batch["mask"], top=self.args.top_q)
+        # Here a factor on the loss, and no weight: the base divides by the sum of the weights.
+        losses = losses * batch[POSTERIOR] if POSTERIOR in batch else losses
+        return losses, self.ranking_metrics(batch, rewards.detach())
+
+    def signal(self, batch) -> Tensor:
+        return ordered_stages(batch["scores"], batch["mask"], self.args.top_q).any(-1)
+
+
+def m_step_rows(
+    rows: Dataset, gamma: np.ndarray, weights: np.ndarray, reference: list[list[float]], normalize: str
+) -> Dataset:
+    """The rows of an M-step with the columns that `TypePolicyTrainer` reads.
+
+    Args:
+        rows: tokenised rows (J).
+        gamma: (J,) posterior of the type for the annotator of each row; NaN for rows that take no part.
+        weights: (J,) of the rows themselves.
+        reference: K reference log-probabilities per row.
+        normalize: "batch": the posterior becomes a factor on the loss, and the mean is over the rows. "posterior": it
+            joins the column `weight`, which the mean divides by, and rows that weigh nothing are left out.
+    """
+    kept = ~np.isnan(gamma)
+    columns = {REFERENCE: reference}
+    if normalize == "batch":
+        columns[POSTERIOR] = gamma.tolist()
+    else:
+        total = gamma * weights
+        largest = np.nanmax(total)
+        kept &= total > NEGLIGIBLE * largest
+        columns["weight"] = (total / largest).tolist()
+    for name, values in columns.items():
+        rows = rows.remove_columns(name) if name in rows.column_names else rows
+        rows = rows.add_column(name, values)
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))

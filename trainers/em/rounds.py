@@ -1,0 +1,247 @@
+"""EM in rounds: train a policy for each type on posterior-weighted rows, score everything, update the posterior.
+
+    reference/logps.parquet                  the reference's log-probabilities, scored once
+    restart-0/start.csv                      the first guess of each annotator's type
+    restart-0/round-00/type-0/training/      a trainer at work with its checkpoints; becomes policy/ when it is done
+    restart-0/round-00/type-0/policy/        the policy of the type: a model, or an adapter
+    restart-0/round-00/type-0/logps.parquet  its log-probabilities of all responses
+    restart-0/round-00/annotators.csv        posterior and log-likelihood of each annotator
+    restart-0/round-00/manifest.json         what came out, written last
+
+A killed run goes on where it stopped and ends with the same posterior and the same weights: an M-step depends on
+nothing but the files of the round before. Policies of earlier rounds are deleted once a round is done.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..loop.journal import write_json
+from ..loop.processes import Processes, free_memory
+from ..loop.start import remove_incomplete_checkpoints
+from .annotators import Annotators, halves
+from .config import EMDPOConfig
+from .init import is_uniform
+from .mixture import SURE, clamp_log_prior, e_step, mixture_weights, observed_log_likelihood, posterior
+from .scoring import item_logps
+from .tables import read_annotators, read_json, write_annotators
+
+RESTART_SEED = 1000  # distance of the seeds of two restarts
+
+Score = Callable[[Path, Path, str], list[list[list[float]]]]
+
+
+class Judged(NamedTuple):
+    """Rows that say something: who judged them, their K scores, weights and reference log-probabilities."""
+
+    annotators: Annotators
+    owner: np.ndarray  # (J,) index of the annotator of each row
+    scores: list[list[float]]
+    weights: np.ndarray  # (J,)
+    reference: list[list[float]]
+
+
+class Round(NamedTuple):
+    """What a round gave: posterior (N,T), the manifest, and the policy folder of each type."""
+
+    posterior: np.ndarray
+    manifest: dict
+    policies: list[Path]
+
+
+@dataclass
+class EM:
+    """Rounds of EM in `folder`; `run` does what is not done yet.
+
+    Args:
+        rows: to train on; `held_out` rows are only scored.
+        train: (weights (J,) of the rows, start folder or None, folder, seed) trains a policy and leaves it in folder.
+            It must resume from `last_checkpoint(folder)`.
+        score: (folder of the result, folder of the policy, title) -> K sums per row, of rows and of held-out rows.
+        starts: (restart) -> first posterior (N,T).
+        log: called with each manifest; `warn` with each warning.
+    """
+
+    args: EMDPOConfig
+    folder: Path
+    rows: Judged
+    held_out: Judged | None
+    train: Callable[[np.ndarray, Path | None, Path, int], None]
+    score: Score
+    starts: Callable[[int], np.ndarray]
+    log: Callable[[dict], None]
+    warn: Callable[[str], None]
+    processes: Processes = field(default_factory=Processes)
+
+    def __post_init__(self):
+        self.folder, self.types = Path(self.folder), self.args.num_types
+        self.half = halves(self.rows.owner, self.args.seed) if self.args.score_on == "heldout_half" else None
+
+    def run(self) -> list[list[Round]]:
+        """All rounds of all restarts; `best` picks one."""
+        return [self._restart(restart) for restart in range(self.args.restarts)]
+
+    def _restart(self, restart: int) -> list[Round]:
+        folder = self.folder / f"restart-{restart}"
+        gamma = self._start(restart, folder / "start.csv")
+        done: list[Round] = []
+        for index in range(self.args.rounds if self.types > 1 else 1):
+            done.append(self._round(restart, index, folder / f"round-{index:02d}", gamma, done))
+            gamma = done[-1].posterior
+            if index:
+                self.processes.main(lambda: self._prune(done[-2].policies))
+            self._check(done)
+            if self._stopped(done):
+                break
+        return done
+
+    def _start(self, restart: int, path: Path) -> np.ndarray:
+        if not path.exists():
+            gamma, owner = self.starts(restart), self.rows.owner
+            counts = np.bincount(owner, minlength=len(self.rows.annotators))
+
+            def write() -> None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_annotators(path, self.rows.annotators.names, counts, gamma, np.zeros_like(gamma))
+
+            self.processes.main(write)
+        gamma = read_annotators(path)[1]
+        if is_uniform(gamma):
+            self.warn(
+                "The first guess is the same for all annotators, so all types train on the same data and stay equal: "
+                "give another initial_posterior or init."
+            )
+        return gamma
+
+    def _round(self, restart: int, index: int, folder: Path, gamma: np.ndarray, done: list[Round]) -> Round:
+        policies = [folder / f"type-{k}" / "policy" for k in range(self.types)]
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            self.processes.say(f"\nEM round {index + 1} of at most {self.args.rounds}: {folder}")
+            previous = done[-1].policies if done and self.args.start_from == "previous" else [None] * self.types
+            for k in range(self.types):
+                # The same for all types, so that they are exchangeable.
+                seed = self.args.seed + RESTART_SEED * restart + index
+                self._m_step(gamma[self.rows.owner, k], index, previous[k], policies[k], seed)
+            self._e_step(restart, index, folder, gamma, policies)
+        found = read_json(manifest)
+        self.log(found)
+        return Round(read_annotators(folder / "annotators.csv")[1], found, policies)
+
+    def _m_step(self, weights: np.ndarray, index: int, start: Path | None, policy: Path, seed: int) -> None:
+        if not policy.exists():
+            training = policy.with_name("training")
+            self.processes.main(lambda: remove_incomplete_checkpoints(training))
+            if self.half is not None:
+                weights = np.where(self.half == index % 2, weights, np.nan)  # rows of the other half take no part
+            self.train(weights, start, training, seed)
+            free_memory()
+            self.processes.main(lambda: training.rename(policy))
+        # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
+        self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in policy.glob("checkpoint-*")])
+
+    def _e_step(self, restart: int, index: int, folder: Path, gamma: np.ndarray, policies: list[Path]) -> None:
+        columns, held_out = [], []
+        for k, policy in enumerate(policies):
+            logps = self.score(policy.parent, policy, f"E-step, type {k}")
+            columns.append(self._item_logps(self.rows, logps[0]))
+            if self.held_out is not None:
+                held_out.append(self._item_logps(self.held_out, logps[1]))
+        scored = np.ones(len(self.rows.owner), bool) if self.half is None else self.half != index % 2
+        prior = mixture_weights(gamma)
+        owner, names = self.rows.owner[scored], self.rows.annotators.names
+        found = e_step(np.stack(columns, 1)[scored], owner, prior, len(names))
+        items = np.bincount(owner, minlength=len(names))
+        manifest = {
+            "restart": restart,
+            "round": index,
+            "prior_trained_on": prior.tolist(),
+            "prior": found.prior.tolist(),
+            "log_likelihood": found.observed,
+            "log_likelihood_per_annotator": found.observed / len(names),
+            "log_likelihood_per_item": found.observed / max(1, int(scored.sum())),
+            **_certainty(found.posterior, gamma),
+            "policies": [str(policy.relative_to(self.folder)) for policy in policies],
+        }
+        after = None
+        if self.held_out is not None:
+            after, manifest["held_out"] = self._held_out(np.stack(held_out, 1), found.posterior, found.prior)
+
+        def write() -> None:
+            write_annotators(folder / "annotators.csv", names, items, found.posterior, found.log_likelihood)
+            if after is not None:
+                count = np.bincount(self.held_out.owner, minlength=len(self.held_out.annotators))
+                write_annotators(folder / "held_out.csv", self.held_out.annotators.names, count, *after)
+            write_json(folder / "manifest.json", manifest)
+
+        self.processes.main(write)
+
+    def _item_logps(self, rows: Judged, logps: list[list[float]]) -> np.ndarray:
+        found = item_logps(logps, rows.reference, rows.scores, beta=self.args.beta, top=self.args.top_q)
+        return found * rows.weights
+
+    def _held_out(self, logps: np.ndarray, gamma: np.ndarray, prior: np.ndarray) -> tuple[tuple, dict]:
+        """Held-out rows under the mixture: new annotators by the mixture weights, known ones by their posterior."""
+        known = {name: i for i, name in enumerate(self.rows.annotators.names)}
+        names, owner = self.held_out.annotators.names, self.held_out.owner
+        prior_of = np.stack([gamma[known[name]] if name in known else prior for name in names])
+        total = np.zeros((len(names), self.types))
+        np.add.at(total, owner, logps)
+        log_prior = clamp_log_prior(prior_of)
+        observed = observed_log_likelihood(total, log_prior)
+        return (posterior(total, log_prior), total), {
+            "annotators": len(names),
+            "known_annotators": sum(name in known for name in names),
+            "items": len(owner),
+            "log_likelihood_per_annotator": float(observed.mean()),
+            "log_likelihood_per_item": float(observed.sum() / max(1, len(owner))),
+            "per_annotator": dict(zip(map(str, names), observed.tolist(), strict=True)),
+        }
+
+    def _check(self, done: list[Round]) -> None:
+        """Warn of what users of EM meet: types that empty, and an E-step that only repeats the first guess."""
+        manifest = done[-1].manifest
+        if self.types > 1 and min(manifest["prior"]) < 1 / (10 * self.types):
+            self.warn(
+                f"Type {int(np.argmin(manifest['prior']))} has {min(manifest['prior']):.1%} of the annotators after "
+                f"round {manifest['round'] + 1}: use fewer types, another init, or more restarts."
+            )
+        if self.types > 1 and len(done) == 1 and manifest["median_certainty"] > SURE:
+            advice = "" if self.half is not None else " Set score_on to 'heldout_half' to score rows not trained on."
+            self.warn(
+                f"After one round half of the annotators have a type of probability above {SURE}: the policies may "
+                f"have memorised the first guess, which then stays as it is.{advice}"
+            )
+
+    def _stopped(self, done: list[Round]) -> bool:
+        """With held-out halves only rounds that score the same half compare."""
+        step = 1 if self.half is None else 2
+        if not self.args.stop_change or len(done) <= step:
+            return False
+        change = done[-1].manifest["log_likelihood"] - done[-1 - step].manifest["log_likelihood"]
+        return abs(change) / len(self.rows.annotators) < self.args.stop_change
+
+    def _prune(self, policies: list[Path]) -> None:
+        for policy in policies:
+            shutil.rmtree(policy, ignore_errors=True)
+
+
+def best(runs: list[list[Round]]) -> list[Round]:
+    """The restart with the highest observed log-likelihood after its last round."""
+    return max(runs, key=lambda rounds: rounds[-1].manifest["log_likelihood"])
+
+
+def _certainty(after: np.ndarray, before: np.ndarray) -> dict:
+    sure = after.max(1)
+    entropy = -(after * np.log(np.maximum(after, 1e-300))).sum(1)
+    return {
+        "smallest_type": float(after.mean(0).min()),
+        "changed_type": float((after.argmax(1) != before.argmax(1)).mean()),
+        "median_certainty": float(np.median(sure)),
+        "mean_entropy": float(entropy.mean()),
+        "certainty_histogram": np.histogram(sure, bins=10, range=(0, 1))[0].tolist(),
+    }

@@ -1,0 +1,135 @@
+"""The mixture of the types' policies as one policy: a type is drawn per prompt and answers throughout."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..data import PreferenceCollator
+from ..forward.policy import base_model
+from ..forward.run import Runner
+from ..loop.start import load_start
+from .tables import MIXTURE, read_json
+
+
+def mixture_logps(logps: Tensor, weights: Tensor) -> Tensor:
+    """Log-probability of a response under the mixture, (...,T) under each policy and (T,) weights -> (...).
+
+    The mean of the responses' probabilities, not of the next tokens': a policy answers a prompt from start to end.
+    """
+    return torch.logsumexp(weights.to(logps).log() + logps, -1)
+
+
+class MixturePolicy:
+    """Serves the policies of an EM-DPO run.
+
+    With adapters there is one base in memory; fully fine-tuned policies are all held, T times the memory of one.
+
+    Args:
+        models: the policies, or one PeftModel with an adapter "type-0", "type-1", ... for each.
+        weights: (T,) probabilities of the policies.
+        tokenizer: with a pad token.
+        seed: of the draws of types.
+    """
+
+    def __init__(self, models: list[PreTrainedModel] | PeftModel, weights, tokenizer, *, seed: int = 0):
+        self.models, self.tokenizer = models, tokenizer
+        self.weights = torch.as_tensor(np.asarray(weights, dtype=np.float64))
+        if (self.weights < 0).any() or abs(float(self.weights.sum()) - 1) > 1e-6:
+            raise ValueError(f"weights={self.weights.tolist()} must be probabilities that sum to 1.")
+        self._random = np.random.default_rng(seed)
+        self._runner: Runner | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, weights=None, device: str = "cpu", seed: int = 0,
+                        **init_kwargs) -> "MixturePolicy":  # fmt: skip
+        """Reads what a run (and scripts/aggregate.py) left in `folder`.
+
+        Args:
+            weights: instead of those in mixture.json.
+            init_kwargs: keywords of `from_pretrained`, over those the run was made with.
+
+        Raises:
+            ValueError: there is no mixture.json.
+        """
+        folder = Path(folder)
+        if not (folder / MIXTURE).is_file():
+            raise ValueError(f"{folder} has no {MIXTURE}: give the output_dir of a finished EM-DPO run.")
+        found = read_json(folder / MIXTURE)
+        kwargs = {**(found["model_init_kwargs"] or {}), **init_kwargs}
+        paths = [folder / policy for policy in found["policies"]]
+        if found["adapters"]:
+            models = _with_adapters(load_start(found["base"], None, init_kwargs=kwargs), paths).to(device).eval()
+        else:
+            models = [load_start(found["base"], path, init_kwargs=kwargs).to(device).eval() for path in paths]
+        weights = found["weights"] if weights is None else weights
+        return cls(models, weights, AutoTokenizer.from_pretrained(folder), seed=seed)
+
+    def policy(self, k: int) -> nn.Module:
+        """The policy of type k; with adapters the one model with that adapter active."""
+        if isinstance(self.models, PeftModel):
+            self.models.set_adapter(f"type-{k}", inference_mode=True)
+            return self.models
+        return self.models[k]
+
+    def draw(self, count: int) -> np.ndarray:
+        """(count,) types, drawn by the weights."""
+        return self._random.choice(len(self.weights), count, p=(self.weights / self.weights.sum()).numpy())
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, types=None, **kwargs) -> Tensor:
+        """As `generate` of a Hugging Face model: (B,P) prompts, padded on the left -> (B,P + new tokens).
+
+        Args:
+            types: (B,) who answers; drawn by the weights if omitted.
+            kwargs: handed to each policy's `generate`. Sampling is at temperature 1 without cuts unless they say
+                otherwise, because the mixture is one of distributions.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        kwargs = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+                  "pad_token_id": self.tokenizer.pad_token_id, **kwargs}  # fmt: skip
+        types = self.draw(len(input_ids)) if types is None else np.asarray(types)
+        parts = {}
+        for k in sorted(set(types.tolist())):
+            rows = torch.as_tensor(np.flatnonzero(types == k), device=input_ids.device)
+            parts[k] = (
+                rows,
+                self.policy(k).generate(input_ids=input_ids[rows], attention_mask=attention_mask[rows], **kwargs),
+            )
+        width = max(part.size(1) for _, part in parts.values())
+        out = input_ids.new_full((len(input_ids), width), self.tokenizer.pad_token_id)
+        for rows, part in parts.values():
+            out[rows, : part.size(1)] = part
+        return out
+
+    @torch.no_grad()
+    def logps(self, prompt_ids: list[list[int]], response_ids: list[list[list[int]]]) -> Tensor:
+        """(B,K) log-probability of each response under the mixture, end token included if it is among the ids.
+
+        Args:
+            prompt_ids: B prompts.
+            response_ids: for each of them K responses; K may differ, empty slots are 0.
+        """
+        rows = [
+            {"prompt_ids": list(p), "response_ids": [list(ids) for ids in r], "scores": [0.0] * len(r)}
+            for p, r in zip(prompt_ids, response_ids, strict=True)
+        ]
+        first = self.policy(0)
+        if self._runner is None:
+            bases = [first] if isinstance(self.models, PeftModel) else self.models
+            self._runner = Runner([base_model(model) for model in bases], "auto")
+        device = next(first.parameters()).device
+        batch = {k: v.to(device) for k, v in PreferenceCollator(self.tokenizer.pad_token_id)(rows).items()}
+        logps = [self._runner(self.policy(k), batch).logps.sum(-1).double() for k in range(len(self.weights))]
+        return mixture_logps(torch.stack(logps, -1), self.weights.to(device)) * batch["mask"]
+
+
+def _with_adapters(base: PreTrainedModel, paths: list[Path]) -> PeftModel:
+    model = PeftModel.from_pretrained(base, str(paths[0]), adapter_name="type-0")
+    for k, path in enumerate(paths[1:], 1):
+        model.load_adapter(str(path), adapter_name=f"type-{k}")
+    return model

@@ -1,0 +1,78 @@
+"""The files of a run: who is of which type as CSV, what a round gave as JSON. Numbers are written without rounding."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ..loop.journal import write_atomic
+from .init import TYPE
+
+LIKELIHOOD = "log_likelihood_"
+MIXTURE = "mixture.json"  # what MixturePolicy and the aggregation read
+
+
+def write_annotators(
+    path: Path, names: list, items: np.ndarray, posterior: np.ndarray, log_likelihood: np.ndarray
+) -> None:
+    """One line per annotator: rows that counted, likeliest type, posterior (N,T) and log-likelihood (N,T)."""
+    types = range(posterior.shape[1])
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = [f"{TYPE}{k}" for k in types], [f"{LIKELIHOOD}{k}" for k in types]
+    writer.writerow(["annotator", "items", "type", "probability", *head[0], *head[1]])
+    for name, count, row, logps in zip(names, items, posterior.tolist(), log_likelihood.tolist(), strict=True):
+        best = int(np.argmax(row))
+        writer.writerow([name, int(count), best, repr(row[best]), *map(repr, row), *map(repr, logps)])
+    write_atomic(path, out.getvalue().encode())
+
+
+def read_annotators(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names as text, posterior (N,T), log-likelihood (N,T), as they were written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = rows[0].keys()
+    read = [
+        np.array([[float(row[c]) for c in columns if c.startswith(prefix)] for row in rows])
+        for prefix in (TYPE, LIKELIHOOD)
+    ]
+    return [row["annotator"] for row in rows], *read
+
+
+def write_rounds(path: Path, manifests: list[dict]) -> None:
+    """Log-likelihood and mixture weights of every round as CSV, for plotting."""
+    out = io.StringIO()
+    types = len(manifests[0]["prior"])
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["restart", "round", "log_likelihood", "held_out_log_likelihood_per_annotator", "changed_type",
+                     "median_certainty", *(f"{TYPE}{k}" for k in range(types))])  # fmt: skip
+    for m in manifests:
+        held_out = m.get("held_out", {}).get("log_likelihood_per_annotator", "")
+        writer.writerow([m["restart"], m["round"], repr(m["log_likelihood"]), held_out, m["changed_type"],
+                         m["median_certainty"], *m["prior"]])  # fmt: skip
+    write_atomic(path, out.getvalue().encode())
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def plain(content: dict) -> dict:
+    """As it reads back from a file, so that it compares equal with one."""
+    return json.loads(json.dumps(content, default=_sorted))
+
+
+def copy_if_there(source: Path, target: Path) -> None:
+    if source.exists():
+        write_atomic(target, source.read_bytes())
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sorted(value):
+    return sorted(value) if isinstance(value, set) else str(value)

@@ -1,0 +1,72 @@
+"""Likelihood of a ranking under implicit rewards: the stages of the Plackett-Luce model.
+
+At each stage one response is chosen over all those that are ranked below it. A pair is one stage (Bradley-Terry), the
+best of m is one stage over m responses, and a whole ranking without ties is K - 1 stages.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def stage_logps(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability that each response is chosen over all those with a strictly lower score.
+
+    Args:
+        rewards: (B,K) implicit rewards; gradients pass through them.
+        scores: (B,K) data scores, higher is better.
+        mask: (B,K) true for real responses; other slots may hold anything.
+
+    Returns:
+        (B,K), exactly 0 for a response with none below it and in masked slots.
+    """
+    assert rewards.shape == scores.shape == mask.shape, (rewards.shape, scores.shape, mask.shape)
+    mask = mask.bool()
+    rewards = rewards.masked_fill(~mask, 0)
+    lower = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    available = lower | torch.eye(mask.size(-1), dtype=torch.bool, device=mask.device)
+    return rewards - torch.logsumexp(rewards.unsqueeze(-2).masked_fill(~available, -math.inf), -1)
+
+
+def ordered_stages(scores: Tensor, mask: Tensor, top: int | None = None) -> Tensor:
+    """(B,K) bool: the responses that are chosen at a stage, from the best one down to the first tie.
+
+    A tie for the best leaves no stage, because the data do not say who won. A response with none below it is no stage.
+
+    Args:
+        scores, mask: (B,K) as in `stage_logps`.
+        top: at most so many stages; 1 is the best of K. None for the whole ranking.
+    """
+    mask = mask.bool()
+    pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    above = ((scores.unsqueeze(-2) > scores.unsqueeze(-1)) & pairs).sum(-1)
+    below = ((scores.unsqueeze(-2) < scores.unsqueeze(-1)) & pairs).sum(-1)
+    tied = mask & (above + below + 1 < mask.sum(-1, keepdim=True))
+    # Responses are above or at the first tie where none of the tied ones has a higher or the same score.
+    first_tie = scores.masked_fill(~tied, -math.inf).amax(-1, keepdim=True)
+    stages = mask & (below > 0) & (scores > first_tie)
+    return stages if top is None else stages & (above < top)
+
+
+def ranking_logps(rewards: Tensor, scores: Tensor, mask: Tensor, *, top: int | None = None) -> Tensor:
+    """Log-likelihood of each prompt's ranking by its scores, counted from the best response down to the first tie.
+
+    With K = 2 it is log sigmoid(r_w - r_l), minus the loss of DPO; with `top=1` it is r_best minus logsumexp over all.
+
+    Args:
+        rewards: (B,K) implicit rewards, beta * (log pi(y|x) - log pi_ref(y|x)), summed over the response's tokens.
+        scores: (B,K) data scores, higher is better.
+        mask: (B,K) true for real responses; other slots may hold anything.
+        top: count at most so many stages; None for all.
+
+    Returns:
+        (B,) log-likelihoods, exactly 0 and without gradient where there is no stage.
+
+    Raises:
+        ValueError: `top` is below 1.
+    """
+    if top is not None and top < 1:
+        raise ValueError(f"top={top!r} must be at least 1, or None for the whole ranking.")
+    stages = ordered_stages(scores, mask, top)
+    return stage_logps(rewards, scores, mask).masked_fill(~stages, 0).sum(-1)

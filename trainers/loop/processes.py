@@ -1,0 +1,41 @@
+"""The processes of a loop over several trainers, and the memory between two of them."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+
+class Processes:
+    """What sampler and scorer ask of an accelerator, for a policy that every process holds whole and unwrapped."""
+
+    distributed_type = DistributedType.NO
+
+    def __init__(self):
+        state = PartialState()
+        self.num_processes, self.process_index = state.num_processes, state.process_index
+        self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
+        self.device = state.device
+
+    def unwrap_model(self, model):
+        return model
+
+    def say(self, text: str) -> None:
+        if self.is_main_process:
+            print(text, flush=True)
+
+    def main(self, action: Callable[[], Any]) -> None:
+        """Runs `action` in the main process, while the others wait."""
+        if self.is_main_process:
+            action()
+        self.wait_for_everyone()
+
+
+def free_memory() -> None:
+    """Lets go of a trainer's model, which its callbacks refer to in circles, so that the next one has its memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
