@@ -20,6 +20,7 @@ from .head import (
     CPU_CHUNK_ELEMENTS,
     LogitRule,
     Pass,
+    _add_products,
     _parts,
     _project,
     _wide,
@@ -200,7 +201,7 @@ class _LinearKL(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(slope, cast, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += slope.t() @ hidden[part]
+                _add_products(grad_weight, slope, hidden[part])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -199,8 +199,7 @@ class _LinearLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(slope, cast, out=grad_hidden[part])
             if grad_weight is not None:
-                for rows in _blocks(weight):
-                    grad_weight[rows] += slope[:, rows].t() @ hidden[part]
+                _add_products(grad_weight, slope, hidden[part])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -235,10 +234,12 @@ def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor 
     return torch.addmm(bias.to(hidden.dtype), hidden, weight_t, out=out)
 
 
-def _blocks(weight: Tensor) -> list[slice]:
-    """Rows of the weight whose gradients are computed together."""
-    rows = CPU_BLOCK_ELEMENTS // weight.size(1) if weight.device.type == "cpu" else len(weight)
-    return _parts(len(weight), max(1, rows))
+def _add_products(grad_weight: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """grad_weight (V,H) += slope (n,V).T @ hidden (n,H), some rows at a time on a CPU."""
+    on_cpu = grad_weight.device.type == "cpu"
+    rows = CPU_BLOCK_ELEMENTS // grad_weight.size(1) if on_cpu else len(grad_weight)
+    for part in _parts(len(grad_weight), max(1, rows)):
+        grad_weight[part] += slope[:, part].t() @ hidden
 
 
 def _parts(length: int, size: int) -> list[slice]:
