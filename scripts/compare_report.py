@@ -173,7 +173,7 @@ def plot(figures: dict) -> str:
     methods = figures["methods"]
     rewarded = all("reward" in method for method in methods.values())
     y = "reward" if rewarded else "accuracy"
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for (name, method), colour in zip(methods.items(), COLOURS * len(methods), strict=False):
         axes.scatter(method["seeds"]["kl"], method["seeds"][y], color=colour, s=14, alpha=0.5)
@@ -188,7 +188,7 @@ def plot(figures: dict) -> str:
     axes.grid(color="#e3e7ee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return to_svg(figure)
 
 
