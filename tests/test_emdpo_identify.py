@@ -84,16 +84,3 @@ def test_a_linear_policy_is_the_linear_reward(features):
         model.model.norm.weight.copy_(torch.tensor(identify.TASTE))
     logits = model(torch.tensor([[identify.PROMPT]])).logits[0, 0, identify.FIRST :]
     np.testing.assert_allclose(logits.detach().numpy(), features @ identify.TASTE, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_em_dpo_finds_the_types_from_one_ranking_and_not_from_one_pair(features, tmp_path):
-    """The trainer itself, from two random starts each."""
-    errors = {}
-    for kind in ("one pair", "one ranking of 3"):
-        rows, _ = identify.draw(features, 800, kind, np.random.default_rng(2))
-        for start in range(2):
-            thetas, _ = identify.train(rows, features, tmp_path / f"{kind}-{start}", rounds=14, seed=start)
-            errors[kind, start] = min(identify._error(thetas, names) for names in ((0, 1), (1, 0)))
-    assert max(errors["one ranking of 3", start] for start in range(2)) < 0.3, errors
-    assert min(errors["one pair", start] for start in range(2)) > 0.5, errors

@@ -100,15 +100,14 @@ class EM:
         return done
 
     def _start(self, restart: int, path: Path) -> np.ndarray:
-        if not path.exists():
-            gamma, owner = self.starts(restart), self.rows.owner
-            counts = np.bincount(owner, minlength=len(self.rows.annotators))
+        def write() -> None:
+            gamma, annotators = self.starts(restart), self.rows.annotators
+            counts = np.bincount(self.rows.owner, minlength=len(annotators))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_annotators(path, annotators.names, counts, gamma, np.zeros_like(gamma))
 
-            def write() -> None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_annotators(path, self.rows.annotators.names, counts, gamma, np.zeros_like(gamma))
-
-            self.processes.main(write)
+        # The main process alone looks: another one that looks later would find the file, and not wait for it.
+        self.processes.main(lambda: path.exists() or write())
         gamma = read_annotators(path)[1]
         if is_uniform(gamma):
             self.warn(
