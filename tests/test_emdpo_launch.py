@@ -1,0 +1,110 @@
+"""EM-DPO through the launcher, and killed with signal 9 at any moment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+import train
+from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
+from test_emdpo import same, start, tokenizer, weights  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(start, output, **changes):  # noqa: F811
+    args = em_config(output)
+    names = (
+        "use_cpu", "report_to", "learning_rate", "num_types", "rounds", "logging_steps", "seed", "lr_scheduler_type",
+        "disable_tqdm", "init", "max_grad_norm",
+    )  # fmt: skip
+    flags = {name: getattr(args, name) for name in names} | {
+        "report_to": "none", "lr_scheduler_type": "constant", "trainer": "EMDPOTrainer", "model_name_or_path": start,
+        "dataset_name": start / "rows.jsonl", "output_dir": output, "per_device_train_batch_size": 2,
+        "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "dataset_test_split": "train[:6]",
+        "ref_tokens_per_batch": 40,
+    }  # fmt: skip
+    return [str(part) for name, value in (flags | changes).items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, start):  # noqa: F811
+    Dataset.from_list(opposed_rows(annotators=4, items=4)).to_json(start / "rows.jsonl")
+    folder = tmp_path_factory.mktemp("launched")
+    train.main(arguments(start, folder))
+    return folder
+
+
+def test_the_launcher_runs_the_whole_em(launched):
+    for name in ("README.md", "train_results.json", "eval_results.json", "annotators.csv", "mixture.json"):
+        assert (launched / name).is_file()
+    results = json.loads((launched / "train_results.json").read_text())
+    assert results["train_rounds"] == 2 and "train_smallest_type" in results
+    assert not list(launched.glob("**/checkpoint-*"))
+
+
+# Kills its own process with signal 9, after so many training steps or written parts of a score file.
+DRIVER = """
+import os, signal, sys
+import transformers
+import train
+from trainers.forward import cache, reference_pass
+
+phase, count = sys.argv[1], int(sys.argv[2])
+
+def die_after(function):
+    left = [count]
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapped
+
+if phase == "m-step":
+    transformers.Trainer.training_step = die_after(transformers.Trainer.training_step)
+else:
+    reference_pass.WRITE_EVERY = 1
+    cache._write = die_after(cache._write)
+train.main(sys.argv[3:])
+"""
+
+
+def run_and_die(argv, phase, count):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
+    done = subprocess.run([sys.executable, "-c", DRIVER, phase, str(count), *argv], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": paths}, timeout=200)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+def assert_same_run(found, expected):
+    for index in (0, 1):
+        for name in ("annotators.csv", "manifest.json", "held_out.csv"):
+            path = Path(f"restart-0/round-0{index}/{name}")
+            assert (found / path).read_text() == (expected / path).read_text()
+    for k in (0, 1):
+        path = Path(f"restart-0/round-01/type-{k}/policy")
+        same(weights(found / path), weights(expected / path))
+
+
+def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):  # noqa: F811
+    argv = arguments(start, tmp_path)
+    run_and_die(argv, "m-step", 8 + 5)  # 8 steps of type 0, 5 of type 1
+    folder = tmp_path / "restart-0/round-00"
+    assert (folder / "type-0/policy").is_dir() and (folder / "type-1/training/checkpoint-3").is_dir()
+    half = folder / "type-1/training/checkpoint-4"
+    shutil.copytree(folder / "type-1/training/checkpoint-3", half)
+    (half / "trainer_state.json").unlink()
+    kept = (folder / "type-0/policy/model.safetensors").stat().st_mtime_ns
+    run_and_die(argv, "e-step", 2)  # parts of the first E-step
+    assert (folder / "type-0/policy/model.safetensors").stat().st_mtime_ns == kept
+    assert list((folder / "type-0/logps.parts").iterdir()) and not (folder / "manifest.json").exists()
+    train.main(argv)
+    assert_same_run(tmp_path, launched)
