@@ -19,7 +19,7 @@ from peft import LoraConfig  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
-from helpers import build_tokenizer, tiny_llama  # noqa: E402
+from helpers import build_tokenizer, leave_processes, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 
 
@@ -113,5 +113,4 @@ def main(options: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # gloo's threads would otherwise abort some runs at exit
-        torch.distributed.destroy_process_group()
+    leave_processes()

@@ -17,7 +17,7 @@ from peft import LoraConfig  # noqa: E402
 
 from distributed_steps import engine_arguments  # noqa: E402
 from emdpo_rows import em_config, opposed_rows  # noqa: E402
-from helpers import build_tokenizer, tiny_llama  # noqa: E402
+from helpers import build_tokenizer, leave_processes, tiny_llama  # noqa: E402
 from test_trainer import LORA  # noqa: E402
 from trainers import EMDPOTrainer  # noqa: E402
 
@@ -60,5 +60,4 @@ def main(options: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # gloo's threads would otherwise abort some runs at exit
-        torch.distributed.destroy_process_group()
+    leave_processes()
