@@ -22,7 +22,7 @@ from train import DataArguments, load_split
 from trainers import SparsePOConfig, SparsePOTrainer
 from trainers.forward import policy as policies
 from trainers.loop.journal import write_atomic
-from trainers.loop.start import load_start
+from trainers.loop.start import last_checkpoint, load_start
 from trainers.masks.learned import read_heads
 from trainers.metrics import best_and_worst
 
@@ -44,12 +44,16 @@ def main(argv: list[str]) -> Path:
     folder = Path(show.checkpoint)
     if not folder.is_dir():
         raise ValueError(f"--checkpoint {folder} is not a folder: name the output folder or a checkpoint of a run.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        last = last_checkpoint(folder)
+        raise ValueError(f"--checkpoint {folder} holds no policy{f': name {last}' if last else ''}.")
     rows = load_split(data, args, show.split)
     wrong = [row for row in show.rows if not 0 <= row < len(rows)]
     if wrong:
         raise ValueError(f"--rows {wrong[0]} does not exist: the {show.split} split has {len(rows)} rows.")
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir, args.model_init_kwargs, args.precompute_ref_logps = scratch, None, False
+        args.push_to_hub, args.report_to = False, []
         trainer = load_trainer(args, model, folder, rows.select(show.rows))
         if len(trainer.eval_dataset) < len(show.rows):
             raise ValueError("Some of --rows were dropped, for the reasons above: name others, or raise max_length.")
@@ -80,6 +84,8 @@ def load_trainer(args: SparsePOConfig, model: ModelConfig, folder: Path, rows) -
 
 def heatmap(trainer: SparsePOTrainer, number: int, row: dict) -> Heatmap:
     """The best and the worst response of a tokenised row with their per-token values."""
+    if len(set(row["scores"])) == 1:
+        raise ValueError(f"--rows {number}: its scores are all equal, so nothing is chosen or rejected. Name another.")
     terms = trainer.token_values([row])
     decode = trainer.processing_class.decode
     mask = torch.ones(1, len(row["scores"]), dtype=torch.bool)
@@ -87,15 +93,30 @@ def heatmap(trainer: SparsePOTrainer, number: int, row: dict) -> Heatmap:
     for side, slot in zip(("chosen", "rejected"), best_and_worst(torch.tensor([row["scores"]]), mask), strict=True):
         ids = row["response_ids"][int(slot)]
         values = {name: value[0, int(slot), : len(ids)].tolist() for name, value in terms.items()}
-        sides[side] = ([decode([token]) for token in ids], values)
+        sides[side] = (token_texts(ids, decode), values)
     return Heatmap(number, decode(row["prompt_ids"]), sides)
+
+
+def token_texts(ids: list[int], decode) -> list[str]:
+    """The text that each token adds; the last token of a character that needs several has all of it."""
+    texts, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[:end])
+        whole = not text.endswith("\ufffd") or end == len(ids)
+        texts.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    return texts
 
 
 def history(folder: Path) -> list[dict]:
     """The log of the run: of the folder, or of its newest checkpoint."""
-    found = [folder / "trainer_state.json", *sorted(folder.glob("checkpoint-*/trainer_state.json"))]
-    state = next((path for path in found if path.is_file()), None)
-    return json.loads(state.read_text())["log_history"] if state else []
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        last = last_checkpoint(folder)
+        if last is None:
+            return []
+        state = Path(last) / "trainer_state.json"
+    return json.loads(state.read_text())["log_history"]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ flag of the same name on the command line wins. `trainer` is a class of `trainer
 
 import copy
 import importlib
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -74,6 +75,9 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         return
     enhance.refuse_folder_of_rounds(args.output_dir)
     checkpoint = _checkpoint(args)
+    if checkpoint and _is_finished(args, checkpoint):
+        print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
+        return
     trainer = trainer_class(
         model.model_name_or_path,
         args=args,
@@ -100,12 +104,12 @@ def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
+    trainer.save_model()  # before the evaluation, which may cast the weights
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    trainer.save_model()
     trainer.create_model_card(dataset=data.dataset_name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset=data.dataset_name)
@@ -203,6 +207,16 @@ def _check_config(argv: list[str]) -> None:
     path = "".join(argv[argv.index("--config") + 1 :][:1])
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist: name a YAML file.")
+
+
+def _is_finished(args, checkpoint: str) -> bool:
+    """Whether the run was written to its end, the model card last, and `checkpoint` is that of its last step."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    if args.max_steps > 0:
+        trained = state["global_step"] >= args.max_steps
+    else:
+        trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+    return trained and (Path(args.output_dir) / "README.md").is_file()
 
 
 def _checkpoint(args) -> str | None:

@@ -24,6 +24,8 @@ NEOX = GPTNeoXConfig(
 )  # fmt: skip
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gpt_neox_sequential"]
 
+COMMON = {"names": ["common"]}
+
 
 def model_of(name):
     if not name.startswith("gpt_neox"):
@@ -153,20 +155,20 @@ def test_the_mask_does_not_see_its_token():
 @torch.no_grad()
 def test_starts_of_the_head():
     states = torch.randn(36, 500, 64, generator=torch.Generator().manual_seed(0))
-    means = [MaskHeads(["common"], 36, 64, eps=1e-5, seed=s)(states)["common"].mean().item() for s in range(12)]
+    means = [MaskHeads(COMMON, 36, 64, eps=1e-5, seed=s)(states)["common"].mean().item() for s in range(12)]
     assert 0 < min(means) and max(means) < 0.05  # the effective beta is far below the nominal one
-    short = [bool(MaskHeads(["common"], 2, 64, eps=1e-5, seed=s)(states[:2])["common"].any()) for s in range(12)]
+    short = [bool(MaskHeads(COMMON, 2, 64, eps=1e-5, seed=s)(states[:2])["common"].any()) for s in range(12)]
     assert 0 < sum(short) < 12  # a mixer that is negative throughout is dead from the start
-    dense = [MaskHeads(["common"], 36, 64, eps=1e-5, seed=seed, start="dense")(states)["common"] for seed in range(12)]
+    dense = [MaskHeads(COMMON, 36, 64, eps=1e-5, seed=seed, start="dense")(states)["common"] for seed in range(12)]
     assert all((mask > 0.4).all() and (mask < 0.8).all() for mask in dense)
     one, again, wide = (
-        MaskHeads(["common"], 36, 64, eps=1e-5, seed=4, std=std)(states)["common"] for std in (0.02, 0.02, 0.2)
+        MaskHeads(COMMON, 36, 64, eps=1e-5, seed=4, std=std)(states)["common"] for std in (0.02, 0.02, 0.2)
     )
     assert torch.equal(one, again) and wide.mean() == pytest.approx(100 * one.mean().item(), rel=1e-3)
 
 
 def test_heads_are_saved_loaded_and_refused_by_other_heads(tmp_path):
-    heads = MaskHeads(["reward", "kl"], 3, 8, eps=1e-6, std=0.5)
+    heads = MaskHeads({"names": ["reward", "kl"]}, 3, 8, eps=1e-6, std=0.5)
     model = torch.nn.Module()
     model.inner, model.mask_heads = torch.nn.Linear(2, 2), heads
     rest, own = split_state(model.state_dict())
@@ -176,14 +178,14 @@ def test_heads_are_saved_loaded_and_refused_by_other_heads(tmp_path):
     for name, mask in heads(states).items():
         assert torch.equal(loaded(states)[name], mask)
     with pytest.raises(ValueError, match="independent"):
-        MaskHeads(["common"], 3, 8, eps=1e-6).restore(read_heads(tmp_path)[1])
+        MaskHeads(COMMON, 3, 8, eps=1e-6).restore(read_heads(tmp_path)[1])
     with pytest.raises(ValueError, match="missing"):
         read_heads(tmp_path / "nowhere")
 
 
 def test_heads_have_groups_of_their_own():
     model = torch.nn.Module()
-    model.inner, model.mask_heads = torch.nn.Linear(2, 2), MaskHeads(["common"], 3, 8, eps=1e-6)
+    model.inner, model.mask_heads = torch.nn.Linear(2, 2), MaskHeads(COMMON, 3, 8, eps=1e-6)
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "weight_decay": 0.0}], lr=1e-3)
     regroup(optimizer, model, model.mask_heads, learning_rate=0.5, weight_decay=0.25)
     names = {id(p): n for n, p in model.named_parameters()}

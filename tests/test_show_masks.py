@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from helpers import build_tokenizer, tiny_llama
 from masks_page import Heatmap, colour, render
-from show_masks import main
+from show_masks import main, token_texts
 from test_sparsepo_trainer import DENSE, config, pairs
 from test_trainer import LORA
 from trainers import SparsePOTrainer
@@ -59,3 +59,13 @@ def test_texts_are_escaped_and_colours_follow_the_values():
     assert "50 % zeros, mean 1, sum 2" in page and "Over training" not in page
     assert colour(0, 2) != colour(1, 2) != colour(2, 2) and colour(-2, 2).startswith("rgba(209")
     assert colour(0.0, 0.0).endswith("0.000)")
+
+
+def test_token_texts_keep_spaces_and_put_characters_of_several_tokens_together():
+    pieces = ["It", "'s", " really", b"\xf0\x9f", b"\x98\x80", " ok", b"\xe6"]
+
+    def decode(ids):
+        joined = b"".join(p if isinstance(p, bytes) else p.encode() for p in (pieces[i] for i in ids))
+        return joined.decode(errors="replace")
+
+    assert token_texts(list(range(7)), decode) == ["It", "'s", " really", "", "\U0001f600", " ok", "\ufffd"]

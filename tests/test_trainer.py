@@ -352,3 +352,12 @@ def test_model_card_names_method_paper_and_data(tmp_path, tokenizer):
     card = (tmp_path / "README.md").read_text()
     for word in ("SWEPO", "2412.04628", "lab/preferences", "polypo"):
         assert word in card
+
+
+def test_an_untrained_policy_is_evaluated_in_the_precision_of_the_reference(tmp_path, tokenizer):
+    data = Dataset.from_list(rows())
+    trainer = SWEPOTrainer(
+        tiny_llama(len(tokenizer)), args=config(tmp_path, bf16=True), eval_dataset=data, processing_class=tokenizer
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/chosen"] == 0 and metrics["eval_rewards/margins"] == 0

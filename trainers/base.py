@@ -165,7 +165,8 @@ class PreferenceTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
         reference = self._reference_forward(model, batch) if self.reference is not None else None
-        policy = self.policy_forward(model, batch, reference)
+        with self.accelerator.autocast():  # as the reference, also where the engine has not wrapped the policy
+            policy = self.policy_forward(model, batch, reference)
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
         weights = self._weights(batch)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,15 +58,16 @@ class MaskHeads(nn.Module):
     """One head by name: "common", or "reward" and "kl". States (L,N,H) -> {name: (N,)}.
 
     Args:
+        settings: {"names": of the heads, and what else tells their purpose}, saved with them.
         seed: of the heads' start, which then depends on nothing else.
     """
 
-    def __init__(self, names: list[str], layers: int, width: int, *, seed: int = 0, **options):
+    def __init__(self, settings: dict, layers: int, width: int, *, seed: int = 0, **options):
         super().__init__()
-        self.settings = {"names": list(names), "layers": layers, "width": width, "eps": options["eps"]}
+        self.settings = {**settings, "layers": layers, "width": width, "eps": options["eps"]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleDict({name: MaskHead(layers, width, **options) for name in names})
+            self.heads = nn.ModuleDict({name: MaskHead(layers, width, **options) for name in settings["names"]})
 
     def forward(self, states: Tensor) -> dict[str, Tensor]:
         with torch.autocast(states.device.type, enabled=False):
@@ -85,7 +86,8 @@ class MaskHeads(nn.Module):
     def load(cls, folder: str | Path) -> "MaskHeads":
         """The heads that were saved in `folder`."""
         settings, state = read_heads(folder)
-        heads = cls(settings.pop("names"), settings.pop("layers"), settings.pop("width"), **settings)
+        layers, width, eps = (settings.pop(name) for name in ("layers", "width", "eps"))
+        heads = cls(settings, layers, width, eps=eps)
         heads.restore(state)
         return heads
 
@@ -118,8 +120,11 @@ def read_heads(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     path = Path(folder) / FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing: {folder} holds no learned masks.")
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["settings"]), {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["settings"]), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): take another checkpoint.") from error
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

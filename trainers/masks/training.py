@@ -1,12 +1,13 @@
 """The mask heads inside a policy that is being trained: where they sit, how they are optimised, when they are dead."""
 
 import logging
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback
 
-from .learned import ATTRIBUTE, MaskHeads
+from .learned import ATTRIBUTE, FILE, MaskHeads, read_heads
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,27 @@ def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | No
         raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
 
 
-def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, names: list[str], *, sharded: bool, **options):
+def check_masks(checkpoint: str, settings: dict | None) -> None:
+    """Raises ValueError unless the heads of `checkpoint` are for what `settings` say; None says that there are none.
+
+    A checkpoint of DeepSpeed keeps its heads in DeepSpeed's own files and is not looked into.
+    """
+    path = Path(checkpoint) / FILE
+    if not path.is_file():
+        return
+    saved = {name: read_heads(checkpoint)[0].get(name) for name in ("names", "masked", "kl_term")}
+    if saved != settings:
+        raise ValueError(
+            f"{path} holds learned masks for {saved}, but this run has {settings or 'no learned masks'}: set mask, "
+            "independent, mask_reward, mask_kl and kl_term as in the saved run, or start a new one."
+        )
+
+
+def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, settings: dict, *, sharded: bool, **options):
     """Put fresh heads for the hidden states of `reference` into `policy`, before an engine wraps it.
 
     Args:
-        names: "common", or "reward" and "kl".
+        settings: what the heads are for: `SparsePOConfig.mask_settings`.
         sharded: whether the engine keeps one dtype for a group of parameters; otherwise heads are float32 or wider.
         options: `std`, `start` and `seed` of the heads.
 
@@ -44,7 +61,7 @@ def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, names: list[s
     """
     config = reference.config.get_text_config()
     eps = next((getattr(config, name) for name in NORM_EPSILONS if getattr(config, name, None)), 1e-5)
-    heads = MaskHeads(names, config.num_hidden_layers, config.hidden_size, eps=eps, **options)
+    heads = MaskHeads(settings, config.num_hidden_layers, config.hidden_size, eps=eps, **options)
     heads.to(policy.device, policy.dtype if sharded else torch.promote_types(policy.dtype, torch.float32))
     policy.add_module(ATTRIBUTE, heads)
     return heads
