@@ -1,6 +1,6 @@
 """Two rounds of EM on as many processes as torchrun started; prints posterior and log-likelihoods as one JSON line.
 
-torchrun --nproc_per_node 2 tests/emdpo_steps.py '{"engine": "zero3", "folder": "/tmp/x", ...}'
+torchrun --nproc_per_node 2 tests/emdpo_steps.py '{"engine": "zero3", "folder": "FOLDER", ...}'
 """
 
 import json
