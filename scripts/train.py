@@ -76,7 +76,8 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
     enhance.refuse_folder_of_rounds(args.output_dir)
     checkpoint = _checkpoint(args)
     if checkpoint and _is_finished(args, checkpoint):
-        print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
+        if args.process_index == 0:
+            print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
         return
     trainer = trainer_class(
         model.model_name_or_path,
