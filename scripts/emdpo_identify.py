@@ -47,7 +47,7 @@ class IdentifyArguments:
     annotators: int = field(default=2000, metadata={"help": "Per run, and as many new ones to classify."})
     items: int = field(default=500, metadata={"help": "Different items with standard normal features."})
     starts: int = field(default=3, metadata={"help": "Random first posteriors per kind of feedback."})
-    rounds: int = field(default=15, metadata={"help": "Rounds of EM."})
+    rounds: int = field(default=60, metadata={"help": "Rounds of EM."})
     seed: int = field(default=0, metadata={"help": "Of the data; starts count up from it."})
 
 
