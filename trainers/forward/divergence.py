@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from .head import (
     CPU_CHUNK_ELEMENTS,
+    HeadGradients,
     LogitRule,
     Pass,
-    _add_products,
     _parts,
     _project,
     _wide,
@@ -181,13 +181,8 @@ class _LinearKL(torch.autograd.Function):
         hidden, weight, bias, targets, frozen_hidden, frozen_weight, frozen_bias, totals, frozen_totals = (
             ctx.saved_tensors
         )
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Summed over chunks in at least float32: bfloat16 sums drift.
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and ctx.needs_input_grad[2] else None
-        )
         cast, frozen_t = weight.to(hidden.dtype), frozen_weight.to(hidden.dtype).t()
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias, cast)
         for part in _parts(len(hidden), ctx.size):
             of_logps, of_kls = grad_logps[part].unsqueeze(-1), grad_kls[part].unsqueeze(-1)
             logits = _widen(_project(hidden[part], cast.t(), bias))
@@ -195,16 +190,5 @@ class _LinearKL(torch.autograd.Function):
             logits = _widen(_project(frozen_hidden[part], frozen_t, frozen_bias))
             slope.sub_(logits.sub_(frozen_totals[part].unsqueeze(-1)).exp_().mul_(of_kls))
             slope.scatter_add_(-1, targets[part].unsqueeze(-1), of_logps)
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
-            slope = slope.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(slope, cast, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_products(grad_weight, slope, hidden[part])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
+            gradients.add(part, slope, slope.to(hidden.dtype))
+        return *gradients.found(), *(None,) * 5

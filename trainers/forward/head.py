@@ -182,31 +182,41 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Summed over chunks in at least float32: bfloat16 sums drift.
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and ctx.needs_input_grad[2] else None
-        )
         cast, buffers = weight.to(hidden.dtype), _Buffers(hidden, len(weight), ctx.size)
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias, cast)
         for part in _parts(len(hidden), ctx.size):
             logits = buffers.logits(hidden[part], cast.t(), bias)
             slope = logits.sub_(totals[part].unsqueeze(-1)).exp_().mul_(-grad[part].unsqueeze(-1))
             slope.scatter_add_(-1, targets[part].unsqueeze(-1), grad[part].unsqueeze(-1))
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
-            slope = buffers.narrow(slope)
-            if grad_hidden is not None:
-                torch.mm(slope, cast, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_products(grad_weight, slope, hidden[part])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            gradients.add(part, slope, buffers.narrow(slope))
+        return *gradients.found(), None, None
+
+
+class HeadGradients:
+    """Gradients of a linear head's hidden states, weight and bias, added up from the slopes of the logits by chunk.
+
+    Sums are in at least float32: bfloat16 sums drift. `cast` is the weight in the dtype of the hidden states.
+    """
+
+    def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor):
+        self.inputs, self.cast = (hidden, weight, bias), cast
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needed[2] else None
+
+    def add(self, part: slice, slope: Tensor, narrow: Tensor) -> None:
+        """Take a chunk's slopes (n,V) over, as they are and in the dtype of the hidden states."""
+        if self.bias is not None:
+            self.bias += slope.sum(0)
+        if self.hidden is not None:
+            torch.mm(narrow, self.cast, out=self.hidden[part])
+        if self.weight is not None:
+            _add_products(self.weight, narrow, self.inputs[0][part])
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three gradients, each in the dtype of its input, None where it is not needed."""
+        sums = self.hidden, self.weight, self.bias
+        return tuple(s if s is None else s.to(x.dtype) for s, x in zip(sums, self.inputs, strict=True))
 
 
 class _Buffers:
