@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
+from trainers.data import canonicalize
 from trainers.data.drops import Drop
-from trainers.data.rows import canonicalize, clean_row, to_canonical
+from trainers.data.rows import clean_row, to_canonical
 
 ROW = {"prompt": "Name a colour.", "responses": ["Red.", "Blue!", "Green?"], "scores": [1, 2.5, -3]}
 

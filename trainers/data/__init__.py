@@ -1,9 +1,10 @@
 """From any preference data to padded batches: read, check, tokenise, collate."""
 
+from .canonical import canonicalize
 from .collator import PreferenceCollator
 from .drops import Drop, DropReport
 from .load import load_preferences
-from .rows import canonicalize, clean_row, to_canonical
+from .rows import clean_row, to_canonical
 from .tokenization import tokenize_dataset, tokenize_row
 
 __all__ = [

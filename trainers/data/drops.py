@@ -9,8 +9,9 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -19,7 +20,15 @@ EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", 
 
 
 class Drop(Exception):
-    """Raised by an adapter to leave out a row; the message is the reason under which it is counted."""
+    """Raised by an adapter to leave out a row; the message is the reason under which it is counted.
+
+    A generator function yields it instead, and with `kind="response"` for a response that it leaves out of the row
+    that it yields next.
+    """
+
+    def __init__(self, reason: str, kind: str = "row"):
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass
@@ -27,17 +36,29 @@ class DropReport:
     """What a pass over a dataset left out, counted by reason.
 
     `reasons` counts rows, `responses_dropped` counts responses (of kept and of dropped rows), and `notes` counts what
-    was changed but kept, such as truncated responses.
+    was changed but kept, such as truncated responses. Where several rows of the source make one row, `source_rows` is
+    their number and `rows_in` counts the rows made.
     """
 
+    source_rows: int | None = None
     rows_in: int = 0
     rows_out: int = 0
     reasons: Counter = field(default_factory=Counter)
     responses_dropped: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
 
+    def add(self, kept: bool, reasons: Iterable[str]) -> None:
+        """Count one row of the pass; a reason is "row: ...", "response: ..." or "note: ..."."""
+        self.rows_in += 1
+        self.rows_out += kept
+        counters = {"row": self.reasons, "response": self.responses_dropped, "note": self.notes}
+        for event in reasons:
+            kind, _, reason = event.partition(": ")
+            counters[kind][reason] += 1
+
     def __str__(self) -> str:
-        lines = [f"{self.rows_in} rows in, {self.rows_out} kept, {self.rows_in - self.rows_out} dropped"]
+        grouped = "" if self.source_rows is None else f"{self.source_rows} rows of the source, grouped: "
+        lines = [f"{grouped}{self.rows_in} rows in, {self.rows_out} kept, {self.rows_in - self.rows_out} dropped"]
         for title, counts in (("rows dropped", self.reasons), ("responses dropped", self.responses_dropped)):
             lines += [f"  {title}: {count} ({reason})" for reason, count in counts.most_common()]
         lines += [f"  {count} {note}" for note, count in self.notes.most_common()]
@@ -53,12 +74,11 @@ class DropReport:
 
 def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
     """Tally and remove the temporary columns of a mapped dataset, and remove the rows that were marked as dropped."""
-    kept = [index for index, keep in enumerate(mapped[KEPT]) if keep]
-    report = DropReport(rows_in=len(mapped), rows_out=len(kept))
-    counters = {"row": report.reasons, "response": report.responses_dropped, "note": report.notes}
-    for event, count in Counter(event for events in mapped[EVENTS] for event in events).items():
-        kind, _, reason = event.partition(": ")
-        counters[kind][reason] += count
+    report, kept = DropReport(), []
+    for index, (keep, events) in enumerate(zip(mapped[KEPT], mapped[EVENTS], strict=True)):
+        report.add(keep, events)
+        if keep:
+            kept.append(index)
     if not kept:
         raise ValueError(f"no usable row is left.\n{report}")
     dataset = mapped.remove_columns([EVENTS, KEPT])
@@ -69,11 +89,9 @@ def batch_to_rows(batch: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def refuse(index: int, reason: str) -> None:
+def refuse(where: str, reason: str) -> None:
     """Raise for a row that `invalid="error"` does not let pass."""
-    raise ValueError(
-        f"row {index}: {reason.removeprefix('row: ')}. Repair it, or leave it out with invalid_rows='drop'."
-    )
+    raise ValueError(f"{where}: {reason.removeprefix('row: ')}. Repair it, or leave it out with invalid_rows='drop'.")
 
 
 def is_first_process() -> bool:
@@ -94,12 +112,14 @@ def with_event_columns(features: dict[str, Any]) -> Features:
 
 
 def source_digest(*functions: Callable | None) -> str:
-    """Digest of the source files of the functions.
+    """Digest of the source of this package and of the files of the functions.
 
     `datasets` hashes an imported function by its name alone, so without this an edited adapter (or a new version of
     this package) would be answered from the cache of the old one.
     """
     digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
     for function in functions:
         try:
             digest.update(inspect.getsource(inspect.getmodule(function)).encode())

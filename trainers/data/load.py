@@ -5,20 +5,22 @@ import importlib
 import io
 import json
 import logging
-from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TextIO
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from . import adapters
-from .rows import Row, canonicalize, to_canonical
+from .canonical import Adapter, canonical_stream, canonicalize
+from .drops import is_first_process
+from .formats import FORMATS, known_formats, recognise
+from .rows import to_canonical
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
 OPTIONAL = ("weight", "annotator")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -26,41 +28,46 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 def load_preferences(
     name_or_path: str,
     split: str | None = None,
-    data_format: str | Callable[[Row], Row | None] | None = None,
+    data_format: str | Adapter | None = None,
     *,
     as_chat: bool = False,
     invalid_rows: str = "drop",
     num_proc: int | None = None,
     max_rows: int | None = None,
+    streaming: bool = False,
     **kwargs,
-) -> Dataset:
+) -> Dataset | IterableDataset:
     """Load preference data as canonical rows; what is dropped is counted by reason and logged.
 
     Args:
         name_or_path: hub id, local folder, or a .jsonl, .json or .parquet file (each also with .gz).
         split: split to read, in the syntax of `datasets` (`"train[:100]"` works). Default: `"train"`.
-        data_format: name of a function of `trainers.data.adapters`, or the dotted import path of any function
-            `row -> row or None`. Default: the columns are those of canonical rows or of TRL pairs.
+        data_format: name of a format (`trainers.data.formats.FORMATS`), or the dotted import path of any function
+            `row -> row or None` or generator function `rows -> rows`. `"auto"` goes by the columns and logs its
+            choice. Default: the columns are those of canonical rows or of TRL pairs.
         as_chat: wrap text prompts and responses in user and assistant messages.
         invalid_rows: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
         num_proc: processes for reading the rows.
-        max_rows: read at most this many rows, counted before any is dropped.
+        max_rows: read at most this many rows of the source, counted before any is dropped.
+        streaming: return an `IterableDataset` that reads the rows one by one and keeps none. What is dropped is logged
+            at the end of each pass over it.
         kwargs: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `data_files`.
 
     Raises:
         FileNotFoundError: if a path does not exist.
         ValueError: naming the row and the field, if the data is not what `data_format` says.
     """
-    if kwargs.get("streaming"):
-        raise ValueError("streaming=True is not supported: rows are counted and checked before training.")
     adapter = _find_adapter(data_format)
-    dataset = _read(str(name_or_path), split or "train", kwargs)
+    source = _read(str(name_or_path), split or "train", {**kwargs, "streaming": True} if streaming else kwargs)
     if max_rows is not None:
-        dataset = dataset.select(range(min(max_rows, len(dataset))))
+        source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
     if adapter is None:
-        _check_columns(dataset.column_names)
-    dataset, report = canonicalize(dataset, adapter, invalid_rows, num_proc, as_chat)
-    report.log(logger, str(name_or_path))
+        adapter = _adapter_by_columns(source, str(name_or_path), auto=data_format == AUTO)
+    if streaming:
+        dataset = canonical_stream(source, adapter, invalid_rows, as_chat, title=str(name_or_path))
+    else:
+        dataset, report = canonicalize(source, adapter, invalid_rows, num_proc, as_chat)
+        report.log(logger, str(name_or_path))
     _warn_of_misspellings(dataset.column_names)
     return dataset
 
@@ -146,25 +153,34 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or stem.endswith(tuple(SUFFIXES)) or "\\" in name
 
 
-def _check_columns(columns: list[str]) -> None:
-    if {"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns):
-        return
-    raise ValueError(
-        f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
-        f"chosen, rejected); set data_format to one of {adapters.__all__} or to the import path of your own function."
-    )
+def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: bool) -> Adapter | None:
+    """The adapter that `auto` finds; None, for canonical rows and TRL pairs, which need none, without it."""
+    first = next(iter(source), {})
+    columns = source.column_names or sorted(first)
+    if auto:
+        name = recognise(columns, first)
+        if is_first_process():
+            logger.warning(
+                "%s: data_format 'auto' reads it as %r (%s). Set data_format to this name, or to another, to fix it.",
+                title, name, FORMATS[name].of,
+            )  # fmt: skip
+        return FORMATS[name].adapter
+    if not ({"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
+        raise ValueError(
+            f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
+            f"chosen, rejected); set data_format to 'auto' or to {known_formats()}."
+        )
+    return None
 
 
-def _find_adapter(data_format) -> Callable[[Row], Row | None] | None:
-    if data_format is None or callable(data_format):
-        return data_format
-    if data_format in adapters.__all__:
-        return getattr(adapters, data_format)
+def _find_adapter(data_format) -> Adapter | None:
+    if data_format is None or data_format == AUTO or callable(data_format):
+        return None if data_format == AUTO else data_format
+    if data_format in FORMATS:
+        return FORMATS[data_format].adapter
     module, _, name = data_format.rpartition(".")
     if not module:
-        raise ValueError(
-            f"unknown data_format {data_format!r}; give one of {adapters.__all__} or a dotted import path."
-        )
+        raise ValueError(f"unknown data_format {data_format!r}; set it to 'auto' or to {known_formats()}.")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

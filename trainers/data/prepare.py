@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .rows import canonicalize
+from .canonical import canonicalize
 from .tokenization import tokenize_dataset
 
 logger = logging.getLogger(__name__)

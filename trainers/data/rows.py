@@ -1,4 +1,4 @@
-"""The canonical row, what makes it valid, and the count of what is left out.
+"""The canonical row and what makes it valid.
 
 A canonical row is `{"prompt": str | messages, "responses": [K str | messages], "scores": [K floats]}` where a higher
 score is better, with optional `annotator` (str or int) and `weight` (float). Every other column is passed through; a
@@ -10,30 +10,17 @@ a missing score) is dropped and counted, or refused with `invalid="error"`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, List, Value
 from trl import extract_prompt
 
-from .drops import (
-    EVENTS,
-    KEPT,
-    Drop,
-    DropReport,
-    batch_to_rows,
-    check_invalid,
-    refuse,
-    source_digest,
-    split_off_drops,
-    with_event_columns,
-)
+from .drops import Drop
 
 Row = dict[str, Any]
 
-FEATURE_SAMPLE = 64  # kept rows from which the column types are inferred
 MIN_RESPONSES = 2
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
@@ -56,29 +43,29 @@ def to_canonical(row: Row) -> Row:
             f"missing column {missing[0]!r}; found columns {sorted(row)}. Give 'prompt', 'responses' and 'scores', "
             "or 'prompt', 'chosen' and 'rejected', or name the data_format."
         )
-    responses = _as_list(row["responses"], "responses")
-    scores = [None] * len(responses) if row["scores"] is None else _as_list(row["scores"], "scores")
+    responses = as_list(row["responses"], "responses")
+    scores = [None] * len(responses) if row["scores"] is None else as_list(row["scores"], "scores")
     if len(responses) != len(scores):
         raise ValueError(
             f"'responses' has {len(responses)} items but 'scores' has {len(scores)}; give one score per response."
         )
-    prompt = _checked_text(row["prompt"], "prompt")
-    responses = [_checked_text(response, f"responses[{k}]") for k, response in enumerate(responses)]
-    scores = [_checked_number(score, f"scores[{k}]") for k, score in enumerate(scores)]
+    prompt = checked_text(row["prompt"], "prompt")
+    responses = [checked_text(response, f"responses[{k}]") for k, response in enumerate(responses)]
+    scores = [checked_number(score, f"scores[{k}]") for k, score in enumerate(scores)]
     if any(isinstance(text, list) for text in [prompt, *responses]):
         prompt, responses = _as_messages(prompt, responses)
     out = {**row, "prompt": prompt, "responses": responses, "scores": scores}
     if "weight" in row:
-        out["weight"] = _checked_number(row["weight"], "weight")
+        out["weight"] = checked_number(row["weight"], "weight")
     annotator = row.get("annotator")
     if annotator is not None and not isinstance(annotator, str | Integral):
-        raise ValueError(f"'annotator' is {_describe(annotator)}; give a str or an int.")
+        raise ValueError(f"'annotator' is {describe(annotator)}; give a str or an int.")
     return out
 
 
 def pair_to_row(row: Row) -> Row:
     """Turn a TRL pair into a row with K=2 and scores 1 and 0; an implicit prompt is split off by TRL's own rule."""
-    chosen, rejected = (_checked_text(row[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (checked_text(row[name], name) for name in ("chosen", "rejected"))
     prompt = row.get("prompt")
     chat_with_prompt = isinstance(chosen, list) and bool(chosen) and chosen[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and chat_with_prompt):
@@ -118,7 +105,7 @@ def clean_row(row: Row) -> tuple[Row | None, list[str]]:
             return None, ["row: weight is negative"]
     if len(row["responses"]) < MIN_RESPONSES:
         return None, [f"row: fewer than {MIN_RESPONSES} responses given"]
-    faults = _response_faults(row)
+    faults = response_faults(row)
     reasons = [f"response: {fault}" for fault in faults.values()]
     keep = [k for k in range(len(row["responses"])) if k not in faults]
     if len(keep) < MIN_RESPONSES:
@@ -136,120 +123,56 @@ def take_responses(row: Row, keep: list[int]) -> Row:
     }
 
 
-def canonicalize(
-    dataset: Dataset,
-    adapter: Callable[[Row], Row | None] | None = None,
-    invalid: str = "drop",
-    num_proc: int | None = None,
-    as_chat: bool = False,
-) -> tuple[Dataset, DropReport]:
-    """Turn a dataset into canonical rows and count what is left out.
-
-    Args:
-        adapter: plain function from a row of the dataset to a canonical row or a TRL pair. It returns None or raises
-            `Drop(reason)` for rows to leave out. Default: the rows are canonical rows or TRL pairs already.
-        invalid: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
-        num_proc: processes for `Dataset.map`.
-        as_chat: wrap text prompts and responses in user and assistant messages.
-
-    Raises:
-        ValueError: naming the row index and the field, if a row is built wrongly, if `invalid="error"` and a row is
-            unusable, or if no row is left.
-    """
-    check_invalid(invalid)
-    if len(dataset) == 0:
-        raise ValueError("the dataset has no rows.")
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    features = _canonical_features(dataset, options)
-    mapped = dataset.map(
-        _canonical_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=with_event_columns(features),
-        num_proc=num_proc,
-        fn_kwargs={**options, "columns": list(features), "code": source_digest(canonicalize, adapter)},
-        desc="Reading preference rows",
-    )
-    return split_off_drops(mapped)
+def response_faults(row: Row) -> dict[int, str]:
+    """What makes responses unusable, by their index."""
+    faults = {}
+    for k, (response, score) in enumerate(zip(row["responses"], row["scores"], strict=True)):
+        if _is_blank(response):
+            faults[k] = "empty text"
+        elif isinstance(response, list) and response[0]["role"] in ("user", "system"):
+            faults[k] = f"starts with a {response[0]['role']} turn, which belongs to the prompt"
+        elif score is None or math.isnan(score):
+            faults[k] = "missing score"
+        elif math.isinf(score):
+            faults[k] = "infinite score"
+        elif abs(score) > LARGEST_SCORE:
+            faults[k] = "score too large for float32"
+    return faults
 
 
-def _canonical_batch(
-    batch: dict[str, list], indices: list[int], adapter, invalid: str, as_chat: bool, columns: list[str], code: str
-) -> dict[str, list]:
-    out = {name: [] for name in [*columns, EVENTS, KEPT]}
-    for index, source in zip(indices, batch_to_rows(batch), strict=True):
-        row, reasons = _read_row(index, source, adapter, invalid, as_chat)
-        new = sorted(set(row or ()) - set(columns))
-        if new:
-            raise ValueError(f"row {index}: column {new[0]!r} is not in the rows before it; give it in every row.")
-        for name in columns:
-            out[name].append(row.get(name) if row else None)
-        out[EVENTS].append(reasons)
-        out[KEPT].append(row is not None)
-    return out
+def as_list(value, name: str) -> list:
+    if value is None:
+        return []
+    if isinstance(value, Iterable) and not isinstance(value, str | dict):
+        return list(value)
+    raise ValueError(f"{name!r} is {describe(value)}; give a list with one item per response.")
 
 
-def _read_row(index: int, source: Row, adapter, invalid: str, as_chat: bool) -> tuple[Row | None, list[str]]:
-    try:
-        row = adapter(source) if adapter else source
-        if row is None:
-            raise Drop(f"left out by {getattr(adapter, '__name__', 'the adapter')}")
-        row = to_canonical(row)
-    except Drop as drop:
-        row, clean, reasons = None, None, [f"row: {drop}"]
-    except KeyError as error:
-        message = f"row {index}: no field {error} for this data_format; found columns {sorted(source)}."
-        raise ValueError(message) from error
-    except ValueError as error:
-        raise ValueError(f"row {index}: {error}") from error
-    else:
-        clean, reasons = clean_row(row)
-    if reasons and invalid == "error":
-        faults = _response_faults(row) if reasons[0].startswith("response") else {}
-        refuse(index, next((f"responses[{k}]: {fault}" for k, fault in faults.items()), reasons[0]))
-    return (chat_row(clean) if clean and as_chat else clean), reasons
+def checked_text(value, name: str):
+    if value is None or isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError(f"{name!r} is {describe(value)}; give text or a list of messages.")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
+            raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
+    return messages
 
 
-def _canonical_features(dataset: Dataset, options: dict[str, Any]) -> dict[str, Any]:
-    """Column types of the result. Fixed before the map, because inference batch by batch fails on columns that happen
-    to be all None in the first batch."""
-    sample = []
-    for index, source in enumerate(dataset):
-        row, _ = _read_row(index, source, **options)
-        if row is not None:
-            sample.append(row)
-        if len(sample) == FEATURE_SAMPLE:
-            break
-    if not sample:
-        return {"prompt": Value("string"), "responses": List(Value("string")), "scores": List(Value("float64"))}
-    source = dataset.features
-    features = _without_null(dict(Dataset.from_list(sample).features), _message_fields(source))
-    own = ("prompt", "responses", "scores", "weight")
-    features.update({name: source[name] for name in features if name in source and name not in own})
-    features["scores"] = List(Value("float64"))
-    if "weight" in features:
-        features["weight"] = Value("float64")
-    return features
+def checked_number(value, name: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real):
+        raise ValueError(f"{name!r} is {describe(value)}; give a number.")
+    return float(value)
 
 
-def _message_fields(features: dict[str, Any]) -> dict[str, Any]:
-    fields = {}
-    for name in ("prompt", "responses", "chosen", "rejected"):
-        feature = features.get(name)
-        while isinstance(feature, List):
-            feature = feature.feature
-        fields.update(feature if isinstance(feature, dict) else {})
-    return fields
-
-
-def _without_null(feature: Any, message_fields: dict[str, Any]) -> Any:
-    if isinstance(feature, dict):
-        known = message_fields if "role" in feature else {}
-        return {name: known.get(name) or _without_null(part, message_fields) for name, part in feature.items()}
-    if isinstance(feature, List):
-        return List(_without_null(feature.feature, message_fields))
-    return Value("string") if feature == Value("null") else feature
+def describe(value) -> str:
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:
@@ -269,59 +192,7 @@ def _as_messages(prompt, responses: list) -> tuple[list, list]:
     return prompt, wrapped
 
 
-def _response_faults(row: Row) -> dict[int, str]:
-    """What makes responses unusable, by their index."""
-    faults = {}
-    for k, (response, score) in enumerate(zip(row["responses"], row["scores"], strict=True)):
-        if _is_blank(response):
-            faults[k] = "empty text"
-        elif isinstance(response, list) and response[0]["role"] in ("user", "system"):
-            faults[k] = f"starts with a {response[0]['role']} turn, which belongs to the prompt"
-        elif score is None or math.isnan(score):
-            faults[k] = "missing score"
-        elif math.isinf(score):
-            faults[k] = "infinite score"
-        elif abs(score) > LARGEST_SCORE:
-            faults[k] = "score too large for float32"
-    return faults
-
-
 def _is_blank(text) -> bool:
     if isinstance(text, list):
         return all(_is_blank(message["content"]) and not message.get("tool_calls") for message in text)
     return text is None or not text.strip()
-
-
-def _as_list(value, name: str) -> list:
-    if value is None:
-        return []
-    if isinstance(value, Iterable) and not isinstance(value, str | dict):
-        return list(value)
-    raise ValueError(f"{name!r} is {_describe(value)}; give a list with one item per response.")
-
-
-def _checked_text(value, name: str):
-    if value is None or isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list):
-        raise ValueError(f"{name!r} is {_describe(value)}; give text or a list of messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{name!r} holds {_describe(message)}; a message needs 'role' and 'content'.")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
-            raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
-    return messages
-
-
-def _checked_number(value, name: str) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, Real):
-        raise ValueError(f"{name!r} is {_describe(value)}; give a number.")
-    return float(value)
-
-
-def _describe(value) -> str:
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

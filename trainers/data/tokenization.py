@@ -23,7 +23,7 @@ from .drops import (
     split_off_drops,
     with_event_columns,
 )
-from .rows import LARGEST_SCORE, MIN_RESPONSES, Row, canonicalize, is_per_token, take_responses
+from .rows import LARGEST_SCORE, MIN_RESPONSES, Row, is_per_token, take_responses
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def tokenize_dataset(
             "invalid": invalid,
             "template_kwargs": chat_template_kwargs or {},
             "columns": list(features),
-            "code": source_digest(tokenize_dataset, canonicalize),
+            "code": source_digest(),
         },
         desc="Tokenising",
     )
@@ -169,7 +169,7 @@ def _tokenize_batch(
     for index, (row, reasons, cut) in zip(indices, results, strict=True):
         faults = [reason for reason in reasons if not reason.startswith("note: ")]
         if faults and invalid == "error":
-            refuse(index, faults[0])
+            refuse(f"row {index}", faults[0])
         for name in columns:
             out[name].append(row[name] if row else None)
         out[EVENTS].append(reasons)

@@ -1,0 +1,549 @@
+"""Every format of trainers.data.formats: exact rows, drops by reason, the same from a stream, recognised by columns."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from trainers.data import canonicalize, load_preferences
+from trainers.data.canonical import canonical_stream
+from trainers.data.drops import Drop
+from trainers.data.formats import FORMATS, recognise
+
+SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hub_samples"
+needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="shared/data is not here")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def answers(*texts):
+    return [[assistant(text)] for text in texts]
+
+
+def completion(response, overall, *ratings, model="m"):
+    aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    return {
+        "annotations": {aspect: {"Rating": r, "Rationale": "x"} for aspect, r in zip(aspects, ratings, strict=True)},
+        "custom_system_prompt": "Be brief.",
+        "fine-grained_score": None,
+        "model": model,
+        "overall_score": overall,
+        "response": response,
+    }
+
+
+ULTRAFEEDBACK = [
+    {
+        "source": "flan",
+        "instruction": "Say hi.",
+        "models": ["a", "b", "c"],
+        "completions": [
+            completion("Hi.", 9.0, "5", "4", "N/A", "3", model="a"),
+            completion("", 2.0, "1", "1", "1", "1", model="b"),
+            completion("Ho.", 9.0, "N/A", "N/A", "N/A", "2", model="c"),
+        ],
+        "correct_answers": ["None"],
+    },
+    {
+        "source": "sharegpt",
+        "instruction": "One?",
+        "models": ["a"],
+        "completions": [completion("1", 7.0, *"4444")],
+        "correct_answers": ["None"],
+    },
+    {"source": "ultrachat", "instruction": "None?", "models": [], "completions": [], "correct_answers": ["None"]},
+    {
+        "source": "truthful_qa",
+        "instruction": "Unrated?",
+        "models": ["a", "b", "c"],
+        "completions": [
+            completion("x", None, "N/A", "N/A", "N/A", "N/A"),
+            completion("y", 5.0, *"3333"),
+            completion("z", 1.5, "1", "2", None, "2"),
+        ],
+        "correct_answers": ["None"],
+    },
+]
+UTTERANCE = {"conversation_type": "unguided", "included_in_balanced_subset": True, "model_provider": "p"}
+
+
+def utterance(conversation, turn, k, prompt, response, score, chosen=False, user_id="u1"):
+    return {
+        **UTTERANCE, "utterance_id": f"{conversation}{turn}{k}", "interaction_id": f"{conversation}-{turn}",
+        "conversation_id": conversation, "user_id": user_id, "turn": turn, "within_turn_id": k,
+        "user_prompt": prompt, "model_response": response, "model_name": f"m{k}", "score": score, "if_chosen": chosen,
+    }  # fmt: skip
+
+
+def message(name, parent, role, text, rank=None, tree="r", lang="en", deleted=False):
+    return {
+        "message_id": name, "parent_id": parent, "text": text, "role": role, "lang": lang, "deleted": deleted,
+        "rank": rank, "message_tree_id": tree, "labels": None,
+    }  # fmt: skip
+
+
+def helpsteer(prompt, response, helpfulness, other=1):
+    marks = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), other)
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, **marks}
+
+
+def marks(*values):
+    return {name: [float(v) for v in values] for name in ("correctness", "coherence", "complexity", "verbosity")}
+
+
+def nectar(prompt, *answers):
+    found = [{"answer": text, "model": f"m{i}", "rank": rank} for i, (text, rank) in enumerate(answers)]
+    return {
+        "prompt": prompt, "answers": found, "turns": 1, "num_responses": len(found), "source": ["a", "b"],
+        "good_natured": True,
+    }  # fmt: skip
+
+
+def armorm(responses, scores):
+    pair = {side: [user("Q?"), assistant(responses[0])] for side in ("chosen", "rejected")}
+    return {
+        "prompt_id": "p", "prompt": "Q?", "all_generated_responses": responses, "all_rm_scores": scores, **pair,
+    }  # fmt: skip
+
+
+def chats(*texts, scores, prompt="Q?", head=None):
+    head = head or [user(prompt)]
+    answered = {f"A{i}": [*head, assistant(text)] for i, text in enumerate(texts)}
+    return {"prompt": prompt, "prompt_id": "p", **answered, **{f"score_A{i}": s for i, s in enumerate(scores)}}
+
+
+TALK = [user("Hi"), assistant("Hello."), user("Sing.")]
+
+# format: (rows of the source, canonical rows, rows dropped, responses dropped)
+CASES = {
+    "ultrafeedback": (
+        ULTRAFEEDBACK,
+        [
+            {"prompt": [user("Say hi.")], "responses": answers("Hi.", "Ho."), "scores": [9.0, 9.0],
+             "models": ["a", "c"], "source": "flan"},
+            {"prompt": [user("Unrated?")], "responses": answers("y", "z"), "scores": [5.0, 1.5],
+             "models": ["m", "m"], "source": "truthful_qa"},
+        ],
+        {"no completions": 1, "fewer than 2 responses given": 1},
+        {"empty text": 1, "missing score": 1},
+    ),
+    "ultrafeedback_fine_grained": (
+        ULTRAFEEDBACK,
+        [
+            {"prompt": [user("Say hi.")], "responses": answers("Hi.", "Ho."), "scores": [4.0, 2.0],
+             "models": ["a", "c"], "source": "flan"},
+            {"prompt": [user("Unrated?")], "responses": answers("y", "z"), "scores": [3.0, 5 / 3],
+             "models": ["m", "m"], "source": "truthful_qa"},
+        ],
+        {"no completions": 1, "fewer than 2 responses given": 1},
+        {"empty text": 1, "missing score": 1},
+    ),
+    "nectar": (
+        [
+            nectar("\n\nHuman: Bread?\n\nAssistant: ", ("b", 2.0), ("a", 1.0), ("c", None), ("d", 2.0)),
+            nectar("\n\nHuman: Pick.\n\nAssistant: Nine.\n\nHuman:  Double\nit.\n\nAssistant:", ("18", 1.0), ("9", 2.0)),
+            nectar("\n\nHuman: Nothing.\n\nAssistant: ", (" ", 1.0)),
+            nectar("Bread?", ("a", 1.0), ("b", 2.0)),
+            nectar("\n\nHuman: a\n\nHuman: b\n\nAssistant: ", ("a", 1.0), ("b", 2.0)),
+            nectar("\n\nHuman: a\n\nAssistant: b\n\nAssistant: ", ("a", 1.0), ("b", 2.0)),
+            nectar("\n\nHuman: a\n\nAssistant: b", ("a", 1.0), ("b", 2.0)),
+        ],
+        [
+            {"prompt": [user("Bread?")], "responses": answers("b", "a", "d"), "scores": [-2.0, -1.0, -2.0],
+             "models": ["m0", "m1", "m3"], "good_natured": True},
+            {"prompt": [user("Pick."), assistant("Nine."), user(" Double\nit.")], "responses": answers("18", "9"),
+             "scores": [-1.0, -2.0], "models": ["m0", "m1"], "good_natured": True},
+        ],
+        {
+            "fewer than 2 responses given": 1,
+            "no assistant marker": 1,
+            "the turns of the prompt do not alternate between Human and Assistant": 1,
+            "the prompt does not end with a human turn": 1,
+            "the prompt does not end where the assistant's turn begins": 1,
+        },
+        {"missing score": 1},
+    ),
+    "armorm": (
+        [
+            armorm(["a", "b", "a", "c", "d"], [0.5, -1.25, 0.5, 2.0, 0.0]),
+            armorm(["a", "", "b"], [1.0, 0.5, None]),
+            armorm(["a"], [1.0]),
+        ],
+        [{"prompt": [user("Q?")], "responses": answers("a", "b", "a", "c", "d"),
+          "scores": [0.5, -1.25, 0.5, 2.0, 0.0], "prompt_id": "p"}],
+        {"fewer than 2 usable responses left": 1, "fewer than 2 responses given": 1},
+        {"empty text": 1, "missing score": 1},
+    ),
+    "helpsteer2": (
+        [
+            helpsteer("Name?", "Snail", 4, 3),
+            helpsteer("Name?", "Ship", 1, 2),
+            helpsteer("Tea?\n<extra_id_1>Assistant\nMint.\n<extra_id_1>User\nWhy?", "Because.", 3),
+            helpsteer("Tea?\n<extra_id_1>Assistant\nMint.\n<extra_id_1>User\nWhy?", "", 3),
+            helpsteer("Tea?\n<extra_id_1>Assistant\nMint.\n<extra_id_1>User\nWhy?", "So.", 3, 0),
+            helpsteer("Alone?", "Yes", 4),
+            helpsteer("Name?", "Again", 2),
+            helpsteer("Q\n<extra_id_1>Assistant\nA\n<extra_id_1>Assistant\nB", "x", 1),
+        ],
+        [
+            {"prompt": [user("Name?")], "responses": answers("Snail", "Ship"), "scores": [4.0, 1.0], **marks(3, 2)},
+            {"prompt": [user("Tea?"), assistant("Mint."), user("Why?")], "responses": answers("Because.", "So."),
+             "scores": [3.0, 3.0], **marks(1, 0)},
+        ],
+        {
+            "fewer than 2 responses given": 2,
+            "the turns of the prompt do not alternate, or do not end with the user's": 1,
+        },
+        {"empty text": 1},
+    ),
+    "prism": (
+        [
+            utterance("c1", 0, 0, "Cook?", "Be kind.", 88, chosen=True),
+            utterance("c1", 0, 1, "Cook?", "No.", 12),
+            utterance("c1", 1, 1, "And then?", "Say so.", 65),
+            utterance("c1", 1, 0, "And then?", "Smile.", 65, chosen=True),
+            utterance("c1", 2, 0, "And?", "Eat.", 5),
+            utterance("c1", 2, 1, "And?", "Go.", 9),
+            utterance("c1", 3, 0, "Oh?", "a", 5),
+            utterance("c1", 3, 1, "Oh?", "b", 6),
+            utterance("c2", 0, 0, "hola", "Hola!", None, chosen=True, user_id="u2"),
+            utterance("c3", 1, 0, "late", "a", 1, user_id="u2"),
+            utterance("c3", 1, 1, "late", "b", 2, user_id="u2"),
+            utterance("c4", 0, 0, "one", "a", 1),
+            utterance("c4", 0, 1, "two", "b", 2),
+        ],
+        [
+            {"prompt": [user("Cook?")], "responses": answers("Be kind.", "No."), "scores": [88.0, 12.0],
+             "annotator": "u1", "models": ["m0", "m1"], "conversation_id": "c1", "interaction_id": "c1-0",
+             "conversation_type": "unguided"},
+            {"prompt": [user("Cook?"), assistant("Be kind."), user("And then?")],
+             "responses": answers("Smile.", "Say so."), "scores": [65.0, 65.0], "annotator": "u1",
+             "models": ["m0", "m1"], "conversation_id": "c1", "interaction_id": "c1-1",
+             "conversation_type": "unguided"},
+            {"prompt": [user("Cook?"), assistant("Be kind."), user("And then?"), assistant("Smile."), user("And?")],
+             "responses": answers("Eat.", "Go."), "scores": [5.0, 9.0], "annotator": "u1",
+             "models": ["m0", "m1"], "conversation_id": "c1", "interaction_id": "c1-2",
+             "conversation_type": "unguided"},
+        ],
+        {
+            "an earlier turn of the conversation has no single chosen response": 1,
+            "fewer than 2 responses given": 1,
+            "an earlier turn of the conversation is missing, or there twice": 1,
+            "the responses of an interaction answer different prompts": 1,
+        },
+        {},
+    ),
+    "oasst1": (
+        [
+            message("r", None, "prompter", "Squeak?"),
+            message("a", "r", "assistant", "Oil.", 0),
+            message("b", "r", "assistant", "New door.", 2),
+            message("c", "r", "assistant", "Öl.", 1, lang="de"),
+            message("d", "r", "assistant", "asdf", deleted=True),
+            message("e", "a", "prompter", "Only butter."),
+            message("f", "e", "assistant", "Wax."),
+            message("g", "e", "assistant", "Wait.", 1),
+            message("h", "e", "assistant", "Buy.", 0),
+            message("s", None, "prompter", "Other?", tree="s"),
+            message("t", "s", "assistant", "One.", tree="s"),
+            message("u", "gone", "assistant", "Lost.", 0, tree="s"),
+            message("v", "t", "assistant", "More.", 0, tree="s"),
+            message("x", None, "prompter", "Gone?", tree="x", deleted=True),
+            message("y", "x", "assistant", "a", 0, tree="x"),
+            message("z", "x", "assistant", "b", 1, tree="x"),
+            message("k", "l", "prompter", "round", tree="k"),
+            message("l", "k", "assistant", "and", 0, tree="k"),
+        ],
+        [
+            {"prompt": [user("Squeak?")], "responses": answers("Oil.", "New door.", "Öl."),
+             "scores": [0.0, -2.0, -1.0], "langs": ["en", "en", "de"], "lang": "en", "message_id": "r"},
+            {"prompt": [user("Squeak?"), assistant("Oil."), user("Only butter.")],
+             "responses": answers("Wait.", "Buy."), "scores": [-1.0, 0.0], "langs": ["en", "en"], "lang": "en",
+             "message_id": "e"},
+        ],
+        {
+            "fewer than 2 responses given": 1,
+            "a message of the prompt is missing": 1,
+            "a reply to a reply of the assistant": 1,
+            "a message of the prompt is deleted": 1,
+            "the messages of the prompt answer each other in a circle": 1,
+        },
+        {"deleted": 1, "missing score": 1},
+    ),
+    "hh_rlhf": (
+        [
+            {"chosen": "\n\nHuman: Wool?\n\nAssistant: Use cool water.",
+             "rejected": "\n\nHuman: Wool?\n\nAssistant: Use hot water."},
+            {"chosen": "\n\nHuman: Fact.\n\nAssistant: Snails.\n\nHuman: Really?\n\nAssistant: Yes, ten.",
+             "rejected": "\n\nHuman: Fact.\n\nAssistant: Snails.\n\nHuman: Really?\n\nAssistant: Yes.\n"},
+            {"chosen": "\n\nHuman: Cat?\n\nAssistant: Sorry.", "rejected": "\n\nHuman: Cat?\n\nAssistant:"},
+            {"chosen": "\n\nHuman: Who?\n\nAssistant: It says\n\nHuman: hello",
+             "rejected": "\n\nHuman: Who?\n\nAssistant: Nobody."},
+            {"chosen": "\n\nHuman: Who?\n\nAssistant: It says\n\nAssistant: hello",
+             "rejected": "\n\nHuman: Who?\n\nAssistant: Nobody."},
+            {"chosen": "\n\nHuman: ok\n\nAssistant: Good.", "rejected": "\n\nHuman: ok\n\nAssistant: Good."},
+        ],
+        [
+            {"prompt": [user("Wool?")], "responses": answers("Use cool water.", "Use hot water."),
+             "scores": [1.0, 0.0]},
+            {"prompt": [user("Fact."), assistant("Snails."), user("Really?")],
+             "responses": answers("Yes, ten.", "Yes.\n"), "scores": [1.0, 0.0]},
+            {"prompt": [user("Who?")], "responses": answers("It says\n\nHuman: hello", "Nobody."),
+             "scores": [1.0, 0.0]},
+        ],
+        {
+            "fewer than 2 usable responses left": 1,
+            "chosen and rejected do not share one prompt": 1,
+            "chosen and rejected are the same answer": 1,
+        },
+        {"empty text": 1},
+    ),
+    "argilla": (
+        [
+            {"source": "s", "instruction": "Quick?", "chosen_response": "Swift.", "rejected_response": "Slow.",
+             "chosen_avg_rating": 5.0, "rejected_avg_rating": 1.75, "chosen_model": "m"},
+            {"source": "t", "instruction": "Été?", "chosen_response": "Été.", "rejected_response": "",
+             "chosen_avg_rating": 4.5, "rejected_avg_rating": None, "chosen_model": "m"},
+        ],
+        [{"prompt": [user("Quick?")], "responses": answers("Swift.", "Slow."), "scores": [5.0, 1.75],
+          "source": "s"}],
+        {"fewer than 2 usable responses left": 1},
+        {"empty text": 1},
+    ),
+    "scored_pairs": (
+        [
+            {"chosen": [*TALK, assistant("La.")], "rejected": [*TALK, assistant("No.")], "score_chosen": 7.5,
+             "score_rejected": 7.5},
+            {"chosen": [user("мост"), assistant("мост")], "rejected": [user("мост"), assistant("")],
+             "score_chosen": 8.0, "score_rejected": 1.0},
+            {"chosen": [user("Tea?"), assistant("Tea.")], "rejected": [user("Tea?"), assistant("Tea.")],
+             "score_chosen": 6.0, "score_rejected": 6.0},
+        ],
+        [
+            {"prompt": TALK, "responses": answers("La.", "No."), "scores": [7.5, 7.5]},
+            {"prompt": [user("Tea?")], "responses": answers("Tea.", "Tea."), "scores": [6.0, 6.0]},
+        ],
+        {"fewer than 2 usable responses left": 1},
+        {"empty text": 1},
+    ),
+    "numbered": (
+        [
+            chats("a", "b", "c", "d", scores=[9.0, 9.0, 4.0, 1.0]),
+            chats("N/A", "N/A", "N/A", "N/A", scores=[0.0] * 4),
+            chats("a", "N/A", "c", "", scores=[9.5, 9.0, None, 1.0], head=TALK),
+            {**chats("a", "b", "c", "d", scores=[1.0] * 4), "A1": [user("Other?"), assistant("b")]},
+            {**chats("a", "b", "c", "d", scores=[1.0] * 4), "A1": None},
+        ],
+        [
+            {"prompt": [user("Q?")], "responses": answers("a", "b", "c", "d"), "scores": [9.0, 9.0, 4.0, 1.0],
+             "prompt_id": "p"},
+            {"prompt": TALK, "responses": answers("a", "N/A"), "scores": [9.5, 9.0], "prompt_id": "p"},
+            {"prompt": [user("Q?")], "responses": answers("a", "c", "d"), "scores": [1.0] * 3, "prompt_id": "p"},
+        ],
+        {"placeholder answers (N/A)": 1, "the answers do not share one prompt": 1},
+        {"missing score": 1, "empty text": 2},
+    ),
+    "list_ultrafeedback": (
+        [
+            {"prompt_id": "p", "prompt": "Fog?", "all_responses": list("abcdefgh"),
+             "overall_scores": [0.5, 0.5, 0.75, 0.25, 0.0, 1.0, 0.5, 0.5]},
+            {"prompt_id": "q", "prompt": "One?", "all_responses": ["1", "One."], "overall_scores": [0.7, None]},
+        ],
+        [{"prompt": [user("Fog?")], "responses": answers(*"abcdefgh"),
+          "scores": [0.5, 0.5, 0.75, 0.25, 0.0, 1.0, 0.5, 0.5], "prompt_id": "p"}],
+        {"fewer than 2 usable responses left": 1},
+        {"missing score": 1},
+    ),
+    "pairs": (
+        [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": " ", "chosen": "x", "rejected": "y"}],
+        [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 0.0]}],
+        {"prompt is empty": 1},
+        {},
+    ),
+    "rows": (
+        [{"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]},
+         {"prompt": "b", "responses": [], "scores": []}],
+        [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0]}],
+        {"fewer than 2 responses given": 1},
+        {},
+    ),
+}  # fmt: skip
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_every_format_has_a_case():
+    assert set(CASES) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_rows_and_drops_by_reason(name):
+    source, expected, dropped, responses_dropped = CASES[name]
+    dataset, report = canonicalize(Dataset.from_list(source), FORMATS[name].adapter)
+    assert dataset.to_list() == expected
+    assert (dict(report.reasons), dict(report.responses_dropped)) == (dropped, responses_dropped)
+    assert report.rows_in - report.rows_out == report.reasons.total() and report.rows_out == len(expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stream_gives_the_same_rows_and_says_at_its_end_what_was_dropped(name, tmp_path, caplog):
+    source, expected, dropped, responses_dropped = CASES[name]
+    stream = load_preferences(write(tmp_path / "data.jsonl", source), data_format=name, streaming=True)
+    assert isinstance(stream, IterableDataset)
+    for _ in range(2):  # every pass counts anew
+        caplog.clear()
+        assert list(stream) == expected
+        [record] = [r for r in caplog.records if r.name == "trainers.data.canonical"] or [None]
+        assert (record is None) == (not dropped)
+        if record is not None:
+            for reason, count in (dropped | responses_dropped).items():
+                assert f"{count} ({reason})" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", set(CASES) - {"ultrafeedback_fine_grained"})
+def test_auto_recognises_the_columns_and_says_so(name, tmp_path, caplog):
+    source, expected, *_ = CASES[name]
+    path = write(tmp_path / "data.jsonl", source)
+    for streaming in (False, True):
+        caplog.clear()
+        assert list(load_preferences(path, data_format="auto", streaming=streaming)) == expected
+        assert f"data_format 'auto' reads it as {name!r}" in caplog.text
+
+
+def test_auto_lists_the_candidates_where_columns_fit_several_formats(tmp_path):
+    both = {"prompt": "a", "responses": ["x", "y"], "scores": [1, 2], "chosen": "y", "rejected": "x"}
+    path = write(tmp_path / "data.jsonl", [both])
+    message = r"fit several formats: rows, pairs. Set data_format to one of: 'rows' \(.*\); 'pairs' \(.*\); or to the"
+    with pytest.raises(ValueError, match=message) as caught:
+        load_preferences(path, data_format="auto")
+    assert "nectar" not in str(caught.value)
+
+
+def test_auto_lists_all_formats_where_columns_fit_none(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"question": "a", "answers": ["b", "c"]}])
+    with pytest.raises(ValueError, match=r"columns \['answers', 'question'\] fit no known format. .*'rows'.*'oasst1'"):
+        load_preferences(path, data_format="auto")
+
+
+def test_two_dialogues_as_text_are_hh_rlhf_only_with_its_markers():
+    assert recognise(["chosen", "rejected"], {"chosen": "Sky? Blue.", "rejected": "Sky? Red."}) == "pairs"
+    marked = {side: f"\n\nHuman: a\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    assert recognise(marked, marked) == "hh_rlhf"
+    assert recognise(["prompt", *marked], {"prompt": "p", **marked}) == "pairs"
+
+
+@pytest.mark.parametrize(
+    ("name", "again", "column"), [("prism", 0, "conversation_id 'c1'"), ("oasst1", 1, "message_tree_id 'r'")]
+)
+def test_a_group_that_is_torn_apart_is_an_error_that_names_the_row(name, again, column):
+    source = CASES[name][0]
+    rows = Dataset.from_list([*source, source[again]])
+    with pytest.raises(ValueError, match=f"row {len(source)}: the rows with {column} do not follow each other.*sort"):
+        canonicalize(rows, FORMATS[name].adapter)
+
+
+@pytest.mark.parametrize("name", ["nectar", "prism", "oasst1"])
+def test_a_drop_is_refused_where_invalid_rows_are_errors(name):
+    with pytest.raises(ValueError, match="row .*invalid_rows='drop'"):
+        canonicalize(Dataset.from_list(CASES[name][0]), FORMATS[name].adapter, invalid="error")
+
+
+def test_grouped_rows_say_how_many_rows_of_the_source_they_were_made_of():
+    _, report = canonicalize(Dataset.from_list(CASES["oasst1"][0]), FORMATS["oasst1"].adapter)
+    assert str(report).startswith("18 rows of the source, grouped: 7 rows in, 2 kept, 5 dropped")
+
+
+def test_the_last_answers_of_eight_are_read_in_order():
+    texts = [f"t{i}" for i in range(8)]
+    rows = [dict(reversed(chats(*texts, scores=range(8)).items()))]
+    dataset, _ = canonicalize(Dataset.from_list(rows), FORMATS["numbered"].adapter)
+    assert dataset[0]["responses"] == answers(*texts) and dataset[0]["scores"] == [float(i) for i in range(8)]
+
+
+def by_topic(rows):
+    """A generator function of one's own: a topic per row, the shortest answers first."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["topic"], []).append(row["text"])
+    for topic, texts in found.items():
+        if topic == "spam":
+            yield Drop("spam")
+            continue
+        if "" in texts:
+            yield Drop("no text", kind="response")
+        texts = [text for text in texts if text]
+        yield {"prompt": topic, "responses": texts, "scores": [-len(text) for text in texts]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_generator_function_of_ones_own(streaming, tmp_path, caplog):
+    rows = [{"topic": t, "text": x} for t, x in zip("abaab", ("x", "yy", "zz", "", "y"), strict=True)]
+    rows.append({"topic": "spam", "text": "buy"})
+    path = write(tmp_path / "data.jsonl", rows)
+    dataset = load_preferences(path, data_format="test_formats.by_topic", streaming=streaming)
+    assert list(dataset) == [
+        {"prompt": "a", "responses": ["x", "zz"], "scores": [-1.0, -2.0]},
+        {"prompt": "b", "responses": ["yy", "y"], "scores": [-2.0, -1.0]},
+    ]
+    assert "6 rows of the source, grouped: 3 rows in, 2 kept, 1 dropped" in caplog.text
+    assert "rows dropped: 1 (spam)" in caplog.text and "responses dropped: 1 (no text)" in caplog.text
+
+
+def test_a_stream_that_is_left_early_counts_what_it_read(caplog):
+    source, expected, *_ = CASES["nectar"]
+    stream = canonical_stream(Dataset.from_list(source).to_iterable_dataset(), FORMATS["nectar"].adapter, title="t")
+    first = iter(stream)
+    assert next(first) == expected[0]
+    first.close()
+    assert "t: 1 rows in, 1 kept, 0 dropped" in caplog.text and "1 (missing score)" in caplog.text
+
+
+def test_a_stream_without_a_usable_row_is_refused_at_once():
+    rows = Dataset.from_list([{"prompt": " ", "responses": ["a", "b"], "scores": [1.0, 0.0]}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no usable row is left(.|\n)*prompt is empty"):
+        canonical_stream(rows, None)
+
+
+# file: format, rows kept, rows dropped, and the scores of the first row
+HUB = {
+    "openbmb__UltraFeedback": ("ultrafeedback", 3, 2, [4.0, 9.0, 8.0, 2.0]),
+    "berkeley-nest__Nectar": ("nectar", 3, 1, [-3.0, -1.0, -7.0, -2.0, -5.0, -4.0, -6.0]),
+    "princeton-nlp__llama3-ultrafeedback-armorm": ("armorm", 3, 1, [0.1621, 0.0713, 0.1289, 0.1543, 0.1718]),
+    "snorkelai__Snorkel-Mistral-PairRM-DPO-Dataset": ("armorm", 3, 0, [0.8125, 0.4434, -2.1875, 1.9062, -3.0312]),
+    "nvidia__HelpSteer2": ("helpsteer2", 2, 1, [4.0, 1.0]),
+    "HannahRoseKirk__prism-alignment.utterances": ("prism", 2, 1, [88.0, 12.0, 74.0]),
+    "OpenAssistant__oasst1": ("oasst1", 1, 1, [0.0, -2.0, -1.0]),
+    "Anthropic__hh-rlhf": ("hh_rlhf", 3, 2, [1.0, 0.0]),
+    "argilla__ultrafeedback-binarized-preferences": ("argilla", 2, 1, [5.0, 1.75]),
+    "trl-lib__ultrafeedback_binarized": ("scored_pairs", 3, 1, [9.0, 3.0]),
+    "ChenDRAG__ultrafeedback_reward": ("numbered", 3, 1, [9.0, 7.5, 4.0, 1.0]),
+    "OPO-alignment__ListUltraFeedback": ("list_ultrafeedback", 2, 1, [0.61, 0.83, 0.22, 0.9, 0.31, 0.86, 0.35, 0.79]),
+}
+
+
+@needs_samples
+@pytest.mark.parametrize("name", HUB)
+def test_samples_of_the_hub_layouts(name, caplog):
+    data_format, kept, dropped, scores = HUB[name]
+    path = str(SAMPLES / f"{name}.jsonl")
+    dataset = load_preferences(path, data_format="auto")
+    assert f"reads it as {data_format!r}" in caplog.text
+    assert f"{kept + dropped} rows in, {kept} kept, {dropped} dropped" in caplog.text
+    assert dataset[0]["scores"] == scores and len(dataset) == kept
+    assert list(load_preferences(path, data_format=data_format, streaming=True)) == dataset.to_list()
+    assert all(row["prompt"][-1]["role"] == "user" for row in dataset)

@@ -1,0 +1,112 @@
+"""The layouts of public preference data sets: a dict from the name of a format to its adapter and its columns.
+
+A new layout is one function in one file here and one entry below. Adapters neither check for empty text nor for
+missing scores, because every row that they give is checked and cleaned afterwards.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ..canonical import Adapter
+from ..rows import Row
+from .dialogues import has_markers, hh_rlhf, nectar
+from .helpsteer import helpsteer2
+from .lists import armorm, list_ultrafeedback, numbered
+from .oasst import oasst1
+from .pairs import argilla, pairs, rows, scored_pairs
+from .prism import prism
+from .ultrafeedback import ultrafeedback, ultrafeedback_fine_grained
+
+__all__ = ["FORMATS", "Format", "known_formats", "recognise"]
+
+
+class Format(NamedTuple):
+    """A layout: how it is read, and the columns that `data_format: auto` knows it by.
+
+    `beside` are columns that the data set has as well and the adapter does not read; `looks` is asked about the first
+    row where columns alone do not tell. Without `columns` the format must be named.
+    """
+
+    adapter: Adapter
+    of: str
+    columns: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
+    looks: Callable[[Row], bool] | None = None
+
+
+def _columns(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+FORMATS: dict[str, Format] = {
+    "rows": Format(rows, "canonical rows", _columns("prompt responses scores")),
+    "pairs": Format(pairs, "TRL pairs, scores 1 and 0", _columns("chosen rejected")),
+    "scored_pairs": Format(
+        scored_pairs, "trl-lib/ultrafeedback_binarized", _columns("chosen rejected score_chosen score_rejected")
+    ),
+    "argilla": Format(
+        argilla,
+        "argilla/ultrafeedback-binarized-preferences",
+        _columns("instruction chosen_response rejected_response chosen_avg_rating rejected_avg_rating"),
+    ),
+    "hh_rlhf": Format(hh_rlhf, "Anthropic/hh-rlhf", _columns("chosen rejected"), looks=has_markers),
+    "ultrafeedback": Format(
+        ultrafeedback, "openbmb/UltraFeedback, overall scores", _columns("instruction completions")
+    ),
+    "ultrafeedback_fine_grained": Format(
+        ultrafeedback_fine_grained, "openbmb/UltraFeedback, means of the aspect ratings"
+    ),
+    "nectar": Format(nectar, "berkeley-nest/Nectar", _columns("prompt answers num_responses")),
+    "armorm": Format(
+        armorm,
+        "princeton-nlp/llama3-ultrafeedback-armorm, snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset",
+        _columns("prompt all_generated_responses all_rm_scores"),
+        beside=_columns("chosen rejected"),
+    ),
+    "list_ultrafeedback": Format(
+        list_ultrafeedback, "OPO-alignment/ListUltraFeedback", _columns("prompt all_responses overall_scores")
+    ),
+    "numbered": Format(
+        numbered, "ChenDRAG/ultrafeedback_reward: A0, score_A0, ...", _columns("A0 A1 score_A0 score_A1")
+    ),
+    "helpsteer2": Format(helpsteer2, "nvidia/HelpSteer2", _columns("prompt response helpfulness correctness")),
+    "prism": Format(
+        prism,
+        "HannahRoseKirk/prism-alignment, utterances",
+        _columns("interaction_id conversation_id user_id turn user_prompt model_response score if_chosen"),
+    ),
+    "oasst1": Format(
+        oasst1, "OpenAssistant/oasst1 and oasst2", _columns("message_id parent_id message_tree_id role text rank")
+    ),
+}
+
+
+def recognise(columns: Iterable[str], first_row: Row) -> str:
+    """The one format whose columns are all there; a format that asks for more of them goes before one that asks less.
+
+    Raises:
+        ValueError: no format fits, or several do; the message names them.
+    """
+    columns = set(columns)
+    fitting = {
+        name: found
+        for name, found in FORMATS.items()
+        if found.columns and found.columns <= columns and (found.looks is None or found.looks(first_row))
+    }
+    best = [name for name, found in fitting.items() if not any(_is_closer(f, found) for f in fitting.values())]
+    if len(best) == 1:
+        return best[0]
+    found = f"columns {sorted(columns)} fit " + (f"several formats: {', '.join(best)}" if best else "no known format")
+    raise ValueError(f"data_format 'auto': {found}. Set data_format to {known_formats(best)}.")
+
+
+def known_formats(names: Iterable[str] = ()) -> str:
+    """The named formats or all, for messages."""
+    listed = "; ".join(f"{name!r} ({FORMATS[name].of})" for name in names or FORMATS)
+    return f"one of: {listed}; or to the import path of your own function"
+
+
+def _is_closer(one: Format, other: Format) -> bool:
+    if one.columns == other.columns:
+        return one.looks is not None and other.looks is None
+    return other.columns < one.columns | one.beside
