@@ -53,7 +53,9 @@ class CompareArguments:
     base: dict[str, Any] | str = field(metadata={"help": "Model and training settings of all methods."})
     methods: dict[str, Any] | str = field(metadata={"help": "Name -> {trainer: ..., its own options}."})
     dataset_split: str = field(default="train", metadata={"help": "Split that training and held-out rows come from."})
-    data_format: str | None = field(default=None, metadata={"help": "Adapter of the rows, or its dotted path."})
+    data_format: str | None = field(
+        default=None, metadata={"help": "Format of the rows, auto, or an adapter's dotted path."}
+    )
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Every method is run with each."})
     train_rows: int = field(default=200, metadata={"help": "Training rows."})
     test_rows: int = field(default=100, metadata={"help": "Held-out rows."})

@@ -3,12 +3,10 @@
 Nothing here needs weights or a GPU. The model is built on the meta device, where tensors have shapes and no storage.
 """
 
-import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -19,8 +17,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deeps
 from trl import ModelConfig, get_peft_config
 
 from trainers import PreferenceCollator, PreferenceConfig, PreferenceTrainer
-from trainers.data import DropReport
 from trainers.data.budget import Lengths, packed_tokens, token_lengths
+from trainers.data.drops import collected_reports
 from trainers.data.prepare import prepare_dataset
 from trainers.estimate import (
     Fed,
@@ -120,31 +118,6 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
     if args.disable_dropout:
         policies.disable_dropout(model)
     return model
-
-
-@contextmanager
-def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
-    """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    found = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if isinstance(record.args, tuple) and record.args and isinstance(record.args[-1], DropReport):
-                found.append(record.args)
-            elif record.levelno >= logging.WARNING:
-                logging.lastResort.handle(record)
-
-    logger, handler = logging.getLogger("trainers.data"), Collector()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
 
 
 def _tokenised(rows: Dataset, tokenizer, args: PreferenceConfig) -> Dataset:

@@ -34,7 +34,8 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, slices included."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none without it."})
     data_format: str | None = field(
-        default=None, metadata={"help": "Adapter of the rows, or its dotted path; none for canonical rows and pairs."}
+        default=None,
+        metadata={"help": "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."},
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
     dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})

@@ -1,4 +1,4 @@
-"""Every format of trainers.data.formats: exact rows, drops by reason, the same from a stream, recognised by columns."""
+"""Every format of trainers.data.formats: exact rows, drops by reason, streams, recognition by columns."""
 
 import json
 from pathlib import Path
@@ -153,7 +153,7 @@ CASES = {
     "nectar": (
         [
             nectar("\n\nHuman: Bread?\n\nAssistant: ", ("b", 2.0), ("a", 1.0), ("c", None), ("d", 2.0)),
-            nectar("\n\nHuman: Pick.\n\nAssistant: Nine.\n\nHuman:  Double\nit.\n\nAssistant:", ("18", 1.0), ("9", 2.0)),
+            nectar("\n\nHuman: Pick.\n\nAssistant: Nine.\n\nHuman:  Two\nit.\n\nAssistant:", ("18", 1.0), ("9", 2.0)),
             nectar("\n\nHuman: Nothing.\n\nAssistant: ", (" ", 1.0)),
             nectar("Bread?", ("a", 1.0), ("b", 2.0)),
             nectar("\n\nHuman: a\n\nHuman: b\n\nAssistant: ", ("a", 1.0), ("b", 2.0)),
@@ -163,7 +163,7 @@ CASES = {
         [
             {"prompt": [user("Bread?")], "responses": answers("b", "a", "d"), "scores": [-2.0, -1.0, -2.0],
              "models": ["m0", "m1", "m3"], "good_natured": True},
-            {"prompt": [user("Pick."), assistant("Nine."), user(" Double\nit.")], "responses": answers("18", "9"),
+            {"prompt": [user("Pick."), assistant("Nine."), user(" Two\nit.")], "responses": answers("18", "9"),
              "scores": [-1.0, -2.0], "models": ["m0", "m1"], "good_natured": True},
         ],
         {

@@ -283,7 +283,11 @@ class PreferenceTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: self._prepare_rows(d, tokenizer, args) for name, d in dataset.items()}
         if isinstance(dataset, IterableDataset):
-            raise ValueError("Streaming data sets are not supported yet: load the data set without streaming.")
+            raise ValueError(
+                "A stream cannot be trained on: rows are counted, checked and numbered before the first step. Load the "
+                "data set without streaming (Arrow files are memory-mapped, not read whole), or write it to a file with "
+                "scripts/prepare_data.py --streaming true first."
+            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"A data set of type {type(dataset).__name__} is not supported: give a datasets.Dataset, for example "

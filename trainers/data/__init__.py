@@ -3,7 +3,7 @@
 from .canonical import canonicalize
 from .collator import PreferenceCollator
 from .drops import Drop, DropReport
-from .load import load_preferences
+from .load import detect_format, load_preferences
 from .rows import clean_row, to_canonical
 from .tokenization import tokenize_dataset, tokenize_row
 
@@ -13,6 +13,7 @@ __all__ = [
     "PreferenceCollator",
     "canonicalize",
     "clean_row",
+    "detect_format",
     "load_preferences",
     "to_canonical",
     "tokenize_dataset",

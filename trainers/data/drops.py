@@ -9,7 +9,8 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,31 @@ class DropReport:
             return
         level = logging.WARNING if self.reasons or self.responses_dropped or self.notes else logging.INFO
         logger.log(level, "%s: %s", title, self)
+
+
+@contextmanager
+def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
+    """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
+    found = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if isinstance(record.args, tuple) and record.args and isinstance(record.args[-1], DropReport):
+                found.append(record.args)
+            elif record.levelno >= logging.WARNING:
+                logging.lastResort.handle(record)
+
+    logger, handler = logging.getLogger(__package__), Collector()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:

@@ -72,6 +72,15 @@ def load_preferences(
     return dataset
 
 
+def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
+    """The name of the format that `data_format="auto"` would read the data as; arguments as in `load_preferences`.
+
+    Raises:
+        ValueError: the columns fit no format or several; the message names them.
+    """
+    return _recognised(_read(str(name_or_path), split or "train", kwargs), str(name_or_path))
+
+
 def _warn_of_misspellings(columns: list[str]) -> None:
     """Any further column is carried along, so a misspelled optional one would be ignored without a word."""
     for name in columns:
@@ -155,22 +164,29 @@ def _looks_like_path(name: str) -> bool:
 
 def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: bool) -> Adapter | None:
     """The adapter that `auto` finds; None, for canonical rows and TRL pairs, which need none, without it."""
-    first = next(iter(source), {})
-    columns = source.column_names or sorted(first)
     if auto:
-        name = recognise(columns, first)
-        if is_first_process():
-            logger.warning(
-                "%s: data_format 'auto' reads it as %r (%s). Set data_format to this name, or to another, to fix it.",
-                title, name, FORMATS[name].of,
-            )  # fmt: skip
-        return FORMATS[name].adapter
+        return FORMATS[_recognised(source, title)].adapter
+    columns = _columns(source)
     if not ({"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
         raise ValueError(
             f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
             f"chosen, rejected); set data_format to 'auto' or to {known_formats()}."
         )
     return None
+
+
+def _recognised(source: Dataset | IterableDataset, title: str) -> str:
+    name = recognise(_columns(source), next(iter(source), {}))
+    if is_first_process():
+        logger.warning(
+            "%s: data_format 'auto' reads it as %r (%s). Set data_format to this name, or to another, to fix it.",
+            title, name, FORMATS[name].of,
+        )  # fmt: skip
+    return name
+
+
+def _columns(source: Dataset | IterableDataset) -> list[str]:
+    return source.column_names or sorted(next(iter(source), {}))  # a stream of JSON does not know its columns
 
 
 def _find_adapter(data_format) -> Adapter | None:

@@ -1,0 +1,100 @@
+"""scripts/prepare_data.py: canonical files that load_preferences reads unchanged, complete or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+import prepare_data
+from test_formats import CASES, write
+from trainers.data import load_preferences
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run(folder, **flags):
+    prepare_data.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    return json.loads(prepare_data.manifest_path(folder / flags["output"]).read_text())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", prepare_data.SUFFIXES)
+@pytest.mark.parametrize("name", ["ultrafeedback", "oasst1", "rows"])
+def test_the_output_loads_unchanged(name, suffix, streaming, tmp_path, capsys, caplog):
+    source, expected, dropped, responses_dropped = CASES[name]
+    data, output = write(tmp_path / "data.jsonl", source), tmp_path / f"out{suffix}"
+    manifest = run(tmp_path, dataset_name=data, data_format=name, output=output, streaming=streaming)
+    caplog.clear()
+    assert load_preferences(output).to_list() == expected
+    assert not caplog.records  # nothing is dropped a second time
+    assert manifest["rows"] == len(expected) and manifest["data_format"] == name
+    assert manifest["dropped"]["reasons"] == dropped
+    assert manifest["dropped"]["responses_dropped"] == responses_dropped
+    assert manifest["sha256"] == prepare_data.file_digest(output)
+    assert manifest["source"]["sha256"] == prepare_data.file_digest(Path(data))
+    assert f"{len(expected)} kept" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == sorted(
+        ["data.jsonl", output.name, f"{output.name}.manifest.json"]
+    )
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    data = write(tmp_path / "data.jsonl", CASES["prism"][0])
+    for suffix in prepare_data.SUFFIXES:
+        digests = {
+            run(tmp_path, dataset_name=data, data_format="prism", output=tmp_path / f"{i}{suffix}", streaming=i > 0)[
+                "sha256"
+            ]
+            for i in range(2)
+        }
+        assert len(digests) == 1
+
+
+def test_auto_is_resolved_and_written_down(tmp_path):
+    data = write(tmp_path / "data.jsonl", CASES["helpsteer2"][0])
+    manifest = run(tmp_path, dataset_name=data, data_format="auto", output=tmp_path / "out.parquet")
+    assert manifest["data_format"] == "helpsteer2"
+
+
+def test_a_failed_run_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    good = CASES["rows"][0][0]
+    bad = {**good, "scores": [1.0]}
+    data, output = write(tmp_path / "data.jsonl", [*[good] * 70, bad]), tmp_path / "out.parquet"
+    output.write_text("earlier")
+    with pytest.raises(ValueError, match="out.parquet is there already"):
+        run(tmp_path, dataset_name=data, output=output)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="row 70: 'responses' has 2 items but 'scores' has 1"):
+            run(tmp_path, dataset_name=data, output=output, overwrite=True, streaming=streaming)
+    assert output.read_text() == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} <= {"data.jsonl", "out.parquet", "cache"}
+
+
+def test_what_cannot_be_done_is_said(tmp_path):
+    data = write(tmp_path / "data.jsonl", CASES["rows"][0])
+    with pytest.raises(ValueError, match="--output .*out.csv: give a name that ends in .parquet, .jsonl, .jsonl.gz"):
+        run(tmp_path, dataset_name=data, output=tmp_path / "out.csv")
+    with pytest.raises(ValueError, match="--revision main has no effect on a local path"):
+        run(tmp_path, dataset_name=data, output=tmp_path / "out.jsonl", revision="main")
+    rows = [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0], "extra": float("nan")}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "nan.parquet")
+    with pytest.raises(ValueError, match=r"kept row 0 cannot be written as JSON .*: write a .parquet file"):
+        run(tmp_path, dataset_name=tmp_path / "nan.parquet", output=tmp_path / "out.jsonl")
+
+
+def test_the_script_runs_by_itself(tmp_path):
+    import subprocess
+    import sys
+
+    data, output = write(tmp_path / "data.jsonl", CASES["rows"][0]), tmp_path / "deep" / "out.jsonl"
+    script = Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
+    done = subprocess.run(
+        [sys.executable, script, "--dataset_name", data, "--output", output], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out.jsonl: 1 rows" in done.stdout and "Writing out.jsonl" in done.stderr
+    assert load_preferences(output).to_list() == CASES["rows"][1]
