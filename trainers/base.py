@@ -284,9 +284,8 @@ class PreferenceTrainer(Trainer):
             return {name: self._prepare_rows(d, tokenizer, args) for name, d in dataset.items()}
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                "A stream cannot be trained on: rows are counted, checked and numbered before the first step. Load the "
-                "data set without streaming (Arrow files are memory-mapped, not read whole), or write it to a file with "
-                "scripts/prepare_data.py --streaming true first."
+                "A stream cannot be trained on, as rows are counted, checked and numbered before the first step: load "
+                "the data set without streaming, or write it to a file with scripts/prepare_data.py first."
             )
         if not isinstance(dataset, Dataset):
             raise ValueError(
