@@ -39,7 +39,17 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
     dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "Accelerate file that a dry run estimates the memory for."}
+        default=None, metadata={"help": "Accelerate file that a dry run estimates memory and time for."}
+    )
+    gpu_tflops: float = field(
+        default=312.0,
+        metadata={
+            "help": "Dense 16-bit peak of one GPU in TFLOP/s, for the time in a dry run: 312 for A100, 989 for H100 "
+            "(SXM), 165 for RTX 4090."
+        },
+    )
+    utilisation: float = field(
+        default=0.3, metadata={"help": "Share of that peak that training reaches, for the time in a dry run."}
     )
 
 
