@@ -75,7 +75,7 @@ def describe(
                 reports.append(f"{name}, {title}: {report}")
     lengths = token_lengths(splits["train"])
     batches = plan_batches(lengths, args, plan.processes)
-    shape = shape_of(model, bits=_bits(model_args))
+    shape = shape_of(model, bits=bits(model_args))
     run = run_facts(trainer_class, args, shape, plan)
     attention = _attention(model_args, args) or policies.base_model(model).config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
@@ -85,7 +85,7 @@ def describe(
         fed([lengths[i] for i in rows], shared=is_shared, flex=attention == FLEX)
         for rows, is_shared in zip((batches.large, batches.largest), shared, strict=True)
     )
-    passes = _passes(args, trainer_class, batches.per_process)
+    how = passes(args, trainer_class, batches.per_process)
     in_all = fed_in_all(lengths, runner.layout)
     batch = f"{len(batches.large)} prompt(s) in layout {'shared' if shared[0] else 'rows'}"
     notes = _notes(args, shape, plan, run, attention)
@@ -95,7 +95,7 @@ def describe(
         _lengths_section(lengths),
         _steps_section(args, plan, len(lengths), batches.per_process),
         _memory_section(shape, plan, run, large, largest, batch),
-        _time_section(shape, plan, run, in_all, passes, data),
+        _time_section(shape, plan, run, in_all, how, data),
         "\n".join(["notes", *map(_indent, notes)]) if notes else "",
     ]
     return "\n\n".join(filter(None, sections))
@@ -123,7 +123,7 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)
         peft_config = get_peft_config(model_args)
         if peft_config is not None:
-            zero3 = plan.engine == "deepspeed" and plan.stage == 3 and _bits(model_args) is None
+            zero3 = plan.engine == "deepspeed" and plan.stage == 3 and bits(model_args) is None
             model = policies.add_adapter(model, peft_config, zero3=zero3)
     if args.disable_dropout:
         policies.disable_dropout(model)
@@ -202,14 +202,14 @@ class Passes(NamedTuple):
     scoring: int  # without gradients and outside of training steps
 
 
-def _passes(args: PreferenceConfig, trainer_class: type[PreferenceTrainer], batches: int) -> Passes:
+def passes(args: PreferenceConfig, trainer_class: type[PreferenceTrainer], batches: int) -> Passes:
     per_epoch, in_all = count_steps(args, batches)
     demands, cached = args.demands, trainer_class.needs_reference and args.precompute_ref_logps
     online = trainer_class.needs_reference and not cached
     return Passes(demands.trainings * in_all / per_epoch, online, demands.scorings + cached)
 
 
-def _bits(model_args: ModelConfig) -> float | None:
+def bits(model_args: ModelConfig) -> float | None:
     if model_args.load_in_4bit:
         return BITS_4_NESTED if model_args.use_bnb_nested_quant else BITS_4
     return BITS_8 if model_args.load_in_8bit else None

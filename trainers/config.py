@@ -16,7 +16,7 @@ class Demands(NamedTuple):
 
     kl: bool = False  # a KL over the vocabulary, from the LM heads of policy and reference
     mask_heads: int = 0  # learned heads on the reference's hidden states of all layers
-    trainings: int = 1  # each over num_train_epochs (or max_steps)
+    trainings: float = 1  # each over num_train_epochs (or max_steps)
     scorings: int = 0  # forward passes over all rows, without gradients and outside of training steps
 
 

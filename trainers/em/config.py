@@ -109,4 +109,4 @@ class EMDPOConfig(PreferenceConfig):
     def demands(self) -> Demands:
         """One type needs one round. All rows are scored by the reference and, in each round, by each type's policy."""
         m_steps = self.restarts * self.num_types * (self.rounds if self.num_types > 1 else 1)
-        return Demands(trainings=m_steps, scorings=1 + m_steps)
+        return Demands(trainings=m_steps * (0.5 if self.score_on == "heldout_half" else 1), scorings=1 + m_steps)

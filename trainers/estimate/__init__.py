@@ -1,4 +1,4 @@
-"""Memory of a training step on one GPU, and time of a run: arithmetic on widths and lengths, without weights or a GPU."""
+"""Memory of a step on one GPU and time of a run: arithmetic on widths and lengths, without weights or a GPU."""
 
 from .batches import Batches, count_steps, fed_in_all, plan_batches
 from .flops import Work, forward, hours, work

@@ -186,9 +186,9 @@ def _lm_head(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
     checkpointing: 16 bytes per logit, for logits, softmax and two gradients, and s per weight if there are several
     chunks. Autocast copies a float32 weight.
 
-    A KL has chunks half as long. A plain head then needs 12 bytes per logit in the forward pass, for both models and the
-    sum of exponentials, next to the states for learned masks, and 8 in the backward pass (10 with a 16-bit copy); any
-    other head needs KL_LOGITS.
+    A KL has chunks half as long. A plain head then needs 12 bytes per logit in the forward pass, for both models and
+    the sum of exponentials, next to the states for learned masks, and 8 in the backward pass (10 with a 16-bit copy);
+    any other head needs KL_LOGITS.
     """
     s, c, _ = _widths(shape, plan, run)
     chunk = min(batch.predicted, max(1, run.chunk_elements // shape.vocabulary // (1 + run.kl)))
@@ -207,8 +207,11 @@ def _lm_head(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
 
 
 def _masks(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
-    """Learned masks at the end of the forward pass: the reference's hidden states at the N positions of all layers, and
-    for each head their normalised float32 copies, with two more of one layer."""
+    """Learned masks at the end of the forward pass.
+
+    The reference's hidden states at the N positions of all layers, for each head their normalised float32 copies, and
+    two more of one layer.
+    """
     if not run.mask_heads:
         return Item("masks", 0, "none")
     states, (s, _, _) = batch.predicted * shape.hidden, _widths(shape, plan, run)
