@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +28,16 @@ from trainers.estimate import (
     Run,
     count_steps,
     fed,
+    fed_in_all,
+    forward,
+    hours,
     memory,
     plan_batches,
     plan_from_environment,
     read_plan,
     shape_of,
     total,
+    work,
 )
 from trainers.forward import policy as policies
 from trainers.forward.attention import FLEX
@@ -68,7 +73,7 @@ def describe(
                 reports.append(f"{name}, {title}: {report}")
     lengths = token_lengths(splits["train"])
     batches = plan_batches(lengths, args, plan.processes)
-    shape = shape_of(model, bits=_bits(model_args))
+    shape = shape_of(model, bits=bits(model_args))
     run = run_facts(trainer_class, args, shape, plan)
     attention = _attention(model_args, args) or policies.base_model(model).config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
@@ -78,6 +83,8 @@ def describe(
         fed([lengths[i] for i in rows], shared=is_shared, flex=attention == FLEX)
         for rows, is_shared in zip((batches.large, batches.largest), shared, strict=True)
     )
+    how = passes(args, trainer_class, batches.per_process)
+    in_all = fed_in_all(lengths, runner.layout)
     batch = f"{len(batches.large)} prompt(s) in layout {'shared' if shared[0] else 'rows'}"
     notes = _notes(args, shape, plan, run, attention)
     sections = [
@@ -86,6 +93,7 @@ def describe(
         _lengths_section(lengths),
         _steps_section(args, plan, len(lengths), batches.per_process),
         _memory_section(shape, plan, run, large, largest, batch),
+        _time_section(shape, plan, run, in_all, how, data),
         "\n".join(["notes", *map(_indent, notes)]) if notes else "",
     ]
     return "\n\n".join(filter(None, sections))
@@ -113,7 +121,7 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)
         peft_config = get_peft_config(model_args)
         if peft_config is not None:
-            zero3 = plan.engine == "deepspeed" and plan.stage == 3 and _bits(model_args) is None
+            zero3 = plan.engine == "deepspeed" and plan.stage == 3 and bits(model_args) is None
             model = policies.add_adapter(model, peft_config, zero3=zero3)
     if args.disable_dropout:
         policies.disable_dropout(model)
@@ -154,10 +162,27 @@ def run_facts(trainer_class: type[PreferenceTrainer], args: PreferenceConfig, sh
         moments=next((states for name, states in STATES.items() if name in optimizer), 2),
         moment_bytes=1 if "8bit" in optimizer else None,
         frozen_copy=trainer_class.needs_reference and shape.full and not args.precompute_ref_logps,
+        kl=args.demands.kl,
+        mask_heads=args.demands.mask_heads,
     )
 
 
-def _bits(model_args: ModelConfig) -> float | None:
+class Passes(NamedTuple):
+    """How often all rows go through a model."""
+
+    training: float
+    reference: bool  # in each training step
+    scoring: int  # without gradients and outside of training steps
+
+
+def passes(args: PreferenceConfig, trainer_class: type[PreferenceTrainer], batches: int) -> Passes:
+    per_epoch, in_all = count_steps(args, batches)
+    demands, cached = args.demands, trainer_class.needs_reference and args.precompute_ref_logps
+    online = trainer_class.needs_reference and not cached
+    return Passes(demands.trainings * in_all / per_epoch, online, demands.scorings + cached)
+
+
+def bits(model_args: ModelConfig) -> float | None:
     if model_args.load_in_4bit:
         return BITS_4_NESTED if model_args.use_bnb_nested_quant else BITS_4
     return BITS_8 if model_args.load_in_8bit else None
@@ -241,6 +266,28 @@ def _memory_section(shape: ModelShape, plan: Plan, run: Run, large: Fed, largest
             f"{total(memory(shape, largest, plan, run)) / divisor:.2f} {unit}.",
             "  Not in it: about 1 GiB of CUDA context, and what the allocator cannot use.",
         ]
+    )
+
+
+def _time_section(shape: ModelShape, plan: Plan, run: Run, rows: Fed, passes: Passes, data) -> str:
+    """Operations of one pass over the rows, and the time of all passes at the assumed speed."""
+    epoch = work(shape, rows, run, reference=passes.reference)
+    parts = {name: value for name, value in epoch._asdict().items() if value}
+    scoring = passes.scoring * forward(shape, rows)
+    speed = {"tflops": data.gpu_tflops, "utilisation": data.utilisation, "processes": plan.processes}
+    trained, scored = hours(passes.training * epoch.total, **speed), hours(scoring, **speed)
+    shown = ", ".join(f"{name} {value / 1e15:,.1f}" for name, value in parts.items())
+    lines = [
+        "time, estimated",
+        f"  one pass over the rows: {epoch.total / 1e15:,.1f} PFLOP ({shown})",
+        f"  assumed: {plan.processes} GPU(s) x {data.gpu_tflops:g} TFLOP/s x {data.utilisation:.0%} utilisation",
+        f"  training: {passes.training:.3g} pass(es), {trained:.2f} hours",
+    ]
+    if passes.scoring:
+        lines.append(f"  scoring before or between: {passes.scoring} forward pass(es), {scored:.2f} hours")
+        lines.append(f"  sum: {trained + scored:.2f} hours")
+    return "\n".join(
+        [*lines, "  Not in it: loading, evaluation, saving, sampling. Padding between prompts is left out."]
     )
 
 

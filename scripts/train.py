@@ -1,7 +1,8 @@
 """Train with any method: accelerate launch scripts/train.py --config configs/swepo/demo.yaml [--any_field value]
 
 The YAML is flat: a key is a field of the method's config, of `DataArguments` below or of TRL's `ModelConfig`, and a
-flag of the same name on the command line wins. `trainer` is a class of `trainers` or any dotted import path.
+flag of the same name on the command line wins. `--config` takes several files, of which a later one wins. `trainer`
+is a class of `trainers` or any dotted import path.
 """
 
 import copy
@@ -9,14 +10,16 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dry_run import describe
-from trainers import PreferenceTrainer, load_preferences
+from trainers import PreferenceConfig, PreferenceTrainer, load_preferences
 from trainers.forward.policy import load_tokenizer
 from trainers.loop import enhance
 from trainers.loop.collect import model_fingerprint
@@ -40,21 +43,22 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
     dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "Accelerate file that a dry run estimates the memory for."}
+        default=None, metadata={"help": "Accelerate file that a dry run estimates memory and time for."}
+    )
+    gpu_tflops: float = field(
+        default=312.0,
+        metadata={
+            "help": "Dense 16-bit peak of one GPU in TFLOP/s, for the time in a dry run: 312 for A100, 989 for H100 "
+            "(SXM), 165 for RTX 4090."
+        },
+    )
+    utilisation: float = field(
+        default=0.3, metadata={"help": "Share of that peak that training reaches, for the time in a dry run."}
     )
 
 
 def main(argv: list[str]) -> None:
-    argv = [part for argument in argv for part in _split_flag(argument)]
-    _check_config(argv)
-    # Which other fields exist depends on the trainer, so its name is read first.
-    parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
-    first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    trainer_class = find_trainer(first.trainer)
-    if first.dry_run:
-        argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
-    parser = TrlParser((DataArguments, trainer_class.config_class, ModelConfig), allow_abbrev=False)
-    data, args, model = parser.parse_args_and_config(argv)
+    trainer_class, data, args, model = parse(argv)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
@@ -65,6 +69,20 @@ def main(argv: list[str]) -> None:
             print(report)
         return
     train(trainer_class, data, args, model)
+
+
+def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelConfig]:
+    """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
+    flags, files = _split_files([part for argument in argv for part in _split_flag(argument)])
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*flags, *(["--config", _merge(files, folder)] if files else [])]
+        parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
+        first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        trainer_class = find_trainer(first.trainer)
+        if first.dry_run:
+            argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
+        parser = TrlParser((DataArguments, trainer_class.config_class, ModelConfig), allow_abbrev=False)
+        return trainer_class, *parser.parse_args_and_config(argv)
 
 
 def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
@@ -203,12 +221,38 @@ def _split_flag(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
-def _check_config(argv: list[str]) -> None:
-    if "--config" not in argv:
-        return
-    path = "".join(argv[argv.index("--config") + 1 :][:1])
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist: name a YAML file.")
+def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Flags, and the files after `--config`, which takes several and can be given again."""
+    flags, files, to_files = [], [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            to_files = argument == "--config"
+        if to_files and argument != "--config":
+            files.append(argument)
+        elif not to_files:
+            flags.append(argument)
+    if "--config" in argv and not files:
+        raise ValueError("--config names a file that does not exist: name a YAML file after it.")
+    return flags, files
+
+
+def _merge(files: list[str], folder: str) -> str:
+    """One file with the keys of all; a later file wins.
+
+    Raises:
+        ValueError: a file is missing or is no YAML mapping.
+    """
+    merged: dict = {}
+    for path in files:
+        if not Path(path).is_file():
+            raise ValueError(f"--config {path} does not exist: name a YAML file.")
+        content = yaml.safe_load(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {path} is not a YAML mapping: write `field: value` lines.")
+        merged |= content
+    one = Path(folder, "config.yaml")
+    one.write_text(yaml.safe_dump(merged, sort_keys=False))
+    return str(one)
 
 
 def _is_finished(args, checkpoint: str) -> bool:

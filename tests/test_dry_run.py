@@ -17,7 +17,8 @@ from trainers.estimate import count_steps, plan_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {str(path.relative_to(ROOT)): yaml.safe_load(path.read_text()) for path in ROOT.glob("configs/**/*.yaml")}
-RECIPES = sorted(name for name, content in FILES.items() if "trainer" in content)
+# A method's file for UltraFeedback is a part of a recipe (see test_recipes.py).
+RECIPES = sorted(n for n, content in FILES.items() if {"trainer", "model_name_or_path"} <= content.keys())
 ACCELERATE = sorted(name for name in FILES if name.startswith("configs/accelerate/"))
 
 # Of `tiny_llama(330)`: input and output width of the linear layers of a layer.
@@ -168,6 +169,26 @@ def test_model_init_kwargs_are_a_mapping_or_json(recipe, capsys):
     assert "3 layers, hidden size 32" in capsys.readouterr().out
 
 
+def test_hours_are_operations_over_speed(recipe, capsys):
+    def report(*flags, **changes):
+        main(["--config", recipe(**changes), "--dry_run", *flags])
+        text = capsys.readouterr().out
+        return text, [float(t) for t in re.findall(r"([\d.]+) hours", text)]
+
+    slow = ("--gpu_tflops", "1e-7", "--utilisation", "0.5")
+    text, (hours,) = report(*slow)
+    assert "assumed: 1 GPU(s) x 1e-07 TFLOP/s x 50% utilisation" in text and "training: 3 pass(es)" in text
+    assert report("--gpu_tflops", "2e-7", "--utilisation", "0.5")[1] == pytest.approx([hours / 2], rel=1e-3)
+    _, (eight,) = report(*slow, "--accelerate_config", str(ROOT / "configs/accelerate/ddp.yaml"))
+    assert eight == pytest.approx(hours / 8, rel=1e-3)
+    text, (trained, scored, both) = report(*slow, precompute_ref_logps=True)
+    assert "1 forward pass(es)" in text and trained + 3 * scored == pytest.approx(hours, rel=1e-3)
+    assert both == pytest.approx(trained + scored, rel=1e-3)
+    # One M-step per type and round; the reference and each of their policies score all rows.
+    text, _ = report(*slow, trainer="EMDPOTrainer", num_types=2, rounds=4, num_train_epochs=1)
+    assert "training: 8 pass(es)" in text and "between: 9 forward pass(es)" in text
+
+
 def test_the_command_line_wins(recipe, capsys):
     main([f"--config={recipe(beta=0.5, gamma=2.0)}", "--beta=0.25", "--dry_run", "--max_train_rows", "20"])
     report = capsys.readouterr().out
@@ -211,6 +232,19 @@ def test_recomputing_and_sharding_need_less(recipe, capsys):
 def test_mistakes_are_named(changes, flags, message, recipe):
     with pytest.raises(ValueError, match=message):
         main(["--config", recipe(**changes), "--dry_run", *flags])
+
+
+def test_a_later_file_wins_over_an_earlier_one_and_a_flag_over_both(recipe, tmp_path, capsys):
+    for name, text in {"one": "beta: 0.5\ngamma: 2.0\n", "two": "beta: 0.25\nalpha: 3.0\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = [recipe(), str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")]
+    for argv in (["--config", *files], [part for file in files for part in ("--config", file)]):
+        main([*argv, "--dry_run", "--alpha", "4.0"])
+        report = capsys.readouterr().out
+        assert all(line in report for line in ("beta: 0.25", "gamma: 2.0", "alpha: 4.0"))
+    (tmp_path / "two.yaml").write_text("- beta\n")
+    with pytest.raises(ValueError, match="two.yaml is not a YAML mapping"):
+        main(["--config", *files, "--dry_run"])
 
 
 @pytest.mark.parametrize("argv", [["--config", "no/recipe.yaml"], ["--config=no/recipe.yaml"], ["--config"]])

@@ -160,11 +160,14 @@ def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
         queries=branches.queries.token.numel(),
         keys=trunks + keys,
         mask=sum(mask.numel() for mask in branches.masks),
+        pairs=trunks * branches.trunk[1] + sum(mask.numel() for mask in branches.masks),
     )
     size = rows.input_ids.numel()
-    assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0)
+    assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0, size * rows.input_ids.size(1))
     packed = shared.input_ids.numel()
-    assert fed(RAGGED, shared=True, flex=True) == Fed(packed, shared.targets.numel(), packed, packed, 0)
+    assert fed(RAGGED, shared=True, flex=True) == Fed(
+        packed, shared.targets.numel(), packed, packed, 0, fed(RAGGED, shared=True).pairs
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,5 +1,10 @@
 """The reference cache: same numbers as online, and recomputed exactly when something that matters changed."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -272,3 +277,36 @@ def test_keys_depend_on_prompt_response_and_their_boundary():
     assert keys[0] == keys[2] != keys[1]
     assert response_keys([1, 2, 3], [[4]])[0] != keys[0]
     assert len(set(keys)) == 2 and LogpsCache("nowhere", "x").entries == {}
+
+
+NODES = """
+import os, sys
+from accelerate import PartialState
+from trainers.forward.cache import LogpsCache
+from helpers import leave_processes
+PartialState(cpu=True)
+for folder in ("same", os.environ["RANK"]):
+    try:
+        LogpsCache(f"{sys.argv[1]}/{folder}", "reference").check_same_everywhere()
+        print("OK", flush=True)
+    except ValueError as error:
+        print("ERROR", error, flush=True)
+leave_processes()
+"""
+
+
+@pytest.mark.distributed
+def test_nodes_that_share_no_folder_are_told(tmp_path):
+    for folder, keys in {"same": ["a"], "0": ["a"], "1": ["b"]}.items():
+        cache = LogpsCache(tmp_path / folder, "reference")
+        cache.add(dict.fromkeys(keys, -1.0), write=True)
+        cache.finish()
+    (tmp_path / "nodes.py").write_text(NODES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    done = subprocess.run(
+        [*torchrun, tmp_path / "nodes.py", tmp_path], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.stdout.count("OK") == 2, done.stderr[-2000:]
+    assert done.stdout.count("holds different entries on different processes (1, 1)") == 2

@@ -220,7 +220,9 @@ class PreferenceTrainer(Trainer):
             compute_dtype=f"{base.dtype}, autocast {autocast}",
             per_token=self.reference_per_token,
         )
-        return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=self.reference_per_token)
+        cache = LogpsCache(args.ref_cache_dir, fingerprint)
+        cache.check_same_everywhere()
+        return ReferenceTable(cache, per_token=self.reference_per_token)
 
     def _number_rows(self, dataset):
         if isinstance(dataset, dict):

@@ -3,12 +3,21 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
 LAYOUTS = ("auto", "shared", "rows")
+
+
+class Demands(NamedTuple):
+    """What a method asks for beyond one forward pass of policy and reference per step; `--dry_run` reckons with it."""
+
+    kl: bool = False  # a KL over the vocabulary, from the LM heads of policy and reference
+    mask_heads: int = 0  # learned heads on the reference's hidden states of all layers
+    trainings: float = 1  # each over num_train_epochs (or max_steps)
+    scorings: int = 0  # forward passes over all rows, without gradients and outside of training steps
 
 
 @dataclass
@@ -102,3 +111,8 @@ class PreferenceConfig(TrainingArguments):
         if self.output_dir is not None and Path(self.output_dir).expanduser().is_file():
             raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder.")
         super().__post_init__()
+
+    @property
+    def demands(self) -> Demands:
+        """What `--dry_run` must reckon with."""
+        return Demands()

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import PreferenceConfig
+from ..config import Demands, PreferenceConfig
 from .init import STARTS
 
 CHOICES = {
@@ -104,3 +104,9 @@ class EMDPOConfig(PreferenceConfig):
         for name in ("load_best_model_at_end", "push_to_hub"):
             if getattr(self, name):
                 raise ValueError(f"{name} does not work with EM-DPO, which has several policies: set it to false.")
+
+    @property
+    def demands(self) -> Demands:
+        """One type needs one round. All rows are scored by the reference and, in each round, by each type's policy."""
+        m_steps = self.restarts * self.num_types * (self.rounds if self.num_types > 1 else 1)
+        return Demands(trainings=m_steps * (0.5 if self.score_on == "heldout_half" else 1), scorings=1 + m_steps)

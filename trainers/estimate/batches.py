@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..config import PreferenceConfig
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens
+from .shape import Fed, fed
 
 
 class Batches(NamedTuple):
@@ -42,3 +43,13 @@ def count_steps(args: PreferenceConfig, batches_per_process: int) -> tuple[int, 
     """Optimizer steps per epoch and in all, as the Trainer counts them."""
     per_epoch = max(1, math.ceil(batches_per_process / args.gradient_accumulation_steps))
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+
+def fed_in_all(lengths: list[Lengths], layout: str) -> Fed:
+    """All rows once, each fed on its own, so that padding between prompts is left out.
+
+    `layout` is "rows", "shared" or "auto": for each row the one that feeds fewer tokens.
+    """
+    layouts = {"rows": (False,), "shared": (True,), "auto": (True, False)}[layout]
+    found = (min((fed([row], shared=s) for s in layouts), key=lambda f: f.tokens) for row in lengths)
+    return Fed(*map(sum, zip(*found, strict=True)))

@@ -19,6 +19,8 @@ from .shape import Fed, ModelShape
 
 # DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, in numbers.
 ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
+# Bytes per logit of a KL through checkpointing: measured.
+KL_LOGITS = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Run:
     moment_bytes: int | None = None  # None: as wide as the weights
     frozen_copy: bool = True  # the reference is a model of its own
     chunk_elements: int = CHUNK_ELEMENTS  # logits that the LM head works on at once
+    kl: bool = False  # the loss has a KL over the vocabulary, from the LM heads of policy and reference
+    mask_heads: int = 0  # learned masks, which read the reference's hidden states of all layers
 
 
 class Item(NamedTuple):
@@ -98,12 +102,15 @@ def _states(shape: ModelShape, plan: Plan, run: Run) -> list[Item]:
 
 
 def _reference(shape: ModelShape, plan: Plan, run: Run) -> Item:
-    """A frozen copy: as loaded, or 2 bytes per weight under DeepSpeed in bf16; sharded in stage 3."""
+    """A frozen copy: as loaded, or 2 bytes per weight under DeepSpeed in bf16; sharded in stage 3, its head not."""
+    # The KL needs the reference's LM head whole, of which an engine that shards weights has none.
+    head = (shape.vocabulary * shape.hidden, shape.stream * (run.kl and plan.stage >= 3), 1, "LM head")
     if not run.frozen_copy:
-        return Item("reference", 0, "none" if shape.full else "none: the adapter is switched off")
+        nothing = "none" if shape.full else "none: the adapter is switched off"
+        return _item("reference", head) if head[1] else Item("reference", 0, nothing)
     width = (shape.trainable_bytes + shape.frozen_bytes) / shape.parameters
     width = 2 if run.half and plan.engine == "deepspeed" else width
-    return _item("reference", (shape.parameters, width, plan.share(3), "frozen copy"))
+    return _item("reference", (shape.parameters, width, plan.share(3), "frozen copy"), head)
 
 
 def _buffers(shape: ModelShape, plan: Plan, run: Run) -> Item:
@@ -131,22 +138,23 @@ def _buffers(shape: ModelShape, plan: Plan, run: Run) -> Item:
 
 
 def _step(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> list[Item]:
-    """Activations with the larger of two works on them; the reference's forward is over before there are any."""
+    """Activations with the largest of the works on them; the reference's forward is over before there are any."""
     kept, layer = _activations(shape, batch, plan, run)
-    head = _lm_head(shape, batch, plan, run)
-    reference = _reference_forward(shape, plan, run)
-    work = max(head.size, layer.size)
-    first = reference.size > kept.size + work
-    counted = (not first, not first and head.size == work, not first and head.size < work, first)
-    items = zip((kept, head, layer, reference), counted, strict=True)
-    return [item._replace(counted=is_counted) for item, is_counted in items if item.size]
+    works = [_lm_head(shape, batch, plan, run), layer, _masks(shape, batch, plan, run)]
+    reference = _reference_forward(shape, batch, plan, run)
+    work = max(works, key=lambda item: item.size)
+    first = reference.size > kept.size + work.size
+    items = [kept._replace(counted=not first)]
+    items += [item._replace(counted=not first and item is work) for item in works]
+    return [item for item in (*items, reference._replace(counted=first)) if item.size]
 
 
 def _activations(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> tuple[Item, Item]:
     """What waits for the backward pass, and the work on one layer in the backward pass.
 
     Kept: all activations of a layer, or s T H for its input if they are recomputed; 4 T H (and s T H if trained) for
-    the last norm, c N H for the input of the LM head, one byte per element of the mask.
+    the last norm, c N H for the input of the LM head and as much for the reference's of a KL, one byte per element of
+    the mask.
     Work: the gradients of two tensors of the feed-forward, and the layer's activations if they are recomputed.
     """
     s, c, copies = _widths(shape, plan, run)
@@ -154,7 +162,8 @@ def _activations(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> tuple[I
     casts = _autocast_copies(shape, plan, run)
     layer = layer_activations(shape, batch, s, c, copies) + casts
     inputs = 0 if run.offload_checkpoints else s * tokens * shape.hidden
-    ends = tokens * shape.hidden * (4 + s * shape.full) + c * batch.predicted * shape.hidden + batch.mask
+    ends = tokens * shape.hidden * (4 + s * shape.full) + batch.mask
+    ends += c * batch.predicted * shape.hidden * (1 + run.kl)
     kept = _item(
         "activations",
         (whole, layer, 1, "layers whole"),
@@ -176,23 +185,56 @@ def _lm_head(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
     trained, 4 + c per weight to sum its gradient over chunks. Any other head (FSDP makes it one) goes through
     checkpointing: 16 bytes per logit, for logits, softmax and two gradients, and s per weight if there are several
     chunks. Autocast copies a float32 weight.
+
+    A KL has chunks half as long. A plain head then needs 12 bytes per logit in the forward pass, for both models and
+    the sum of exponentials, next to the states for learned masks, and 8 in the backward pass (10 with a 16-bit copy);
+    any other head needs KL_LOGITS.
     """
     s, c, _ = _widths(shape, plan, run)
-    chunk = min(batch.predicted, max(1, run.chunk_elements // shape.vocabulary))
+    chunk = min(batch.predicted, max(1, run.chunk_elements // shape.vocabulary // (1 + run.kl)))
     logits, weight = chunk * shape.vocabulary, shape.vocabulary * shape.hidden
-    copied = (weight, 2 if _autocast_copies(shape, plan, run) else 0, 1, "copy")
+    copied = (weight * (1 + run.kl), 2 if _autocast_copies(shape, plan, run) else 0, 1, "copy")
     if shape.plain_head and plan.engine != "fsdp":
         gradient = (weight, (4 + c) * shape.full, 1, "gradient")
         inputs = (batch.predicted * shape.hidden, c, 1, "inputs")
-        return _item("LM head chunk", (logits, 4 + 2 * (c < 4), 1, "logits"), gradient, inputs, copied)
+        each = 4 * (1 + run.kl) + 2 * (c < 4)
+        backward = _item("LM head chunk", (logits, each, 1, "logits"), gradient, inputs, copied)
+        states = (batch.predicted * shape.hidden, s * shape.layers * (run.mask_heads > 0), 1, "states")
+        forward = _item("LM head chunk", (logits, 12 * run.kl, 1, "logits"), states, copied)
+        return max(backward, forward, key=lambda item: item.size)
     gradient = (weight, s * (shape.full and chunk < batch.predicted), 1, "gradient")
-    return _item("LM head chunk", (logits, 16, 1, "logits"), gradient, copied)
+    return _item("LM head chunk", (logits, KL_LOGITS if run.kl else 16, 1, "logits"), gradient, copied)
 
 
-def _reference_forward(shape: ModelShape, plan: Plan, run: Run) -> Item:
-    """TRL's `prepare_fsdp` makes the reference one FSDP unit, so that its forward gathers all of its weights."""
-    width = (2 if run.half else shape.stream) if run.frozen_copy and plan.engine == "fsdp" else 0
-    return _item("reference forward", (shape.parameters, width, 1, "gathered at once"))
+def _masks(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
+    """Learned masks at the end of the forward pass.
+
+    The reference's hidden states at the N positions of all layers, for each head their normalised float32 copies, and
+    two more of one layer.
+    """
+    if not run.mask_heads:
+        return Item("masks", 0, "none")
+    states, (s, _, _) = batch.predicted * shape.hidden, _widths(shape, plan, run)
+    layers, copies = (shape.layers * states, s, 1, "states"), (shape.layers * states, 4 * run.mask_heads, 1, "copies")
+    return _item("masks", layers, copies, (2 * states, 4, 1, "one layer"))
+
+
+def _reference_forward(shape: ModelShape, batch: Fed, plan: Plan, run: Run) -> Item:
+    """What a forward of the reference needs, as far as it can be more than a step of the policy.
+
+    TRL's `prepare_fsdp` makes a frozen copy one FSDP unit, so that its forward gathers all of its weights. Learned
+    masks want the hidden states of all layers (and of the embeddings), of which the N positions are then copied twice.
+    """
+    gathers = run.frozen_copy and plan.engine == "fsdp"
+    width, s = 2 if run.half else shape.stream, _widths(shape, plan, run)[0]
+    states = (shape.hidden, s * bool(run.mask_heads))
+    every, chosen = (shape.layers + 1) * batch.tokens, 2 * shape.layers * batch.predicted
+    return _item(
+        "reference forward",
+        (shape.parameters, width * gathers, 1, "gathered at once"),
+        (every * states[0], states[1], 1, "hidden states"),
+        (chosen * states[0], states[1], 1, "chosen ones"),
+    )
 
 
 def layer_activations(shape: ModelShape, batch: Fed, s: int, c: int, copies: int) -> float:

@@ -54,6 +54,7 @@ class Fed(NamedTuple):
     queries: int
     keys: int
     mask: int  # elements
+    pairs: int = 0  # of a query and a key whose score is computed, those that the mask hides included
 
     @property
     def copies_keys(self) -> bool:
@@ -131,13 +132,15 @@ def fed(groups: list[tuple[int, list[int]]], *, shared: bool, flex: bool = False
     """
     responses = [r for _, lengths in groups for r in lengths]
     if not shared:
-        tokens = len(responses) * max(p + max(lengths) - 1 for p, lengths in groups)
-        return Fed(tokens, sum(responses), tokens, tokens, 0)
+        longest = max(p + max(lengths) - 1 for p, lengths in groups)
+        tokens = len(responses) * longest
+        return Fed(tokens, sum(responses), tokens, tokens, 0, tokens * longest)
     trunk, branch = max(p for p, _ in groups) - 1, max(responses)
     tokens = sum(p - 1 for p, _ in groups) + sum(responses)
-    if flex:
-        return Fed(tokens, sum(responses), tokens, tokens, 0)
     trunks, keys = len(groups) * trunk, len(responses) * (trunk + branch)
     pieces = [(sum(r > begin for r in responses) * (end - begin), end) for begin, end in piece_bounds(branch)]
     queries, mask = sum(size for size, _ in pieces), sum(size * (trunk + end) for size, end in pieces)
-    return Fed(tokens, sum(responses), trunks + queries, trunks + keys, mask)
+    pairs = trunks * trunk + mask
+    if flex:
+        return Fed(tokens, sum(responses), tokens, tokens, 0, pairs)
+    return Fed(tokens, sum(responses), trunks + queries, trunks + keys, mask, pairs)

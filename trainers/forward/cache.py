@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
+from accelerate.utils import gather_object
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,21 @@ class LogpsCache:
             if path.is_file():
                 table = pq.read_table(path, columns=["key", "logps"])
                 self.entries.update(zip(table["key"].to_pylist(), table["logps"].to_pylist(), strict=True))
+
+    def check_same_everywhere(self) -> None:
+        """Every process must call this. What is missing is scored together, so all must know the same entries.
+
+        Raises:
+            ValueError: processes found different entries, as nodes do that share no file system.
+        """
+        digest = hashlib.sha256("".join(sorted(self.entries)).encode()).hexdigest()
+        found = gather_object([(len(self.entries), digest)])
+        if len(set(found)) > 1:
+            counts = ", ".join(str(count) for count, _ in found)
+            raise ValueError(
+                f"ref_cache_dir={str(self.path.parent)!r} holds different entries on different processes ({counts}): "
+                "set it to a folder that all nodes share, or copy its files to every node."
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from ..config import PreferenceConfig
+from ..config import Demands, PreferenceConfig
 from .learned import STARTS
 
 MASKS = ("learned", "activations", "ones", "random")
@@ -115,6 +115,10 @@ class SparsePOConfig(PreferenceConfig):
         """L1 coefficients for the loss: a mask that serves both terms is counted twice there, and pays half each."""
         shared = len(self.masked) == 2 and not self.independent
         return {"reward_l1": self.reward_l1 / (1 + shared), "kl_l1": self.kl_l1 / (1 + shared)}
+
+    @property
+    def demands(self) -> Demands:
+        return Demands(kl=self.kl_term != "none", mask_heads=len(self.head_names))
 
     def _check_combination(self) -> None:
         """Raises ValueError for options that would have no effect together."""
