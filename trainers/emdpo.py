@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from .em import init, tables
@@ -339,7 +339,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _refuse_unsupported(self) -> None:
         """Raises ValueError for what EM cannot do under this engine."""
-        if is_fsdp_enabled():
+        if self.is_fsdp_enabled:
             raise ValueError("EM-DPO does not run under FSDP: use one process, DDP, ZeRO-2 or ZeRO-3.")
         if not is_deepspeed_zero3_enabled():
             return
