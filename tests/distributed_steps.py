@@ -115,15 +115,15 @@ def numbers(logs: dict, prefix: str = "") -> dict[str, float]:
 
 
 def build(cell: dict, engine: str, folder: Path, **changes):
-    """The trainer of a cell, whose output goes to the folder of its name.
+    """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
 
-    Keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`, `precompute`,
-    `rows`, `batch` of all processes together, `accumulation`, `budget` and `settings` (fields of the config).
+    Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`,
+    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget` and `settings` (of the config).
     """
     tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(
-        output_dir=str(folder / cell["name"]), use_cpu=True, report_to="none", learning_rate=0.01, seed=3,
-        optim="adamw_torch", lr_scheduler_type="constant", max_grad_norm=100.0, max_steps=5, logging_steps=1,
+        output_dir=str(folder / cell.get("out", cell["name"])), use_cpu=True, report_to="none", learning_rate=0.01,
+        seed=3, optim="adamw_torch", lr_scheduler_type="constant", max_grad_norm=100.0, max_steps=5, logging_steps=1,
         adam_epsilon=EPSILON,
         per_device_train_batch_size=cell.get("batch", 4) // PROCESSES, per_device_eval_batch_size=2,
         # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
@@ -159,8 +159,7 @@ def steps(cell: dict, engine: str, folder: Path) -> dict:
 def cut(cell: dict, engine: str, folder: Path) -> dict:
     """What seven steps give, and what the last three give that go on from the checkpoint amid the second epoch.
 
-    `die` names a step at which a process is killed; `again` says that a killed run is to be gone on with, to be
-    compared with the cell of that name.
+    With `die`, a process is killed in that step; with `again`, a run that was killed is gone on with instead.
     """
     saving = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
     if "die" in cell or "again" in cell:

@@ -58,6 +58,19 @@ def test_zero3_without_whole_weights_on_disk_is_refused(tmp_path):
     assert not list(tmp_path.rglob("emdpo.json"))
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", matrix.ENGINES)
+def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_numbers(engine, tmp_path):
+    common = {"trainer": "SWEPOTrainer", "cut": True, "peft": True}
+    cells = [{"name": "whole", **common}, {"name": "killed", **common, "die": 5},
+             {"name": "again", **common, "again": True, "out": "killed"}]  # fmt: skip
+    lines = matrix.run_engine(engine, cells, tmp_path)
+    assert lines["killed"]["failed"].startswith("crashed")
+    assert len([name for name in lines["again"]["found"] if name.endswith(" loss")]) == 3
+    assert matrix.difference(lines["again"]["found"], lines["whole"]["whole"]) <= 1e-6
+
+
 def test_differences_are_seen():
     expected = {"loss": 2.0, "margin": 1e-3}
     assert matrix.difference(expected, expected) == 0

@@ -15,10 +15,12 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from .checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lost_weights, run_settings
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
 from .data.prepare import prepare_dataset
+from .finite import check_finite
 from .forward import policy as policies
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, reference_table
@@ -162,6 +164,9 @@ class PreferenceTrainer(Trainer):
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = (losses * weights).sum() * processes / total.clamp(min=torch.finfo(weights.dtype).tiny)
+        if self.model.training:
+            check_finite(loss.detach(), losses.detach(), inputs, self.processing_class,
+                         step=self.state.global_step + 1, fatal=not self.args.fp16)  # fmt: skip
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
@@ -344,7 +349,48 @@ class PreferenceTrainer(Trainer):
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
 
-    # Saving.
+    # Saving and going on.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
+        """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
+
+        Raises:
+            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`).
+        """
+        self._settings = self.run_settings()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: there is no whole checkpoint in output_dir={self.args.output_dir}. "
+                    "Leave it out to begin at step 0."
+                )
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *arguments, **keywords)
+
+    def run_settings(self) -> dict:
+        """What the weights depend on: a checkpoint written with other settings is refused."""
+        return run_settings(self.args, self.model, self.train_dataset)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
+        check_checkpoint(checkpoint, self.model, self._settings, engine=engine)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder, self._settings, self.args)
+        super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result):
+        """The Trainer warns where weights of a checkpoint are missing or left over, and trains on."""
+        lost = lost_weights(self.model, load_result.missing_keys)
+        if wrong := lost or sorted(load_result.unexpected_keys):
+            raise ValueError(
+                f"The checkpoint is of another model: {len(wrong)} weights differ by name, such as {wrong[0]}."
+            )
 
     def create_model_card(self, **kwargs):
         """The Trainer's card, tagged and headed with the method, its paper and the data."""

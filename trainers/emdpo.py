@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
+from .checkpoints import last_checkpoint
 from .em import init, tables
 from .em.annotators import Annotators
 from .em.config import EMDPOConfig
@@ -35,7 +36,7 @@ from .loop.collect import check_settings, model_fingerprint, settings_hash
 from .loop.journal import write_json
 from .loop.processes import Processes, free_memory
 from .loop.settings import digest, training_settings
-from .loop.start import last_checkpoint, load_start
+from .loop.start import load_start
 
 __all__ = [
     "EMDPOConfig",

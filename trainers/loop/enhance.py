@@ -25,6 +25,7 @@ from pathlib import Path
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..checkpoints import remove_incomplete_checkpoints
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
@@ -34,7 +35,6 @@ from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
 from .settings import digest, training_settings
-from .start import remove_incomplete_checkpoints
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
