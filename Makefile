@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+MATRIX_ARGS ?=
 BENCHMARK_ARGS ?=
 
 VENV := .venv
@@ -16,10 +17,10 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo benchmark test test-all check style clean
+.PHONY: help setup demo benchmark test test-distributed test-all check style clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the pinned packages (PYTHON=... picks the interpreter)
 
@@ -30,14 +31,18 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 	$(BIN)/python scripts/get_smollm2.py
 	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
 
-test test-all: export HF_HUB_OFFLINE := 1
-test test-all: export TOKENIZERS_PARALLELISM := false
+test test-distributed test-all: export HF_HUB_OFFLINE := 1
+test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
 
 test: $(READY)  ## run the tests, offline (PYTEST_ARGS="-k word" narrows them)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-test-all: $(READY)  ## run the slow tests too (tests that need a GPU: pytest -m gpu)
+test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (20 minutes)
+	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
+
+test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)
 	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 check: $(READY)  ## lint and check the format, changing nothing
 	$(BIN)/ruff check .

@@ -20,9 +20,10 @@ from trl import ModelConfig, TrlParser
 from masks_page import Heatmap, render
 from train import DataArguments, load_split
 from trainers import SparsePOConfig, SparsePOTrainer
+from trainers.checkpoints import last_checkpoint
 from trainers.forward import policy as policies
 from trainers.loop.journal import write_atomic
-from trainers.loop.start import last_checkpoint, load_start
+from trainers.loop.start import load_start
 from trainers.masks.learned import read_heads
 from trainers.metrics import best_and_worst
 

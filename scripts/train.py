@@ -20,12 +20,13 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dry_run import describe
 from trainers import PreferenceConfig, PreferenceTrainer, load_preferences
+from trainers.checkpoints import last_checkpoint
 from trainers.forward.policy import load_tokenizer
 from trainers.loop import enhance
 from trainers.loop.collect import model_fingerprint
 from trainers.loop.options import EnhanceOptions
 from trainers.loop.scorer import check_scorer
-from trainers.loop.start import last_checkpoint, load_for_sampling, load_start
+from trainers.loop.start import load_for_sampling, load_start
 
 
 @dataclass

@@ -1,37 +1,54 @@
-"""Five steps of a trainer on ragged rows, on as many processes as torchrun started; prints losses as one JSON line.
+"""Some steps of one trainer after the other on ragged rows, on as many processes as torchrun started.
 
-torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "peft": true, ...}'
+torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "folder": FOLDER, "cells": [{...}, ...]}'
 
-`trainer` names the method, `settings` are fields of its config, `resume` is a checkpoint to go on from.
+A cell names a `trainer`; its other keys are those of `build` and `cut`, and `cut` says that the latter runs. Each cell
+leaves one line of JSON in FOLDER/results.jsonl as soon as it is done: {"cell": its name, and "found": numbers by name,
+or "refused": message}.
 """
 
+import gc
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
+from emdpo_rows import em_config, opposed_rows  # noqa: E402
 from helpers import build_tokenizer, leave_processes, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+# Adam's first step is the sign of the gradient: with its usual 1e-8, a gradient of 0 but for rounding is a whole step.
+EPSILON = 1e-5
+UNCOMPARED = ("runtime", "per_second", "preparation_time", "epoch", "learning_rate", "flos")
+# At the first step rewards are 0 but for rounding (a cached reference was scored in other batches): no ranking there.
+FIRST = ("step 1 ranking/", "step 1 rewards/accuracies")
 
-def engine_arguments(engine: str) -> dict:
-    """TrainingArguments that select the engine; `ddp` needs none."""
+
+def engine_arguments(engine: str, *, gather: bool = True) -> dict:
+    """TrainingArguments that select the engine; `gather` says whether ZeRO-3 saves whole weights."""
     if engine.startswith("zero"):
         stage = int(engine[-1])
         return {"deepspeed": {
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto", "train_batch_size": "auto",
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0,
-                                  "stage3_gather_16bit_weights_on_model_save": True},
+                                  "stage3_gather_16bit_weights_on_model_save": gather},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         }}  # fmt: skip
     if engine == "fsdp2":
@@ -43,72 +60,209 @@ def engine_arguments(engine: str) -> dict:
     return {"ddp_find_unused_parameters": False} if engine == "ddp" else {}
 
 
+def prepare(args, engine: str) -> None:
+    """Let an engine start without a GPU."""
+    if engine == "fsdp2":
+        # accelerate offers FSDP to processes with an accelerator only; nothing of what it then does needs one.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+
+def check_engine(trainer, engine: str) -> None:
+    """A run under another engine than the one that was asked for would prove nothing."""
+    state = trainer.accelerator.state
+    found = {"single": DistributedType.NO, "ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP}
+    assert state.distributed_type == found.get(engine, DistributedType.DEEPSPEED), state.distributed_type
+    if engine == "fsdp2":
+        assert state.fsdp_plugin.fsdp_version == 2
+        assert all(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters())
+    if engine.startswith("zero"):
+        assert trainer.model_wrapped.zero_optimization_stage() == int(engine[-1])
+    if engine == "ddp":
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+
 def adapter(wanted: bool | list[str] | None) -> LoraConfig | None:
     """LoRA on all linear layers, or on those that are named."""
     targets = {"target_modules": wanted} if isinstance(wanted, list) else {}
     return LoraConfig(**LORA | targets) if wanted else None
 
 
-class Norms(TrainerCallback):
-    """Gradient norms as the engine reports them."""
+def saved_model(folder: Path, vocabulary: int, args) -> str:
+    """The path of the tiny model: ZeRO-3 reads references and M-steps read starts from disk."""
+    path = folder / "model"
+    if int(os.environ.get("RANK", "0")) == 0 and not path.exists():
+        tiny_llama(vocabulary).save_pretrained(path)
+    args.distributed_state.wait_for_everyone()
+    args.model_init_kwargs = {"dtype": "float32"}
+    return str(path)
+
+
+class Numbers(TrainerCallback):
+    """Every number that is logged, by step and name."""
 
     def __init__(self):
-        self.values = []
+        self.found = {}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "grad_norm" in logs:
-            self.values.append(float(logs["grad_norm"]))
+        if "loss" in logs:
+            self.found |= numbers(logs, f"step {state.global_step} ")
+
+
+def numbers(logs: dict, prefix: str = "") -> dict[str, float]:
+    """What is compared of the logs of a step or of an evaluation."""
+    found = {prefix + name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+    return {name: value for name, value in found.items() if not any(part in name for part in UNCOMPARED + FIRST)}
+
+
+def build(cell: dict, engine: str, folder: Path, **changes):
+    """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
+
+    Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`,
+    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget` and `settings` (of the config).
+    """
+    tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
+    fields = dict(
+        output_dir=str(folder / cell.get("out", cell["name"])), use_cpu=True, report_to="none", learning_rate=0.01,
+        seed=3, optim="adamw_torch", lr_scheduler_type="constant", max_grad_norm=100.0, max_steps=5, logging_steps=1,
+        adam_epsilon=EPSILON,
+        per_device_train_batch_size=cell.get("batch", 4) // PROCESSES, per_device_eval_batch_size=2,
+        # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
+        gradient_accumulation_steps=2 // PROCESSES if "budget" in cell else cell.get("accumulation", 1),
+        save_strategy="no", disable_tqdm=True, activation_checkpointing=cell.get("checkpointing", False),
+        layout=cell.get("layout", "shared"), precompute_ref_logps=cell.get("precompute", False),
+        ref_cache_dir=str(folder / cell["name"] / "cache"), max_tokens_per_batch=cell.get("budget"),
+        **engine_arguments(engine),
+    )  # fmt: skip
+    args = trainer_class.config_class(**fields | cell.get("settings", {}) | changes)
+    prepare(args, engine)
+    model = saved_model(folder, len(tokenizer), args) if engine == "zero3" else tiny_llama(len(tokenizer))
+    if cell.get("pretrained"):
+        args.model_init_kwargs = None
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
+        torch.manual_seed(7)
+        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    return trainer_class(
+        model, args=args, processing_class=tokenizer, callbacks=[Numbers()], peft_config=adapter(cell.get("peft")),
+        train_dataset=Dataset.from_list(rows(cell.get("rows", 11))), eval_dataset=Dataset.from_list(rows(7, seed=2)),
+    )  # fmt: skip
+
+
+def steps(cell: dict, engine: str, folder: Path) -> dict:
+    """Losses, gradient norms and metrics of five steps, and of an evaluation after them."""
+    trainer = build(cell, engine, folder)
+    trainer.train()
+    check_engine(trainer, engine)
+    assert trainer.model.is_activation_checkpointing == cell.get("checkpointing", False)
+    return {"found": results(trainer)}
+
+
+def cut(cell: dict, engine: str, folder: Path) -> dict:
+    """What seven steps give, and what the last three give that go on from the checkpoint amid the second epoch.
+
+    With `die`, a process is killed in that step; with `again`, a run that was killed is gone on with instead.
+    """
+    saving = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    if "die" in cell or "again" in cell:
+        trainer = build(cell, engine, folder, **saving)
+        if "die" in cell:
+            trainer.add_callback(Death(cell["die"]))
+        trainer.train(resume_from_checkpoint="again" in cell)
+        return {"found": results(trainer, folder / f"final {cell['name']}")}
+    trainer = build(cell, engine, folder, **saving)
+    trainer.train()
+    whole = results(trainer, folder / f"final {cell['name']}")
+    trainer = build(cell, engine, folder, **saving | {"output_dir": str(folder / f"{cell['name']} again")})
+    trainer.train(resume_from_checkpoint=str(folder / cell["name"] / "checkpoint-4"))
+    check_engine(trainer, engine)
+    found = results(trainer, folder / f"final {cell['name']} again")
+    assert sum(name.endswith(" loss") for name in found) == 3
+    return {"found": found, "whole": {name: whole[name] for name in found}}
+
+
+class Death(TrainerCallback):
+    """The last process dies in a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == PROCESSES - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def results(trainer, saved: Path | None = None) -> dict[str, float]:
+    """The numbers of a run that is over, and those of an evaluation; with `saved`, also the weights'."""
+    seen = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Numbers))
+    found = seen.found | numbers(trainer.evaluate())
+    if saved is not None:
+        trainer.save_model(str(saved))
+        trainer.accelerator.wait_for_everyone()
+        for path in saved.glob("*.safetensors"):
+            for name, weight in load_file(path).items():
+                found[f"weights {name}"] = float(weight.double().abs().mean())
+                found[f"sign {name}"] = float(weight.double().flatten() @ torch.arange(weight.numel()).double().cos())
+        assert any(name.startswith("weights ") for name in found)
+    release(trainer)
+    return found
+
+
+def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
+    """EM: losses and gradient norms of the M-steps of the last round, posterior, log-likelihoods."""
+    tokenizer = build_tokenizer()
+    out = folder / cell["name"]
+    fields = dict(
+        per_device_train_batch_size=4 // PROCESSES, ref_tokens_per_batch=60, optim="adamw_torch", max_steps=5,
+        logging_steps=1, rounds=1, adam_epsilon=EPSILON, activation_checkpointing=cell.get("checkpointing", False),
+        **engine_arguments(engine, gather=cell.get("gather", True)),
+    )  # fmt: skip
+    args = em_config(out, **fields | cell.get("settings", {}))
+    prepare(args, engine)
+    # 31 rows: neither two processes nor batches of four divide them, in training or in scoring.
+    data = [*opposed_rows(), opposed_rows(seed=5)[0]][:31]
+    trainer = trainers.EMDPOTrainer(
+        saved_model(folder, len(tokenizer), args), args=args, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(data[:28]), eval_dataset=Dataset.from_list(data[28:]),
+        peft_config=adapter(cell.get("peft")),
+    )  # fmt: skip
+    trainer.train()
+    found = numbers(trainer.evaluate())
+    for k, policy in enumerate(trainer.policies):
+        for log in json.loads((policy / "trainer_state.json").read_text())["log_history"]:
+            found |= numbers(log, f"type {k} step {log['step']} ") if "loss" in log else {}
+    manifest = json.loads((trainer.policies[0].parents[1] / "manifest.json").read_text())
+    found["log_likelihood"] = manifest["log_likelihood"]
+    found |= {f"posterior {i} {k}": float(v) for i, row in enumerate(trainer.posterior) for k, v in enumerate(row)}
+    release(trainer)
+    return {"found": found}
+
+
+def release(trainer) -> None:
+    """End the engines of a trainer, so that the next one finds the process as at its start."""
+    reference = trainer.reference.model if trainer.reference is not None else None
+    if hasattr(reference, "destroy"):
+        reference.destroy()
+    trainer.accelerator.free_memory()
 
 
 def main(options: dict) -> None:
     torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    folder = Path(options["folder"])
-    model = tiny_llama(len(tokenizer))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    trainer_class = getattr(trainers, options.get("trainer", "SWEPOTrainer"))
-    fields = dict(
-        output_dir=str(folder / "out"), use_cpu=True, report_to="none", learning_rate=0.01, optim="adamw_torch",
-        per_device_train_batch_size=options.get("batch", 4) // processes, per_device_eval_batch_size=2, max_steps=5,
-        # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
-        gradient_accumulation_steps=2 // processes if "budget" in options else options.get("accumulation", 1),
-        logging_steps=1, save_strategy="no", seed=3,
-        lr_scheduler_type="constant", disable_tqdm=True, max_grad_norm=100.0,
-        activation_checkpointing=options.get("checkpointing", False), layout=options.get("layout", "shared"),
-        precompute_ref_logps=options.get("precompute", False), ref_cache_dir=str(folder / "cache"),
-        max_tokens_per_batch=options.get("budget"), **engine_arguments(options["engine"]),
-    )  # fmt: skip
-    args = trainer_class.config_class(**fields | options.get("settings", {}))
-    if options["engine"].startswith("zero"):
+    folder, engine = Path(options["folder"]), options["engine"]
+    if engine.startswith("zero"):
         import deepspeed
 
         # On GPUs accelerate does this; with use_cpu it opens plain gloo, which DeepSpeed does not see.
         deepspeed.init_distributed("gloo")
-    norms = Norms()
-    if options["engine"] == "zero3":  # a ZeRO-3 reference is read from a path
-        path = folder / "model"
-        if int(os.environ.get("RANK", "0")) == 0 and not path.exists():
-            model.save_pretrained(path)
-        args.distributed_state.wait_for_everyone()
-        model = str(path)
-        args.model_init_kwargs = {"dtype": "float32"}
-    trainer = trainer_class(
-        model, args=args, train_dataset=Dataset.from_list(rows(12)), eval_dataset=Dataset.from_list(rows(7, seed=2)),
-        processing_class=tokenizer, callbacks=[norms],
-        peft_config=adapter(options.get("peft")),
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=options.get("resume"))
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        history = trainer.state.log_history
-        result = {
-            "losses": [log["loss"] for log in history if "loss" in log],
-            "margins": [log["rewards/margins"] for log in history if "rewards/margins" in log],
-            "norms": norms.values,
-            "eval": {k: metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")},
-            "masks": {k: v for k, v in metrics.items() if "mask_mean" in k or "mask_sparsity" in k},
-        }
-        print("RESULT " + json.dumps(result), flush=True)
+    for cell in options["cells"]:
+        started = time.monotonic()
+        try:
+            run = em_rounds if cell["trainer"] == "EMDPOTrainer" else cut if cell.get("cut") else steps
+            line = {"cell": cell["name"], **run(cell, engine, folder)}
+        except ValueError as refusal:  # on every process alike, before its first step
+            line = {"cell": cell["name"], "refused": str(refusal)}
+        gc.collect()
+        if int(os.environ.get("RANK", "0")) == 0:
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(line | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,77 +1,111 @@
-"""The same numbers on one process and on two, under every engine: losses, gradient norms, evaluation."""
+"""The same numbers on one process and on two, under every engine: a part of the table of distributed_matrix.py."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
+import math
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "distributed_steps.py"
-ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
-OPTIONS = {
-    "full": {},
-    "lora": {"peft": True},
-    "checkpointing": {"checkpointing": True},
-    "lora checkpointing": {"peft": True, "checkpointing": True},
-    "accumulation": {"batch": 2, "accumulation": 2},
-    "rows": {"layout": "rows"},
-    "cache": {"precompute": True},
-    "lora cache": {"peft": True, "precompute": True},
-    "budget": {"budget": 120},
+import distributed_matrix as matrix
+
+# One launch per engine: starting processes and engines costs more than the steps do.
+CHOSEN = {
+    "ddp": ["SWEPO, token budget", "LIRE, full", "PlackettLuce, LoRA", "EMDPO, halves", "SWEPO, full, gone on"],
+    "zero2": ["SWEPO, LoRA, reference cache", "DPO, full, checkpointing", "NCA, LoRA"],
+    "zero3": [
+        "SWEPO, reference cache",
+        "SparsePO, LoRA, checkpointing",
+        "RRHF, full",
+        "EMDPO, LoRA",
+        "SparsePO, LoRA, gone on",
+    ],
+    "fsdp2": ["SWEPO, 9 rows", "SparsePO, full", "InfoNCA, LoRA, checkpointing", "EMDPO, full"],
 }
-ALWAYS = [("ddp", "budget"), ("zero2", "lora cache"), ("zero3", "cache"), ("fsdp2", "checkpointing")]
-
-
-def launch(engine: str, options: dict, folder: Path, script: Path = SCRIPT) -> dict:
-    """Run the script, by default five steps of a trainer, and return what its first process printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = 1 if engine == "single" else 2
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-    ]
-    options = json.dumps({"engine": engine, "folder": str(folder), **options})
-    command = [*torchrun, "--nproc_per_node", str(processes), str(script), options]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
-
-
-@cache
-def alone(name: str, folder: Path) -> dict:
-    return launch("single", OPTIONS[name], folder)
-
-
-def flat(result: dict) -> list[float]:
-    return [*result["losses"], *result["margins"], *result["norms"], *result["eval"].values()]
-
-
-def case(engine, name):
-    return pytest.param(engine, name, marks=() if (engine, name) in ALWAYS else pytest.mark.slow)
+CASES = [(engine, name) for engine, names in CHOSEN.items() for name in names]
 
 
 @pytest.fixture(scope="module")
-def single_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("single")
+def results(tmp_path_factory):
+    """`results(engine)`: {cell: line} of the chosen cells."""
+    folder, cells, done = tmp_path_factory.mktemp("matrix"), matrix.all_cells(), {}
+
+    def run(engine):
+        if engine not in done:
+            names = CHOSEN.get(engine) or dict.fromkeys(name for _, name in CASES)
+            done[engine] = matrix.run_engine(engine, [cells[name] for name in names], folder)
+        return done[engine]
+
+    return run
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine, name", [case(engine, name) for engine in ENGINES for name in OPTIONS])
-def test_two_processes_give_the_numbers_of_one(engine, name, tmp_path, single_folder):
-    expected, found = alone(name, single_folder), launch(engine, OPTIONS[name], tmp_path)
-    assert len(flat(found)) == len(flat(expected)) == 18
-    assert found["losses"][0] != pytest.approx(found["losses"][-1], rel=0.01)
-    assert flat(found) == pytest.approx(flat(expected), rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("engine, name", CASES)
+def test_two_processes_give_the_numbers_of_one(engine, name, results):
+    alone, found = results("single")[name], results(engine)[name]
+    losses = [value for key, value in alone["found"].items() if key.endswith(" loss")]
+    assert len(losses) >= 3 and max(losses) - min(losses) > 0.01  # there is something to differ in
+    if (engine, name) == ("fsdp2", "EMDPO, full"):
+        assert "does not run under FSDP" in found["refused"]
+        return
+    text, good = matrix.verdict(found, alone, engine)
+    assert good, found.get("failed", text)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero3_without_whole_weights_on_disk_is_refused(tmp_path):
+    cell = {"name": "no whole weights", "trainer": "EMDPOTrainer", "gather": False}
+    line = matrix.run_engine("zero3", [cell], tmp_path)["no whole weights"]
+    assert "zero3_save_16bit_model" in line["refused"]
+    assert not list(tmp_path.rglob("emdpo.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", matrix.ENGINES)
+def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_numbers(engine, tmp_path):
+    common = {"trainer": "SWEPOTrainer", "cut": True, "peft": True}
+    cells = [{"name": "whole", **common}, {"name": "killed", **common, "die": 5},
+             {"name": "again", **common, "again": True, "out": "killed"}]  # fmt: skip
+    lines = matrix.run_engine(engine, cells, tmp_path)
+    assert lines["killed"]["failed"].startswith("crashed")
+    assert len([name for name in lines["again"]["found"] if name.endswith(" loss")]) == 3
+    assert matrix.difference(lines["again"]["found"], lines["whole"]["whole"]) <= 1e-6
+
+
+def test_differences_are_seen():
+    expected = {"loss": 2.0, "margin": 1e-3}
+    assert matrix.difference(expected, expected) == 0
+    assert matrix.difference({**expected, "loss": 2.0002}, expected) == pytest.approx(1e-4)
+    assert matrix.difference({**expected, "margin": 1.1e-3}, expected) == pytest.approx(1e-3)  # relative to 0.1
+    assert matrix.difference({"loss": 2.0}, expected) == math.inf
+    assert math.isnan(matrix.difference({"margin": 1e-3, "loss": math.nan}, expected))
+    assert math.isnan(matrix.difference({"margin": math.nan, "loss": 2.0}, expected))
+
+
+@pytest.mark.parametrize(
+    "engine, line, good",
+    [("ddp", {"found": {"loss": 1.0}}, True), ("ddp", {"found": {"loss": 1.1}}, False),
+     ("ddp", {"found": {"loss": math.nan}}, False), ("ddp", {"failed": "crashed\nhere"}, False),
+     ("ddp", {"refused": "cannot"}, False), ("fsdp2", {"refused": "cannot"}, True)],
+)  # fmt: skip
+def test_a_cell_is_equal_or_refused_as_known_or_wrong(engine, line, good):
+    name, alone = "EMDPO, full", {"found": {"loss": 1.0}}
+    line = {"cell": name, **line}
+    assert matrix.verdict(line, alone, engine)[1] is good
+    assert matrix.verdict(line, {"refused": "cannot"}, engine)[1] is False  # what runs nowhere proves nothing
+    text = matrix.table({"single": {name: {"cell": name, **alone}}, engine: {name: line}})
+    assert ("**" in text) is not good
+    assert ("cannot" in text) == ("refused" in line) and ("here" in text) == ("failed" in line)
+
+
+def test_a_crash_costs_one_cell(tmp_path, monkeypatch):
+    def launch(engine, cells, folder):
+        with open(folder / "results.jsonl", "a") as file:
+            for cell in cells:
+                if cell["name"] == "b":
+                    return "crashed"
+                file.write(f'{{"cell": "{cell["name"]}", "found": {{}}}}\n')
+
+    monkeypatch.setattr(matrix, "_launch", launch)
+    found = matrix.run_engine("ddp", [{"name": name} for name in "abc"], tmp_path)
+    assert {name: set(line) - {"cell"} for name, line in found.items()} == {"a": {"found"}, "b": {"failed"},
+                                                                          "c": {"found"}}  # fmt: skip

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 import train
 from helpers import family_tokenizer, tiny_llama
 from trainers import LIREConfig, LIRETrainer
+from trainers.checkpoints import last_checkpoint
+from trainers.loop import enhance
 from trainers.loop.options import EnhanceOptions
 from trainers.loop.sampler import SamplingConfig, sample_responses
-from trainers.loop.start import last_checkpoint, load_for_sampling
+from trainers.loop.start import load_for_sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["the dog sleeps", "a lazy day", "say something kind", "Paris, of course", "jumps over", "it rains"]
@@ -414,3 +416,15 @@ def test_two_processes_sample_and_train_together(inputs, finished, tmp_path):
     assert sorted(keys) == [(i, j) for i in range(4) for j in range(K)]
     assert json.loads((tmp_path / "round-01" / "manifest.json").read_text())["training"]["steps"] == 4
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("way", ["field", "launcher"])
+def test_fsdp_is_refused_also_where_every_process_reads_the_weights(tmp_path, monkeypatch, way):
+    args = LIREConfig(output_dir=str(tmp_path), use_cpu=True)
+    enhance.refuse_unsupported(args)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    if way == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args.fsdp = way == "field"
+    with pytest.raises(ValueError, match="whole policy on each GPU"):
+        enhance.refuse_unsupported(args)

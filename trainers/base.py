@@ -9,28 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from .checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lost_weights, run_settings
 from .config import PreferenceConfig
 from .data import PreferenceCollator
-from .data.budget import TokenBudgetSampler, packed_tokens, token_lengths
+from .data.budget import budget_loader
 from .data.prepare import prepare_dataset
+from .finite import check_finite
 from .forward import policy as policies
-from .forward.cache import LogpsCache, reference_fingerprint, reference_parameters
 from .forward.reference import make_reference
-from .forward.reference_pass import ROW, ReferenceTable
+from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
 
 
 class PreferenceTrainer(Trainer):
@@ -97,7 +97,10 @@ class PreferenceTrainer(Trainer):
             logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
         self.table, self.reference, models = None, None, [model]
         if self.needs_reference and args.precompute_ref_logps:
-            self.table = self._make_table(model, ref_model, args, fresh_adapter=fresh_adapter)
+            self.table = reference_table(
+                model if ref_model is None else ref_model, args, fresh_adapter=fresh_adapter,
+                per_token=self.reference_per_token,
+            )  # fmt: skip
             train_dataset, eval_dataset = self._number_rows(train_dataset), self._number_rows(eval_dataset)
         if self.needs_reference:
             copy_policy = self.table is None or bool(self.table.missing())
@@ -161,6 +164,9 @@ class PreferenceTrainer(Trainer):
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = (losses * weights).sum() * processes / total.clamp(min=torch.finfo(weights.dtype).tiny)
+        if self.model.training:
+            check_finite(loss.detach(), losses.detach(), inputs, self.processing_class,
+                         step=self.state.global_step + 1, fatal=not self.args.fp16)  # fmt: skip
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
@@ -207,23 +213,6 @@ class PreferenceTrainer(Trainer):
         args = self.args
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else policies.base_model(self.model).dtype
 
-    def _make_table(self, model, ref_model, args: PreferenceConfig, *, fresh_adapter: bool) -> ReferenceTable:
-        """The table over the cache of the reference that `make_reference` gives for the same arguments."""
-        source = model if ref_model is None else ref_model
-        has_adapters = isinstance(source, PeftModel)
-        adapter = source.active_adapter if has_adapters and not fresh_adapter else None
-        base = policies.base_model(source)
-        autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
-        fingerprint = reference_fingerprint(
-            reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
-            base.config.to_dict(),
-            compute_dtype=f"{base.dtype}, autocast {autocast}",
-            per_token=self.reference_per_token,
-        )
-        cache = LogpsCache(args.ref_cache_dir, fingerprint)
-        cache.check_same_everywhere()
-        return ReferenceTable(cache, per_token=self.reference_per_token)
-
     def _number_rows(self, dataset):
         if isinstance(dataset, dict):
             return {name: self._number_rows(d) for name, d in dataset.items()}
@@ -238,46 +227,33 @@ class PreferenceTrainer(Trainer):
         """Collect an accumulation window and the weight of its prompts over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.args.max_tokens_per_batch is None:
-            self._unweigh_repeated(batches[-1])
+            self._mark_repeated(batches[-1])
         weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
 
-    def _unweigh_repeated(self, batch: Batch) -> None:
-        """Rows that accelerate repeats so that the last batches of an epoch are even weigh nothing."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    def _mark_repeated(self, batch: Batch) -> None:
+        """Rows that accelerate repeats so that the last batches of an epoch are even count nowhere."""
+        accelerator, args = self.accelerator, self.args
+        if not accelerator.gradient_state.end_of_dataloader or args.dataloader_drop_last:
+            return
+        # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on.
+        total = self._train_batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
+        remainder = len(self.train_dataset) % total
+        if accelerator.num_processes == 1 or not remainder:
             return
         size = len(batch["scores"])
-        position = self.accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)
+        position = accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)
+        batch[REPEATED] = position >= remainder
         weight = batch.get("weight", torch.ones_like(position))
-        batch["weight"] = (weight * (position < state.remainder)).float()
+        batch["weight"] = weight.float().masked_fill(batch[REPEATED], 0)
 
     # Data.
 
     def get_train_dataloader(self):
         """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens."""
-        budget = self.args.max_tokens_per_batch
-        if budget is None:
+        if self.args.max_tokens_per_batch is None:
             return super().get_train_dataloader()
-        lengths = [packed_tokens(row) for row in token_lengths(self.train_dataset)]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = TokenBudgetSampler(lengths, budget, seed=seed, processes=self.args.world_size)
-        if sampler.oversized:
-            logger.warning("%d rows are longer than max_tokens_per_batch=%d; each is a batch of its own.",
-                           sampler.oversized, budget)  # fmt: skip
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
-        # Not `accelerator.prepare`: it evens out batches by repeating rows, and these are even already.
-        return prepare_data_loader(
-            loader, self.args.device, self.args.world_size, self.args.process_index, put_on_device=True,
-            even_batches=False,
-        )  # fmt: skip
+        return budget_loader(self.train_dataset, self.data_collator, self.args)
 
     def _prepare_rows(self, dataset, tokenizer, args: PreferenceConfig):
         if dataset is None:
@@ -329,7 +305,10 @@ class PreferenceTrainer(Trainer):
 
     def _record(self, batch: Batch, losses: Tensor, weights: Tensor, metrics: dict[str, Tensor]) -> None:
         if self.model.training:
-            self._meters["train"].update(metrics)
+            repeated = batch.get(REPEATED, torch.zeros_like(losses, dtype=torch.bool))
+            own = {n: v.masked_fill(repeated, torch.nan) if torch.is_tensor(v) and v.dim() else v
+                   for n, v in metrics.items()}  # fmt: skip
+            self._meters["train"].update(own)
             return
         # Per-prompt values are gathered so that accelerate can remove the rows it repeats to fill the last batch.
         size = len(losses)
@@ -373,7 +352,48 @@ class PreferenceTrainer(Trainer):
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
 
-    # Saving.
+    # Saving and going on.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
+        """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
+
+        Raises:
+            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`).
+        """
+        self._settings = self.run_settings()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: there is no whole checkpoint in output_dir={self.args.output_dir}. "
+                    "Leave it out to begin at step 0."
+                )
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *arguments, **keywords)
+
+    def run_settings(self) -> dict:
+        """What the weights depend on: a checkpoint written with other settings is refused."""
+        return run_settings(self.args, self.model, self.train_dataset)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
+        check_checkpoint(checkpoint, self.model, self._settings, engine=engine)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder, self._settings, self.args)
+        super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result):
+        """The Trainer warns where weights of a checkpoint are missing or left over, and trains on."""
+        lost = lost_weights(self.model, load_result.missing_keys)
+        if wrong := lost or sorted(load_result.unexpected_keys):
+            raise ValueError(
+                f"The checkpoint is of another model: {len(wrong)} weights differ by name, such as {wrong[0]}."
+            )
 
     def create_model_card(self, **kwargs):
         """The Trainer's card, tagged and headed with the method, its paper and the data."""

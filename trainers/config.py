@@ -29,6 +29,10 @@ class PreferenceConfig(TrainingArguments):
     """
 
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if below 1)."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log other losses in place of one that is not finite. Such a loss ends the run."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator decides which columns become tensors."}
     )

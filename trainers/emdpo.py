@@ -17,9 +17,10 @@ import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
+from .checkpoints import last_checkpoint
 from .em import init, tables
 from .em.annotators import Annotators
 from .em.config import EMDPOConfig
@@ -35,7 +36,7 @@ from .loop.collect import check_settings, model_fingerprint, settings_hash
 from .loop.journal import write_json
 from .loop.processes import Processes, free_memory
 from .loop.settings import digest, training_settings
-from .loop.start import last_checkpoint, load_start
+from .loop.start import load_start
 
 __all__ = [
     "EMDPOConfig",
@@ -339,7 +340,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _refuse_unsupported(self) -> None:
         """Raises ValueError for what EM cannot do under this engine."""
-        if is_fsdp_enabled():
+        if self.is_fsdp_enabled:
             raise ValueError("EM-DPO does not run under FSDP: use one process, DDP, ZeRO-2 or ZeRO-3.")
         if not is_deepspeed_zero3_enabled():
             return

@@ -248,15 +248,9 @@ class SparsePOTrainer(PreferenceTrainer):
         if self.args.should_save and heads:  # empty where DeepSpeed keeps the weights in its own files only
             self.mask_heads.save(self.args.output_dir if output_dir is None else output_dir, heads)
 
-    def train(self, resume_from_checkpoint=None, **keywords):
-        """As `Trainer.train`.
-
-        Raises:
-            ValueError: the checkpoint to go on from has other masks.
-        """
-        if isinstance(resume_from_checkpoint, str):
-            check_masks(resume_from_checkpoint, self.args.mask_settings if self.mask_heads is not None else None)
-        return super().train(resume_from_checkpoint, **keywords)
+    def check_checkpoint(self, checkpoint):
+        check_masks(checkpoint, self.args.mask_settings if self.mask_heads is not None else None)
+        super().check_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -271,6 +265,6 @@ class SparsePOTrainer(PreferenceTrainer):
             self.mask_heads.restore(read_heads(folder)[1])
 
     def _issue_warnings_after_load(self, load_result):
-        """The Trainer's warnings; the mask heads are missing from the policy's file on purpose."""
+        """The mask heads are missing from the policy's file on purpose."""
         missing = [name for name in load_result.missing_keys if f"{ATTRIBUTE}." not in name]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))

@@ -1,12 +1,17 @@
 """Batches by token budget instead of by number of prompts, as a pure function of (seed, epoch, position)."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from pyarrow import compute
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 Lengths = tuple[int, list[int]]  # of a prompt and of its responses, in tokens
 
@@ -95,3 +100,25 @@ def token_lengths(rows: Dataset) -> list[Lengths]:
 def packed_tokens(row: Lengths) -> int:
     """Tokens that a row takes in the `shared` layout: the prompt without its last token, and every response."""
     return row[0] - 1 + sum(row[1])
+
+
+def budget_loader(dataset: Dataset, collate: Callable, args: TrainingArguments) -> DataLoader:
+    """Batches of at most `args.max_tokens_per_batch` tokens, dealt out to the processes."""
+    lengths, budget = [packed_tokens(row) for row in token_lengths(dataset)], args.max_tokens_per_batch
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = TokenBudgetSampler(lengths, budget, seed=seed, processes=args.world_size)
+    if sampler.oversized:
+        logger.warning("%d rows are longer than max_tokens_per_batch=%d; each is a batch of its own.",
+                       sampler.oversized, budget)  # fmt: skip
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+    )
+    # Not `accelerator.prepare`: it evens out batches by repeating rows, and these are even already.
+    return prepare_data_loader(
+        loader, args.device, args.world_size, args.process_index, put_on_device=True, even_batches=False
+    )

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..checkpoints import remove_incomplete_checkpoints
 from ..loop.journal import write_json
 from ..loop.processes import Processes, free_memory
-from ..loop.start import remove_incomplete_checkpoints
 from .annotators import Annotators, halves
 from .config import EMDPOConfig
 from .init import is_uniform

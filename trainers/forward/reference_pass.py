@@ -8,11 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.budget import packed_tokens
-from .cache import LogpsCache, response_keys
+from .cache import LogpsCache, reference_fingerprint, reference_parameters, response_keys
+from .policy import base_model
 
 logger = logging.getLogger(__name__)
 
@@ -149,3 +151,20 @@ def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
         used += lengths[i]
     if batch:
         yield batch
+
+
+def reference_table(source: nn.Module, args, *, fresh_adapter: bool, per_token: bool) -> ReferenceTable:
+    """The table over the cache of a reference, which is `source` as it is now, or its base under a fresh adapter."""
+    has_adapters = isinstance(source, PeftModel)
+    adapter = source.active_adapter if has_adapters and not fresh_adapter else None
+    base = base_model(source)
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
+    fingerprint = reference_fingerprint(
+        reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
+        base.config.to_dict(),
+        compute_dtype=f"{base.dtype}, autocast {autocast}",
+        per_token=per_token,
+    )
+    cache = LogpsCache(args.ref_cache_dir, fingerprint)
+    cache.check_same_everywhere()
+    return ReferenceTable(cache, per_token=per_token)

@@ -23,18 +23,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..checkpoints import remove_incomplete_checkpoints
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
 from .options import EnhanceOptions
-from .processes import Processes, free_memory
+from .processes import Processes, free_memory, uses_fsdp
 from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
 from .settings import digest, training_settings
-from .start import remove_incomplete_checkpoints
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
@@ -235,7 +235,7 @@ def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
 
 def refuse_unsupported(args) -> None:
     """Raises ValueError for what the loop cannot do."""
-    if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+    if is_deepspeed_zero3_enabled() or uses_fsdp(args):
         raise ValueError("self_enhance samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
     if args.push_to_hub:
         raise ValueError("push_to_hub does not work with self_enhance: upload output_dir when the run is done.")

@@ -1,12 +1,14 @@
 """The processes of a loop over several trainers, and the memory between two of them."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers import TrainingArguments
 
 
 class Processes:
@@ -32,6 +34,11 @@ class Processes:
         if self.is_main_process:
             action()
         self.wait_for_everyone()
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Whether weights will be sharded by FSDP, before a trainer is made. The launcher says so in the environment."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def free_memory() -> None:

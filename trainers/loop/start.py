@@ -1,7 +1,5 @@
-"""Where a round of a loop starts: at the policy that an earlier round left, or at a checkpoint amid its training."""
+"""Where a round of a loop starts: at the policy that an earlier round left."""
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -36,28 +34,3 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
     if isinstance(policy, PeftModel) and policies.base_model(policy).dtype == torch.float32:
         policy = policy.merge_and_unload()
     return policy.to(args.device), tokenizer
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest of the trainer's checkpoints in `folder` that was saved to its end."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(path)]
-    return str(max(found, key=_step)) if found else None
-
-
-def remove_incomplete_checkpoints(folder: Path) -> None:
-    """The trainer counts these folders when it limits their number, and would delete a good one in their favour."""
-    for path in Path(folder).glob("checkpoint-*"):
-        if not _is_complete(path):
-            shutil.rmtree(path)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """The trainer writes its state last."""
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False

@@ -1,0 +1,212 @@
+"""The same numbers on one process and on two, under every engine: all trainers, full and LoRA, with checkpointing.
+
+python tests/distributed_matrix.py [--engines ddp zero3] [--cells WORD ...] [--folder FOLDER]
+
+prints a table: in each cell the largest relative difference to one process, "refused", or what went wrong. Rows "gone
+on" hold the difference to a run that was not cut. Results lie in FOLDER as they come, and what is there is not run
+again. The exit code is 1 if a cell disagrees or fails.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent / "distributed_steps.py"
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+TOLERANCE, FLOOR = 1e-4, 0.1  # a difference is relative to the number, or to 0.1 where that is larger
+RESUMED = 1e-6  # largest difference of a run that goes on from a checkpoint to one that was not cut; 0 on one process
+SILENCE = 180  # seconds without a finished cell after which a launch counts as hung
+
+MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "reward_l1": 0.01, "mask_learning_rate": 0.02}
+TRAINERS = {
+    "SWEPO": {},
+    "LIRE": {},
+    "DPO": {},
+    "PlackettLuce": {},
+    "InfoNCA": {},
+    "NCA": {},
+    "RRHF": {},
+    "SparsePO": {"settings": MASKS},
+    "EMDPO": {},
+}
+TUNINGS = {
+    "full": {},
+    "full, checkpointing": {"checkpointing": True},
+    "LoRA": {"peft": True},
+    "LoRA, checkpointing": {"peft": True, "checkpointing": True},
+}
+REFUSED = {"fsdp2": ("EMDPO",)}  # which trainers an engine is refused for
+# What the path of a batch depends on beside trainer and tuning.
+MORE = {
+    "SWEPO, 9 rows": {"rows": 9},  # the last batch of an epoch has one row, so a process has none
+    "SWEPO, accumulation": {"batch": 2, "accumulation": 2},
+    "SWEPO, padded rows": {"layout": "rows"},
+    "SWEPO, reference cache": {"precompute": True},
+    "SWEPO, LoRA, reference cache": {"peft": True, "precompute": True},
+    "SWEPO, token budget": {"budget": 120, "rows": 12},
+    "SparsePO, two masks": {"settings": {**MASKS, "independent": True}},
+    "SparsePO, padded rows, checkpointing": {"checkpointing": True, "layout": "rows", "settings": MASKS},
+    "SparsePO, activations": {"settings": {"mask": "activations"}},
+    "SparsePO, LoRA on the LM head": {
+        "peft": ["q_proj", "lm_head"],
+        "settings": {**MASKS, "ranking": "plackett_luce"},
+    },
+    "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2}},
+}
+
+
+def resume_cells() -> dict[str, dict]:
+    """Runs that go on from a checkpoint amid the second epoch, by the name of their row."""
+    tunings = {"full": {}, "LoRA": {"peft": True}}
+    cells = {f"{t}, {u}": {**TRAINERS[t], **tunings[u]} for t in TRAINERS if t != "EMDPO" for u in tunings}
+    cells |= {name: MORE[name] for name in ("SWEPO, token budget", "SWEPO, reference cache")}
+    cells["SWEPO, pretrained LoRA"] = {"pretrained": True}
+    return {f"{name}, gone on": {"cut": True, **cell} for name, cell in cells.items()}
+
+
+def all_cells() -> dict[str, dict]:
+    """{name of a row of the table: what the worker runs for it}."""
+    cells = {f"{t}, {u}": {**TRAINERS[t], **TUNINGS[u]} for t in TRAINERS for u in TUNINGS} | MORE
+    cells |= resume_cells()
+    return {name: {"name": name, "trainer": name.split(",")[0] + "Trainer", **cell} for name, cell in cells.items()}
+
+
+def run_engine(engine: str, cells: list[dict], folder: Path) -> dict[str, dict]:
+    """{cell: its line of results} under one engine, in as few launches as there are crashes and one more."""
+    folder = folder / engine
+    folder.mkdir(parents=True, exist_ok=True)
+    while left := [cell for cell in cells if cell["name"] not in read_results(folder)]:
+        failure = _launch(engine, left, folder)
+        done = read_results(folder)
+        missing = [cell["name"] for cell in left if cell["name"] not in done]
+        if missing and failure:  # blame the cell that was at work, and go on after it
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps({"cell": missing[0], "failed": failure}) + "\n")
+    done = read_results(folder)
+    return {cell["name"]: done[cell["name"]] for cell in cells}
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    path = folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["cell"]: line for line in lines}
+
+
+def _launch(engine: str, cells: list[dict], folder: Path) -> str | None:
+    """Runs the worker; returns why it ended before its last cell, or None."""
+    options = json.dumps({"engine": engine, "folder": str(folder), "cells": cells})
+    command = [sys.executable, *([] if engine == "single" else _torchrun()), str(SCRIPT), options]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        worker = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        hung = _wait(worker, folder / "results.jsonl")
+        log.seek(0)
+        text = log.read()
+    if hung:
+        return f"hung: no result in {SILENCE} s\n{text[-2000:]}"
+    return f"crashed\n{text[-6000:]}" if worker.returncode else None
+
+
+def _torchrun() -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+
+
+def _wait(worker: subprocess.Popen, results: Path) -> bool:
+    """Waits for the worker; one that is silent for too long is killed with its processes, and counts as hung."""
+    started = time.time()
+    while worker.poll() is None:
+        last = max(started, results.stat().st_mtime if results.exists() else 0)
+        if time.time() - last > SILENCE:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def difference(found: dict[str, float], expected: dict[str, float]) -> float:
+    """Largest difference of two results, relative to the expected number; infinite if they name other numbers."""
+    if found.keys() != expected.keys():
+        return math.inf
+    # Not `max`, which a NaN can slip through.
+    parts = [abs(found[name] - value) / max(abs(value), FLOOR) for name, value in expected.items()]
+    return math.nan if any(map(math.isnan, parts)) else max(parts)
+
+
+def verdict(line: dict, alone: dict, engine: str) -> tuple[str, bool]:
+    """What the table says of a cell, and whether it is as it should be.
+
+    That is: equal to one process, equal to the run that was not cut, or refused as known.
+    """
+    if "found" not in line:
+        known = line["cell"].split(",")[0] in REFUSED.get(engine, ())
+        return line.get("failed", "refused").split("\n")[0], "refused" in line and known and "found" in alone
+    if "whole" in line:
+        worst, tolerance = difference(line["found"], line["whole"]), RESUMED if engine != "single" else 0.0
+    elif engine == "single":
+        return "", True  # what the others are compared with
+    elif "found" not in alone:
+        return "no result on one process", False
+    else:
+        worst, tolerance = difference(line["found"], alone["found"]), TOLERANCE
+    return f"{worst:.0e}" if worst else "0", worst <= tolerance
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """A Markdown table of `{engine: {cell: line}}`, and below it what was refused and what failed, in full."""
+    out = [f"| | {' | '.join(results)} |", "|---|" + "---|" * len(results)]
+    messages = {}
+    for name, alone in results["single"].items():
+        row = []
+        for engine, lines in results.items():
+            text, good = verdict(lines[name], alone, engine)
+            row.append(text if good else f"**{text}**")
+            if message := lines[name].get("refused") or lines[name].get("failed"):
+                messages.setdefault(message, []).append(f"{name} ({engine})")
+        out.append(f"| {name} | {' | '.join(row)} |")
+    told = [f"* {', '.join(where)}: {message}" for message, where in messages.items()]
+    return "\n".join(out + ([""] + told if told else []))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--cells", nargs="+", default=[""], help="only rows of the table that contain one of these")
+    parser.add_argument("--folder", help="where results are kept, and taken from; a new one by default")
+    options = parser.parse_args(argv)
+    cells = [c for name, c in all_cells().items() if any(word in name for word in options.cells)]
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="distributed-"))
+    results, started = {}, time.monotonic()
+    for engine in ("single", *options.engines):
+        print(f"{engine}: {len(cells)} runs", file=sys.stderr, flush=True)
+        results[engine] = run_engine(engine, cells, folder)
+    print(table(results))
+    good = [
+        verdict(line, results["single"][name], e)[1] for e, lines in results.items() for name, line in lines.items()
+    ]
+    print(f"\n{sum(good)} of {len(good)} as they should be, in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A loss that is not finite ends the run, and says where."""
+
+import logging
+
+import pytest
+import torch
+
+from helpers import build_tokenizer
+from test_trainer import rows, trainer
+from trainers.finite import check_finite
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_the_step_and_the_rows_are_named_and_no_weight_is_touched(tmp_path, tokenizer, wrong):
+    data = rows()
+    data[5]["prompt"] = "a very bad row "
+    t = trainer(tmp_path, tokenizer, data=data, max_steps=4)
+    before, loss = [], t.loss
+
+    def lose(batch, policy, reference):
+        losses, metrics = loss(batch, policy, reference)
+        bad = [tokenizer.decode(ids).count("very bad") > 0 for ids in batch["prompt_ids"]]
+        before.append({name: p.detach().clone() for name, p in t.model.named_parameters()})
+        return losses + torch.tensor([wrong if b else 0.0 for b in bad]), metrics
+
+    t.loss = lose
+    with pytest.raises(FloatingPointError, match=r"1 of 4 prompts is not finite.*'.*a very bad row ?'") as error:
+        t.train()
+    step = t.state.global_step
+    assert f"loss of step {step + 1} is {wrong}" in str(error.value) and f"those of step {step}" in str(error.value)
+    assert len(before) == step + 1
+    for name, parameter in t.model.named_parameters():
+        assert torch.equal(parameter, before[-1][name]) and parameter.isfinite().all()
+
+
+def test_under_a_loss_scaler_it_is_a_warning(tokenizer, caplog):
+    ids = torch.tensor([tokenizer("good ")["input_ids"][:2], tokenizer("bad ")["input_ids"][:2]])
+    batch = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids, dtype=torch.bool)}
+    losses = torch.tensor([1.0, float("nan")])
+    with caplog.at_level(logging.WARNING):
+        check_finite(torch.tensor(1.0), losses, batch, tokenizer, step=3, fatal=False)
+        assert not caplog.text
+        check_finite(losses.sum(), losses, batch, tokenizer, step=3, fatal=False)
+    assert "step 3" in caplog.text and "1 of 2 prompts" in caplog.text

@@ -1,0 +1,312 @@
+"""Runs that are killed with signal 9 and go on end with the weights and the logs of a run that was left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerState, trainer_utils
+
+import trainers
+from helpers import build_tokenizer, tiny_llama
+from test_trainer import LORA, rows
+from trainers.checkpoints import is_complete, last_checkpoint
+
+MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "mask_learning_rate": 0.02}
+TRAINERS = {"SWEPO": {}, "LIRE": {}, "DPO": {}, "PlackettLuce": {}, "InfoNCA": {}, "NCA": {}, "RRHF": {},
+            "SparsePO": MASKS}  # fmt: skip
+TUNINGS = ("full", "lora", "pretrained")
+MORE = {
+    "SWEPO pretrained budget": {"max_tokens_per_batch": 120},
+    "SWEPO full cache": {"precompute_ref_logps": True},
+    "SWEPO pretrained cache": {"precompute_ref_logps": True},
+    "SparsePO full random": {"mask": "random"},  # draws random numbers at every step
+    "SWEPO lora accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+CASES = {f"{name} {tuning}": fields for name, fields in TRAINERS.items() for tuning in TUNINGS} | MORE
+ALWAYS = ("SWEPO pretrained budget", "SparsePO full random", "RRHF lora")
+# Three steps make an epoch; a checkpoint and an evaluation come after every second one. Evaluation comes first.
+MOMENTS = [("weights", 2), ("step", 3), ("evaluation", 4), ("state", 4), ("step", 5), ("rotation", 6)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tokenizer):
+    """The folder of an adapter that has been trained before."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(7)
+    model = get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA, init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, adapter):
+    """`make(case, **changes)`: the trainer of a case, with its output in tmp_path / "out"."""
+
+    def build(case="SWEPO full", *, kind=None, data=None, callbacks=None, peft=LORA, name="default", **changes):
+        method, tuning, *_ = case.split()
+        model = tiny_llama(len(tokenizer))
+        if tuning == "pretrained":
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, adapter_name=name)
+        trainer_class = getattr(trainers, f"{method}Trainer")
+        fields = dict(
+            output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", learning_rate=0.01, seed=3, max_steps=8,
+            per_device_train_batch_size=4, per_device_eval_batch_size=2, logging_steps=1, save_steps=2, eval_steps=2,
+            save_strategy="steps", eval_strategy="steps", save_total_limit=2, disable_tqdm=True, optim="adamw_torch",
+            dataloader_pin_memory=False, ref_cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        args = trainer_class.config_class(**fields | CASES.get(case, {}) | changes)
+        return (kind or (lambda c: c))(trainer_class)(
+            model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(data or rows(11)),
+            eval_dataset=Dataset.from_list(rows(5, seed=2)), callbacks=callbacks,
+            peft_config=LoraConfig(**peft) if tuning == "lora" else None,
+        )  # fmt: skip
+
+    return build
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AtStep(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            die()
+
+
+def deadly(moment, step):
+    """A trainer class -> one that dies at this moment of the step."""
+
+    def half_a_state(state, path):
+        with open(path, "w") as file:
+            file.write(json.dumps({"global_step": state.global_step, "log_history": state.log_history})[:-20])
+        die()
+
+    def half_a_rotation(folder, *args, **kwargs):
+        os.unlink(os.path.join(folder, "optimizer.pt"))
+        die()
+
+    def wrap(trainer_class):
+        class Deadly(trainer_class):
+            batches = 0
+
+            def save_model(self, output_dir=None, _internal_call=False):
+                super().save_model(output_dir, _internal_call)
+                if self.state.global_step == step and moment == "weights":
+                    die()  # the optimizer is not saved yet
+
+            def prediction_step(self, *args, **kwargs):
+                self.batches += self.state.global_step == step and moment == "evaluation"
+                if self.batches == 2:
+                    die()
+                return super().prediction_step(*args, **kwargs)
+
+            def _save_checkpoint(self, *args, **kwargs):
+                if self.state.global_step == step and moment == "state":
+                    TrainerState.save_to_json = half_a_state
+                if self.state.global_step == step and moment == "rotation":
+                    trainer_utils.shutil.rmtree = half_a_rotation
+                super()._save_checkpoint(*args, **kwargs)
+
+        return Deadly
+
+    return wrap
+
+
+def in_child(work):
+    """Runs `work()` in a process of its own that has everything imported; returns its exit code, -9 when killed."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(120)
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def finish(trainer, path, resume):
+    trainer.train(resume_from_checkpoint=resume)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    save_file(weights, f"{path}.safetensors")
+    # `train_loss` is the Trainer's sum over the steps since the last start, divided by all steps.
+    left_out = ("runtime", "per_second", "train_loss")
+    history = [{k: v for k, v in log.items() if not any(part in k for part in left_out)}
+               for log in trainer.state.log_history]  # fmt: skip
+    path.write_text(json.dumps(history, sort_keys=True))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in ALWAYS else pytest.mark.slow) for c in CASES])
+def test_a_killed_run_ends_like_one_that_was_left_alone(case, make, tmp_path):
+    whole, again, out = tmp_path / "whole", tmp_path / "again", tmp_path / "out"
+    assert in_child(lambda: finish(make(case), whole, None)) == 0
+    shutil.rmtree(out)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    chosen = random.Random(case)
+    moments = [("step", chosen.randint(1, 2)), *MOMENTS, ("step", chosen.randint(7, 8))]
+    if case in ALWAYS:  # each of them another part
+        moments = moments[ALWAYS.index(case) :: 3]
+    for moment, step in moments:
+        resume = last_checkpoint(out) is not None
+
+        def work(moment=moment, step=step, resume=resume):
+            dies = {"callbacks": [AtStep(step)]} if moment == "step" else {"kind": deadly(moment, step)}
+            make(case, **dies).train(resume_from_checkpoint=resume)
+
+        assert in_child(work) == -signal.SIGKILL, (moment, step)
+        if moment in ("weights", "state"):
+            assert not is_complete(out / f"checkpoint-{step}")
+        if moment == "rotation":
+            assert last_checkpoint(out) == str(out / f"checkpoint-{step}")
+    resume = last_checkpoint(out) is not None
+    assert in_child(lambda: finish(make(case), again, resume)) == 0
+    found, expected = (load_file(f"{path}.safetensors") for path in (again, whole))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    assert again.read_text() == whole.read_text()
+    assert len([log for log in json.loads(again.read_text()) if "loss" in log]) == 8
+
+
+# What would not be gone on from as it was.
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+    """`saved(case)`: the checkpoint after step 2 of 2."""
+
+    def run(case, **changes):
+        make(case, max_steps=2, eval_strategy="no", **changes).train()
+        return tmp_path / "out" / "checkpoint-2"
+
+    return run
+
+
+@pytest.mark.parametrize("case", ["SWEPO lora", "SWEPO pretrained"])
+def test_an_adapter_never_starts_afresh(case, saved, make):
+    checkpoint = saved(case)
+    weights = checkpoint / "adapter_model.safetensors"
+    named = load_file(weights)
+    save_file({name.replace("q_proj", "query"): value for name, value in named.items()}, weights)
+    with pytest.raises(ValueError, match="of another adapter.*q_proj"):
+        make(case).train(resume_from_checkpoint=True)
+    weights.rename(checkpoint / "adapter_weights.safetensors")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing.*start afresh"):
+        make(case).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_is_gone_on_from_under_its_own_name_only(saved, make):
+    checkpoint = saved("SWEPO pretrained", name="policy")
+    assert (checkpoint / "policy" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="missing"):
+        make("SWEPO pretrained").train(resume_from_checkpoint=True)
+    again = make("SWEPO pretrained", name="policy", max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_kinds_of_models_are_not_mixed(saved, make, tmp_path):
+    saved("SWEPO lora")
+    with pytest.raises(ValueError, match="holds an adapter, but this run trains the full model"):
+        make("SWEPO full").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="of another adapter"):
+        make("SWEPO lora", peft={**LORA, "target_modules": ["q_proj"]}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="lora_alpha was 8 and is 64"):
+        make("SWEPO lora", peft={**LORA, "lora_alpha": 64}).train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "out")
+    checkpoint = saved("SWEPO full")
+    for case in ("SWEPO lora", "SWEPO pretrained"):
+        with pytest.raises(ValueError, match="holds a full model, but this run trains the adapter"):
+            make(case).train(resume_from_checkpoint=True)
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="of another model.*up_proj"):
+        make("SWEPO full").train(resume_from_checkpoint=True)
+
+
+def test_a_half_written_checkpoint_is_never_taken(saved, make, tmp_path):
+    checkpoint = saved("SWEPO full")
+    half = checkpoint.with_name("checkpoint-4")
+    shutil.copytree(checkpoint, half)
+    (half / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    with pytest.raises(ValueError, match="checkpoint-4 is not a whole checkpoint"):
+        make().train(resume_from_checkpoint=str(half))
+    again = make(max_steps=3, save_strategy="no")
+    again.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in again.state.log_history if "loss" in log] == [1, 2, 3]
+    shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="no whole checkpoint in output_dir"):
+        make().train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        make().train(resume_from_checkpoint=str(tmp_path / "missing"))
+
+
+def test_a_checkpoint_that_is_being_replaced_is_not_whole(saved, make, tmp_path):
+    checkpoint = saved("SWEPO full")
+    assert is_complete(checkpoint)
+    assert in_child(lambda: make(kind=deadly("weights", 2)).train()) == -signal.SIGKILL
+    assert not is_complete(checkpoint) and (checkpoint / "optimizer.pt").is_file()
+
+
+def test_all_processes_must_have_written_their_part(saved):
+    checkpoint = saved("SWEPO full")
+    settings = json.loads((checkpoint / "run_settings.json").read_text())
+    (checkpoint / "run_settings.json").write_text(json.dumps({**settings, "processes": 2}))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert not is_complete(checkpoint)
+    content = (checkpoint / "rng_state_0.pth").read_bytes()
+    (checkpoint / "rng_state_1.pth").write_bytes(content[:-30])
+    assert not is_complete(checkpoint)
+    (checkpoint / "rng_state_1.pth").write_bytes(content)
+    assert is_complete(checkpoint)
+
+
+def test_a_lost_optimizer_is_an_error(saved, make):
+    (saved("SWEPO full") / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="no optimizer state"):
+        make().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"), ({"beta": 0.5}, "beta was"),
+     ({"seed": 4}, "seed was 3 and is 4"), ({"max_length": 20}, "max_length was 1024 and is 20"),
+     ({"weighting": "signed"}, "weighting was"), ({"per_device_train_batch_size": 2}, "batch size x acc"),
+     ({"max_tokens_per_batch": 100}, "max_tokens_per_batch was None and is 100"),
+     ({"data": rows(11)[::-1]}, "training rows are others"), ({"data": rows(12)}, "training rows are others")],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_other_settings_are_refused(saved, make, changes, told):
+    saved("SWEPO full")
+    with pytest.raises(ValueError, match=told):
+        make(**changes).train(resume_from_checkpoint=True)
+
+
+def test_settings_that_change_no_weight_may_change(saved, make):
+    saved("SWEPO full")
+    again = make(max_steps=4, layout="rows", precompute_ref_logps=True, logging_steps=2, save_steps=3,
+                 per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=5)  # fmt: skip
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4

@@ -1,0 +1,209 @@
+"""Checkpoints of a run: which of them are whole, and whether one fits the run that is to go on from it.
+
+transformers takes the newest folder, however much of it was written, and goes on with a fresh adapter or a fresh
+optimizer where the saved one is missing. Here such a checkpoint is not taken, or it is an error.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainingArguments
+
+from .forward.reference_pass import ROW
+
+STATE, SETTINGS = "trainer_state.json", "run_settings.json"
+ADAPTER, FULL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
+
+# The training arguments that a weight depends on, beside all fields of a method's own config.
+COMPARED = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha",
+    "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
+# Fields of our configs that change no weight but for rounding.
+FREE = (
+    "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
+    "ref_tokens_per_batch", "model_init_kwargs", "self_enhance",
+)  # fmt: skip
+# Fields of an adapter's config that change no weight.
+FREE_OF_ADAPTER = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
+)  # fmt: skip
+
+
+# Which are whole.
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest of the trainer's checkpoints in `folder` that was saved to its end."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
+    return str(max(found, key=_step)) if found else None
+
+
+def remove_incomplete_checkpoints(folder: str | Path) -> None:
+    """The trainer counts these folders when it limits their number, and would delete a good one in their favour."""
+    for path in Path(folder).glob("checkpoint-*"):
+        if not is_complete(path):
+            shutil.rmtree(path)
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """The main process writes the trainer's state last; other processes may still be writing their random state."""
+    checkpoint = Path(checkpoint)
+    try:
+        if "global_step" not in json.loads((checkpoint / STATE).read_text()):
+            return False
+    except (OSError, ValueError):
+        return False
+    states = list(checkpoint.glob("rng_state_*.pth"))
+    return not states or len(states) >= _processes(checkpoint) and all(map(zipfile.is_zipfile, states))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _processes(checkpoint: Path) -> int:
+    return (_saved(checkpoint) or {}).get("processes", 1)
+
+
+def _saved(checkpoint: Path) -> dict | None:
+    path = checkpoint / SETTINGS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+# What is in them.
+
+
+def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments) -> None:
+    """Write what the run depends on. An older checkpoint there is no longer whole, until this one is."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.save_on_each_node else args.world_size
+    (folder / STATE).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps({"processes": processes, "settings": settings}, indent=1))
+
+
+def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None) -> dict:
+    """What the weights of a run depend on, by name, as JSON can hold it."""
+    own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    values = args.to_dict()
+    settings = {name: values.get(name) for name in sorted((own | set(COMPARED)) - set(FREE))}
+    batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
+    settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
+    settings["training rows"] = None if rows is None else rows_digest(rows)
+    if isinstance(model, PeftModel):
+        adapter = model.peft_config[model.active_adapter].to_dict()
+        settings |= {f"peft_config.{n}": v for n, v in adapter.items() if n not in FREE_OF_ADAPTER}
+    return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
+def rows_digest(rows: Dataset) -> str:
+    """Hash of the numbers of all rows in their order: token ids, scores, weights."""
+    kept = [name for name in rows.column_names if name != ROW]
+    digest = xxhash.xxh3_128()
+    for part in rows.select_columns(kept).with_format("arrow").iter(1000):
+        for name in sorted(kept):
+            _update(digest, name, part[name].combine_chunks())
+    return digest.hexdigest()
+
+
+def _update(digest, name: str, values: pa.Array) -> None:
+    digest.update(name.encode())
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
+        values = pc.list_flatten(values)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        digest.update(values.to_numpy(zero_copy_only=False).astype("float64").tobytes())
+
+
+# Whether one fits.
+
+
+def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *, engine: str | None) -> None:
+    """Refuse a checkpoint that would not be gone on from as it was.
+
+    Args:
+        model: the policy as it is before an engine wraps it.
+        settings: of this run, from `run_settings`.
+        engine: "deepspeed" or "fsdp", which keep weights in files of their own, or None.
+
+    Raises:
+        ValueError: the folder is not a whole checkpoint, holds weights of another kind or no optimizer, or belongs to
+            a run with other settings.
+    """
+    folder = Path(checkpoint)
+    if not is_complete(folder):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is not a whole checkpoint (a kill may have cut it short). Name another "
+            "one, or true for the last whole one."
+        )
+    _check_weights(folder, model, whole=engine is None)
+    if not list(folder.glob("latest" if engine == "deepspeed" else "optimizer*")):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no optimizer state for this run (save_only_model leaves it out, "
+            "and DeepSpeed keeps its own): go on under the same engine, or start a new run with it as the model."
+        )
+    saved = (_saved(folder) or {}).get("settings", settings)
+    changed = sorted(name for name in saved.keys() & settings.keys() if saved[name] != settings[name])
+    if changed:
+        told = "; ".join(_told(name, saved[name], settings[name]) for name in changed)
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} was written with other settings: {told}. Set them back, or start a new "
+            "run with this folder as the model and another output_dir."
+        )
+
+
+def _told(name: str, before, now) -> str:
+    return f"{name} are others" if name == "training rows" else f"{name} was {before!r} and is {now!r}"
+
+
+def _check_weights(folder: Path, model: nn.Module, *, whole: bool) -> None:
+    """`whole` says that the weights lie in safetensors files, and not in those of an engine."""
+    adapter = model.active_adapter if isinstance(model, PeftModel) else None
+    has_full = any((folder / name).is_file() for name in FULL)
+    if adapter is None:
+        if not has_full and any(folder.glob("**/adapter_config.json")):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} holds an adapter, but this run trains the full model: pass the "
+                "same peft_config (use_peft on the command line) as in the saved run."
+            )
+        return
+    path = (folder if adapter == "default" else folder / adapter) / ADAPTER
+    if has_full:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds a full model, but this run trains the adapter {adapter!r}: leave "
+            "the adapter out as in the saved run."
+        )
+    if not whole:
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {path} is missing, so the adapter {adapter!r} would start afresh: put the file "
+            "back, give the adapter the name that it was saved under, or take another checkpoint."
+        )
+    with safe_open(path, "pt") as file:
+        found = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+    if wrong := sorted(wanted - found) or sorted(name for name in found - wanted if ".lora_" in name):
+        raise ValueError(
+            f"resume_from_checkpoint: {path} is of another adapter: {len(wrong)} weights differ by name, such as "
+            f"{wrong[0]}. Pass the same peft_config as in the saved run."
+        )
+
+
+def lost_weights(model: nn.Module, missing: list[str]) -> list[str]:
+    """Those of the `missing` names that no loaded weight is tied to."""
+    weights, missing = model.state_dict(keep_vars=True), set(missing)
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    return sorted(name for name in missing if id(weights.get(name)) not in loaded)
