@@ -13,12 +13,12 @@ from datasets import Dataset
 
 import train
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from test_emdpo import same, start, tokenizer, weights  # noqa: F401
+from emdpo_runs import same, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def arguments(start, output, **changes):  # noqa: F811
+def arguments(start, output, **changes):
     args = em_config(output)
     names = (
         "use_cpu", "report_to", "learning_rate", "num_types", "rounds", "logging_steps", "seed", "lr_scheduler_type",
@@ -34,7 +34,7 @@ def arguments(start, output, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, start):  # noqa: F811
+def launched(tmp_path_factory, start):
     Dataset.from_list(opposed_rows(annotators=4, items=4)).to_json(start / "rows.jsonl")
     folder = tmp_path_factory.mktemp("launched")
     train.main(arguments(start, folder))
@@ -94,7 +94,7 @@ def assert_same_run(found, expected):
         same(weights(found / path), weights(expected / path))
 
 
-def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):  # noqa: F811
+def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):
     argv = arguments(start, tmp_path)
     run_and_die(argv, "m-step", 8 + 5)  # 8 steps of type 0, 5 of type 1
     folder = tmp_path / "restart-0/round-00"
