@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups
@@ -40,6 +41,11 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
     for data, kwargs, word in (
         (nobody, {}, "no column 'annotator'"),
         ([*rows[:3], rows[3] | {"annotator": None}], {}, "row 3 of train_dataset: 'annotator' is None"),
+        (
+            [row | {"annotator": ["site", "a0"]} for row in rows],
+            {},
+            "'annotator' is the list .*; give a str or an int",
+        ),
         (rows, {"num_types": 7}, "num_types=7 is more than the 6 annotators"),
         ([row | {"scores": [1.0, 1.0, 0.0]} for row in rows], {}, "no row of train_dataset says who was best"),
     ):
@@ -80,6 +86,12 @@ def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path,
         em(tmp_path / "b", start, initial_posterior=one, rounds=1, learning_rate=1e-6).train()
     assert "Type 1 has 0.1% of the annotators after round 1" in caplog.text
     assert "above 0.99" in caplog.text and "heldout_half" in caplog.text
+
+
+def test_annotators_of_tokenised_rows_are_checked_too():
+    for name in (["site", "a0"], 0.5, {"id": 1}):
+        with pytest.raises(ValueError, match="row 0 of train_dataset: 'annotator' is .*; give text or an integer"):
+            Annotators.of(Dataset.from_list([{"annotator": name}]))
 
 
 # First guesses.

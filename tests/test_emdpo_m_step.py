@@ -1,5 +1,6 @@
 """The M-step of EM-DPO: its identities with DPO, the weighted loss, where it starts, and what is in memory."""
 
+import gc
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import LORA, em, groups, round_folder, same, weights
@@ -131,6 +133,22 @@ def test_adapters_share_one_base(tmp_path, start):
     saved = sorted(path.name for path in tmp_path.glob("**/*.safetensors"))
     assert saved == ["adapter_model.safetensors"] * 2  # no base weights anywhere
     assert json.loads((tmp_path / "mixture.json").read_text())["adapters"] is True
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_one_policy_is_in_memory_at_a_time(tmp_path, start, peft):
+    alive = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            gc.collect()
+            alive.append(sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects()))
+
+    trainer = em(tmp_path, start, peft=peft, callbacks=[Count()], rounds=2, score_on="heldout_half", max_steps=2)
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, LlamaForCausalLM)}
+    assert len(before) == 1
+    trainer.train()
+    assert alive == [1] * 8  # two rounds of two types with two steps each
 
 
 def test_a_loaded_model_is_saved_once_and_gives_the_same_run(tmp_path, start):

@@ -71,6 +71,8 @@ class EMDPOTrainer(TypePolicyTrainer):
         ValueError: what EM cannot do, before anything is trained.
     """
 
+    resumes_by_itself = True
+
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
                  quantization_config=None, peft_config=None):  # fmt: skip
