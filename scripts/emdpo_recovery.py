@@ -1,18 +1,19 @@
 """Does EM-DPO find groups of annotators with opposed tastes in the texts of a real language model?
 
-python scripts/emdpo_recovery.py --model MODEL --output runs/emdpo-recovery
+python scripts/emdpo_recovery.py --model ../shared/models/stories260K --eos "<s>" --output runs/emdpo-recovery
 
 Three groups rank three of the model's own continuations (1 to 4 sentences) of openings that it wrote itself: the
 cheerful (VADER up), the gloomy (VADER down) and the brief (few tokens), each with Gumbel noise. Per seed, the same
 number of passes over the rows for every policy:
 
     em            EM-DPO from the clusters below, scored on held-out halves; then one policy per type on all rows
-    clusters      one DPO policy per k-means cluster of annotators, no EM
+    clusters      one policy per cluster of annotators who agree (the trainer's default first guess), no EM
     oracle        one policy per true group
     vanilla       one policy for all
 
 Judged on new prompts: share of annotators typed right, pairwise accuracy of the rewards in each group, and the regret
-of each group when a mixture answers. A finished part is not made again.
+of each group when a mixture answers. What limits the types is measured too: those of an E-step under policies of the
+true groups. A finished part is not made again.
 """
 
 import gc
@@ -33,7 +34,7 @@ from trainers.em.aggregate import Arena, Player, compare
 from trainers.em.annotators import Annotators
 from trainers.em.figures import regret_bars
 from trainers.em.mixture import match_types
-from trainers.em.tables import read_json
+from trainers.em.tables import read_annotators, read_json
 from trainers.loop.journal import read_rows, write_atomic, write_json, write_rows
 from trainers.loop.rewards import vader_sentiment
 from trainers.loop.sampler import SamplingConfig, encode_prompts, sample_responses
@@ -42,7 +43,6 @@ from trainers.statistics import t_interval
 
 GROUPS = ("cheerful", "gloomy", "brief")
 METHODS = ("em", "clusters", "oracle", "vanilla")
-EXTRA = "vanilla"
 LONGEST = 4  # sentences of an answer, drawn from 1
 
 
@@ -54,17 +54,17 @@ class RecoveryArguments:
     output: str = field(default="runs/emdpo-recovery", metadata={"help": "Folder of runs, table and pictures."})
     eos: str | None = field(default=None, metadata={"help": "Token that ends a text, if not the tokenizer's."})
     seeds: int = field(default=3, metadata={"help": "Repetitions: other samples, noise, starts and training orders."})
-    annotators: int = field(default=20, metadata={"help": "Per group."})
-    items: int = field(default=12, metadata={"help": "Rankings per annotator."})
+    annotators: int = field(default=40, metadata={"help": "Per group."})
+    items: int = field(default=16, metadata={"help": "Rankings per annotator."})
     train_prompts: int = field(default=96, metadata={"help": "Prompts of the training rows."})
     test_prompts: int = field(default=48, metadata={"help": "New prompts for accuracy and regret."})
     answers: int = field(default=6, metadata={"help": "Answers sampled per prompt; each row shows three."})
     max_new_tokens: int = field(default=64, metadata={"help": "Of an answer."})
-    rounds: int = field(default=4, metadata={"help": "Rounds of EM."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of every policy, full fine-tuning."})
+    rounds: int = field(default=3, metadata={"help": "Rounds of EM."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of every policy, full fine-tuning."})
     beta: float = field(default=0.1, metadata={"help": "Of every policy."})
     batch_size: int = field(default=16, metadata={"help": "Rows per step."})
-    epochs: int = field(default=2, metadata={"help": "Passes over the rows for each policy (in EM: each round)."})
+    epochs: int = field(default=1, metadata={"help": "Passes over the rows for each policy (in EM: each round)."})
     noise: float = field(default=0.5, metadata={"help": "Scale of the Gumbel noise, in units of a taste's spread."})
 
 
@@ -90,7 +90,8 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
     splits = {name: make_rows(args, seed, name, folder) for name in ("train", "test")}
     group_of = {row["annotator"]: row["group"] for row in splits["train"]}
     result, policies = {"seed": seed, "methods": {}}, {}
-    run_method("find", args, seed, folder / "find", splits, group_of)
+    result["typed"] = {name: typed_right(run_method(name, args, seed, folder / name, splits, group_of), group_of)
+                       for name in ("find", "bound")}  # fmt: skip
     for name in METHODS:
         trainer = run_method(name, args, seed, folder / name, splits, group_of)
         labels = np.array([group_of[a] for a in trainer.annotators.names])
@@ -99,7 +100,7 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
         result["methods"][name] = {
             "typed_right": accuracy if trainer.args.num_types == len(GROUPS) else None,
             "group_of_type": names.tolist(),
-            "log_likelihood": -trainer.evaluate()["eval_log_likelihood_per_item"],
+            "log_likelihood": trainer.evaluate()["eval_log_likelihood_per_item"],
             "accuracy": group_accuracy(trainer, splits["test"], group_of),
         }
     result["regret"] = {
@@ -188,13 +189,14 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
     options = {"num_types": len(GROUPS), "rounds": 1}
     rows = [{k: v for k, v in row.items() if k not in ("group", "taste")} for row in splits["train"]]
     if name == "find":
-        options |= {"rounds": args.rounds, "init": "kmeans", "score_on": "heldout_half"}
+        options |= {"rounds": args.rounds, "init": "agreement", "score_on": "heldout_half"}
     elif name == "em":
         options["initial_posterior"] = str(folder.with_name("find") / "annotators.csv")
     elif name == "clusters":
-        options["init"] = "kmeans"
-    elif name == "oracle":
+        options["init"] = "agreement"
+    elif name in ("oracle", "bound"):
         options["initial_posterior"] = {a: np.eye(len(GROUPS))[g].tolist() for a, g in group_of.items()}
+        options |= {"rounds": 2, "score_on": "heldout_half"} if name == "bound" else {}
     else:
         options["num_types"] = 1
     config = EMDPOConfig(
@@ -209,10 +211,19 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
         processing_class=load_tokenizer(args),
     )  # fmt: skip
     trainer.train()
-    if name not in ("find", "vanilla"):  # the type is what was given, not what the policy makes of rows it has seen
+    # The type that was given, not the one by rows that the policy has seen.
+    if name in ("em", "clusters", "oracle"):
         start = folder / "restart-0" / "start.csv"
         trainer.posterior = init.given(str(start), Annotators(trainer.annotators.names, trainer._owner), len(GROUPS))
     return trainer
+
+
+def typed_right(trainer, group_of: dict) -> list[float]:
+    """Share of annotators typed right by the first guess and after each round."""
+    labels = np.array([group_of[a] for a in trainer.annotators.names])
+    tables = sorted((Path(trainer.args.output_dir) / "restart-0").glob("round-*/annotators.csv"))
+    first = tables[0].parents[1] / "start.csv"
+    return [match_types(read_annotators(path)[1], labels)[0] for path in (first, *tables)]
 
 
 def group_accuracy(trainer, rows: list[dict], group_of: dict) -> list[float]:
@@ -248,7 +259,7 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
     config = SamplingConfig(num_generations=4, max_new_tokens=args.max_new_tokens, temperature=1.0, top_p=1.0,
                             batch_size=96, seed=1000 + seed)  # fmt: skip
     arena = Arena(judge, prompts, config, judge / "aggregate", Accelerator(cpu=True))
-    extra = [Player(EXTRA, policies[EXTRA][0])]
+    extra = [Player("vanilla", policies["vanilla"][0]), Player("reference", None)]
     if judge.name == "oracle":
         extra += [Player(f"em-{k}", policy) for k, policy in enumerate(policies["em"])]
         extra += [Player(f"clusters-{k}", policy) for k, policy in enumerate(policies["clusters"])]
@@ -260,18 +271,22 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
         write_json(judge / "aggregate" / "aggregate.json", report)
         return report
     # The mixtures that EM and the clusters chose by their own policies, judged by the true groups.
-    weights = read_json(judge.parent / "em" / "aggregate" / "aggregate.json")["mixture"]
-    regret = np.array(report["regret"])
-    columns = {name: [report["policies"].index(f"{name}-{k}") for k in range(len(GROUPS))]
+    own = read_json(judge.parent / "em" / "aggregate" / "aggregate.json")
+    regret, groups = np.array(report["regret"]), len(GROUPS)
+    columns = {name: regret[:, [report["policies"].index(f"{name}-{k}") for k in range(groups)]]
                for name in ("em", "clusters")}  # fmt: skip
+    single = int(np.array(own["regret"])[:, :groups].max(0).argmin())
     report["chosen"] = {
-        "EM-DPO, min-max weights": (regret[:, columns["em"]] @ weights).tolist(),
-        "EM-DPO, uniform weights": regret[:, columns["em"]].mean(1).tolist(),
-        "clusters, uniform weights": regret[:, columns["clusters"]].mean(1).tolist(),
-        "oracle, min-max weights": (regret[:, : len(GROUPS)] @ report["mixture"]).tolist(),
-        "vanilla DPO": regret[:, report["policies"].index(EXTRA)].tolist(),
-        "reference": (regret[:, 0] * 0 + np.array(gains[:, : len(GROUPS)].mean(-1)).diagonal()).tolist(),
+        "EM-DPO, min-max weights": columns["em"] @ own["mixture"],
+        "EM-DPO, uniform weights": columns["em"].mean(1),
+        "EM-DPO, shares of EM": columns["em"] @ own["shares"],
+        "EM-DPO, best single type": columns["em"][:, single],
+        "clusters, uniform weights": columns["clusters"].mean(1),
+        "oracle, min-max weights": regret[:, :groups] @ report["mixture"],
+        "vanilla DPO": regret[:, report["policies"].index("vanilla")],
+        "untrained model": regret[:, report["policies"].index("reference")],
     }
+    report["chosen"] = {name: values.tolist() for name, values in report["chosen"].items()}
     return report
 
 
@@ -294,7 +309,13 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         groups = np.array([run["accuracy"] for run in runs])
         lines.append(f"| {name} | {cell(typed) if typed[0] is not None else ''} | "
                      + " | ".join(cell(groups[:, g]) for g in range(len(GROUPS)))
-                     + f" | {cell(groups.min(1))} | {cell([-run['log_likelihood'] for run in runs])} |")  # fmt: skip
+                     + f" | {cell(groups.min(1))} | {cell([run['log_likelihood'] for run in runs])} |")  # fmt: skip
+    titles = ["annotators typed right", "first guess", *(f"round {i + 1}" for i in range(args.rounds))]
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name, label in (("find", "EM-DPO"), ("bound", "started at the true groups")):
+        typed = np.array([r["typed"][name] for r in results])
+        cells = [cell(column) for column in typed.T] + [""] * (args.rounds + 1 - typed.shape[1])
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "| who answers | largest regret | " + " | ".join(GROUPS) + " |", "|---|---|" + "---|" * len(GROUPS)]
     for name in results[0]["regret"]["true"]["chosen"]:
         rows = np.array([r["regret"]["true"]["chosen"][name] for r in results])
@@ -304,7 +325,8 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         "",
         f"Means over {len(results)} seeds with 95 % t intervals. {args.annotators} annotators per group with "
         f"{args.items} rankings of 3 answers each; {args.epochs} passes per policy at learning rate "
-        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves. Accuracy: "
+        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves, "
+        "of which the first scores one half only. Accuracy: "
         f"share of pairs of new answers to {args.test_prompts} new prompts in the order of the group's taste without "
         "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle "
         "policy's log-ratio against its own answers, 4 answers to each new prompt.",

@@ -12,7 +12,9 @@ from emdpo_rows import opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
+from trainers.em.annotators import halves
 from trainers.em.mixture import match_types
+from trainers.em.scoring import item_logps
 from trainers.em.tables import read_annotators
 
 
@@ -108,9 +110,19 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
         [int(row["items"]) for row in csv.DictReader((round_folder(trainer, i) / "annotators.csv").open())]
         for i in (0, 1)
     ]
-    assert all(a + b == 5 and {a, b} == {2, 3} for a, b in zip(*counts, strict=True))
+    assert set(counts[0]) == {2, 3} and counts[1] == [5] * 6
     steps = [json.loads((p / "trainer_state.json").read_text())["global_step"] for p in trainer.policies]
-    assert steps == [-(-(30 - sum(counts[1])) // 4)] * 2
+    assert steps == [-(-sum(counts[0]) // 4)] * 2  # the second round trains on what the first one scored
+    # Each row counts as it was scored by policies that had not seen it: half 1 in the first round, half 0 in the next.
+    half, score = halves(trainer._owner, trainer.args.seed), trainer._scorer()
+    expected = np.zeros((6, 2))
+    for index in (0, 1):
+        for k in (0, 1):
+            logps = score(round_folder(trainer, index) / f"type-{k}", None, "")[0]
+            rows = item_logps(logps, trainer._reference, list(trainer.rows["scores"]), beta=0.1, top=None)
+            np.add.at(expected[:, k], trainer._owner, np.where(half != index, rows, 0))
+    found = read_annotators(round_folder(trainer, 1) / "annotators.csv")[2]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):
@@ -127,6 +139,8 @@ def test_a_run_stops_when_nothing_changes_any_more(tmp_path, start):
     trainer = em(tmp_path, start, rounds=6, stop_change=50.0)
     trainer.train()
     assert len(list((tmp_path / "restart-0").glob("round-*"))) == 2
+    em(tmp_path / "halves", start, rounds=6, stop_change=50.0, score_on="heldout_half").train()
+    assert len(list((tmp_path / "halves/restart-0").glob("round-*"))) == 3  # the first one scores half of the rows
 
 
 def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
