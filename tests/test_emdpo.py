@@ -13,6 +13,7 @@ from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
 from trainers.em.annotators import halves
+from trainers.em.figures import responsibilities, shown_rounds
 from trainers.em.mixture import match_types
 from trainers.em.scoring import item_logps
 from trainers.em.tables import read_annotators
@@ -46,6 +47,13 @@ def test_opposed_annotators_are_told_apart_and_the_files_say_so(finished):
                                 eval_dataset=Dataset.from_list(rows), processing_class=build_tokenizer())  # fmt: skip
     mean = judge.evaluate()["eval_loss"]
     assert likelihood[names.index("a1"), 0] == pytest.approx(-5 * mean, abs=1e-3)
+
+
+def test_a_picture_shows_the_first_and_the_last_round_and_some_between():
+    assert [shown_rounds(count) for count in (1, 3, 5)] == [[0], [0, 1, 2], [0, 1, 2, 3, 4]]
+    assert shown_rounds(60) == [0, 15, 30, 44, 59]
+    picture = responsibilities([np.eye(2)[[0, 1, 1]]] * 60)
+    assert [f"round {i}<" in picture for i in (1, 16, 60, 59)] == [True, True, True, False]
 
 
 def test_policies_of_earlier_rounds_are_deleted_and_their_scores_kept(finished):
