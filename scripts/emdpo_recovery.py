@@ -103,10 +103,7 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
             "log_likelihood": trainer.evaluate()["eval_log_likelihood_per_item"],
             "accuracy": group_accuracy(trainer, splits["test"], group_of),
         }
-    result["regret"] = {
-        "own": regrets(args, folder / "em", policies, seed),
-        "true": regrets(args, folder / "oracle", policies, seed),
-    }
+    result["regret"] = {name: regrets(args, folder / name, policies, seed) for name in ("em", "clusters", "oracle")}
     return result
 
 
@@ -254,7 +251,7 @@ def policy_rewards(trainer) -> list[list[list[float]]]:
 
 
 def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> dict:
-    """The game whose types are the policies in `judge`: those that EM found, or those of the true groups."""
+    """The game whose types are the policies in `judge`: those of EM, of the clusters, or of the true groups."""
     prompts = openings(args, "test")
     config = SamplingConfig(num_generations=4, max_new_tokens=args.max_new_tokens, temperature=1.0, top_p=1.0,
                             batch_size=96, seed=1000 + seed)  # fmt: skip
@@ -267,20 +264,21 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
     gains, samples = arena.gains(players)
     report = compare(gains, [p.name for p in players], arena.mixture["prior"], seed=seed)
     report["truncated"] = float(np.mean([s.truncated for answers in samples for row in answers for s in row]))
-    if judge.name == "em":
+    if judge.name != "oracle":
         write_json(judge / "aggregate" / "aggregate.json", report)
         return report
     # The mixtures that EM and the clusters chose by their own policies, judged by the true groups.
-    own = read_json(judge.parent / "em" / "aggregate" / "aggregate.json")
+    own = {name: read_json(judge.parent / name / "aggregate" / "aggregate.json") for name in ("em", "clusters")}
     regret, groups = np.array(report["regret"]), len(GROUPS)
     columns = {name: regret[:, [report["policies"].index(f"{name}-{k}") for k in range(groups)]]
                for name in ("em", "clusters")}  # fmt: skip
-    single = int(np.array(own["regret"])[:, :groups].max(0).argmin())
+    single = int(np.array(own["em"]["regret"])[:, :groups].max(0).argmin())
     report["chosen"] = {
-        "EM-DPO, min-max weights": columns["em"] @ own["mixture"],
+        "EM-DPO, min-max weights": columns["em"] @ own["em"]["mixture"],
         "EM-DPO, uniform weights": columns["em"].mean(1),
-        "EM-DPO, shares of EM": columns["em"] @ own["shares"],
+        "EM-DPO, shares of EM": columns["em"] @ own["em"]["shares"],
         "EM-DPO, best single type": columns["em"][:, single],
+        "clusters, min-max weights": columns["clusters"] @ own["clusters"]["mixture"],
         "clusters, uniform weights": columns["clusters"].mean(1),
         "oracle, min-max weights": regret[:, :groups] @ report["mixture"],
         "vanilla DPO": regret[:, report["policies"].index("vanilla")],
@@ -291,6 +289,15 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
 
 
 # Report.
+
+ANSWERERS = {"em": "EM-DPO, min-max weights", "clusters": "clusters, min-max weights",
+             "oracle": "oracle, min-max weights", "vanilla": "vanilla DPO"}  # fmt: skip
+CONTRASTS = {
+    "annotators typed right": lambda r, name: r["methods"][name]["typed_right"],
+    "accuracy, worst group": lambda r, name: min(r["methods"][name]["accuracy"]),
+    "accuracy, mean of groups": lambda r, name: float(np.mean(r["methods"][name]["accuracy"])),
+    "largest regret": lambda r, name: max(r["regret"]["oracle"]["chosen"][ANSWERERS[name]]),
+}
 
 
 def table(results: list[dict], args: RecoveryArguments) -> str:
@@ -317,10 +324,16 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         cells = [cell(column) for column in typed.T] + [""] * (args.rounds + 1 - typed.shape[1])
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", "| who answers | largest regret | " + " | ".join(GROUPS) + " |", "|---|---|" + "---|" * len(GROUPS)]
-    for name in results[0]["regret"]["true"]["chosen"]:
-        rows = np.array([r["regret"]["true"]["chosen"][name] for r in results])
+    for name in results[0]["regret"]["oracle"]["chosen"]:
+        rows = np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
         lines.append(f"| {name} | {cell(rows.max(1))} | " + " | ".join(cell(rows[:, g]) for g in range(len(GROUPS)))
                      + " |")  # fmt: skip
+    lines += ["", "| EM-DPO minus, paired by seed | vanilla DPO | clusters | oracle |", "|---|---|---|---|"]
+    for label, value in CONTRASTS.items():
+        own = np.array([value(r, "em") for r in results])
+        others = [[value(r, name) for r in results] for name in ("vanilla", "clusters", "oracle")]
+        cells = ["" if other[0] is None else cell(own - np.array(other)) for other in others]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Means over {len(results)} seeds with 95 % t intervals. {args.annotators} annotators per group with "
@@ -335,9 +348,12 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
 
 
 def picture(results: list[dict]) -> str:
-    """Regret of each true group under every answerer, mean over seeds."""
-    names = list(results[0]["regret"]["true"]["chosen"])
-    return regret_bars({n: np.mean([r["regret"]["true"]["chosen"][n] for r in results], 0) for n in names},
+    """Regret of each true group under every answerer: mean over seeds and its t interval."""
+    found = {name: np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
+             for name in results[0]["regret"]["oracle"]["chosen"]}  # fmt: skip
+    intervals = {name: [t_interval(column) for column in rows.T] for name, rows in found.items()}
+    ends = {name: tuple(np.array([i[end] for i in own]) for end in ("low", "high")) for name, own in intervals.items()}
+    return regret_bars({name: rows.mean(0) for name, rows in found.items()}, ends if len(results) > 1 else None,
                        labels=GROUPS)  # fmt: skip
 
 

@@ -328,10 +328,10 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _log_round(self, manifest: dict) -> None:
         self.state.global_step = manifest["round"] + 1
-        logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_annotator", "changed_type", "median_certainty")}
+        logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_item", "changed_type", "median_certainty")}
         logs |= {f"em/type_{k}": share for k, share in enumerate(manifest["prior"])}
         if "held_out" in manifest:
-            name = "log_likelihood_per_annotator"
+            name = "log_likelihood_per_item"
             logs[f"em/held_out_{name}"] = manifest["held_out"][name]
         self.log(logs)
 

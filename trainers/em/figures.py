@@ -45,20 +45,23 @@ def shown_rounds(count: int) -> list[int]:
 
 
 def log_likelihood(histories: list[list[dict]]) -> str:
-    """Observed log-likelihood per annotator over rounds, one line per restart; dashed: held-out annotators."""
+    """Observed log-likelihood per row over rounds, one line per restart; dashed: rows of held-out annotators.
+
+    Per row, because with held-out halves the first round scores fewer rows than the others.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for history, colour in zip(histories, COLOURS * len(histories), strict=False):
         rounds = [m["round"] + 1 for m in history]
         own = f", restart {history[0]['restart']}" if len(histories) > 1 else ""
         dot, square = ("o-", "s--") if len(rounds) <= 20 else ("-", "--")
-        values = [m["log_likelihood_per_annotator"] for m in history]
+        values = [m["log_likelihood_per_item"] for m in history]
         axes.plot(rounds, values, dot, color=colour, label=f"training rows{own}")
         if "held_out" in history[0]:
-            values = [m["held_out"]["log_likelihood_per_annotator"] for m in history]
+            values = [m["held_out"]["log_likelihood_per_item"] for m in history]
             axes.plot(rounds, values, square, color=colour, label=f"held-out rows{own}")
     axes.set_xlabel("round")
-    axes.set_ylabel("log-likelihood per annotator, nats")
+    axes.set_ylabel("log-likelihood per row, nats")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9)
     return to_svg(_plain(figure))
