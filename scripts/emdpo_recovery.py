@@ -76,7 +76,8 @@ def main(argv: list[str]) -> dict:
         path = Path(args.output) / f"seed-{seed}" / "result.json"
         if not path.exists():
             write_json(path, one_seed(args, seed, path.parent))
-        results.append(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        results.append(found | {"length": length_accuracy(read_rows(path.with_name("test.jsonl.gz")))})
     text = table(results, args)
     write_json(Path(args.output) / "recovery.json", {"settings": vars(args), "results": results})
     write_atomic(Path(args.output) / "table.md", text.encode())
@@ -236,6 +237,16 @@ def group_accuracy(trainer, rows: list[dict], group_of: dict) -> list[float]:
     return [float(np.nanmean(values)) for values in found]
 
 
+def length_accuracy(rows: list[dict]) -> list[float]:
+    """Per group, the accuracy of length alone, longer or shorter answers first, whichever suits the group."""
+    found = [[] for _ in GROUPS]
+    for row in rows:
+        lengths = torch.tensor([[float(len(ids)) for ids in row["response_ids"]]], dtype=torch.float64)
+        taste = torch.tensor([row["taste"]], dtype=torch.float64)
+        found[row["group"]].append(float(pairwise_accuracy(lengths, taste, torch.ones_like(taste).bool())))
+    return [max(value, 1 - value) for value in (float(np.nanmean(values)) for values in found)]
+
+
 def policy_rewards(trainer) -> list[list[list[float]]]:
     """Log-ratios of the held-out rows under each type's policy, read from the files of the run."""
     score = trainer._scorer()
@@ -292,6 +303,9 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
 
 ANSWERERS = {"em": "EM-DPO, min-max weights", "clusters": "clusters, min-max weights",
              "oracle": "oracle, min-max weights", "vanilla": "vanilla DPO"}  # fmt: skip
+OWN = {"EM-DPO, min-max weights": "min-max mixture", "EM-DPO, uniform weights": "uniform mixture",
+       "EM-DPO, shares of EM": "shares of EM", "EM-DPO, best single type": "best single type",
+       "vanilla DPO": "vanilla", "untrained model": "reference"}  # fmt: skip
 CONTRASTS = {
     "annotators typed right": lambda r, name: r["methods"][name]["typed_right"],
     "accuracy, worst group": lambda r, name: min(r["methods"][name]["accuracy"]),
@@ -317,17 +331,21 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         lines.append(f"| {name} | {cell(typed) if typed[0] is not None else ''} | "
                      + " | ".join(cell(groups[:, g]) for g in range(len(GROUPS)))
                      + f" | {cell(groups.min(1))} | {cell([run['log_likelihood'] for run in runs])} |")  # fmt: skip
+    length = np.array([r["length"] for r in results])
+    lines.append("| *length alone* |  | " + " | ".join(cell(length[:, g]) for g in range(len(GROUPS)))
+                 + f" | {cell(length.min(1))} |  |")  # fmt: skip
     titles = ["annotators typed right", "first guess", *(f"round {i + 1}" for i in range(args.rounds))]
     lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, label in (("find", "EM-DPO"), ("bound", "started at the true groups")):
         typed = np.array([r["typed"][name] for r in results])
         cells = [cell(column) for column in typed.T] + [""] * (args.rounds + 1 - typed.shape[1])
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", "| who answers | largest regret | " + " | ".join(GROUPS) + " |", "|---|---|" + "---|" * len(GROUPS)]
+    titles = ["who answers", "largest regret", *GROUPS, "largest, by EM's own types"]
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name in results[0]["regret"]["oracle"]["chosen"]:
         rows = np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
         lines.append(f"| {name} | {cell(rows.max(1))} | " + " | ".join(cell(rows[:, g]) for g in range(len(GROUPS)))
-                     + " |")  # fmt: skip
+                     + f" | {cell(own_regret(results, name)) if name in OWN else ''} |")  # fmt: skip
     lines += ["", "| EM-DPO minus, paired by seed | vanilla DPO | clusters | oracle |", "|---|---|---|---|"]
     for label, value in CONTRASTS.items():
         own = np.array([value(r, "em") for r in results])
@@ -341,10 +359,17 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves, "
         "of which the first scores one half only. Accuracy: "
         f"share of pairs of new answers to {args.test_prompts} new prompts in the order of the group's taste without "
-        "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle "
+        "noise, by the policy of the annotator's type; length alone puts longer or shorter answers first, whichever "
+        "suits the group. Regret in nats per answer: loss of the oracle "
         "policy's log-ratio against its own answers, 4 answers to each new prompt.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def own_regret(results: list[dict], name: str) -> list[float]:
+    """Per seed, the largest regret of the types of EM, which is what a user without the truth sees."""
+    tables = [r["regret"]["em"]["table"] for r in results]
+    return [next(row["max"] for label, row in table.items() if label.startswith(OWN[name])) for table in tables]
 
 
 def picture(results: list[dict]) -> str:
