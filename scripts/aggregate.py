@@ -3,7 +3,7 @@
 Samples from each type's policy, works out who regrets what, writes the weights into the run's mixture.json, and a
 table and a picture into RUN/aggregate. With --distill it also trains one policy on answers of the mixture.
 Give the same command again after a kill: samples and scores that are there already are kept. Several processes (DDP)
-share the sampling: accelerate launch scripts/aggregate.py ...
+share the work and give the same weights: accelerate launch scripts/aggregate.py ... It does not shard a policy.
 """
 
 import sys
@@ -45,7 +45,7 @@ class AggregateArguments:
     distill: bool = field(default=False, metadata={"help": "Train one policy on answers of the mixture."})
     distill_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the distillation."})
     distill_epochs: float = field(default=1.0, metadata={"help": "Passes over the answers."})
-    distill_batch_size: int = field(default=8, metadata={"help": "Answers per step."})
+    distill_batch_size: int = field(default=8, metadata={"help": "Answers per step and process."})
 
 
 def main(argv: list[str]) -> None:

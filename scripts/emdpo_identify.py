@@ -154,27 +154,33 @@ def _error(thetas: list[np.ndarray], names) -> float:
 
 
 def table(results: dict, args: IdentifyArguments) -> str:
+    """Markdown: mean over the starts, and the smallest and the largest."""
     lines = [
-        "| answers per annotator | log-likelihood, truth minus wrong world | relative error of theta, each start | "
-        "log-likelihood reached, each start | new annotators typed right |",
+        "| answers per annotator | log-likelihood, truth minus wrong world | relative error of theta | "
+        "log-likelihood reached, minus truth | new annotators typed right |",
         "|---|---|---|---|---|",
     ]
     for kind, found in results.items():
         runs = found["runs"]
         columns = (
             f"{abs(found['gap']) if abs(found['gap']) < 1e-6 else found['gap']:.3g}",
-            ", ".join(f"{run['error']:.3f}" for run in runs),
-            ", ".join(f"{run['log_likelihood'] - found['truth']:+.1f}" for run in runs),
-            ", ".join(f"{run['accuracy']:.3f}" for run in runs),
+            _range([run["error"] for run in runs], ".3f"),
+            _range([run["log_likelihood"] - found["truth"] for run in runs], "+.2f"),
+            _range([run["accuracy"] for run in runs], ".3f"),
         )
         lines.append(f"| {kind} | " + " | ".join(columns) + " |")
     lines += [
         "",
         f"{args.annotators} annotators, half of taste b = (1.5, -1), half of -b; {args.items} items with standard "
-        f"normal features; {args.rounds} rounds; data seed {args.seed}. The wrong world is half c, half -c, c = (0.3, "
-        "2). Log-likelihoods reached are relative to that of the truth. An error of 1 is that of theta = 0.",
+        f"normal features; {args.rounds} rounds; data seed {args.seed}. Mean and "
+        f"range of {args.starts} random first guesses. The wrong world is half c, half -c, c = (0.3, "
+        "2). An error of 1 is that of theta = 0.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _range(values: list[float], form: str) -> str:
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main(argv: list[str]) -> dict:

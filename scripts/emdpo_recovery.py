@@ -1,18 +1,19 @@
 """Does EM-DPO find groups of annotators with opposed tastes in the texts of a real language model?
 
-python scripts/emdpo_recovery.py --model MODEL --output runs/emdpo-recovery
+python scripts/emdpo_recovery.py --model ../shared/models/stories260K --eos "<s>" --output runs/emdpo-recovery
 
 Three groups rank three of the model's own continuations (1 to 4 sentences) of openings that it wrote itself: the
 cheerful (VADER up), the gloomy (VADER down) and the brief (few tokens), each with Gumbel noise. Per seed, the same
 number of passes over the rows for every policy:
 
     em            EM-DPO from the clusters below, scored on held-out halves; then one policy per type on all rows
-    clusters      one DPO policy per k-means cluster of annotators, no EM
+    clusters      one policy per cluster of annotators who agree (the trainer's default first guess), no EM
     oracle        one policy per true group
     vanilla       one policy for all
 
 Judged on new prompts: share of annotators typed right, pairwise accuracy of the rewards in each group, and the regret
-of each group when a mixture answers. A finished part is not made again.
+of each group when a mixture answers. What limits the types is measured too: those of an E-step under policies of the
+true groups. A finished part is not made again.
 """
 
 import gc
@@ -33,7 +34,7 @@ from trainers.em.aggregate import Arena, Player, compare
 from trainers.em.annotators import Annotators
 from trainers.em.figures import regret_bars
 from trainers.em.mixture import match_types
-from trainers.em.tables import read_json
+from trainers.em.tables import read_annotators, read_json
 from trainers.loop.journal import read_rows, write_atomic, write_json, write_rows
 from trainers.loop.rewards import vader_sentiment
 from trainers.loop.sampler import SamplingConfig, encode_prompts, sample_responses
@@ -42,7 +43,6 @@ from trainers.statistics import t_interval
 
 GROUPS = ("cheerful", "gloomy", "brief")
 METHODS = ("em", "clusters", "oracle", "vanilla")
-EXTRA = "vanilla"
 LONGEST = 4  # sentences of an answer, drawn from 1
 
 
@@ -54,17 +54,17 @@ class RecoveryArguments:
     output: str = field(default="runs/emdpo-recovery", metadata={"help": "Folder of runs, table and pictures."})
     eos: str | None = field(default=None, metadata={"help": "Token that ends a text, if not the tokenizer's."})
     seeds: int = field(default=3, metadata={"help": "Repetitions: other samples, noise, starts and training orders."})
-    annotators: int = field(default=20, metadata={"help": "Per group."})
-    items: int = field(default=12, metadata={"help": "Rankings per annotator."})
+    annotators: int = field(default=40, metadata={"help": "Per group."})
+    items: int = field(default=16, metadata={"help": "Rankings per annotator."})
     train_prompts: int = field(default=96, metadata={"help": "Prompts of the training rows."})
     test_prompts: int = field(default=48, metadata={"help": "New prompts for accuracy and regret."})
     answers: int = field(default=6, metadata={"help": "Answers sampled per prompt; each row shows three."})
     max_new_tokens: int = field(default=64, metadata={"help": "Of an answer."})
-    rounds: int = field(default=4, metadata={"help": "Rounds of EM."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of every policy, full fine-tuning."})
+    rounds: int = field(default=3, metadata={"help": "Rounds of EM."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of every policy, full fine-tuning."})
     beta: float = field(default=0.1, metadata={"help": "Of every policy."})
     batch_size: int = field(default=16, metadata={"help": "Rows per step."})
-    epochs: int = field(default=2, metadata={"help": "Passes over the rows for each policy (in EM: each round)."})
+    epochs: int = field(default=1, metadata={"help": "Passes over the rows for each policy (in EM: each round)."})
     noise: float = field(default=0.5, metadata={"help": "Scale of the Gumbel noise, in units of a taste's spread."})
 
 
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> dict:
         path = Path(args.output) / f"seed-{seed}" / "result.json"
         if not path.exists():
             write_json(path, one_seed(args, seed, path.parent))
-        results.append(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        results.append(found | {"length": length_accuracy(read_rows(path.with_name("test.jsonl.gz")))})
     text = table(results, args)
     write_json(Path(args.output) / "recovery.json", {"settings": vars(args), "results": results})
     write_atomic(Path(args.output) / "table.md", text.encode())
@@ -90,7 +91,8 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
     splits = {name: make_rows(args, seed, name, folder) for name in ("train", "test")}
     group_of = {row["annotator"]: row["group"] for row in splits["train"]}
     result, policies = {"seed": seed, "methods": {}}, {}
-    run_method("find", args, seed, folder / "find", splits, group_of)
+    result["typed"] = {name: typed_right(run_method(name, args, seed, folder / name, splits, group_of), group_of)
+                       for name in ("find", "bound")}  # fmt: skip
     for name in METHODS:
         trainer = run_method(name, args, seed, folder / name, splits, group_of)
         labels = np.array([group_of[a] for a in trainer.annotators.names])
@@ -99,13 +101,10 @@ def one_seed(args: RecoveryArguments, seed: int, folder: Path) -> dict:
         result["methods"][name] = {
             "typed_right": accuracy if trainer.args.num_types == len(GROUPS) else None,
             "group_of_type": names.tolist(),
-            "log_likelihood": -trainer.evaluate()["eval_log_likelihood_per_item"],
+            "log_likelihood": trainer.evaluate()["eval_log_likelihood_per_item"],
             "accuracy": group_accuracy(trainer, splits["test"], group_of),
         }
-    result["regret"] = {
-        "own": regrets(args, folder / "em", policies, seed),
-        "true": regrets(args, folder / "oracle", policies, seed),
-    }
+    result["regret"] = {name: regrets(args, folder / name, policies, seed) for name in ("em", "clusters", "oracle")}
     return result
 
 
@@ -188,13 +187,14 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
     options = {"num_types": len(GROUPS), "rounds": 1}
     rows = [{k: v for k, v in row.items() if k not in ("group", "taste")} for row in splits["train"]]
     if name == "find":
-        options |= {"rounds": args.rounds, "init": "kmeans", "score_on": "heldout_half"}
+        options |= {"rounds": args.rounds, "init": "agreement", "score_on": "heldout_half"}
     elif name == "em":
         options["initial_posterior"] = str(folder.with_name("find") / "annotators.csv")
     elif name == "clusters":
-        options["init"] = "kmeans"
-    elif name == "oracle":
+        options["init"] = "agreement"
+    elif name in ("oracle", "bound"):
         options["initial_posterior"] = {a: np.eye(len(GROUPS))[g].tolist() for a, g in group_of.items()}
+        options |= {"rounds": 2, "score_on": "heldout_half"} if name == "bound" else {}
     else:
         options["num_types"] = 1
     config = EMDPOConfig(
@@ -209,10 +209,19 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
         processing_class=load_tokenizer(args),
     )  # fmt: skip
     trainer.train()
-    if name not in ("find", "vanilla"):  # the type is what was given, not what the policy makes of rows it has seen
+    # The type that was given, not the one by rows that the policy has seen.
+    if name in ("em", "clusters", "oracle"):
         start = folder / "restart-0" / "start.csv"
         trainer.posterior = init.given(str(start), Annotators(trainer.annotators.names, trainer._owner), len(GROUPS))
     return trainer
+
+
+def typed_right(trainer, group_of: dict) -> list[float]:
+    """Share of annotators typed right by the first guess and after each round."""
+    labels = np.array([group_of[a] for a in trainer.annotators.names])
+    tables = sorted((Path(trainer.args.output_dir) / "restart-0").glob("round-*/annotators.csv"))
+    first = tables[0].parents[1] / "start.csv"
+    return [match_types(read_annotators(path)[1], labels)[0] for path in (first, *tables)]
 
 
 def group_accuracy(trainer, rows: list[dict], group_of: dict) -> list[float]:
@@ -226,6 +235,16 @@ def group_accuracy(trainer, rows: list[dict], group_of: dict) -> list[float]:
         accuracy = pairwise_accuracy(values.double(), taste, torch.ones_like(taste).bool())
         found[group_of[row["annotator"]]].append(float(accuracy))
     return [float(np.nanmean(values)) for values in found]
+
+
+def length_accuracy(rows: list[dict]) -> list[float]:
+    """Per group, the accuracy of length alone, longer or shorter answers first, whichever suits the group."""
+    found = [[] for _ in GROUPS]
+    for row in rows:
+        lengths = torch.tensor([[float(len(ids)) for ids in row["response_ids"]]], dtype=torch.float64)
+        taste = torch.tensor([row["taste"]], dtype=torch.float64)
+        found[row["group"]].append(float(pairwise_accuracy(lengths, taste, torch.ones_like(taste).bool())))
+    return [max(value, 1 - value) for value in (float(np.nanmean(values)) for values in found)]
 
 
 def policy_rewards(trainer) -> list[list[list[float]]]:
@@ -243,12 +262,12 @@ def policy_rewards(trainer) -> list[list[list[float]]]:
 
 
 def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> dict:
-    """The game whose types are the policies in `judge`: those that EM found, or those of the true groups."""
+    """The game whose types are the policies in `judge`: those of EM, of the clusters, or of the true groups."""
     prompts = openings(args, "test")
     config = SamplingConfig(num_generations=4, max_new_tokens=args.max_new_tokens, temperature=1.0, top_p=1.0,
                             batch_size=96, seed=1000 + seed)  # fmt: skip
     arena = Arena(judge, prompts, config, judge / "aggregate", Accelerator(cpu=True))
-    extra = [Player(EXTRA, policies[EXTRA][0])]
+    extra = [Player("vanilla", policies["vanilla"][0]), Player("reference", None)]
     if judge.name == "oracle":
         extra += [Player(f"em-{k}", policy) for k, policy in enumerate(policies["em"])]
         extra += [Player(f"clusters-{k}", policy) for k, policy in enumerate(policies["clusters"])]
@@ -256,26 +275,43 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
     gains, samples = arena.gains(players)
     report = compare(gains, [p.name for p in players], arena.mixture["prior"], seed=seed)
     report["truncated"] = float(np.mean([s.truncated for answers in samples for row in answers for s in row]))
-    if judge.name == "em":
+    if judge.name != "oracle":
         write_json(judge / "aggregate" / "aggregate.json", report)
         return report
     # The mixtures that EM and the clusters chose by their own policies, judged by the true groups.
-    weights = read_json(judge.parent / "em" / "aggregate" / "aggregate.json")["mixture"]
-    regret = np.array(report["regret"])
-    columns = {name: [report["policies"].index(f"{name}-{k}") for k in range(len(GROUPS))]
+    own = {name: read_json(judge.parent / name / "aggregate" / "aggregate.json") for name in ("em", "clusters")}
+    regret, groups = np.array(report["regret"]), len(GROUPS)
+    columns = {name: regret[:, [report["policies"].index(f"{name}-{k}") for k in range(groups)]]
                for name in ("em", "clusters")}  # fmt: skip
+    single = int(np.array(own["em"]["regret"])[:, :groups].max(0).argmin())
     report["chosen"] = {
-        "EM-DPO, min-max weights": (regret[:, columns["em"]] @ weights).tolist(),
-        "EM-DPO, uniform weights": regret[:, columns["em"]].mean(1).tolist(),
-        "clusters, uniform weights": regret[:, columns["clusters"]].mean(1).tolist(),
-        "oracle, min-max weights": (regret[:, : len(GROUPS)] @ report["mixture"]).tolist(),
-        "vanilla DPO": regret[:, report["policies"].index(EXTRA)].tolist(),
-        "reference": (regret[:, 0] * 0 + np.array(gains[:, : len(GROUPS)].mean(-1)).diagonal()).tolist(),
+        "EM-DPO, min-max weights": columns["em"] @ own["em"]["mixture"],
+        "EM-DPO, uniform weights": columns["em"].mean(1),
+        "EM-DPO, shares of EM": columns["em"] @ own["em"]["shares"],
+        "EM-DPO, best single type": columns["em"][:, single],
+        "clusters, min-max weights": columns["clusters"] @ own["clusters"]["mixture"],
+        "clusters, uniform weights": columns["clusters"].mean(1),
+        "oracle, min-max weights": regret[:, :groups] @ report["mixture"],
+        "vanilla DPO": regret[:, report["policies"].index("vanilla")],
+        "untrained model": regret[:, report["policies"].index("reference")],
     }
+    report["chosen"] = {name: values.tolist() for name, values in report["chosen"].items()}
     return report
 
 
 # Report.
+
+ANSWERERS = {"em": "EM-DPO, min-max weights", "clusters": "clusters, min-max weights",
+             "oracle": "oracle, min-max weights", "vanilla": "vanilla DPO"}  # fmt: skip
+OWN = {"EM-DPO, min-max weights": "min-max mixture", "EM-DPO, uniform weights": "uniform mixture",
+       "EM-DPO, shares of EM": "shares of EM", "EM-DPO, best single type": "best single type",
+       "vanilla DPO": "vanilla", "untrained model": "reference"}  # fmt: skip
+CONTRASTS = {
+    "annotators typed right": lambda r, name: r["methods"][name]["typed_right"],
+    "accuracy, worst group": lambda r, name: min(r["methods"][name]["accuracy"]),
+    "accuracy, mean of groups": lambda r, name: float(np.mean(r["methods"][name]["accuracy"])),
+    "largest regret": lambda r, name: max(r["regret"]["oracle"]["chosen"][ANSWERERS[name]]),
+}
 
 
 def table(results: list[dict], args: RecoveryArguments) -> str:
@@ -294,28 +330,55 @@ def table(results: list[dict], args: RecoveryArguments) -> str:
         groups = np.array([run["accuracy"] for run in runs])
         lines.append(f"| {name} | {cell(typed) if typed[0] is not None else ''} | "
                      + " | ".join(cell(groups[:, g]) for g in range(len(GROUPS)))
-                     + f" | {cell(groups.min(1))} | {cell([-run['log_likelihood'] for run in runs])} |")  # fmt: skip
-    lines += ["", "| who answers | largest regret | " + " | ".join(GROUPS) + " |", "|---|---|" + "---|" * len(GROUPS)]
-    for name in results[0]["regret"]["true"]["chosen"]:
-        rows = np.array([r["regret"]["true"]["chosen"][name] for r in results])
+                     + f" | {cell(groups.min(1))} | {cell([run['log_likelihood'] for run in runs])} |")  # fmt: skip
+    length = np.array([r["length"] for r in results])
+    lines.append("| *length alone* |  | " + " | ".join(cell(length[:, g]) for g in range(len(GROUPS)))
+                 + f" | {cell(length.min(1))} |  |")  # fmt: skip
+    titles = ["annotators typed right", "first guess", *(f"round {i + 1}" for i in range(args.rounds))]
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name, label in (("find", "EM-DPO"), ("bound", "started at the true groups")):
+        typed = np.array([r["typed"][name] for r in results])
+        cells = [cell(column) for column in typed.T] + [""] * (args.rounds + 1 - typed.shape[1])
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    titles = ["who answers", "largest regret", *GROUPS, "largest, by EM's own types"]
+    lines += ["", "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for name in results[0]["regret"]["oracle"]["chosen"]:
+        rows = np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
         lines.append(f"| {name} | {cell(rows.max(1))} | " + " | ".join(cell(rows[:, g]) for g in range(len(GROUPS)))
-                     + " |")  # fmt: skip
+                     + f" | {cell(own_regret(results, name)) if name in OWN else ''} |")  # fmt: skip
+    lines += ["", "| EM-DPO minus, paired by seed | vanilla DPO | clusters | oracle |", "|---|---|---|---|"]
+    for label, value in CONTRASTS.items():
+        own = np.array([value(r, "em") for r in results])
+        others = [[value(r, name) for r in results] for name in ("vanilla", "clusters", "oracle")]
+        cells = ["" if other[0] is None else cell(own - np.array(other)) for other in others]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Means over {len(results)} seeds with 95 % t intervals. {args.annotators} annotators per group with "
         f"{args.items} rankings of 3 answers each; {args.epochs} passes per policy at learning rate "
-        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves. Accuracy: "
+        f"{args.learning_rate:g}, beta {args.beta:g}; EM: {args.rounds} rounds on halves, "
+        "of which the first scores one half only. Accuracy: "
         f"share of pairs of new answers to {args.test_prompts} new prompts in the order of the group's taste without "
-        "noise, by the policy of the annotator's type. Regret in nats per answer: loss of the oracle "
+        "noise, by the policy of the annotator's type; length alone puts longer or shorter answers first, whichever "
+        "suits the group. Regret in nats per answer: loss of the oracle "
         "policy's log-ratio against its own answers, 4 answers to each new prompt.",
     ]
     return "\n".join(lines) + "\n"
 
 
+def own_regret(results: list[dict], name: str) -> list[float]:
+    """Per seed, the largest regret of the types of EM, which is what a user without the truth sees."""
+    tables = [r["regret"]["em"]["table"] for r in results]
+    return [next(row["max"] for label, row in table.items() if label.startswith(OWN[name])) for table in tables]
+
+
 def picture(results: list[dict]) -> str:
-    """Regret of each true group under every answerer, mean over seeds."""
-    names = list(results[0]["regret"]["true"]["chosen"])
-    return regret_bars({n: np.mean([r["regret"]["true"]["chosen"][n] for r in results], 0) for n in names},
+    """Regret of each true group under every answerer: mean over seeds and its t interval."""
+    found = {name: np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
+             for name in results[0]["regret"]["oracle"]["chosen"]}  # fmt: skip
+    intervals = {name: [t_interval(column) for column in rows.T] for name, rows in found.items()}
+    ends = {name: tuple(np.array([i[end] for i in own]) for end in ("low", "high")) for name, own in intervals.items()}
+    return regret_bars({name: rows.mean(0) for name, rows in found.items()}, ends if len(results) > 1 else None,
                        labels=GROUPS)  # fmt: skip
 
 

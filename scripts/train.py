@@ -94,7 +94,7 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         train_in_rounds(trainer_class, data, args, model, splits)
         return
     enhance.refuse_folder_of_rounds(args.output_dir)
-    checkpoint = _checkpoint(args)
+    checkpoint = _checkpoint(args, trainer_class)
     if checkpoint and _is_finished(args, checkpoint):
         if args.process_index == 0:
             print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
@@ -266,12 +266,20 @@ def _is_finished(args, checkpoint: str) -> bool:
     return trained and (Path(args.output_dir) / "README.md").is_file()
 
 
-def _checkpoint(args) -> str | None:
+def _checkpoint(args, trainer_class: type[PreferenceTrainer]) -> str | None:
     """`resume_from_checkpoint: true` takes the last complete checkpoint of the output folder, if there is one."""
     wanted = args.resume_from_checkpoint
     if str(wanted).lower() in ("none", "false", ""):
         return None
-    if str(wanted).lower() in ("true", "last"):
+    last = str(wanted).lower() in ("true", "last")
+    if trainer_class.resumes_by_itself:
+        if not last:
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r} cannot be used with {trainer_class.__name__}, which finds in "
+                "output_dir what is done: leave the option out, and give the output_dir of the run to go on with."
+            )
+        return None
+    if last:
         found = last_checkpoint(args.output_dir)
         if found is None and args.process_index == 0:
             print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")

@@ -103,7 +103,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 def _launch(engine: str, cells: list[dict], folder: Path) -> str | None:
     """Runs the worker; returns why it ended before its last cell, or None."""
     options = json.dumps({"engine": engine, "folder": str(folder), "cells": cells})
-    command = [sys.executable, *([] if engine == "single" else _torchrun()), str(SCRIPT), options]
+    command = [*([sys.executable] if engine == "single" else torchrun()), str(SCRIPT), options]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as log:
         worker = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -115,20 +115,13 @@ def _launch(engine: str, cells: list[dict], folder: Path) -> str | None:
     return f"crashed\n{text[-6000:]}" if worker.returncode else None
 
 
-def _torchrun() -> list[str]:
+def torchrun() -> list[str]:
+    """The beginning of a command that runs a script on two processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        port,
-    ]
+    options = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
 def _wait(worker: subprocess.Popen, results: Path) -> bool:

@@ -84,3 +84,13 @@ def test_a_linear_policy_is_the_linear_reward(features):
         model.model.norm.weight.copy_(torch.tensor(identify.TASTE))
     logits = model(torch.tensor([[identify.PROMPT]])).logits[0, 0, identify.FIRST :]
     np.testing.assert_allclose(logits.detach().numpy(), features @ identify.TASTE, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_em_finds_opposed_tastes_in_one_ranking_per_annotator_and_not_in_one_pair(features, tmp_path):
+    """Policies trained by the trainer, from a random start; one answer per annotator."""
+    args = identify.IdentifyArguments(output=str(tmp_path), annotators=1000, items=300, starts=1, rounds=25)
+    pair, ranking = (identify.measure(kind, features, args)["runs"][0] for kind in ("one pair", "one ranking of 3"))
+    assert ranking["error"] < 0.2 and ranking["accuracy"] > 0.85
+    assert pair["error"] > 0.8  # that of no taste at all is 1
+    assert pair["log_likelihood"] == pytest.approx(1000 * np.log(0.5), abs=5)

@@ -13,12 +13,12 @@ from datasets import Dataset
 
 import train
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from test_emdpo import same, start, tokenizer, weights  # noqa: F401
+from emdpo_runs import same, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def arguments(start, output, **changes):  # noqa: F811
+def arguments(start, output, **changes):
     args = em_config(output)
     names = (
         "use_cpu", "report_to", "learning_rate", "num_types", "rounds", "logging_steps", "seed", "lr_scheduler_type",
@@ -34,7 +34,7 @@ def arguments(start, output, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, start):  # noqa: F811
+def launched(tmp_path_factory, start):
     Dataset.from_list(opposed_rows(annotators=4, items=4)).to_json(start / "rows.jsonl")
     folder = tmp_path_factory.mktemp("launched")
     train.main(arguments(start, folder))
@@ -47,6 +47,15 @@ def test_the_launcher_runs_the_whole_em(launched):
     results = json.loads((launched / "train_results.json").read_text())
     assert results["train_rounds"] == 2 and "train_smallest_type" in results
     assert not list(launched.glob("**/checkpoint-*"))
+
+
+def test_a_run_goes_on_by_itself_and_takes_no_checkpoint(start, launched, capsys):
+    policy = launched / "restart-0/round-01/type-0/policy/model.safetensors"
+    before = policy.stat().st_mtime_ns
+    train.main(arguments(start, launched, resume_from_checkpoint="true"))
+    assert "checkpoint" not in capsys.readouterr().out and policy.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="cannot be used with EMDPOTrainer"):
+        train.main(arguments(start, launched, resume_from_checkpoint=policy.parent))
 
 
 # Kills its own process with signal 9, after so many training steps or written parts of a score file.
@@ -94,7 +103,7 @@ def assert_same_run(found, expected):
         same(weights(found / path), weights(expected / path))
 
 
-def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):  # noqa: F811
+def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):
     argv = arguments(start, tmp_path)
     run_and_die(argv, "m-step", 8 + 5)  # 8 steps of type 0, 5 of type 1
     folder = tmp_path / "restart-0/round-00"

@@ -72,6 +72,8 @@ class EMDPOTrainer(TypePolicyTrainer):
         ValueError: what EM cannot do, before anything is trained.
     """
 
+    resumes_by_itself = True
+
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
                  quantization_config=None, peft_config=None):  # fmt: skip
@@ -327,10 +329,10 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _log_round(self, manifest: dict) -> None:
         self.state.global_step = manifest["round"] + 1
-        logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_annotator", "changed_type", "median_certainty")}
+        logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_item", "changed_type", "median_certainty")}
         logs |= {f"em/type_{k}": share for k, share in enumerate(manifest["prior"])}
         if "held_out" in manifest:
-            name = "log_likelihood_per_annotator"
+            name = "log_likelihood_per_item"
             logs[f"em/held_out_{name}"] = manifest["held_out"][name]
         self.log(logs)
 

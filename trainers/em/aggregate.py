@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -31,6 +32,15 @@ class Player:
     start: Path | None
 
 
+def refuse_sharding(distributed_type: DistributedType) -> None:
+    """Raises ValueError for the engines that share a policy among processes, which none here is prepared for."""
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise ValueError(
+            f"the aggregation holds one whole policy per process and does not run under {distributed_type.value}: "
+            "start it with plain python, or with accelerate launch and no DeepSpeed or FSDP in its configuration."
+        )
+
+
 class Arena:
     """Samples of some policies on some prompts, scored by the policies of a run's types; all of it on disk.
 
@@ -41,7 +51,8 @@ class Arena:
         folder: of samples and scores; a killed run goes on where it stopped.
 
     Raises:
-        ValueError: `run` is no finished run, the prompts are none, or the samples would not be those of the policies.
+        ValueError: `run` is no finished run, the prompts are none, the samples would not be those of the policies, or
+            the policies would be sharded.
     """
 
     def __init__(self, run: Path, prompts: list, config: SamplingConfig, folder: Path, accelerator: Accelerator):
@@ -51,6 +62,7 @@ class Arena:
             raise ValueError("there are no prompts to sample from: name a data set with at least one row.")
         if config.temperature != 1 or config.top_p != 1 or config.top_k:
             raise ValueError("regrets need samples of the policies themselves: temperature 1, top_p 1 and no top_k.")
+        refuse_sharding(accelerator.distributed_type)
         self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
         self.accelerator, self.processes = accelerator, Processes()
         self.mixture = read_json(self.run / MIXTURE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from datasets import Dataset
@@ -19,10 +20,10 @@ class Annotators:
 
     @classmethod
     def of(cls, dataset: Dataset, label: str = "train_dataset") -> "Annotators":
-        """From the column `annotator`, text or integers; the rows of one annotator may lie anywhere.
+        """From the column `annotator`, text or integers as in any row; the rows of one annotator may lie anywhere.
 
         Raises:
-            ValueError: there is no such column, or a row without an annotator.
+            ValueError: there is no such column, or a row names no annotator, or by something else.
         """
         if "annotator" not in dataset.column_names:
             raise ValueError(
@@ -32,6 +33,12 @@ class Annotators:
         missing = next((i for i, name in enumerate(column) if name is None), None)
         if missing is not None:
             raise ValueError(f"row {missing} of {label}: 'annotator' is None; name who judged, or remove the row.")
+        strange = next((i for i, name in enumerate(column) if not isinstance(name, str | Integral)), None)
+        if strange is not None:
+            raise ValueError(
+                f"row {strange} of {label}: 'annotator' is {column[strange]!r}; give text or an integer, for several "
+                "fields one text of them all."
+            )
         names = list(dict.fromkeys(column))
         index = {name: i for i, name in enumerate(names)}
         return cls(names, np.array([index[name] for name in column], dtype=np.int64))

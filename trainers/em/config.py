@@ -58,8 +58,9 @@ class EMDPOConfig(PreferenceConfig):
     score_on: str = field(
         default="train",
         metadata={
-            "help": "The E-step scores the rows that were trained on, or trains on one half of each annotator's rows "
-            "and scores the other, swapped every round. Use the latter when the first E-step is sure of everything.",
+            "help": "train: the E-step scores the rows that were trained on. heldout_half: policies train on one half "
+            "of each annotator's rows and score the other; the halves swap every round, and each row counts as it was "
+            "scored when it was last held out. Use it when the first E-step is sure of everything.",
             "choices": list(CHOICES["score_on"]),
         },
     )

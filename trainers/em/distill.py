@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
 
+from ..loop.processes import Processes
 from ..loop.sampler import Sample
 
 
@@ -38,9 +39,11 @@ def distill(model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftC
     Args:
         model: path or model to start from.
         rows: of `mixture_samples`.
-        kwargs: of `trl.SFTConfig`, such as learning_rate, num_train_epochs, per_device_train_batch_size.
+        kwargs: of `trl.SFTConfig`, such as learning_rate, num_train_epochs, per_device_train_batch_size. Under DDP
+            the last is per process.
     """
-    options = {"report_to": "none", "save_strategy": "no", **kwargs}
+    # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
+    options = {"report_to": "none", "save_strategy": "no", "bf16": False, **kwargs}
     args = SFTConfig(
         output_dir=str(folder.with_name(f"{folder.name}-training")), completion_only_loss=True, max_length=None,
         **options,
@@ -50,6 +53,10 @@ def distill(model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftC
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     tuned = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
     unfinished = folder.with_name(f"{folder.name}-unfinished")
-    tuned.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+
+    def save() -> None:
+        tuned.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+    Processes().main(save)

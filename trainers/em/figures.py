@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..loop.journal import write_atomic
 
@@ -19,38 +20,48 @@ def draw_run(folder: Path, posteriors: list[np.ndarray], histories: list[list[di
 
 
 def responsibilities(posteriors: list[np.ndarray]) -> str:
-    """A map of annotators by types for each round; annotators are sorted by their last posterior."""
-    shown = posteriors if len(posteriors) <= 5 else [posteriors[0], *posteriors[-4:]]
-    names = [len(posteriors) - len(shown) + i + 1 if len(shown) < len(posteriors) and i else i + 1
-             for i in range(len(shown))]  # fmt: skip
+    """A map of annotators by types for up to five rounds; annotators are sorted by their last posterior."""
+    shown = shown_rounds(len(posteriors))
     last = posteriors[-1]
     order = np.lexsort((-last.max(1), last.argmax(1)))
     figure = Figure(figsize=(1.7 + 1.25 * len(shown), 4.6), layout="constrained")
-    for i, (axes, gamma) in enumerate(zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True)):
-        image = axes.imshow(gamma[order], aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(f"round {names[i]}", fontsize=10)
+    for axes, index in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+        # From 0 to N, so that the axis counts annotators.
+        image = axes.imshow(posteriors[index][order], aspect="auto", cmap="Blues", vmin=0, vmax=1,
+                            interpolation="nearest", extent=(-0.5, last.shape[1] - 0.5, len(last), 0))  # fmt: skip
+        axes.set_title(f"round {index + 1}", fontsize=10)
         axes.set_xticks(range(last.shape[1]))
         axes.set_xlabel("type")
-        axes.set_yticks([] if i else np.linspace(0, len(last) - 1, min(5, len(last))).astype(int))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.tick_params(labelleft=index == 0, left=index == 0)
     figure.axes[0].set_ylabel("annotators, sorted by their last type")
     figure.colorbar(image, ax=figure.axes[-1], label="probability of the type", fraction=0.3)
     return to_svg(figure)
 
 
+def shown_rounds(count: int) -> list[int]:
+    """Indices of at most five rounds: the first, the last, and what lies evenly between."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, 5).tolist()})
+
+
 def log_likelihood(histories: list[list[dict]]) -> str:
-    """Observed log-likelihood per annotator over rounds, one line per restart; dashed: held-out annotators."""
+    """Observed log-likelihood per row over rounds, one line per restart; dashed: rows of held-out annotators.
+
+    Per row, because with held-out halves the first round scores fewer rows than the others.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for history, colour in zip(histories, COLOURS * len(histories), strict=False):
         rounds = [m["round"] + 1 for m in history]
         own = f", restart {history[0]['restart']}" if len(histories) > 1 else ""
-        values = [m["log_likelihood_per_annotator"] for m in history]
-        axes.plot(rounds, values, "o-", color=colour, label=f"training rows{own}")
+        dot, square = ("o-", "s--") if len(rounds) <= 20 else ("-", "--")
+        values = [m["log_likelihood_per_item"] for m in history]
+        axes.plot(rounds, values, dot, color=colour, label=f"training rows{own}")
         if "held_out" in history[0]:
-            values = [m["held_out"]["log_likelihood_per_annotator"] for m in history]
-            axes.plot(rounds, values, "s--", color=colour, label=f"held-out rows{own}")
+            values = [m["held_out"]["log_likelihood_per_item"] for m in history]
+            axes.plot(rounds, values, square, color=colour, label=f"held-out rows{own}")
     axes.set_xlabel("round")
-    axes.set_ylabel("log-likelihood per annotator, nats")
+    axes.set_ylabel("log-likelihood per row, nats")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9)
     return to_svg(_plain(figure))

@@ -126,7 +126,7 @@ class EM:
                 # The same for all types, so that they are exchangeable.
                 seed = self.args.seed + RESTART_SEED * restart + index
                 self._m_step(gamma[self.rows.owner, k], index, previous[k], policies[k], seed)
-            self._e_step(restart, index, folder, gamma, policies)
+            self._e_step(restart, index, folder, gamma, policies, done[-1].policies if done else None)
         found = read_json(manifest)
         self.log(found)
         return Round(read_annotators(folder / "annotators.csv")[1], found, policies)
@@ -143,17 +143,19 @@ class EM:
         # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
         self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in policy.glob("checkpoint-*")])
 
-    def _e_step(self, restart: int, index: int, folder: Path, gamma: np.ndarray, policies: list[Path]) -> None:
-        columns, held_out = [], []
-        for k, policy in enumerate(policies):
-            logps = self.score(policy.parent, policy, f"E-step, type {k}")
-            columns.append(self._item_logps(self.rows, logps[0]))
-            if self.held_out is not None:
-                held_out.append(self._item_logps(self.held_out, logps[1]))
-        scored = np.ones(len(self.rows.owner), bool) if self.half is None else self.half != index % 2
+    def _e_step(
+        self, restart: int, index: int, folder: Path, gamma: np.ndarray, policies: list[Path],
+        previous: list[Path] | None,
+    ) -> None:  # fmt: skip
+        logps, held_out = self._scores(policies)
+        scored = np.ones(len(logps), bool) if self.half is None else self.half != index % 2
+        if self.half is not None and previous:
+            # The half that these policies have seen counts as those of the round before scored it, unseen.
+            logps = np.where(scored[:, None], logps, self._scores(previous)[0])
+            scored[:] = True
         prior = mixture_weights(gamma)
         owner, names = self.rows.owner[scored], self.rows.annotators.names
-        found = e_step(np.stack(columns, 1)[scored], owner, prior, len(names))
+        found = e_step(logps[scored], owner, prior, len(names))
         items = np.bincount(owner, minlength=len(names))
         manifest = {
             "restart": restart,
@@ -168,7 +170,7 @@ class EM:
         }
         after = None
         if self.held_out is not None:
-            after, manifest["held_out"] = self._held_out(np.stack(held_out, 1), found.posterior, found.prior)
+            after, manifest["held_out"] = self._held_out(held_out, found.posterior, found.prior)
 
         def write() -> None:
             write_annotators(folder / "annotators.csv", names, items, found.posterior, found.log_likelihood)
@@ -178,6 +180,14 @@ class EM:
             write_json(folder / "manifest.json", manifest)
 
         self.processes.main(write)
+
+    def _scores(self, policies: list[Path]) -> tuple[np.ndarray, np.ndarray | None]:
+        """(J,T) log-likelihood of each row under each policy, and that of the held-out rows."""
+        found = [self.score(policy.parent, policy, f"E-step, type {k}") for k, policy in enumerate(policies)]
+        return tuple(
+            None if rows is None else np.stack([self._item_logps(rows, logps[i]) for logps in found], 1)
+            for i, rows in enumerate((self.rows, self.held_out))
+        )
 
     def _item_logps(self, rows: Judged, logps: list[list[float]]) -> np.ndarray:
         found = item_logps(logps, rows.reference, rows.scores, beta=self.args.beta, top=self.args.top_q)
@@ -217,11 +227,11 @@ class EM:
             )
 
     def _stopped(self, done: list[Round]) -> bool:
-        """With held-out halves only rounds that score the same half compare."""
-        step = 1 if self.half is None else 2
-        if not self.args.stop_change or len(done) <= step:
+        """With held-out halves the first round scores half of the rows, and compares with no other."""
+        first = 1 if self.half is None else 2
+        if not self.args.stop_change or len(done) <= first:
             return False
-        change = done[-1].manifest["log_likelihood"] - done[-1 - step].manifest["log_likelihood"]
+        change = done[-1].manifest["log_likelihood"] - done[-2].manifest["log_likelihood"]
         return abs(change) / len(self.rows.annotators) < self.args.stop_change
 
     def _prune(self, policies: list[Path]) -> None:

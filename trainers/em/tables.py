@@ -47,12 +47,11 @@ def write_rounds(path: Path, manifests: list[dict]) -> None:
     out = io.StringIO()
     types = len(manifests[0]["prior"])
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["restart", "round", "log_likelihood", "held_out_log_likelihood_per_annotator", "changed_type",
-                     "median_certainty", *(f"{TYPE}{k}" for k in range(types))])  # fmt: skip
+    own = ["restart", "round", "log_likelihood", "log_likelihood_per_item", "changed_type", "median_certainty"]
+    held_out = "log_likelihood_per_annotator"
+    writer.writerow([*own, f"held_out_{held_out}", *(f"{TYPE}{k}" for k in range(types))])
     for m in manifests:
-        held_out = m.get("held_out", {}).get("log_likelihood_per_annotator", "")
-        writer.writerow([m["restart"], m["round"], repr(m["log_likelihood"]), held_out, m["changed_type"],
-                         m["median_certainty"], *m["prior"]])  # fmt: skip
+        writer.writerow([*(m[name] for name in own), m.get("held_out", {}).get(held_out, ""), *m["prior"]])
     write_atomic(path, out.getvalue().encode())
 
 

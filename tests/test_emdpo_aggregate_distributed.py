@@ -1,0 +1,62 @@
+"""The aggregation on one process and on two: the same mixture, and the same distilled policy."""
+
+import json
+import os
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import aggregate
+from distributed_matrix import torchrun
+from emdpo_rows import opposed_rows
+from emdpo_runs import em
+from trainers.em.aggregate import refuse_sharding
+
+SCRIPT = Path(__file__).with_name("emdpo_mixture_steps.py")
+
+
+def on_two_processes(arguments: list[str]) -> dict:
+    command = [*torchrun(), str(SCRIPT), json.dumps({"arguments": arguments})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.distributed
+def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregate, "distill", partial(aggregate.distill, optim="sgd"))  # as the script does
+    em(tmp_path / "one", start, learning_rate=0.02).train()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    # Five prompts, which two processes do not divide; each answer once in the one policy's training.
+    Dataset.from_list([{"prompt": row["prompt"]} for row in opposed_rows()]).to_json(tmp_path / "prompts.jsonl")
+    own = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--max_prompts", "5", "--num_generations", "4",
+           "--max_new_tokens", "6", "--distill", "--distill_learning_rate", "0.1"]  # fmt: skip
+    aggregate.main(["--run", str(tmp_path / "one"), *own, "--distill_batch_size", "4"])
+    two = ["--run", str(tmp_path / "two"), *own, "--distill_batch_size", "2"]
+    assert on_two_processes(two) == {"processes": 2}
+    expected, found = (json.loads((tmp_path / run / "aggregate/aggregate.json").read_text()) for run in ("one", "two"))
+    np.testing.assert_allclose(found["mixture"], expected["mixture"], atol=1e-4)
+    types = np.array(expected["regret"])[:, :2]
+    assert np.abs(types).max() > 0.1
+    np.testing.assert_allclose(np.array(found["regret"])[:, :2], types, atol=1e-4)
+    trained = [load_file(tmp_path / run / "aggregate/distilled/model.safetensors") for run in ("one", "two")]
+    began = load_file(start / "model.safetensors")
+    for name, value in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], value, atol=1e-5)
+    assert max(float((trained[0][name] - value).abs().max()) for name, value in began.items()) > 1e-3
+
+
+def test_sharded_policies_are_refused_in_the_aggregation():
+    for engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        with pytest.raises(ValueError, match="does not run under"):
+            refuse_sharding(engine)
+    refuse_sharding(DistributedType.MULTI_CPU)

@@ -1,0 +1,126 @@
+"""What EM-DPO says of its inputs: options, rows, first guesses, and a start that leads nowhere."""
+
+import logging
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
+from emdpo_runs import em, groups
+from trainers.em import init
+from trainers.em.annotators import Annotators
+from trainers.em.mixture import match_types
+from trainers.em.tables import read_annotators
+
+
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [
+        ({"num_types": 0}, "num_types=0"),
+        ({"rounds": 1.5}, "rounds=1.5"),
+        ({"beta": 0}, "beta=0"),
+        ({"init": "kmens"}, "init='kmens'"),
+        ({"init": "given"}, "initial_posterior belong together"),
+        ({"init": "kmeans", "initial_posterior": {"a": [1.0]}}, "belong together"),
+        ({"initial_posterior": {"a": [1.0]}, "init": "given", "restarts": 2}, "restarts"),
+        ({"normalize": "sum"}, "normalize='sum'"),
+        ({"top_q": 0}, "top_q=0"),
+        ({"stop_change": -1.0}, "stop_change"),
+        ({"push_to_hub": True}, "push_to_hub"),
+    ],
+)
+def test_wrong_options_name_themselves(tmp_path, kwargs, word):
+    with pytest.raises(ValueError, match=word):
+        em_config(tmp_path, **kwargs)
+
+
+def test_rows_that_em_cannot_use_are_named(tmp_path, start):
+    rows = opposed_rows()
+    nobody = [{n: v for n, v in row.items() if n != "annotator"} for row in rows]
+    for data, kwargs, word in (
+        (nobody, {}, "no column 'annotator'"),
+        ([*rows[:3], rows[3] | {"annotator": None}], {}, "row 3 of train_dataset: 'annotator' is None"),
+        (
+            [row | {"annotator": ["site", "a0"]} for row in rows],
+            {},
+            "'annotator' is the list .*; give a str or an int",
+        ),
+        (rows, {"num_types": 7}, "num_types=7 is more than the 6 annotators"),
+        ([row | {"scores": [1.0, 1.0, 0.0]} for row in rows], {}, "no row of train_dataset says who was best"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            em(tmp_path, start, data, **kwargs)
+    with pytest.raises(ValueError, match="no row for annotator"):
+        em(tmp_path, start, init="given", initial_posterior={"a0": [0.5, 0.5]}).train()
+    with pytest.raises(ValueError, match="give 2 probabilities"):
+        em(tmp_path, start, initial_posterior={f"a{i}": [0.5, 0.6] for i in range(6)}).train()
+    with pytest.raises(ValueError, match="one policy per type"):
+        em(tmp_path, start).predict(None)
+
+
+def test_ties_for_the_best_are_counted_and_left_out(tmp_path, start, caplog):
+    rows = opposed_rows()
+    rows += [row | {"scores": [1.0, 1.0, 0.0], "annotator": "undecided"} for row in rows[:4]]
+    with caplog.at_level(logging.WARNING):
+        trainer = em(tmp_path, start, rows)
+    assert "4 of 34 rows have a tie for the best" in caplog.text
+    trainer.train()
+    names, posterior, likelihood = read_annotators(tmp_path / "annotators.csv")
+    at = names.index("undecided")
+    assert not likelihood[at].any()
+    rest = np.delete(posterior, at, 0)
+    assert np.isfinite(rest).all() and 0 < posterior[at, 0] < 1
+
+
+def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path, start, caplog):
+    uniform = {f"a{i}": [0.5, 0.5] for i in range(6)}
+    with caplog.at_level(logging.WARNING):
+        trainer = em(tmp_path / "a", start, initial_posterior=uniform, rounds=1)
+        trainer.train()
+    assert "The first guess is the same for all annotators" in caplog.text
+    np.testing.assert_allclose(trainer.posterior, 0.5, atol=1e-12)
+    caplog.clear()
+    one = {f"a{i}": [0.999, 0.001] if i else [0.9985, 0.0015] for i in range(6)}
+    with caplog.at_level(logging.WARNING):
+        em(tmp_path / "b", start, initial_posterior=one, rounds=1, learning_rate=1e-6).train()
+    assert "Type 1 has 0.1% of the annotators after round 1" in caplog.text
+    assert "above 0.99" in caplog.text and "heldout_half" in caplog.text
+
+
+def test_annotators_of_tokenised_rows_are_checked_too():
+    for name in (["site", "a0"], 0.5, {"id": 1}):
+        with pytest.raises(ValueError, match="row 0 of train_dataset: 'annotator' is .*; give text or an integer"):
+            Annotators.of(Dataset.from_list([{"annotator": name}]))
+
+
+# First guesses.
+
+
+@pytest.mark.parametrize("kind", ["agreement", "kmeans"])
+def test_clusters_find_opposed_annotators(tmp_path, start, kind):
+    trainer = em(tmp_path, start, opposed_rows(annotators=10, items=6))
+    rows = Annotators(trainer.annotators.names, trainer._owner)
+    found = getattr(init, kind)(trainer.rows, rows, 2, np.random.default_rng(0))
+    assert set(found.ravel()) == {0.0, 1.0} and match_types(found, groups(rows.names))[0] == 1
+
+
+def test_agreement_needs_shared_items_and_auto_falls_back(tmp_path, start, capsys):
+    rows = [row for row in opposed_rows(annotators=5) if row["item"] == int(row["annotator"][1])]
+    trainer = em(tmp_path, start, rows, init="agreement", rounds=1)
+    with pytest.raises(ValueError, match="several annotators judged"):
+        trainer.train()
+    em(tmp_path / "auto", start, rows, init="auto", rounds=1).train()
+    assert "First guess of the types: dirichlet" in capsys.readouterr().out
+    em(tmp_path / "shared", start, init="auto", rounds=1).train()
+    assert "First guess of the types: agreement" in capsys.readouterr().out
+
+
+def test_a_table_of_a_run_is_a_first_guess_and_annotators_may_be_numbers(tmp_path, start):
+    rows = [row | {"annotator": int(row["annotator"][1])} for row in opposed_rows()]
+    first = em(tmp_path / "a", start, rows, rounds=1)
+    first.train()
+    assert first.annotators.names[0] in range(6)
+    second = em(tmp_path / "b", start, rows, rounds=1, initial_posterior=str(tmp_path / "a/annotators.csv"))
+    second.train()
+    np.testing.assert_array_equal(read_annotators(tmp_path / "b/restart-0/start.csv")[1], first.posterior)
