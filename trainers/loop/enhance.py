@@ -29,12 +29,12 @@ from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
 from .options import EnhanceOptions
-from .processes import Processes, free_memory
+from .processes import Processes
 from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
 from .settings import digest, training_settings
-from .start import remove_incomplete_checkpoints
+from .start import train_into
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
@@ -103,16 +103,9 @@ class Loop:
     def _round(self, index: int, folder: Path, start: Path | None) -> dict:
         """Makes the pool and trains on it, as far as that is not done; returns the statistics of the samples."""
         pool, statistics = self._make_pool(index, folder, start)
-        path, done = folder / "rows.jsonl.gz", folder / "checkpoint"
+        path = folder / "rows.jsonl.gz"
         self.processes.main(lambda: path.exists() or write_rows(path, pool))
-        if not done.exists():
-            training = folder / "training"
-            self.processes.main(lambda: remove_incomplete_checkpoints(training))
-            self.train(pool, index, start, training)
-            free_memory()
-            self.processes.main(lambda: training.rename(done))
-        # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-        self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
+        train_into(folder / "checkpoint", lambda training: self.train(pool, index, start, training), self.processes)
         return statistics
 
     def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
