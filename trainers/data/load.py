@@ -54,7 +54,7 @@ def load_preferences(
     if kwargs.get("streaming"):
         raise ValueError("streaming=True is not supported: rows are counted and checked before training.")
     adapter = _find_adapter(data_format)
-    dataset = _read(str(name_or_path), split or "train", kwargs)
+    dataset = read_dataset(str(name_or_path), split or "train", kwargs)
     if max_rows is not None:
         dataset = dataset.select(range(min(max_rows, len(dataset))))
     if adapter is None:
@@ -73,7 +73,9 @@ def _warn_of_misspellings(columns: list[str]) -> None:
             logger.warning("Column %r is not used: did you mean %r?", name, near[0])
 
 
-def _read(name_or_path: str, split: str, kwargs: dict) -> Dataset:
+def read_dataset(name_or_path: str, split: str, kwargs: dict | None = None) -> Dataset:
+    """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`."""
+    kwargs = kwargs or {}
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return _read_file(path, split, kwargs)

@@ -83,8 +83,9 @@ def collect_samples(
     round: int = 0,
     accelerator=None,
     progress: bool = True,
+    draw: Callable[..., list[list[Sample]]] = sample_responses,
 ) -> list[list[Sample]]:
-    """As `sample_responses`, journalled in `folder`.
+    """As `sample_responses`, journalled in `folder`; `draw` may be another function with the same arguments.
 
     `load()` returns model and tokenizer. It is not called when all samples are there already.
     """
@@ -103,7 +104,7 @@ def collect_samples(
         append_records(folder / f"samples-{rank:05d}.jsonl", records)
 
     options = {"round": round, "accelerator": accelerator, "progress": progress}
-    return sample_responses(*load(), prompts, config, known=known, on_batch=save, **options)
+    return draw(*load(), prompts, config, known=known, on_batch=save, **options)
 
 
 def collect_scores(
