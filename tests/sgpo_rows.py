@@ -18,7 +18,7 @@ def write_inputs(folder, *, chat=True):
     tokenizer = family_tokenizer("llama3")
     tokenizer.save_pretrained(folder / "model")
     model = tiny_llama(len(tokenizer), max_position_embeddings=2048)
-    model.generation_config.eos_token_id = list(range(2, 40))  # any of these ends an answer
+    model.generation_config.eos_token_id = list(range(2, 70))  # any of these ends an answer
     model.save_pretrained(folder / "model")
     rows = [{"prompt": prompt, "chosen": ANSWERS[i % 5]} for i, prompt in enumerate(PROMPTS)]
     Dataset.from_list(rows).to_json(folder / "rows.jsonl")
@@ -38,5 +38,6 @@ def arguments(inputs, output, **changes):
     return [
         str(part)
         for name, value in (flags | changes).items()
+        if value is not None
         for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
     ]

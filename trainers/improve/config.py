@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from trl import SFTConfig
 
 from ..dpo import DPOConfig
 from ..loop.options import read_mapping
@@ -16,6 +17,8 @@ from .monitor import Limits
 
 STAGES = ("sft", "before", "current", "targets", "filter", "improver", "pairs", "dpo", "measure")
 REVISERS = ("self", "local", "external")
+DATA_KEYS = ("dataset_name", "dataset_split", "max_rows")  # of `sft`, beside the fields of the training
+SFT_FIELDS = [f.name for f in dataclasses.fields(SFTConfig) if f.init]
 CHOICES = {
     "reviser": REVISERS,
     "filter_statistic": STATISTICS,
@@ -175,9 +178,9 @@ class SGPOConfig(DPOConfig):
         self.revision = dataclasses.asdict(Sampling.parse("revision", self.revision, **defaults))
         longest = None if self.max_length is None else 2 * self.max_length  # m(x, y) holds a response as well
         own = {"learning_rate": 1e-5, "max_length": longest}
-        self.improver = own | read_mapping("improver", self.improver or {})
+        self.improver = own | read_mapping("improver", self.improver or {}, SFT_FIELDS)
         if self.sft is not None:
-            self.sft = {"learning_rate": 2e-5} | read_mapping("sft", self.sft)
+            self.sft = {"learning_rate": 2e-5} | read_mapping("sft", self.sft, [*DATA_KEYS, *SFT_FIELDS])
             if not self.sft.get("dataset_name"):
                 raise ValueError("sft: dataset_name is missing: name the conversations to train on.")
         self.limits = dataclasses.asdict(Limits.parse(self.limits))

@@ -33,15 +33,8 @@ def completion_nll(logps: Tensor, completion_mask: Tensor) -> Tensor:
 
 
 def sft_config(args: TrainingArguments, options: dict, folder: Path, seed: int) -> SFTConfig:
-    """The run's training arguments with what `options` say instead.
-
-    Raises:
-        ValueError: a key that SFTConfig does not have.
-    """
+    """The run's training arguments with what `options` say instead."""
     known = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{name!r} is no field of TRL's SFTConfig.")
     shared = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} & known
     values = {name: getattr(args, name) for name in shared if name != "deepspeed_plugin"}
     own = {

@@ -55,7 +55,7 @@ class Sampler:
         load = lambda: self._load_policy(self.model, start, self.args.sampling["dtype"])  # noqa: E731
         return collect_logps(
             folder, load, tokenizer, [row["prompt"] for row in rows], [[row[name] for name in names] for row in rows],
-            budget=self.args.ref_tokens_per_batch, layout=self.args.layout, processes=self.processes,
+            layout=self.args.layout, processes=self.processes,
         )  # fmt: skip
 
     def _load(self, name: str, start: Path | None, options: Sampling) -> tuple:

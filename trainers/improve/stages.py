@@ -12,12 +12,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..loop.collect import check_settings, model_fingerprint, settings_hash
+from ..loop.collect import WEIGHTS, check_settings, model_fingerprint, settings_hash
 from ..loop.journal import write_json
 from ..loop.processes import Processes
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
-WORK = (".jsonl", ".gz", ".parquet", ".safetensors", ".bin", ".pt")  # files that bind a stage to its settings
+WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
 WAYS_OUT = "delete the stage's folder and those of later stages, or choose another output_dir"
 
 
@@ -79,7 +79,7 @@ class Stage:
 
 
 def fingerprint(path: Path) -> str | None:
-    """Hash of a file, or of a model in a folder; None where there is nothing."""
+    """Hash of a file, or of the weights in a folder, which also holds logs with durations; None where nothing is."""
     if path.is_dir():
-        return model_fingerprint(str(path))
+        return model_fingerprint(str(path), WEIGHTS)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

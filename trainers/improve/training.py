@@ -5,12 +5,11 @@ from pathlib import Path
 
 from ..loop.settings import digest
 from ..loop.start import train_into
+from .config import DATA_KEYS
 from .data import count_drops
 from .improver import Example, length_faults, sft_config, train_sft
 from .monitor import dpo_health
 from .run import MODEL, Run, Stage, Step
-
-DATA_KEYS = ("dataset_name", "dataset_split", "max_rows")  # of `sft`, beside the fields of the training
 
 
 def _needs_sft(run: Run, index: int) -> dict:

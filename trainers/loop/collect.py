@@ -26,13 +26,16 @@ def settings_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def model_fingerprint(name: str) -> str | None:
+WEIGHTS = (".safetensors",)
+
+
+def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja", ".bin", *WEIGHTS)) -> str | None:
     """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
     folder = Path(name)
     if not folder.is_dir():
         return None
     digest, block = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -19,7 +19,7 @@ NAME = "logps"
 
 def collect_logps(
     folder: str | Path, load: Callable[[], tuple], tokenizer, prompts: list, responses: list[list[str]],
-    *, budget: int, layout: str = "auto", processes: Processes | None = None,
+    *, layout: str = "auto", processes: Processes | None = None,
 ) -> list[list[list[float]]]:  # fmt: skip
     """For every prompt and response the log-probability of each response token, the end token included.
 
@@ -27,7 +27,8 @@ def collect_logps(
         folder: where they are kept; a killed pass goes on from there. A folder belongs to one policy.
         load: returns policy and tokenizer. It is not called when nothing is missing.
         prompts, responses: texts, or messages with the texts of the assistant's turn; 2 or more responses each.
-        budget: tokens per batch and process.
+
+    One prompt goes through the policy at a time, so that no number depends, by rounding, on where a pass was killed.
 
     Raises:
         ValueError: a prompt or a response without tokens.
@@ -42,13 +43,13 @@ def collect_logps(
     table = ReferenceTable(cache, per_token=True)
     table.register(tokens)
     if table.missing():
-        _fill(table, load()[0], PreferenceCollator(tokenizer.pad_token_id), layout, budget, processes)
+        _fill(table, load()[0], PreferenceCollator(tokenizer.pad_token_id), layout, processes)
         free_memory()
     keys = [response_keys(row["prompt_ids"], row["response_ids"]) for row in tokens]
     return [[list(cache.entries[key]) for key in row] for row in keys]
 
 
-def _fill(table: ReferenceTable, policy, collator, layout: str, budget: int, processes: Processes) -> None:
+def _fill(table: ReferenceTable, policy, collator, layout: str, processes: Processes) -> None:
     disable_dropout(policy)
     policy.eval()
     runner = Runner([base_model(policy)], layout)
@@ -59,7 +60,7 @@ def _fill(table: ReferenceTable, policy, collator, layout: str, budget: int, pro
             runner.check(policy, batch, processes)
             return runner(policy, batch).logps
 
-    table.fill(score, processes, budget=budget, title="log-probabilities")
+    table.fill(score, processes, budget=1, title="log-probabilities")
 
 
 def _answer(text: str) -> dict:
