@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from helpers import family_tokenizer
+from sgpo_report import word_diff, write_report
 from sgpo_rows import PROMPTS, arguments, write_inputs
 from trainers.data.tokenization import tokenize_row
 from trainers.forward import cache, reference_pass
@@ -524,3 +527,29 @@ def test_dpo_health_compares_the_same_responses_with_their_start():
     assert found["chosen_drift"] == pytest.approx(-1) and found["chosen_fall"] == pytest.approx(1)
     assert found["rejected_drift"] == pytest.approx(-21) and found["early_accuracy"] == 0.8 and found["steps"] == 100
     assert dpo_health([], beta=0.1) == {}
+
+
+# The page.
+
+
+def test_the_page_shows_stages_alarms_numbers_and_edits(finished):
+    page = write_report(finished).read_text()
+    for text in ("2, dpo", "measure/pairs_scorer_gain", "<script", "http://", "https://", "nan"):
+        assert text not in page
+    reasons = manifest(finished, "filter")["counts"]["dropped"]
+    for text in ("1, dpo", "Share of copies: targets against drafts", "<svg", "<ins>", "ln 2", *reasons):
+        assert text in page
+    first = rows(finished, "pairs")[0]
+    left, right = word_diff(first["rejected"], first["chosen"])
+    assert left in page and right in page
+
+
+def test_a_diff_is_the_two_texts_with_what_changed_marked():
+    before, after = "the <b> cat  sat\non it", "the <b> dog sat\non the mat"
+    left, right = word_diff(before, after)
+    assert [unescape(re.sub("</?(ins|del)>", "", side)) for side in (left, right)] == [before, after]
+    assert left == "the &lt;b&gt; <del>cat  </del>sat\non <del>it</del>"
+    assert right == "the &lt;b&gt; <ins>dog </ins>sat\non <ins>the mat</ins>"
+    assert word_diff("a b", "a b") == ("a b", "a b")
+    with pytest.raises(ValueError, match="holds no finished stage"):
+        write_report(ROOT / "docs")

@@ -52,7 +52,7 @@ class Sampler:
 
     def logps(self, folder: Path, start: Path | None, tokenizer, rows: list[dict], names: tuple[str, ...]) -> list:
         """Log-probabilities of the tokens of `row[name]` under the plain prompt, for each row and name."""
-        load = lambda: self._load_policy(self.model, start, self.args.sampling["dtype"])  # noqa: E731
+        load = lambda: self.load_policy(self.model, start, self.args.sampling["dtype"])  # noqa: E731
         return collect_logps(
             folder, load, tokenizer, [row["prompt"] for row in rows], [[row[name] for name in names] for row in rows],
             layout=self.args.layout, processes=self.processes,
@@ -60,13 +60,14 @@ class Sampler:
 
     def _load(self, name: str, start: Path | None, options: Sampling) -> tuple:
         if not self.args.use_vllm:
-            return self._load_policy(name, start, options.dtype)
+            return self.load_policy(name, start, options.dtype)
         from vllm import LLM  # not installed with the project
 
         dtype = {} if options.dtype is None else {"dtype": options.dtype}
         return LLM(model=str(start or name), **dtype), AutoTokenizer.from_pretrained(name)
 
-    def _load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
+    def load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
+        """Model and tokenizer, on the device; see `load_for_sampling`."""
         quantization = self.quantization_config if name == self.model else None
         return load_for_sampling(name, start, self.args, dtype=dtype, quantization_config=quantization)
 
