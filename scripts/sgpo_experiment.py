@@ -49,7 +49,10 @@ def main() -> None:
     take_rows(Path(options.data), Path(recipe["dataset_name"]))
     flags = ["--config", str(RECIPE)]
     train.main(flags)
-    models = {"self": base / "round-00"}
+    experiment = Experiment(recipe, base)
+    experiment.train_on_gold_pairs()
+    runs = {"self": base / "round-00"}
+    report(experiment, runs)
     for name, (changes, shared) in RUNS.items():
         if name == "no_filter" and not dropped_by_fences(base):
             print("The fences drop no row, so that a run without a filter is the same run: left out.")
@@ -57,13 +60,16 @@ def main() -> None:
         share_stages(base, base.with_name(name), shared)
         held_out = ["--dataset_test_split", ""]  # measured below, in fewer modes
         train.main([*flags, *changes, *held_out, "--output_dir", str(base.with_name(name))])
-        models[name] = base.with_name(name) / "round-00"
-    experiment = Experiment(recipe, base)
-    experiment.train_on_gold_pairs()
-    results = experiment.measure(models)
-    write_json(base.with_name("results.json"), results)
+        runs[name] = base.with_name(name) / "round-00"
+        report(experiment, runs)
+
+
+def report(experiment: "Experiment", runs: dict[str, Path]) -> None:
+    """Writes what is known so far."""
+    results = experiment.measure(runs)
+    write_json(experiment.base.with_name("results.json"), results)
     text = tables(results)
-    write_atomic(base.with_name("results.md"), text.encode())
+    write_atomic(experiment.base.with_name("results.md"), text.encode())
     print(text)
 
 
@@ -128,26 +134,29 @@ class Experiment:
         start = self._policy("start", None, [row["answer"] for row in self.held_out], None)
         results = {"start": start["summary"], "policies": {}, "improvers": {}}
         for name, folder in runs.items():
-            answers = self._draw(f"{name}-improver", folder / "improver/model")
-            asked = [{**row, "rejected": a} for row, a in zip(self.held_out, answers, strict=True)]
-            rewrites = self._rewrite(f"{name}-rewrites", folder / "improver/model", asked)
+            answers, rewrites, final = self._answers(name, folder)
             results["improvers"][name] = {
                 "held-out prompts": self._compare(self.held_out, answers, rewrites),
                 "prompts of the pairs": self._pairs(folder),
             }
-            results["policies"][f"{name}: improver, plain prompt"] = self._policy(
-                f"{name}-improver", folder / "improver/model", answers, start
-            )["summary"]
-            answers = self._draw(f"{name}-policy", folder / "dpo/model")
-            results["policies"][f"{name}: after DPO"] = self._policy(
-                f"{name}-policy", folder / "dpo/model", answers, start
-            )["summary"]
+            for label, model, texts in (("improver, plain prompt", "improver", answers), ("after DPO", "dpo", final)):
+                found = self._policy(f"{name}-{model}", folder / model / "model", texts, start)
+                results["policies"][f"{name}: {label}"] = found["summary"]
         model = self.base.with_name("gold_pairs") / "model"
-        answers = self._draw("gold_pairs", model)
-        results["policies"]["self: after DPO on (reference, y-)"] = self._policy("gold_pairs", model, answers, start)[
-            "summary"
-        ]
+        found = self._policy("gold_pairs", model, self._draw("gold_pairs", model), start)
+        results["policies"]["self: after DPO on (reference, y-)"] = found["summary"]
         return results
+
+    def _answers(self, name: str, folder: Path) -> tuple[list[str], list[str], list[str]]:
+        """Held-out answers of the improver, its rewrites of them, and answers of the policy after DPO."""
+        if (folder / "measure/policy.jsonl.gz").exists():
+            improver, policy = (read_rows(folder / f"measure/{part}.jsonl.gz") for part in ("improver", "policy"))
+            columns = ((improver, "rejected"), (improver, "chosen"), (policy, "rejected"))
+            return tuple([row[column] for row in rows] for rows, column in columns)
+        answers = self._draw(f"{name}-improver", folder / "improver/model")
+        asked = [row | {"rejected": answer} for row, answer in zip(self.held_out, answers, strict=True)]
+        rewrites = self._rewrite(f"{name}-rewrites", folder / "improver/model", asked)
+        return answers, rewrites, self._draw(f"{name}-policy", folder / "dpo/model")
 
     def _draw(self, name: str, model: Path) -> list[str]:
         prompts = [row["prompt"] for row in self.held_out]
