@@ -507,6 +507,7 @@ def test_rows_are_read_from_conversations_pairs_and_scored_responses(tmp_path, c
         path.write_text("".join(json.dumps(row) + "\n" for row in data))
         found = read_rows(str(path), None, source=source)
         assert [row["prompt"] for row in found] == prompts and [row["reference"] for row in found] == references
+    assert len(read_rows(str(path), None, source=source, repeats=True)) == 2
     assert "1 (the same prompt again)" in caplog.text and "1 (no reference answer at the end)" in caplog.text
 
 

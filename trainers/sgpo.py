@@ -187,7 +187,7 @@ def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dic
         prompts = without(prompts, rows, "preference prompts, which the improver is trained on")
         conversations = None
         if args.sft is not None:
-            options = {"limit": args.sft.get("max_rows")}
+            options = {"limit": args.sft.get("max_rows"), "repeats": True}
             conversations = read_rows(args.sft["dataset_name"], args.sft.get("dataset_split"), **options, **source)
             conversations = without(conversations, held_out, "conversations, which are held out")
     for what, found in (("improver", rows), ("preference", prompts)):

@@ -18,7 +18,7 @@ MESSAGES = "messages"
 
 
 def read_rows(name: str, split: str | None, *, source: str, as_chat: bool = False, limit: int | None = None,
-              needs_reference: bool = True) -> list[dict]:  # fmt: skip
+              needs_reference: bool = True, repeats: bool = False) -> list[dict]:  # fmt: skip
     """Rows of `prompt` and `reference` (None where there is none and none is needed); drops are counted and logged.
 
     Args:
@@ -26,6 +26,7 @@ def read_rows(name: str, split: str | None, *, source: str, as_chat: bool = Fals
             last turn is the reference, the turns before it are the prompt. A column `messages` is taken without
             being named.
         as_chat: make text prompts user messages.
+        repeats: keep several rows of one prompt.
 
     Raises:
         ValueError: no column can be read as that, or no row is left.
@@ -37,7 +38,7 @@ def read_rows(name: str, split: str | None, *, source: str, as_chat: bool = Fals
     for row in dataset:
         prompt, reference = _split(row, column)
         reason = _fault(prompt, reference if needs_reference else "-")
-        if reason is None and key(prompt) in seen:
+        if reason is None and not repeats and key(prompt) in seen:
             reason = "the same prompt again"
         if reason is not None:
             report.reasons[reason] += 1
