@@ -2,14 +2,13 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +23,7 @@ from trainers.data.tokenization import tokenize_row
 from trainers.forward import cache, reference_pass
 from trainers.improve import revisers
 from trainers.improve.config import STAGES, SGPOConfig
-from trainers.improve.data import read_rows
 from trainers.improve.improver import sft_rows
-from trainers.improve.monitor import Limits, alarms, dpo_health
 from trainers.improve.stages import Stage
 from trainers.improve.text import improver_prompt
 from trainers.loop import collect
@@ -371,6 +368,31 @@ def test_a_reviser_with_a_known_edit_gives_known_targets_and_drops(inputs, tmp_p
     assert "statistic" not in rows(tmp_path, "filter")[0]
 
 
+def test_vllm_loads_the_model_of_each_stage(inputs, finished, tmp_path, monkeypatch):
+    """With a stand-in for vLLM, which cannot run here: what it is asked for, and that its answers are kept."""
+    asked = []
+
+    class LLM:
+        def __init__(self, model, **options):
+            asked.append((model, options))
+
+        def generate(self, prompts, params, use_tqdm):
+            assert all(p.kwargs["max_tokens"] == 24 and p.kwargs["temperature"] == 1.0 for p in params)
+            answer = SimpleNamespace(text="a kind day", token_ids=[5, 6, 2], finish_reason="stop")
+            return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    parts = {"LLM": LLM, "SamplingParams": lambda **kwargs: SimpleNamespace(kwargs=kwargs),
+             "TokensPrompt": lambda prompt_token_ids: prompt_token_ids}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**parts))
+    shutil.copytree(finished / "round-00/sft", tmp_path / "round-00/sft")
+    for stage in ("before", "current"):
+        train.main(command(inputs, tmp_path, use_vllm=True, stage=stage))
+    assert asked == [(str(tmp_path / "round-00/sft/model"), {})] * 2
+    assert [row["current"] for row in rows(tmp_path, "current")] == ["a kind day"] * 5
+    with pytest.raises(ValueError, match=r"current/settings.json .*use_vllm: True there, False now"):
+        train.main(command(inputs, tmp_path, dataset_test_split=None))
+
+
 @pytest.mark.slow
 def test_two_rounds_start_from_the_policy_of_the_round_before(inputs, tmp_path):
     argv = command(inputs, tmp_path, sft=None, scorer=None, dataset_test_split=None, rounds=1, save_strategy="no",
@@ -433,32 +455,6 @@ def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"reviser": "gpt"}, "reviser='gpt' is unknown: choose one of self, local, external"),
-        ({"reviser": "local"}, "reviser='local' and reviser_model do not fit"),
-        ({"reviser_function": "a.b"}, "reviser='self' and reviser_function do not fit"),
-        ({"reviser": "external", "reviser_function": "no_lab.edit"}, "reviser_function='no_lab.edit' cannot be"),
-        ({"stage": "train"}, "stage='train' is unknown"),
-        ({"rounds": 0}, "rounds=0 must be a whole number"),
-        ({"sampling": {"top_p": 2}}, r"sampling: top_p must lie in"),
-        ({"revision": {"tokens": 3}}, "revision: unknown key 'tokens'"),
-        ({"sampling": '{"dtype": "float31"}'}, "sampling: dtype='float31' is unknown"),
-        ({"sft": {"learning_rate": 1}}, "sft: dataset_name is missing"),
-        ({"policy_weight": -1}, "policy_weight=-1 must be finite"),
-        ({"filter_factor": 0}, "filter_factor=0 must be"),
-        ({"limits": {"copies": 1}}, "limits: unknown key 'copies'"),
-        ({"limits": {"copy_rate": "low"}}, "limits: copy_rate='low' must be a number"),
-        ({"improver": [1]}, "improver must be a mapping"),
-        ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat'"),
-    ],
-)  # fmt: skip
-def test_options_that_cannot_be_used_are_named(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        SGPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-
-
-@pytest.mark.parametrize(
     "changes, message",
     [
         ({"preference_split": None}, "preference_split is missing"),
@@ -466,6 +462,7 @@ def test_options_that_cannot_be_used_are_named(tmp_path, options, message):
         ({"sft_target_source": "answer"}, "set sft_target_source to the one with the reference answer"),
         ({"dry_run": True}, "dry_run describes one training, and SGPO runs several"),
         ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
+        ({"use_vllm": True}, "use_vllm needs vLLM: pip install vllm"),
         ({"push_to_hub": True}, "push_to_hub does not work"),
     ],
 )
@@ -488,48 +485,6 @@ def test_alarms_warn_or_stop(inputs, finished, capsys):
         train.main(command(inputs, finished, limits={"lowest_edit": 1.1}, on_alarm="stop"))
 
 
-# Rows and the monitor.
-
-
-def test_rows_are_read_from_conversations_pairs_and_scored_responses(tmp_path, caplog):
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    more = [*chat, {"role": "user", "content": "A colour?"}, {"role": "assistant", "content": "Red."}]
-    sources = [
-        ([{"messages": more}], "chosen", [more[:3]], ["Red."]),
-        ([{"prompt": "Hi", "chosen": chat, "rejected": chat}], "chosen", [chat[:1]], ["Hello"]),
-        ([{"prompt": "Hi", "chosen": [chat[1]], "rejected": [chat[1]]}], "chosen", ["Hi"], ["Hello"]),
-        ([{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": [1.0, 3.0, 3.0]}], "best", ["Hi"], ["b"]),
-        ([{"prompt": "Hi", "answer": "a"}, {"prompt": " hi\n", "answer": "b"}, {"prompt": "Yo", "answer": ""}],
-         "answer", ["Hi"], ["a"]),
-    ]  # fmt: skip
-    for i, (data, source, prompts, references) in enumerate(sources):
-        path = tmp_path / f"{i}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in data))
-        found = read_rows(str(path), None, source=source)
-        assert [row["prompt"] for row in found] == prompts and [row["reference"] for row in found] == references
-    assert len(read_rows(str(path), None, source=source, repeats=True)) == 2
-    assert "1 (the same prompt again)" in caplog.text and "1 (no reference answer at the end)" in caplog.text
-
-
-def test_alarms_name_the_metric_its_limit_and_what_to_do():
-    metrics = {"pairs/copy_rate": 0.25, "pairs/mean_word_ratio": 1.3, "pairs/chosen_meta_text": 0.01,
-               "dpo/chosen_fall": float("nan"), "measure/policy_distinct_2_fall": 0.2}  # fmt: skip
-    found = alarms(metrics, Limits())
-    assert len(found) == 3 and found[0].startswith("pairs/copy_rate is 0.25, above 0.2 (limits.copy_rate): ")
-    assert alarms(metrics, Limits(copy_rate=0.3, meta_text=None, distinct_fall=None)) == []
-    assert alarms({"measure/pairs_scorer_gain": -0.1}, Limits())
-
-
-def test_dpo_health_compares_the_same_responses_with_their_start():
-    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    logs = [(1, 0.69, 0.0, 0.0, 0.0, 0.0), (10, 0.5, -0.2, -0.7, 0.5, 0.8), (100, 0.3, -0.1, -2.1, 2.0, 1.0)]
-    history = [{"step": s, "loss": x, **dict(zip(names, rest, strict=True))} for s, x, *rest in logs]
-    found = dpo_health([*history, {"train_loss": 0.4, "step": 100}], beta=0.1)
-    assert found["chosen_drift"] == pytest.approx(-1) and found["chosen_fall"] == pytest.approx(1)
-    assert found["rejected_drift"] == pytest.approx(-21) and found["early_accuracy"] == 0.8 and found["steps"] == 100
-    assert dpo_health([], beta=0.1) == {}
-
-
 # The page.
 
 
@@ -543,14 +498,3 @@ def test_the_page_shows_stages_alarms_numbers_and_edits(finished):
     first = rows(finished, "pairs")[0]
     left, right = word_diff(first["rejected"], first["chosen"])
     assert left in page and right in page
-
-
-def test_a_diff_is_the_two_texts_with_what_changed_marked():
-    before, after = "the <b> cat  sat\non it", "the <b> dog sat\non the mat"
-    left, right = word_diff(before, after)
-    assert [unescape(re.sub("</?(ins|del)>", "", side)) for side in (left, right)] == [before, after]
-    assert left == "the &lt;b&gt; <del>cat  </del>sat\non <del>it</del>"
-    assert right == "the &lt;b&gt; <ins>dog </ins>sat\non <ins>the mat</ins>"
-    assert word_diff("a b", "a b") == ("a b", "a b")
-    with pytest.raises(ValueError, match="holds no finished stage"):
-        write_report(ROOT / "docs")

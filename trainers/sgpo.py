@@ -9,7 +9,7 @@ improve/: prompts, filters, reviser, improver training, stages on disk, what is 
 """
 
 import copy
-import logging
+import importlib
 from pathlib import Path
 
 from datasets import Dataset
@@ -31,8 +31,6 @@ from .metrics import best_and_worst
 __all__ = [
     "SGPOConfig", "SGPOTrainer", "filter_statistic", "improver_prompt", "iqr_keep", "reviser_prompt", "sgpo_loss",
 ]  # fmt: skip
-
-logger = logging.getLogger(__name__)
 
 
 def sgpo_loss(
@@ -126,7 +124,7 @@ class SGPOTrainer(DPOTrainer):
         Raises:
             ValueError: what cannot be run; a stage of other settings; no row is left.
         """
-        refuse_unsupported(args)
+        refuse_unsupported(args, "SGPO")
         _refuse(args, peft_config, quantization_config)
         name = model.model_name_or_path
         keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
@@ -156,6 +154,11 @@ class SGPOTrainer(DPOTrainer):
 def _refuse(args: SGPOConfig, peft_config, quantization_config) -> None:
     if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
         raise ValueError("use_vllm samples from full models in one process: leave out LoRA and quantisation, or it.")
+    if args.use_vllm:
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            raise ValueError("use_vllm needs vLLM: pip install vllm, or leave it out.") from error
     for name in ("load_best_model_at_end", "precompute_ref_logps"):
         if getattr(args, name):
             raise ValueError(f"{name} does not work with the stages of SGPO: set it to false.")

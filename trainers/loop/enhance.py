@@ -226,12 +226,12 @@ def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
     return json.loads(json.dumps(settings, default=str))  # as it reads back from a file
 
 
-def refuse_unsupported(args) -> None:
-    """Raises ValueError for what the loop cannot do."""
+def refuse_unsupported(args, what: str = "self_enhance") -> None:
+    """Raises ValueError for what a loop over samples of the policy cannot do; `what` is its name."""
     if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
-        raise ValueError("self_enhance samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
+        raise ValueError(f"{what} samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
     if args.push_to_hub:
-        raise ValueError("push_to_hub does not work with self_enhance: upload output_dir when the run is done.")
+        raise ValueError(f"push_to_hub does not work with {what}: upload output_dir when the run is done.")
     if args.chat_template_kwargs:
         raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
 
