@@ -64,6 +64,11 @@ def main(argv: list[str]) -> None:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
         raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
+    if data.dry_run and hasattr(trainer_class, "run_stages"):
+        raise ValueError(
+            f"dry_run describes one training, and {trainer_class.method} runs several: describe a run of DPOTrainer "
+            "on rows of the same lengths with the same options."
+        )
     if data.dry_run:
         report = describe(trainer_class, data, args, model, load=lambda name: load_split(data, args, name))
         if args.process_index == 0:
@@ -89,6 +94,10 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
 def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
     """Load, train, evaluate and save model, tokenizer, config, metrics and model card; in rounds if that is asked."""
     set_model_options(args, model)
+    if run_stages := getattr(trainer_class, "run_stages", None):  # a method whose recipe is more than one training
+        own = {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
+        run_stages(args, data, model, fit=lambda trainer, checkpoint: fit(trainer, data, checkpoint), **own)
+        return
     splits = {name: load_split(data, args, name) for name in ("train", "test")}
     if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
         train_in_rounds(trainer_class, data, args, model, splits)

@@ -11,6 +11,7 @@ from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infon
 from .lire import LIREConfig, LIRETrainer, lire_loss
 from .plackett_luce import PlackettLuceConfig, PlackettLuceTrainer, plackett_luce_loss
 from .rrhf import RRHFConfig, RRHFTrainer, rrhf_loss
+from .sgpo import SGPOConfig, SGPOTrainer, sgpo_loss
 from .sparsepo import SparsePOConfig, SparsePOTrainer, sparsepo_loss, tdpo2_loss
 from .swepo import SWEPOConfig, SWEPOTrainer, swepo_loss
 
@@ -34,6 +35,8 @@ __all__ = [
     "PreferenceTrainer",
     "RRHFConfig",
     "RRHFTrainer",
+    "SGPOConfig",
+    "SGPOTrainer",
     "SWEPOConfig",
     "SWEPOTrainer",
     "SparsePOConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "posterior",
     "ranking_logps",
     "rrhf_loss",
+    "sgpo_loss",
     "sparsepo_loss",
     "swepo_loss",
     "tdpo2_loss",

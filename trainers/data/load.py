@@ -58,7 +58,7 @@ def load_preferences(
         ValueError: naming the row and the field, if the data is not what `data_format` says.
     """
     adapter = _find_adapter(data_format)
-    source = _read(str(name_or_path), split or "train", {**kwargs, "streaming": True} if streaming else kwargs)
+    source = read_dataset(str(name_or_path), split or "train", {**kwargs, "streaming": True} if streaming else kwargs)
     if max_rows is not None:
         source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
     if adapter is None:
@@ -78,7 +78,7 @@ def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     Raises:
         ValueError: the columns fit no format or several; the message names them.
     """
-    return _recognised(_read(str(name_or_path), split or "train", kwargs), str(name_or_path))
+    return _recognised(read_dataset(str(name_or_path), split or "train", kwargs), str(name_or_path))
 
 
 def _warn_of_misspellings(columns: list[str]) -> None:
@@ -89,7 +89,9 @@ def _warn_of_misspellings(columns: list[str]) -> None:
             logger.warning("Column %r is not used: did you mean %r?", name, near[0])
 
 
-def _read(name_or_path: str, split: str, kwargs: dict) -> Dataset:
+def read_dataset(name_or_path: str, split: str, kwargs: dict | None = None) -> Dataset:
+    """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`."""
+    kwargs = kwargs or {}
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return _read_file(path, split, kwargs)

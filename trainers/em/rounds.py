@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoints import remove_incomplete_checkpoints
 from ..loop.journal import write_json
-from ..loop.processes import Processes, free_memory
+from ..loop.processes import Processes
+from ..loop.start import train_into
 from .annotators import Annotators, halves
 from .config import EMDPOConfig
 from .init import is_uniform
@@ -132,16 +132,9 @@ class EM:
         return Round(read_annotators(folder / "annotators.csv")[1], found, policies)
 
     def _m_step(self, weights: np.ndarray, index: int, start: Path | None, policy: Path, seed: int) -> None:
-        if not policy.exists():
-            training = policy.with_name("training")
-            self.processes.main(lambda: remove_incomplete_checkpoints(training))
-            if self.half is not None:
-                weights = np.where(self.half == index % 2, weights, np.nan)  # rows of the other half take no part
-            self.train(weights, start, training, seed)
-            free_memory()
-            self.processes.main(lambda: training.rename(policy))
-        # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-        self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in policy.glob("checkpoint-*")])
+        if self.half is not None:
+            weights = np.where(self.half == index % 2, weights, np.nan)  # rows of the other half take no part
+        train_into(policy, lambda training: self.train(weights, start, training, seed), self.processes)
 
     def _e_step(
         self, restart: int, index: int, folder: Path, gamma: np.ndarray, policies: list[Path],

@@ -95,6 +95,9 @@ def make_reference(
     weights = get_peft_model_state_dict(policy, adapter_name=trained)
     set_peft_model_state_dict(policy, weights, adapter_name=REFERENCE_ADAPTER)
     policy.set_requires_grad(REFERENCE_ADAPTER, False)
+    for name, module in policy.named_modules():  # the new adapter has the dropout of its configuration
+        if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
+            module.p = 0.0
     return Reference(own=False, adapter=REFERENCE_ADAPTER)
 
 

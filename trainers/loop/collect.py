@@ -26,13 +26,16 @@ def settings_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def model_fingerprint(name: str) -> str | None:
+WEIGHTS = (".safetensors",)
+
+
+def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja", ".bin", *WEIGHTS)) -> str | None:
     """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
     folder = Path(name)
     if not folder.is_dir():
         return None
     digest, block = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -83,8 +86,9 @@ def collect_samples(
     round: int = 0,
     accelerator=None,
     progress: bool = True,
+    draw: Callable[..., list[list[Sample]]] = sample_responses,
 ) -> list[list[Sample]]:
-    """As `sample_responses`, journalled in `folder`.
+    """As `sample_responses`, journalled in `folder`; `draw` may be another function with the same arguments.
 
     `load()` returns model and tokenizer. It is not called when all samples are there already.
     """
@@ -103,7 +107,7 @@ def collect_samples(
         append_records(folder / f"samples-{rank:05d}.jsonl", records)
 
     options = {"round": round, "accelerator": accelerator, "progress": progress}
-    return sample_responses(*load(), prompts, config, known=known, on_batch=save, **options)
+    return draw(*load(), prompts, config, known=known, on_batch=save, **options)
 
 
 def collect_scores(

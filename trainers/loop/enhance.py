@@ -25,16 +25,16 @@ from pathlib import Path
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoints import remove_incomplete_checkpoints
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
 from .options import EnhanceOptions
-from .processes import Processes, free_memory, uses_fsdp
+from .processes import Processes, uses_fsdp
 from .rewards import completion_text
 from .sampler import Sample, SamplingConfig
 from .scorer import load_scorer
 from .settings import digest, training_settings
+from .start import train_into
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
@@ -103,16 +103,9 @@ class Loop:
     def _round(self, index: int, folder: Path, start: Path | None) -> dict:
         """Makes the pool and trains on it, as far as that is not done; returns the statistics of the samples."""
         pool, statistics = self._make_pool(index, folder, start)
-        path, done = folder / "rows.jsonl.gz", folder / "checkpoint"
+        path = folder / "rows.jsonl.gz"
         self.processes.main(lambda: path.exists() or write_rows(path, pool))
-        if not done.exists():
-            training = folder / "training"
-            self.processes.main(lambda: remove_incomplete_checkpoints(training))
-            self.train(pool, index, start, training)
-            free_memory()
-            self.processes.main(lambda: training.rename(done))
-        # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-        self.processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
+        train_into(folder / "checkpoint", lambda training: self.train(pool, index, start, training), self.processes)
         return statistics
 
     def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
@@ -233,12 +226,12 @@ def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
     return json.loads(json.dumps(settings, default=str))  # as it reads back from a file
 
 
-def refuse_unsupported(args) -> None:
-    """Raises ValueError for what the loop cannot do."""
+def refuse_unsupported(args, what: str = "self_enhance") -> None:
+    """Raises ValueError for what a loop over samples of the policy cannot do; `what` is its name."""
     if is_deepspeed_zero3_enabled() or uses_fsdp(args):
-        raise ValueError("self_enhance samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
+        raise ValueError(f"{what} samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
     if args.push_to_hub:
-        raise ValueError("push_to_hub does not work with self_enhance: upload output_dir when the run is done.")
+        raise ValueError(f"push_to_hub does not work with {what}: upload output_dir when the run is done.")
     if args.chat_template_kwargs:
         raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
 

@@ -1,4 +1,4 @@
-"""The options of self-enhancement."""
+"""Options with keys of their own, and those of self-enhancement."""
 
 import dataclasses
 import json
@@ -8,6 +8,25 @@ from typing import Any
 import torch
 
 from .sampler import SamplingConfig
+
+
+def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | None = None) -> dict[str, Any]:
+    """An option with keys of its own, from the dict of a YAML file or the JSON of a flag.
+
+    Raises:
+        ValueError: text that is not a JSON object, or a key that is not in `known`; None knows all keys.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{option} is not JSON ({error}): write '{{\"key\": 3, ...}}'.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a mapping of options, got {value!r}.")
+    for name in value:
+        if known is not None and name not in known:
+            raise ValueError(f"{option}: unknown key {name!r}. Known keys: {', '.join(known)}.")
+    return dict(value)
 
 
 @dataclass(frozen=True)
@@ -72,18 +91,7 @@ class EnhanceOptions:
         Raises:
             ValueError: text that is not a JSON object, or a key that does not exist.
         """
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise ValueError(f"self_enhance is not JSON ({error}): write '{{\"rounds\": 3, ...}}'.") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"self_enhance must be a mapping of options, got {value!r}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ValueError(f"self_enhance: unknown key {name!r}. Known keys: {', '.join(known)}.")
-        return cls(**value)
+        return cls(**read_mapping("self_enhance", value, [f.name for f in dataclasses.fields(cls)]))
 
     def sampling(self, seed: int, num_generations: int | None = None) -> SamplingConfig:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")

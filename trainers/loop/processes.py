@@ -3,16 +3,17 @@
 import gc
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather
 from transformers import TrainingArguments
 
 
 class Processes:
-    """What sampler and scorer ask of an accelerator, for a policy that every process holds whole and unwrapped."""
+    """What sampling and scoring ask of an accelerator, for a policy that every process holds whole and unwrapped."""
 
     distributed_type = DistributedType.NO
 
@@ -20,10 +21,16 @@ class Processes:
         state = PartialState()
         self.num_processes, self.process_index = state.num_processes, state.process_index
         self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
-        self.device = state.device
+        self.is_local_main_process, self.device = state.is_local_main_process, state.device
 
     def unwrap_model(self, model):
         return model
+
+    def autocast(self):
+        return nullcontext()  # the policy computes in the dtype that it was loaded in
+
+    def gather(self, tensor):
+        return gather(tensor)
 
     def say(self, text: str) -> None:
         if self.is_main_process:

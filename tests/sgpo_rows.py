@@ -1,0 +1,43 @@
+"""A tiny model and rows for tests of SGPO's stages, and the command line that runs them."""
+
+import json
+
+from datasets import Dataset
+
+from helpers import family_tokenizer, tiny_llama
+
+PROMPTS = [
+    "what is the capital", "say something", "how was the day", "where is the dog", "the quick", "a friend said",
+    "it is", "over the fox", "bad day today", "of course", "jumps", "who had a",
+]  # fmt: skip
+ANSWERS = ["the dog sleeps", "a lazy day", "it is Paris, of course", "jumps over", "it rains"]
+
+
+def write_inputs(folder, *, chat=True):
+    """A model that ends its answers after some ten tokens, and rows of prompt and answer."""
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.save_pretrained(folder / "model")
+    model = tiny_llama(len(tokenizer), max_position_embeddings=2048)
+    model.generation_config.eos_token_id = list(range(2, 70))  # any of these ends an answer
+    model.save_pretrained(folder / "model")
+    rows = [{"prompt": prompt, "chosen": ANSWERS[i % 5]} for i, prompt in enumerate(PROMPTS)]
+    Dataset.from_list(rows).to_json(folder / "rows.jsonl")
+    return folder
+
+
+def arguments(inputs, output, **changes):
+    sampling = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 3}
+    flags = {
+        "trainer": "SGPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
+        "dataset_train_split": "train[:5]", "preference_split": "train[5:10]", "dataset_test_split": "train[10:]",
+        "as_chat": True, "output_dir": output, "sampling": sampling, "reviser_analysis": False, "max_length": 2000,
+        "improver": {"learning_rate": 0.01, "num_train_epochs": 2}, "learning_rate": 0.01, "num_train_epochs": 2,
+        "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
+        "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return [
+        str(part)
+        for name, value in (flags | changes).items()
+        if value is not None
+        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
+    ]

@@ -1,0 +1,347 @@
+"""The loss, the filters, the texts and the metrics of SGPO on hand-worked vectors, and their properties."""
+
+import json
+import logging
+import math
+import random
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from trainers.dpo import dpo_loss
+from trainers.improve import filters
+from trainers.improve.edits import distinct_n, edit_distance, edit_metrics, round_metrics
+from trainers.improve.filters import fault, filter_statistic, fits, iqr_fences, iqr_keep, meta_text
+from trainers.improve.improver import completion_nll, improver_loss
+from trainers.improve.text import (
+    BLOCKS,
+    IMPROVER_V1,
+    MARKER,
+    REVISER_V1,
+    free_marker,
+    improver_prompt,
+    parse_revision,
+    reviser_prompt,
+    template_hash,
+)
+from trainers.sgpo import sgpo_loss
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "sgpo.json").read_text())
+
+
+def cases(function):
+    return pytest.mark.parametrize(
+        "case", [c for c in VECTORS["cases"] if c["function"] == function], ids=lambda case: case["id"]
+    )
+
+
+def close(found, expected, dtype=torch.float64):
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    error = (found - expected).abs() / expected.abs().clamp(min=1)
+    assert error.max() <= VECTORS["tolerance"][str(dtype).removeprefix("torch.")], (found, expected)
+
+
+# The loss.
+
+
+def pairs(case, dtype=torch.float64):
+    """(logps, reference, scores, mask, lengths) of a DPO case, chosen first."""
+    sides = [[case["inputs"][f"{p}{side}_seq_logps"] for side in ("chosen", "rejected")] for p in ("", "ref_")]
+    logps, reference = (torch.tensor(side, dtype=dtype).T.contiguous() for side in sides)
+    lengths = torch.tensor(case["inputs"].get("chosen_lengths", [1] * len(logps)))
+    lengths = torch.stack([lengths, torch.full_like(lengths, 7)], 1)
+    scores = torch.tensor([[1.0, 0.0]], dtype=dtype).expand_as(logps)
+    return logps.requires_grad_(), reference, scores, torch.ones_like(logps, dtype=torch.bool), lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@cases("dpo")
+def test_loss_and_gradient(case, dtype):
+    logps, reference, scores, mask, lengths = pairs(case, dtype)
+    expected = case["expected"]
+    losses = sgpo_loss(logps - reference, scores, mask, logps=logps, lengths=lengths, **case["options"])
+    losses.mean().backward()
+    close(losses.detach(), expected["losses"], dtype)
+    close(losses.mean().detach(), expected["loss"], dtype)
+    close(logps.grad[:, 0], expected["grad_chosen_seq_logps"], dtype)
+    close(logps.grad[:, 1], expected["grad_rejected_seq_logps"], dtype)
+    rewards = case["options"]["beta"] * (logps - reference).detach()
+    close(rewards[:, 0], expected["rewards_chosen"], dtype)
+    close(rewards[:, 0] - rewards[:, 1], expected["margins"], dtype)
+    assert float((rewards[:, 0] > rewards[:, 1]).double().mean()) == pytest.approx(expected["accuracy"])
+
+
+def test_the_loss_is_the_formula_written_out_for_one_pair_at_a_time():
+    torch.manual_seed(0)
+    logps, reference = -40 * torch.rand(6, 2, dtype=torch.float64), -40 * torch.rand(6, 2, dtype=torch.float64)
+    lengths = torch.randint(1, 30, (6, 2))
+    chosen = torch.randint(0, 2, (6,))
+    scores = torch.nn.functional.one_hot(chosen, 2).double()
+    found = sgpo_loss(logps - reference, scores, torch.ones(6, 2, dtype=torch.bool), logps=logps, lengths=lengths,
+                      beta=0.3, sft_weight=0.7)  # fmt: skip
+    for i, w in enumerate(chosen.tolist()):
+        margin = 0.3 * ((logps[i, w] - reference[i, w]) - (logps[i, 1 - w] - reference[i, 1 - w]))
+        assert float(found[i]) == pytest.approx(float(-logsigmoid(margin) - 0.7 * logps[i, w] / lengths[i, w]))
+
+
+def test_without_the_sft_term_it_is_dpo_and_needs_no_lengths():
+    logratios = torch.tensor([[0.5, -0.25]])
+    scores, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert torch.equal(sgpo_loss(logratios, scores, mask), dpo_loss(logratios, scores, mask))
+    with pytest.raises(ValueError, match="sft_weight needs logps and lengths"):
+        sgpo_loss(logratios, scores, mask, sft_weight=0.1)
+
+
+def test_gradcheck():
+    logps = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(3, 2, dtype=torch.float64)
+    scores = torch.tensor([[1.0, 0.0]] * 3, dtype=torch.float64)
+    arguments = (scores, torch.ones(3, 2, dtype=torch.bool))
+    lengths = torch.tensor([[3, 4]] * 3)
+    assert torch.autograd.gradcheck(
+        lambda x: sgpo_loss(x - reference, *arguments, logps=x, lengths=lengths, sft_weight=0.5), (logps,)
+    )
+
+
+@cases("completion_nll")
+def test_only_target_tokens_count(case):
+    logps = torch.tensor(case["inputs"]["logps"], dtype=torch.float64)
+    mask = torch.tensor(case["inputs"]["completion_mask"])
+    sums, expected = completion_nll(logps, mask), case["expected"]
+    close(sums, expected["sequence_sums"])
+    close(sums.mean(), expected["sum_then_batch_mean"])
+    close(sums.sum() / mask.sum(), expected["token_mean_over_batch"])
+    close(sums / mask.sum(-1), expected["sequence_token_means"])
+    other = torch.where(mask.bool(), logps, torch.randn_like(logps))  # whatever the prompt's tokens are
+    assert torch.equal(completion_nll(other, mask), sums)
+
+
+@cases("improver_loss")
+def test_the_guard_is_added(case):
+    inputs = case["inputs"]
+    close(improver_loss(inputs["improver_nll"], inputs["policy_nll"], **case["options"]), case["expected"]["loss"])
+    assert improver_loss(2.5, 1.75) == 2.5
+
+
+# Filters.
+
+
+@cases("iqr_keep")
+def test_iqr_keep(case):
+    options = {k: v for k, v in case["options"].items() if k != "min_examples"}
+    assert case["options"]["min_examples"] == filters.FEWEST
+    values, expected = case["inputs"]["values"], case["expected"]
+    fences = iqr_fences(values, **options)
+    assert fences.applied == expected["applied"] and fences.reason == expected.get("reason")
+    for name, found in (("q1", fences.q1), ("q3", fences.q3), ("lower_fence", fences.lower),
+                        ("upper_fence", fences.upper)):  # fmt: skip
+        if name in expected and math.isfinite(found):
+            close(found, expected[name])
+    assert iqr_keep(values, **options).tolist() == expected["keep"]
+
+
+def test_iqr_keep_on_random_values():
+    """Order, a positive affine map and numbers that are not finite change nothing about the others."""
+    random_values = np.random.default_rng(0).standard_t(2, size=(20, 15))
+    for values in random_values:
+        kept = iqr_keep(values)
+        order = np.random.default_rng(1).permutation(len(values))
+        assert (iqr_keep(values[order]) == kept[order]).all()
+        assert (iqr_keep(3.7 * values - 11) == kept).all()
+        q1, q3 = (np.sort(values)[i] for i in (0, 0)) if len(values) < 4 else _quartiles(values)
+        by_hand = [q1 - 1.5 * (q3 - q1) <= v <= q3 + 1.5 * (q3 - q1) for v in values]
+        assert kept.tolist() == by_hand
+        mixed = iqr_keep([math.nan, *values, math.inf, -math.inf])
+        assert mixed.tolist() == [False, *kept, False, False]
+
+
+def _quartiles(values):
+    """Between the order statistics at position (n-1)p, without NumPy's quantile."""
+    ordered, n = sorted(values), len(values)
+    found = []
+    for p in (0.25, 0.75):
+        low = int((n - 1) * p)
+        share = (n - 1) * p - low
+        found.append(ordered[low] + share * (ordered[min(low + 1, n - 1)] - ordered[low]))
+    return found
+
+
+def test_a_filter_that_is_not_applied_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert iqr_keep([0.1, 5.0, math.nan, -3.0]).tolist() == [True, True, False, True]
+        assert iqr_keep([0.2] * 6 + [5.0]).all()
+    assert "keeps all examples: too few examples" in caplog.text
+    assert "keeps all examples: zero interquartile range" in caplog.text
+    assert iqr_keep([]).tolist() == []
+
+
+@pytest.mark.parametrize("options, message", [({"factor": 0}, "filter_factor=0 must"), ({"side": "left"}, "'left'")])
+def test_filter_options_outside_their_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        iqr_keep([1, 2, 3, 4], **options)
+
+
+@cases("filter_statistic")
+def test_filter_statistic(case):
+    for name, expected in case["expected"].items():
+        close(filter_statistic(name, **case["inputs"]), expected)
+
+
+def test_filter_statistic_of_texts_and_of_an_unknown_name():
+    assert filter_statistic("edit_ratio", [], [], [("a b c d", "a b c e"), ("x", "x")]) == [0.25, 0.0]
+    with pytest.raises(ValueError, match="filter_statistic='perplexity' is unknown: choose one of logp_gain"):
+        filter_statistic("perplexity", [[-1.0]], [[-1.0]])
+
+
+@pytest.mark.parametrize(
+    "text, options, reason",
+    [
+        (None, {}, filters.UNPARSABLE),
+        (" \n", {}, filters.EMPTY),
+        ("A fine answer.", {"truncated": True}, filters.TRUNCATED),
+        ("a  b\n c", {"before": "a b c"}, filters.COPY),
+        ("Here is the improved response: blue.", {}, filters.META),
+        ("Sky is blue. <<REVISED>>", {}, filters.META),
+        ("The sky is blue.", {"before": "The sky is blue!"}, None),
+    ],
+)
+def test_hygiene_gives_its_reason(text, options, reason):
+    assert fault(text, **options) == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Here's a slightly revised version of the draft:\nBlue.", "**Improved response:** Blue.", "[[draft]] Blue.",
+     "The original response was too short. Blue.", "I improved the response by naming a colour.",
+     "text " * 80 + "[[/response 2]]"],
+)  # fmt: skip
+def test_text_about_the_task_is_found(text):
+    assert meta_text(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["The new process improved response times in the city.", "Write a draft, then revise it.",
+     "Her version of the answer was short.", "Here is a list of colours: red, blue.", "The response time was 3 s.",
+     "An improved bicycle has two brakes."],
+)  # fmt: skip
+def test_plain_answers_are_no_text_about_the_task(text):
+    assert not meta_text(text)
+
+
+def test_the_length_budget_is_a_limit_that_may_be_reached():
+    assert fits(10, 6, 16) and not fits(10, 7, 16) and fits(10**6, 10**6, None)
+
+
+# Texts.
+
+
+@cases("parse_revision")
+def test_parse_revision(case):
+    assert [parse_revision(o, case["inputs"]["marker"]) for o in case["inputs"]["outputs"]] == case["expected"]
+    assert case["inputs"]["marker"] == MARKER
+
+
+def test_a_revision_without_analysis_is_the_whole_output():
+    assert parse_revision(" The sky. \n", None) == "The sky." and parse_revision(" \n", None) is None
+
+
+def test_the_improver_sees_prompt_and_response_and_no_reference():
+    [turn] = improver_prompt([{"role": "user", "content": "Name {a} colour."}], "Red {x}.")
+    assert turn["role"] == "user" and "reference" not in turn["content"]
+    assert "[[prompt]]\nName {a} colour.\n[[/prompt]]\n\n[[response]]\nRed {x}.\n[[/response]]" in turn["content"]
+    [turn] = improver_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.")
+    assert "[[reference]]\nGreen.\n[[/reference]]" in turn["content"]
+    text = improver_prompt("Name a colour.", "Red.")
+    assert isinstance(text, str) and text.endswith("\n\nResponse:\n")
+
+
+def test_the_reviser_sees_instruction_draft_reference_and_the_marker():
+    [turn] = reviser_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.")
+    for block in ("[[prompt]]\nName a colour.", "[[draft]]\nRed.", "[[reference]]\nGreen."):
+        assert block in turn["content"]
+    assert turn["content"].count(MARKER) == 1
+    [turn] = reviser_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.", analysis=False)
+    assert MARKER not in turn["content"]
+
+
+def test_earlier_turns_and_the_system_turn_are_part_of_the_prompt():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "A colour?"}]  # fmt: skip
+    [turn] = improver_prompt(chat, "Red.")
+    for block in ("[[system]]\nBe brief.\n[[/system]]", "[[assistant]]\nHello\n[[/assistant]]"):
+        assert block in turn["content"]
+    with pytest.raises(ValueError, match="role 'user' has no text"):
+        improver_prompt([{"role": "user", "content": [{"type": "image"}]}], "Red.")
+
+
+def test_no_text_can_end_its_own_block():
+    """Delimiters and markers of any number inside the texts: what stands between the real ones is the text whole."""
+    generator = random.Random(0)
+    pieces = [f"[[{s}{name}{n}]]" for name in BLOCKS for s in ("", "/") for n in ("", " 2", " 3")] + ["Red.", "\n"]
+    for _ in range(60):
+        prompt, draft, reference = ("x" + "".join(generator.choices(pieces, k=6)) + "x" for _ in range(3))
+        [turn] = reviser_prompt([{"role": "user", "content": prompt}], draft, reference)
+        content = turn["content"]
+        texts = prompt + draft + reference
+        number = next(
+            n
+            for n in ("", " 2", " 3", " 4")
+            if not any(f"{s}{b}{n}]]" in texts for b in BLOCKS for s in ("[[", "[[/"))
+        )
+        for name, text in (("prompt", prompt), ("draft", draft), ("reference", reference)):
+            first, last = f"[[{name}{number}]]", f"[[/{name}{number}]]"
+            assert content.count(first) == content.count(last) == 1
+            assert content.split(first)[1].split(last)[0] == f"\n{text}\n"
+    texts = [MARKER, "<<REVISED 2>>"]
+    marker = free_marker(texts)
+    assert marker == "<<REVISED 3>>" and parse_revision(f"{MARKER} {marker} Red.", marker) == "Red."
+
+
+def test_the_hash_of_a_template_changes_with_the_text():
+    assert template_hash(IMPROVER_V1) != template_hash(REVISER_V1) != template_hash(REVISER_V1 + " ")
+
+
+# Metrics.
+
+
+@cases("edit_metrics")
+def test_edit_metrics(case):
+    for (before, after), expected in zip(case["inputs"]["pairs"], case["expected"], strict=True):
+        found = edit_metrics(before, after)
+        assert (found.distance, found.is_copy) == (expected["edit_distance"], expected["is_copy"])
+        close([found.ratio, found.word_ratio], [expected["edit_ratio"], expected["word_ratio"]])
+
+
+def test_edit_distance_is_a_distance_and_equals_the_textbook_recursion():
+    words = list("abc")
+    texts = [list(p[:n]) for p in permutations([*words, "a"]) for n in (0, 2, 3, 4)][:40]
+    for a in texts:
+        for b in texts:
+            assert edit_distance(a, b) == edit_distance(b, a) == _levenshtein(a, b)
+
+
+def _levenshtein(a, b):
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+@cases("round_metrics")
+def test_round_metrics(case):
+    found, expected = round_metrics(case["inputs"]["rejected"], case["inputs"]["chosen"]), case["expected"]
+    for name in ("copy_rate", "median_edit_ratio", "mean_word_ratio"):
+        close(found[name], expected[name])
+    assert round_metrics([], []) == {}
+
+
+def test_distinct_n():
+    assert distinct_n(["a b c", "a b d"]) == 0.75  # ab twice, bc, bd
+    assert distinct_n(["a b c"], 1) == 1.0 and math.isnan(distinct_n(["a", ""]))

@@ -1,0 +1,500 @@
+"""The stages of SGPO from one recipe: what each leaves, resuming after a kill in every one, refusal to mix."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import train
+from helpers import family_tokenizer
+from sgpo_report import word_diff, write_report
+from sgpo_rows import PROMPTS, arguments, write_inputs
+from trainers.data.tokenization import tokenize_row
+from trainers.forward import cache, reference_pass
+from trainers.improve import revisers
+from trainers.improve.config import STAGES, SGPOConfig
+from trainers.improve.improver import sft_rows
+from trainers.improve.stages import Stage
+from trainers.improve.text import improver_prompt
+from trainers.loop import collect
+from trainers.loop.journal import read_rows as read_journal_rows
+from trainers.loop.sampler import SamplingConfig, sample_responses
+from trainers.loop.start import load_for_sampling
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def vowels(prompts, completions, *, reference, **columns):
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts]
+
+
+def shorter(prompts, drafts, references):
+    """A reviser with a known edit: the draft's first half, and none for the first prompt."""
+    return [
+        None if p[-1]["content"] == PROMPTS[0] else d[: len(d) // 2] + "!"
+        for p, d in zip(prompts, drafts, strict=True)
+    ]
+
+
+def command(inputs, output, **changes):
+    sft = {"dataset_name": str(inputs / "rows.jsonl"), "dataset_split": "train[:5]", "learning_rate": 0.01}
+    options = {"sft": sft, "scorer": "test_sgpo_stages.vowels"} | changes
+    return arguments(inputs, output, **options)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train.main(command(inputs, folder))
+    return folder
+
+
+def rows(folder, stage, name="rows.jsonl.gz"):
+    return read_journal_rows(folder / "round-00" / stage / name)
+
+
+def manifest(folder, stage):
+    return json.loads((folder / "round-00" / stage / "manifest.json").read_text())
+
+
+def weights(folder):
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def history(folder, stage):
+    return json.loads((folder / f"round-00/{stage}/model/trainer_state.json").read_text())["log_history"]
+
+
+# What the stages leave.
+
+
+def test_every_stage_ends_with_a_manifest_of_inputs_outputs_seed_and_counts(finished):
+    for name in STAGES:
+        found = manifest(finished, name)
+        assert set(found) == {"hash", "inputs", "template", "seed", "outputs", "counts"} and found["seed"] == 3
+        assert found["counts"] and all(found["outputs"].values())
+    assert manifest(finished, "dpo")["inputs"]["pairs"] == manifest(finished, "pairs")["outputs"]["rows.jsonl.gz"]
+    assert manifest(finished, "pairs")["inputs"]["improver"] == manifest(finished, "improver")["outputs"]["model"]
+    assert manifest(finished, "improver")["inputs"]["start"] == manifest(finished, "sft")["outputs"]["model"]
+    assert manifest(finished, "targets")["template"] != manifest(finished, "pairs")["template"]
+    assert not list(finished.glob("**/checkpoint-*")) and not list(finished.glob("**/training"))
+
+
+def test_counts_add_up_and_no_prompt_is_in_two_sets(finished):
+    for name, size in (("filter", 5), ("pairs", 5)):
+        counts = manifest(finished, name)["counts"]
+        kept, dropped = rows(finished, name), rows(finished, name, "dropped.jsonl.gz")
+        assert len(kept) == counts["kept"] and len(kept) + len(dropped) == size
+        assert sum(counts["dropped"].values()) == len(dropped) and all(row["reason"] for row in dropped)
+    sets = [{row["prompt"][0]["content"] for row in rows(finished, name)} for name in ("current", "pairs", "before")]
+    assert sets[0] == set(PROMPTS[:5]) and sets[1] <= set(PROMPTS[5:10]) and sets[2] == set(PROMPTS[10:])
+
+
+def test_both_sides_of_a_pair_come_from_the_improver(inputs, finished):
+    """Rejected is its answer to the plain prompt, chosen what it makes of that; each with its own random stream."""
+    args = SGPOConfig(output_dir=str(finished), use_cpu=True, report_to="none")
+    model, tokenizer = load_for_sampling(str(inputs / "model"), finished / "round-00/improver/model", args, dtype=None)
+    pairs = sorted(
+        rows(finished, "pairs") + rows(finished, "pairs", "dropped.jsonl.gz"), key=lambda r: r["prompt"][0]["content"]
+    )
+    config = {"num_generations": 1, "max_new_tokens": 24, "top_p": 1.0, "seed": 3}
+    plain = [row["prompt"] for row in pairs]
+    drawn = sample_responses(model, tokenizer, plain, SamplingConfig(temperature=1.0, **config), progress=False)
+    assert [row["rejected"] for row in pairs] == [samples[0].text for samples in drawn]
+    asked = [improver_prompt(row["prompt"], row["rejected"]) for row in pairs]
+    drawn = sample_responses(model, tokenizer, asked, SamplingConfig(temperature=0.7, **config), progress=False)
+    assert [row["chosen"] for row in pairs] == [samples[0].text for samples in drawn]
+
+
+def test_dpo_starts_at_ln_2_and_moves(finished):
+    logs = [log for log in history(finished, "dpo") if "loss" in log]
+    assert logs[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and logs[0]["rewards/margins"] == 0
+    assert logs[-1]["loss"] != pytest.approx(0.6931472, abs=1e-3)
+    counts = manifest(finished, "dpo")["counts"]
+    assert counts["first_loss"] == logs[0]["loss"] and counts["margin"] == logs[-1]["rewards/margins"]
+    assert not same(weights(finished / "round-00/dpo/model"), weights(finished / "round-00/improver/model"))
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "train_results.json"):
+        assert (finished / name).read_bytes() == (finished / "round-00/dpo/model" / name).read_bytes()
+
+
+def test_chosen_and_rejected_follow_the_same_plain_prompt():
+    tokenizer = family_tokenizer("llama3")
+    prompt = [{"role": "user", "content": "where is the dog"}]
+    responses = [[{"role": "assistant", "content": text}] for text in ("it is in Paris", "over")]
+    pair = tokenize_row({"prompt": prompt, "responses": responses, "scores": [1.0, 0.0]}, tokenizer)
+    plain = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert pair["prompt_ids"] == list(plain)
+    asked = improver_prompt(prompt, "over")
+    columns = sft_rows([(asked, "it is in Paris")], tokenizer)
+    mask = columns["completion_mask"][0]
+    target = [token for token, kept in zip(columns["input_ids"][0], mask, strict=True) if kept]
+    assert target == pair["response_ids"][0]  # the same tokens in the improver's training as in the DPO stage
+    assert mask == sorted(mask) and sum(mask) == len(target)
+
+
+def test_held_out_answers_use_the_same_streams_for_every_model(inputs, finished):
+    improver, policy = (rows(finished, "measure", f"{name}.jsonl.gz") for name in ("improver", "policy"))
+    assert [row["prompt"] for row in improver] == [row["prompt"] for row in policy]
+    counts = manifest(finished, "measure")["counts"]
+    texts = [[row["chosen"], row["rejected"]] for row in policy]
+    scores = [vowels(None, [[{"content": t}] for t in pair], reference=None) for pair in texts]
+    gain = sum(chosen - rejected for chosen, rejected in scores) / len(scores)
+    assert counts["policy_scorer_gain"] == pytest.approx(gain)
+
+
+# Resuming.
+
+
+def die_after(function, count, matches):
+    left = [count]
+
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        left[0] -= bool(matches(*args))
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def run_and_die(argv, patch):
+    """Runs the launcher in a forked process that kills itself with signal 9."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        try:
+            patch()
+            train.main(argv)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def in_journal(part, count=1):
+    def patch():
+        append = die_after(collect.append_records, count, lambda path, _: part in str(path))
+        collect.append_records = revisers.append_records = append
+
+    return patch
+
+
+def in_training(count):
+    def patch():
+        step = transformers.Trainer.training_step
+        transformers.Trainer.training_step = die_after(step, count, lambda *args: True)
+
+    return patch
+
+
+def in_filter():
+    reference_pass.WRITE_EVERY = 1
+    cache._write = die_after(cache._write, 1, lambda *args: True)
+
+
+def before_manifest(name):
+    def patch():
+        finish = Stage.finish
+
+        def wrapped(self, counts):
+            if self.folder.name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(self, counts)
+
+        Stage.finish = wrapped
+
+    return patch
+
+
+def assert_same_run(found, expected):
+    for name in STAGES:
+        one, other = manifest(found, name), manifest(expected, name)
+        assert one == other, name
+    for path in expected.glob("round-00/*/*.jsonl.gz"):
+        assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
+    for name in ("sft", "improver", "dpo"):
+        path = f"round-00/{name}/model"
+        assert same(weights(found / path), weights(expected / path))
+    assert same(weights(found), weights(expected))
+
+
+def test_survives_kill_9_in_every_stage(inputs, finished, tmp_path):
+    argv = command(inputs, tmp_path)
+    kills = [
+        ("sft", in_training(3)), ("before", before_manifest("before")), ("current", in_journal("current/samples")),
+        ("targets", in_journal("targets/samples")), ("filter", in_filter), ("filter", before_manifest("filter")),
+        ("improver", in_training(3)), ("improver", before_manifest("improver")),
+        ("pairs", in_journal("pairs/rejected")), ("pairs", in_journal("pairs/chosen")), ("dpo", in_training(3)),
+        ("measure", in_journal("measure/policy/rejected")), ("measure", in_journal("policy-scores")),
+    ]  # fmt: skip
+    for stage, patch in kills:
+        run_and_die(argv, patch)
+        done = [name for name in STAGES if (tmp_path / "round-00" / name / "manifest.json").exists()]
+        assert done == list(STAGES[: STAGES.index(stage)])
+        for journal in tmp_path.glob(f"round-00/{stage}/**/*.jsonl"):
+            with open(journal, "ab") as file:
+                file.write(b'{"prompt": 3, "ind')  # half a line, as a kill amid a write leaves it
+    train.main(argv)
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_stages_run_one_at_a_time_give_the_same(inputs, finished, tmp_path, capsys):
+    with pytest.raises(
+        ValueError, match="stage='pairs' is not the next one: .*sft is not done. Run stage sft, or all"
+    ):
+        train.main(command(inputs, tmp_path, stage="pairs"))
+    for name in STAGES:
+        train.main(command(inputs, tmp_path, stage=name))
+        assert (tmp_path / "round-00" / name / "manifest.json").exists()
+        assert not (tmp_path / "model.safetensors").exists()
+    train.main(command(inputs, tmp_path, stage="dpo"))
+    assert "there is no dpo left to run" in capsys.readouterr().out
+    assert_same_run(tmp_path, finished)
+
+
+def test_finished_stages_are_not_done_again(inputs, finished, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()}
+    monkeypatch.setattr("trainers.improve.pipeline.STEPS", _refusing())
+    train.main(command(inputs, finished))
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()} == before
+
+
+def _refusing():
+    from trainers.improve.pipeline import STEPS
+
+    def refuse(*args):
+        raise AssertionError("a stage was done again")
+
+    return {name: step._replace(work=refuse) for name, step in STEPS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_make_the_same_data(inputs, tmp_path):
+    """Samples, targets and filter do not depend on the number of processes; training sees other batches."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    train.main(command(inputs, single, sft=None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+              str(ROOT / "scripts" / "train.py"), *command(inputs, double, sft=None)]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("before", "current", "targets", "filter"):
+        assert rows(double, name) == rows(single, name)
+    journals = [double / f"round-00/current/samples/samples-0000{rank}.jsonl" for rank in (0, 1)]
+    assert all(path.read_text() for path in journals)
+    assert history(double, "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert manifest(double, "measure")["counts"]["policy_scorer_win_rate"] >= 0
+
+
+# Refusal to mix.
+
+
+def test_other_settings_are_refused_by_name(inputs, finished, monkeypatch):
+    for changes, message in [
+        ({"beta": 0.2}, r"dpo/settings.json .*\(beta: 0.1 there, 0.2 now\)"),
+        ({"revision": {"temperature": 0.9}}, r"targets/settings.json .*\(revision.temperature: 0.7 there, 0.9 now\)"),
+        ({"seed": 4}, r"seed: 3 there, 4 now"),
+        ({"improver": {"learning_rate": 0.02, "num_train_epochs": 2}}, r"improver.learning_rate: 0.01 there"),
+        ({"filter_factor": 2.0}, r"filter/settings.json .*filter_factor: 1.5 there, 2.0 now"),
+        ({"preference_split": "train[5:9]"}, r"pairs/settings.json .*preference prompts"),
+        ({"per_device_train_batch_size": 2}, r"sft/settings.json .*per_device_train_batch_size: 1 there, 2 now"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.main(command(inputs, finished, **changes))
+    monkeypatch.setattr("trainers.improve.text.IMPROVER_V1", "Better: {prompt} {response}")
+    with pytest.raises(ValueError, match=r"filter/settings.json .*\(template: "):
+        train.main(command(inputs, finished))
+
+
+def test_another_model_and_changed_files_are_refused(inputs, finished, tmp_path):
+    other = shutil.copytree(inputs, tmp_path / "inputs")
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((other / "model/config.json").read_text())
+    (other / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    with pytest.raises(ValueError, match=r"sft/settings.json .*model files: "):
+        train.main(command(inputs, run, model_name_or_path=other / "model"))
+    pairs = run / "round-00/pairs/rows.jsonl.gz"
+    pairs.write_bytes(pairs.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="pairs/rows.jsonl.gz was changed after the stage had ended"):
+        train.main(command(inputs, run))
+
+
+def test_settings_that_change_nothing_are_not_compared(inputs, finished):
+    train.main(command(inputs, finished, logging_steps=3, save_steps=5, sampling={
+        "max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}))  # fmt: skip
+
+
+# Options.
+
+
+def test_a_reviser_with_a_known_edit_gives_known_targets_and_drops(inputs, tmp_path):
+    argv = command(inputs, tmp_path, sft=None, scorer=None, reviser="external", stage="before",
+                   reviser_function="test_sgpo_stages.shorter", filter_statistic="none")  # fmt: skip
+    for name in ("before", "current", "targets", "filter"):
+        argv[argv.index("--stage") + 1] = name
+        train.main(argv)
+    current, targets = rows(tmp_path, "current"), rows(tmp_path, "targets")
+    usable = [not row["current_truncated"] and bool(row["current"].strip()) for row in current]
+    expected = shorter([row["prompt"] for row in current], [row["current"] for row in current], [])
+    assert [row["target"] for row in targets] == [e if ok else None for e, ok in zip(expected, usable, strict=True)]
+    dropped = {row["prompt"][0]["content"]: row["reason"] for row in rows(tmp_path, "filter", "dropped.jsonl.gz")}
+    assert dropped[PROMPTS[0]] == "target: no single marker with text after it"
+    assert "statistic" not in rows(tmp_path, "filter")[0]
+
+
+def test_vllm_loads_the_model_of_each_stage(inputs, finished, tmp_path, monkeypatch):
+    """With a stand-in for vLLM, which cannot run here: what it is asked for, and that its answers are kept."""
+    asked = []
+
+    class LLM:
+        def __init__(self, model, **options):
+            asked.append((model, options))
+
+        def generate(self, prompts, params, use_tqdm):
+            assert all(p.kwargs["max_tokens"] == 24 and p.kwargs["temperature"] == 1.0 for p in params)
+            answer = SimpleNamespace(text="a kind day", token_ids=[5, 6, 2], finish_reason="stop")
+            return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    parts = {"LLM": LLM, "SamplingParams": lambda **kwargs: SimpleNamespace(kwargs=kwargs),
+             "TokensPrompt": lambda prompt_token_ids: prompt_token_ids}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**parts))
+    shutil.copytree(finished / "round-00/sft", tmp_path / "round-00/sft")
+    for stage in ("before", "current"):
+        train.main(command(inputs, tmp_path, use_vllm=True, stage=stage))
+    assert asked == [(str(tmp_path / "round-00/sft/model"), {})] * 2
+    assert [row["current"] for row in rows(tmp_path, "current")] == ["a kind day"] * 5
+    with pytest.raises(ValueError, match=r"current/settings.json .*use_vllm: True there, False now"):
+        train.main(command(inputs, tmp_path, dataset_test_split=None))
+
+
+@pytest.mark.slow
+def test_two_rounds_start_from_the_policy_of_the_round_before(inputs, tmp_path):
+    argv = command(inputs, tmp_path, sft=None, scorer=None, dataset_test_split=None, rounds=1, save_strategy="no",
+                   num_train_epochs=1, policy_weight=0.5, sft_weight=0.1)  # fmt: skip
+    train.main(argv)
+    first = weights(tmp_path)
+    argv[argv.index("--rounds") + 1] = "2"
+    train.main(argv)  # rounds can be added
+    settings = json.loads((tmp_path / "round-01/current/settings.json").read_text())["settings"]
+    assert settings["inputs"]["start"] == manifest(tmp_path, "dpo")["outputs"]["model"]
+    assert same(first, weights(tmp_path / "round-00/dpo/model")) and not same(first, weights(tmp_path))
+    state = json.loads((tmp_path / "round-01/dpo/model/trainer_state.json").read_text())
+    # ln 2 and the SFT term at the start of the round: the reference is the newest improver.
+    log = state["log_history"][0]
+    assert log["rewards/margins"] == 0 and log["loss"] > 0.6931472
+    assert not (tmp_path / "round-01/measure").exists() and not (tmp_path / "round-00/before").exists()
+
+
+def _copies(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option, start, reference", [("ref", "improver", "model"), ("separate", "model", "model")])
+def test_the_reference_and_the_start_of_dpo(inputs, finished, tmp_path, option, start, reference, monkeypatch):
+    """`ref: initial` compares with the model before all rounds; a separate improver leaves the policy there."""
+    from trainers import SGPOTrainer
+
+    seen, loss = {}, SGPOTrainer.loss
+
+    def spy(self, batch, policy, found):
+        if not seen:
+            logratios = (policy.logps - found.logps).detach().abs().max()
+            seen.update(logratios=float(logratios), policy=_copies(self.model),
+                        reference=_copies(self.reference.model))  # fmt: skip
+        return loss(self, batch, policy, found)
+
+    monkeypatch.setattr(SGPOTrainer, "loss", spy)
+    options = {"ref": "initial"} if option == "ref" else {"separate_improver": True}
+    train.main(
+        command(inputs, tmp_path, sft=None, scorer=None, dataset_test_split=None, save_strategy="no", **options)
+    )
+    paths = {"improver": tmp_path / "round-00/improver/model", "model": inputs / "model"}
+    for name, path in (("policy", start), ("reference", reference)):
+        expected = weights(paths[path])
+        assert all(torch.equal(seen[name][n], expected[n]) for n in expected)
+    assert (seen["logratios"] == 0) == (start == reference)
+
+
+@pytest.mark.slow
+def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
+    train.main(command(inputs, tmp_path, scorer=None, use_peft=True, lora_r=4, lora_dropout=0.0,
+                       lora_target_modules="all-linear"))  # fmt: skip
+    adapters = [
+        load_file(tmp_path / f"round-00/{name}/model/adapter_model.safetensors") for name in ("sft", "improver", "dpo")
+    ]
+    assert adapters[0].keys() == adapters[1].keys() == adapters[2].keys()
+    assert not any(torch.equal(a[n], b[n]) for a, b in zip(adapters, adapters[1:], strict=False) for n in a)
+    assert history(tmp_path, "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"preference_split": None}, "preference_split is missing"),
+        ({"preference_split": "train[:5]"}, "no preference prompt is left"),
+        ({"sft_target_source": "answer"}, "set sft_target_source to the one with the reference answer"),
+        ({"dry_run": True}, "dry_run describes one training, and SGPO runs several"),
+        ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
+        ({"use_vllm": True}, "use_vllm needs vLLM: pip install vllm"),
+        ({"push_to_hub": True}, "push_to_hub does not work"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(inputs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(command(inputs, tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / "round-00").exists()
+
+
+def test_an_empty_set_of_pairs_stops_the_run(inputs, tmp_path):
+    with pytest.raises(ValueError, match=r"filter: no row is left, .*cut at max_new_tokens"):
+        train.main(command(inputs, tmp_path, sampling={"max_new_tokens": 1}, scorer=None, sft=None))
+    assert len(rows(tmp_path, "filter", "dropped.jsonl.gz")) == 5
+
+
+def test_alarms_warn_or_stop(inputs, finished, capsys):
+    train.main(command(inputs, finished, limits={"lowest_edit": 1.1}))
+    assert "WARNING: pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="on_alarm is stop, and the monitor found: .*limits.lowest_edit"):
+        train.main(command(inputs, finished, limits={"lowest_edit": 1.1}, on_alarm="stop"))
+
+
+# The page.
+
+
+def test_the_page_shows_stages_alarms_numbers_and_edits(finished):
+    page = write_report(finished).read_text()
+    for text in ("2, dpo", "measure/pairs_scorer_gain", "<script", "http://", "https://", "nan"):
+        assert text not in page
+    reasons = manifest(finished, "filter")["counts"]["dropped"]
+    for text in ("1, dpo", "Share of copies: targets against drafts", "<svg", "<ins>", "ln 2", *reasons):
+        assert text in page
+    first = rows(finished, "pairs")[0]
+    left, right = word_diff(first["rejected"], first["chosen"])
+    assert left in page and right in page

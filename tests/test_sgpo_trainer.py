@@ -1,0 +1,137 @@
+"""The two trainings of SGPO on tiny models: the improver's loss on the answer only, and the DPO stage."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from helpers import family_tokenizer, tiny_llama
+from trainers.improve.config import SGPOConfig
+from trainers.improve.filters import TOO_LONG
+from trainers.improve.improver import length_faults, sft_config, tokenise, train_sft
+from trainers.improve.text import improver_prompt
+from trainers.sgpo import SGPOTrainer
+
+LN_2 = 0.6931472
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+EXAMPLES = [
+    (improver_prompt(user("where is the dog"), "over"), "it is in Paris"),
+    (improver_prompt(user("a"), "b"), "the lazy dog sleeps a day"),
+    (improver_prompt(user("how was it"), "bad"), "kind"),
+    (user("say something"), "the quick fox"),
+]
+GUARD = [(user(text), "it rains") for text in ("where is the dog", "a", "how was it", "say something")]
+
+
+def config(folder, **changes):
+    options = {"use_cpu": True, "report_to": "none", "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no",
+               "learning_rate": 0.01, "max_steps": 2, "per_device_train_batch_size": 2, "seed": 1}  # fmt: skip
+    return SGPOConfig(output_dir=str(folder), **options | changes)
+
+
+def token_mean(model, tokenizer, examples):
+    """Mean negative log-likelihood over the answer tokens of all examples, from the model's own logits."""
+    total, count = 0.0, 0
+    for row in tokenise(examples, tokenizer):
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        at = range(len(row["prompt_ids"]) - 1, ids.shape[1] - 1)
+        total -= sum(float(logps[i, ids[0, i + 1]]) for i in at)
+        count += len(at)
+    return total / count
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_improver_learns_from_the_answers_alone(tmp_path, weight, steps):
+    """The loss of the first step is the mean over the answer tokens, plus the guard's, also when accumulated."""
+    tokenizer = family_tokenizer("llama3")
+    model = tiny_llama(len(tokenizer), max_position_embeddings=2048)
+    expected = token_mean(model, tokenizer, EXAMPLES) + weight * token_mean(model, tokenizer, GUARD)
+    before = copy.deepcopy(model.state_dict())
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4 // steps, gradient_accumulation_steps=steps)
+    options = sft_config(args, {"learning_rate": 0.02}, tmp_path, 1)
+    train_sft(model, tokenizer, options, EXAMPLES, policy_examples=GUARD, policy_weight=weight)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["log_history"][0]["loss"] == pytest.approx(expected, rel=1e-4)
+    steps_taken = [(tensor - before[name]).abs().max() for name, tensor in model.state_dict().items()]
+    assert 0.015 < max(steps_taken) < 0.021  # one Adam step at the stage's own learning rate
+
+
+def test_what_is_too_long_is_left_out_and_never_cut():
+    tokenizer = family_tokenizer("llama3")
+    lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in tokenise(EXAMPLES, tokenizer)]
+    limit = sorted(lengths)[1]
+    assert length_faults(EXAMPLES, tokenizer, limit) == [None if n <= limit else TOO_LONG for n in lengths]
+    assert length_faults(EXAMPLES, tokenizer, None) == [None] * 4 and length_faults([], tokenizer, 5) == []
+
+
+def pairs():
+    responses = [("it is in Paris", "over"), ("kind", "the lazy dog sleeps"), ("a bad day", "it rains")]
+    return Dataset.from_list([
+        {"prompt": user(f"say something {i}"), "scores": [1.0, 0.0],
+         "responses": [[{"role": "assistant", "content": text}] for text in pair]} for i, pair in enumerate(responses)
+    ])  # fmt: skip
+
+
+def dpo_trainer(folder, *, ref_model=None, peft_config=None, **changes):
+    tokenizer = family_tokenizer("llama3")
+    model = tiny_llama(len(tokenizer))
+    return SGPOTrainer(model, ref_model, args=config(folder, **changes), train_dataset=pairs(),
+                       processing_class=tokenizer, peft_config=peft_config)  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dpo_starts_at_ln_2_and_leaves_the_reference_untouched(tmp_path, adapter):
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0) if adapter else None
+    trainer = dpo_trainer(tmp_path, peft_config=lora, max_steps=4)
+    frozen = trainer.model.base_model.model if adapter else trainer.reference.model
+    names = [name for name, _ in frozen.named_parameters() if "lora" not in name]
+    before = {name: frozen.get_parameter(name).clone() for name in names}
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(LN_2, abs=1e-6) and abs(losses[-1] - LN_2) > 1e-2
+    assert all(torch.equal(frozen.get_parameter(name), before[name]) for name in names)
+
+
+def test_the_sft_term_is_that_of_the_chosen_response(tmp_path):
+    trainer = dpo_trainer(tmp_path, sft_weight=0.3, per_device_train_batch_size=3, max_steps=1)
+    examples = [(row["prompt"], row["responses"][0][0]["content"]) for row in pairs()]
+    means = [token_mean(trainer.model, trainer.processing_class, [example]) for example in examples]
+    trainer.train()
+    expected = LN_2 + 0.3 * sum(means) / len(means)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stale_reference_is_found_before_the_first_step(tmp_path):
+    trainer = dpo_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.reference.model.lm_head.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="the policy differs from its reference by"):
+        trainer.train()
+    tokenizer = family_tokenizer("llama3")
+    trainer = dpo_trainer(tmp_path, ref_model=tiny_llama(len(tokenizer), seed=1), max_steps=1)
+    trainer.train()  # a reference of one's own may be any model
+
+
+def test_a_pretrained_adapter_with_dropout_starts_at_ln_2(tmp_path):
+    """The reference is a copy of the adapter, and its dropout is off like the policy's."""
+    tokenizer = family_tokenizer("llama3")
+    model = get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    trainer = SGPOTrainer(model, args=config(tmp_path, max_steps=3), train_dataset=pairs(), processing_class=tokenizer)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(LN_2, abs=1e-6) and abs(losses[-1] - LN_2) > 1e-3

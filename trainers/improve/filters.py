@@ -1,0 +1,152 @@
+"""What is left out of the improver's data and of the pairs, with a reason for each row.
+
+Hygiene looks at one text, the IQR filter at a statistic of all rows. Which quantity the paper filters, and on which
+sides, is unknown; the factor 1.5 is Tukey's.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from .edits import edit_metrics
+
+logger = logging.getLogger(__name__)
+
+STATISTICS = ("logp_gain", "target_nll", "edit_ratio", "log_length_ratio", "none")
+SIDES = ("both", "lower", "upper")
+FEWEST = 4  # examples that quartiles are taken of
+
+UNPARSABLE, EMPTY, TRUNCATED, META, COPY, TOO_LONG = (
+    "no single marker with text after it", "empty", "cut at max_new_tokens", "speaks of the task",
+    "equal to the response before it", "does not fit in the length budget",
+)  # fmt: skip
+NOT_FINITE, OUTLIER = "statistic is not finite", "outside the fences of the statistic"
+
+# What only a text about the task of improving says. Looked for at the start, except for our own delimiters.
+_KIND = r"(?:improved|revised|rewritten|edited|refined|enhanced|polished)"
+_THING = r"(?:response|answer|version|draft|reply|revision|text)"
+META_START = re.compile(
+    rf"\b(?:here is|here's|below is|this is)\s+(?:the|an|a|my|your)\s+(?:\w+\s+)?{_KIND}\b"
+    rf"|^\W*(?:the\s+)?{_KIND}\s+{_THING}\b\W*:"
+    rf"|\b(?:the|this|your|my|original|current)\s+(?:draft|original response|original answer|reference answer)\b"
+    rf"|\b{_KIND}\s+(?:the|your|this)\s+(?:response|answer|draft)\b",
+    re.IGNORECASE,
+)
+META_ANYWHERE = re.compile(
+    r"<<REVISED( \d+)?>>|\[\[/?(?:prompt|response|draft|reference)(?: \d+)?\]\]"
+    rf"|\bthe reference (?:shows|is|highlights|states|mentions|answer|response)\b|\bthe {_KIND} {_THING}\b",
+    re.IGNORECASE,
+)
+START = 160  # characters
+VERSION = hashlib.sha256("\0".join((META_START.pattern, META_ANYWHERE.pattern, str(START))).encode()).hexdigest()
+
+
+def meta_text(text: str) -> bool:
+    """Whether a text speaks of the task of improving, or holds one of its delimiters.
+
+    A list of patterns: it can miss a phrase, and strike an honest answer to a prompt that asks for a revision.
+    """
+    return bool(META_START.search(text[:START]) or META_ANYWHERE.search(text))
+
+
+def fault(text: str | None, *, truncated: bool = False, before: str | None = None) -> str | None:
+    """Why a generated text cannot be used, or None. `before` is the response that it must differ from."""
+    if text is None:
+        return UNPARSABLE
+    if not text.strip():
+        return EMPTY
+    if truncated:
+        return TRUNCATED
+    if meta_text(text):
+        return META
+    if before is not None and text.split() == before.split():
+        return COPY
+    return None
+
+
+def fits(prompt_tokens: int, response_tokens: int, limit: int | None) -> bool:
+    """Whether prompt and response are at most `limit` tokens; None is no limit. What does not fit is never cut."""
+    return limit is None or prompt_tokens + response_tokens <= limit
+
+
+class Fences(NamedTuple):
+    """Result of the IQR filter. Without `applied` all finite values are kept, for `reason`."""
+
+    applied: bool
+    reason: str | None
+    q1: float | None
+    q3: float | None
+    lower: float
+    upper: float
+
+
+def iqr_fences(values, factor: float = 1.5, side: str = "both", fewest: int = FEWEST) -> Fences:
+    """Q1 - factor*IQR and Q3 + factor*IQR of the finite values; a side that is not asked for is infinite.
+
+    Quartiles are interpolated linearly at position (n-1)p, NumPy's default.
+
+    Raises:
+        ValueError: `factor` or `side` is outside its range.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"filter_factor={factor!r} must be finite and positive.")
+    if side not in SIDES:
+        raise ValueError(f"filter_side={side!r} is unknown: choose one of {', '.join(SIDES)}.")
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if len(values) < fewest:
+        return Fences(False, "too few examples", None, None, -math.inf, math.inf)
+    q1, q3 = map(float, np.quantile(values, [0.25, 0.75]))
+    if q1 == q3:
+        return Fences(False, "zero interquartile range", q1, q3, -math.inf, math.inf)
+    spread = factor * (q3 - q1)
+    lower = q1 - spread if side != "upper" else -math.inf
+    upper = q3 + spread if side != "lower" else math.inf
+    return Fences(True, None, q1, q3, lower, upper)
+
+
+def iqr_keep(values, factor: float = 1.5, side: str = "both", fewest: int = FEWEST) -> np.ndarray:
+    """(N,) bool: which values lie inside the fences of `iqr_fences`, or on them; values that are not finite do not.
+
+    Fewer than `fewest` finite values, or an interquartile range of 0, keep all finite values; the log says so.
+    """
+    fences = iqr_fences(values, factor, side, fewest)
+    if not fences.applied:
+        logger.warning("The IQR filter keeps all examples: %s.", fences.reason)
+    values = np.asarray(values, dtype=float)
+    return np.isfinite(values) & (values >= fences.lower) & (values <= fences.upper)
+
+
+def filter_statistic(
+    name: str, target_logps: list[list[float]], current_logps: list[list[float]], texts: list[tuple[str, str]] = ()
+) -> list[float]:
+    """One number per example.
+
+    Args:
+        name: `logp_gain` (mean log-probability per token of the target minus that of the current response),
+            `target_nll`, `log_length_ratio` (tokens of target over current), or `edit_ratio`.
+        target_logps, current_logps: log-probability of each token under the initial policy and the plain prompt, the
+            end token included. Only their number counts for `log_length_ratio`.
+        texts: (current, target) of each example, for `edit_ratio`.
+
+    Raises:
+        ValueError: no such statistic.
+    """
+    if name == "edit_ratio":
+        return [edit_metrics(current, target).ratio for current, target in texts]
+    pairs = list(zip(target_logps, current_logps, strict=True))
+    if name == "logp_gain":
+        return [_mean(target) - _mean(current) for target, current in pairs]
+    if name == "target_nll":
+        return [-_mean(target) for target, _ in pairs]
+    if name == "log_length_ratio":
+        return [math.log(len(target) / len(current)) for target, current in pairs]
+    raise ValueError(f"filter_statistic={name!r} is unknown: choose one of {', '.join(STATISTICS)}.")
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,200 @@
+"""SGPO: a model learns to improve its own answers, and then to prefer the improved ones (DPO).
+
+Paper: "SGPO: Self-Generated Preference Optimization based on Self-Improver", arXiv 2507.20181. This is a
+reconstruction from the abstract and the figure caption: neither the paper's text nor its code was available to us, so
+every template, filter, hyper-parameter and equation beyond DPO is ours. docs/results/sgpo.md lists what is unknown.
+
+`SGPOTrainer` is the DPO stage. `run_stages`, which scripts/train.py calls, runs all stages; their parts are in
+improve/: prompts, filters, reviser, improver training, stages on disk, what is watched.
+"""
+
+import copy
+import importlib
+from pathlib import Path
+
+from datasets import Dataset
+from torch import Tensor
+
+from .checkpoints import last_checkpoint
+from .dpo import DPOTrainer, dpo_loss
+from .forward.policy import load_tokenizer
+from .forward.run import agreement
+from .improve.config import SGPOConfig
+from .improve.data import read_rows, without
+from .improve.filters import filter_statistic, iqr_keep
+from .improve.pipeline import run_stages
+from .improve.run import Run
+from .improve.text import improver_prompt, reviser_prompt
+from .loop.enhance import refuse_unsupported
+from .loop.start import load_start
+from .metrics import best_and_worst
+
+__all__ = [
+    "SGPOConfig", "SGPOTrainer", "filter_statistic", "improver_prompt", "iqr_keep", "reviser_prompt", "sgpo_loss",
+]  # fmt: skip
+
+
+def sgpo_loss(
+    logratios: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+    beta: float = 0.1,
+    sft_weight: float = 0.0,
+    **options,
+) -> Tensor:
+    """DPO loss of each prompt, plus `sft_weight` times the chosen response's negative log-likelihood per token.
+
+    Args:
+        logratios, scores, mask, options: as in `dpo_loss`, under the plain prompt for every response.
+        logps, lengths: (B,K) log pi(y|x) summed over the tokens, and their number; needed with `sft_weight`.
+
+    Returns:
+        (B,) losses; the term is about the first of the best responses.
+
+    Raises:
+        ValueError: `logps` or `lengths` is missing, or an option is outside its range.
+    """
+    losses = dpo_loss(logratios, scores, mask, beta=beta, **options)
+    if not sft_weight:
+        return losses
+    if logps is None or lengths is None:
+        raise ValueError("sft_weight needs logps and lengths.")
+    best = best_and_worst(scores, mask)[0].unsqueeze(-1)
+    return losses - sft_weight * (logps.gather(-1, best) / lengths.gather(-1, best).clamp(min=1)).squeeze(-1)
+
+
+class SGPOTrainer(DPOTrainer):
+    """The DPO stage of SGPO: rows of an improved response over the response it was made of.
+
+    The prompt is the plain one on both sides, and the reference is the policy as it starts: the improver's checkpoint.
+    """
+
+    config_class = SGPOConfig
+    method = "SGPO"
+    paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
+
+    def __init__(self, model, ref_model=None, *args, **kwargs):
+        super().__init__(model, ref_model, *args, **kwargs)
+        self._starts_at_reference = ref_model is None
+
+    def loss(self, batch, policy, reference):
+        args, scores, mask = self.args, batch["scores"], batch["mask"]
+        logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)
+        logratios = logps - reference.logps.sum(-1)
+        self._check_start(logratios.detach(), lengths)
+        options = {"pairs": args.pairs, "label_smoothing": args.label_smoothing}
+        losses = sgpo_loss(
+            logratios,
+            scores,
+            mask,
+            logps=logps,
+            lengths=lengths,
+            beta=args.beta,
+            sft_weight=args.sft_weight,
+            **options,
+        )
+        return losses, self.ranking_metrics(batch, args.beta * logratios.detach())
+
+    def _check_start(self, logratios: Tensor, lengths: Tensor) -> None:
+        """Before its first step the policy is its reference, so the loss of DPO is ln 2: a stale one would show here.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if not self._starts_at_reference or self.state.global_step or not self.model.training:
+            return
+        self._starts_at_reference = False  # once is enough
+        difference = float((logratios.abs() / lengths.clamp(min=1)).max())
+        if difference > agreement(self.model):
+            raise RuntimeError(
+                f"Before the first step the policy differs from its reference by {difference:.2g} per token, so the "
+                "reference is not the checkpoint that the policy starts from."
+            )
+
+    @classmethod
+    def run_stages(cls, args: SGPOConfig, data, model, *, fit, quantization_config=None, peft_config=None) -> None:
+        """All stages from one recipe, in `args.output_dir`; called by scripts/train.py.
+
+        Args:
+            data, model: the launcher's data arguments and TRL's ModelConfig.
+            fit: (trainer, checkpoint or None) trains, and writes everything to the trainer's output folder.
+
+        Raises:
+            ValueError: what cannot be run; a stage of other settings; no row is left.
+        """
+        refuse_unsupported(args, "SGPO")
+        _refuse(args, peft_config, quantization_config)
+        name = model.model_name_or_path
+        keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+
+        def load(start: Path | None) -> tuple:
+            return load_start(name, start, trainable=True, **keywords), peft_config if start is None else None
+
+        def train_dpo(rows: list[dict], start: Path | None, reference: tuple, folder: Path, seed: int) -> None:
+            policy, adapter = load(start)
+            trainer = cls(
+                policy,
+                ref_model=load_start(name, *reference, **keywords) if reference else None,
+                args=_stage_arguments(args, folder, seed),
+                train_dataset=Dataset.from_list(rows),
+                peft_config=adapter,
+                processing_class=load_tokenizer(policy),
+            )
+            fit(trainer, last_checkpoint(folder))
+
+        rows, prompts, held_out, conversations = _read_data(args, data)
+        options = {f"model.{field}": value for field, value in vars(model).items()}
+        run_stages(Run(
+            args, name, rows, prompts, held_out, conversations, load, train_dpo, options, quantization_config,
+        ))  # fmt: skip
+
+
+def _refuse(args: SGPOConfig, peft_config, quantization_config) -> None:
+    if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
+        raise ValueError("use_vllm samples from full models in one process: leave out LoRA and quantisation, or it.")
+    if args.use_vllm:
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            raise ValueError("use_vllm needs vLLM: pip install vllm, or leave it out.") from error
+    for name in ("load_best_model_at_end", "precompute_ref_logps"):
+        if getattr(args, name):
+            raise ValueError(f"{name} does not work with the stages of SGPO: set it to false.")
+
+
+def _stage_arguments(args: SGPOConfig, folder: Path, seed: int) -> SGPOConfig:
+    own = copy.copy(args)
+    own.output_dir, own.seed, own.model_init_kwargs = str(folder), seed, None
+    own.eval_strategy, own.do_eval = "no", False
+    return own
+
+
+def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dict], list[dict] | None]:
+    """Rows of the improver, of the pairs, to measure on, and for supervised fine-tuning; no prompt in two of them."""
+    source = {"source": args.sft_target_source, "as_chat": args.as_chat}
+    with args.main_process_first(desc="reading the data"):
+        held_out = []
+        if data.dataset_test_split:
+            held_out = read_rows(data.dataset_name, data.dataset_test_split, needs_reference=False, **source)
+        rows = read_rows(data.dataset_name, data.dataset_train_split, limit=data.max_train_rows, **source)
+        rows = without(rows, held_out, "improver prompts, which are held out")
+        if args.preference_dataset is None and args.preference_split is None:
+            raise ValueError("preference_split is missing: name the prompts that the pairs are made of.")
+        prompts = read_rows(
+            args.preference_dataset or data.dataset_name, args.preference_split, limit=args.max_preference_rows,
+            needs_reference=args.reference_in_input, **source,
+        )  # fmt: skip
+        prompts = without(prompts, held_out, "preference prompts, which are held out")
+        prompts = without(prompts, rows, "preference prompts, which the improver is trained on")
+        conversations = None
+        if args.sft is not None:
+            options = {"limit": args.sft.get("max_rows"), "repeats": True}
+            conversations = read_rows(args.sft["dataset_name"], args.sft.get("dataset_split"), **options, **source)
+            conversations = without(conversations, held_out, "conversations, which are held out")
+    for what, found in (("improver", rows), ("preference", prompts)):
+        if not found:
+            raise ValueError(f"no {what} prompt is left: its data set has the prompts of the others.")
+    return rows, prompts, held_out, conversations
