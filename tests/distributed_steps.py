@@ -217,7 +217,7 @@ def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
     )  # fmt: skip
     args = em_config(out, **fields | cell.get("settings", {}))
     prepare(args, engine)
-    # 31 rows: neither two processes nor batches of four divide them, in training or in scoring.
+    # The 28 rows are dealt out evenly, their halves (`score_on`) and the batches that are scored are not.
     data = [*opposed_rows(), opposed_rows(seed=5)[0]][:31]
     trainer = trainers.EMDPOTrainer(
         saved_model(folder, len(tokenizer), args), args=args, processing_class=tokenizer,

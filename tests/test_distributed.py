@@ -15,9 +15,14 @@ CHOSEN = {
         "SparsePO, LoRA, checkpointing",
         "RRHF, full",
         "EMDPO, LoRA",
+    ],
+    "fsdp2": [
+        "SWEPO, 9 rows",
+        "SparsePO, full",
+        "InfoNCA, LoRA, checkpointing",
+        "EMDPO, full",
         "SparsePO, LoRA, gone on",
     ],
-    "fsdp2": ["SWEPO, 9 rows", "SparsePO, full", "InfoNCA, LoRA, checkpointing", "EMDPO, full"],
 }
 CASES = [(engine, name) for engine, names in CHOSEN.items() for name in names]
 
