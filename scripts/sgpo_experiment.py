@@ -22,6 +22,7 @@ import train
 from trainers import SGPOConfig, SGPOTrainer
 from trainers.improve.filters import fault
 from trainers.improve.sampling import Sampler
+from trainers.improve.stages import fingerprint
 from trainers.improve.text import improver_prompt
 from trainers.improve.training import pair
 from trainers.loop.journal import read_rows, write_atomic, write_json, write_rows
@@ -164,13 +165,13 @@ class Experiment:
     def _draw(self, name: str, model: Path) -> list[str]:
         prompts = [row["prompt"] for row in self.held_out]
         options = self.args.sampling_options()
-        drawn = self.sampler.draw(self.folder / name, model, prompts, options, 0, settings_hash="experiment")
+        drawn = self.sampler.draw(self.folder / name, model, prompts, options, 0, settings_hash=fingerprint(model))
         return [sample.text for sample in drawn]
 
     def _rewrite(self, name: str, model: Path, rows: list[dict]) -> list[str]:
         asked = [improver_prompt(row["prompt"], row["rejected"]) for row in rows]
         options = self.args.revision_options()
-        drawn = self.sampler.draw(self.folder / name, model, asked, options, 0, settings_hash="experiment")
+        drawn = self.sampler.draw(self.folder / name, model, asked, options, 0, settings_hash=fingerprint(model))
         return [sample.text for sample in drawn]
 
     def _pairs(self, folder: Path) -> dict:
