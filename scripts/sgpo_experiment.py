@@ -23,6 +23,7 @@ from trainers import SGPOConfig, SGPOTrainer
 from trainers.checkpoints import last_checkpoint
 from trainers.improve.filters import fault
 from trainers.improve.sampling import Sampler
+from trainers.improve.stages import fingerprint
 from trainers.improve.text import improver_prompt
 from trainers.improve.training import pair
 from trainers.loop.journal import read_rows, write_atomic, write_json, write_rows
@@ -34,11 +35,13 @@ from trainers.statistics import bootstrap_interval
 
 RECIPE = Path("configs/sgpo/alpaca.yaml")
 WORDS, PROMPT_WORDS = (5, 50), 60  # of the reference answers and prompts that are taken
-RUNS = {  # flags that differ from the recipe, and the stages whose files are the recipe's
-    "reference": (["--reviser", "external", "--reviser_function", "trainers.improve.revisers.reference_answer"],
-                  ("current",)),
-    "no_filter": (["--filter_statistic", "none"], ("current", "targets")),
-}  # fmt: skip
+OF_REFERENCE = ["--reviser", "external", "--reviser_function", "trainers.improve.revisers.reference_answer"]
+# Flags that differ from the recipe; another run, and the stages whose files are the same there.
+RUNS = {
+    "reference": (OF_REFERENCE, "self", ("current",)),
+    "reference, narrow filter": ([*OF_REFERENCE, "--filter_factor", "0.5"], "reference", ("current", "targets")),
+    "no filter": (["--filter_statistic", "none"], "self", ("current", "targets")),
+}
 
 
 def main() -> None:
@@ -54,14 +57,15 @@ def main() -> None:
     experiment.train_on_gold_pairs()
     runs = {"self": base / "round-00"}
     report(experiment, runs)
-    for name, (changes, shared) in RUNS.items():
-        if name == "no_filter" and not dropped_by_fences(base):
+    for name, (changes, source, shared) in RUNS.items():
+        if name == "no filter" and not dropped_by_fences(base):
             print("The fences drop no row, so that a run without a filter is the same run: left out.")
             continue
-        share_stages(base, base.with_name(name), shared)
+        folder = base.with_name(name.replace(", ", "-").replace(" ", "-"))
+        share_stages(base.with_name(source), folder, shared)
         held_out = ["--dataset_test_split", ""]  # measured below, in fewer modes
-        train.main([*flags, *changes, *held_out, "--output_dir", str(base.with_name(name))])
-        runs[name] = base.with_name(name) / "round-00"
+        train.main([*flags, *changes, *held_out, "--output_dir", str(folder)])
+        runs[name] = folder / "round-00"
         report(experiment, runs)
 
 
@@ -162,13 +166,13 @@ class Experiment:
     def _draw(self, name: str, model: Path) -> list[str]:
         prompts = [row["prompt"] for row in self.held_out]
         options = self.args.sampling_options()
-        drawn = self.sampler.draw(self.folder / name, model, prompts, options, 0, settings_hash="experiment")
+        drawn = self.sampler.draw(self.folder / name, model, prompts, options, 0, settings_hash=fingerprint(model))
         return [sample.text for sample in drawn]
 
     def _rewrite(self, name: str, model: Path, rows: list[dict]) -> list[str]:
         asked = [improver_prompt(row["prompt"], row["rejected"]) for row in rows]
         options = self.args.revision_options()
-        drawn = self.sampler.draw(self.folder / name, model, asked, options, 0, settings_hash="experiment")
+        drawn = self.sampler.draw(self.folder / name, model, asked, options, 0, settings_hash=fingerprint(model))
         return [sample.text for sample in drawn]
 
     def _pairs(self, folder: Path) -> dict:

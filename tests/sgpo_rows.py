@@ -1,10 +1,15 @@
 """A tiny model and rows for tests of SGPO's stages, and the command line that runs them."""
 
 import json
+from functools import cache
 
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
+import train
 from helpers import family_tokenizer, tiny_llama
+from trainers.loop.journal import read_rows
 
 PROMPTS = [
     "what is the capital", "say something", "how was the day", "where is the dog", "the quick", "a friend said",
@@ -41,3 +46,43 @@ def arguments(inputs, output, **changes):
         if value is not None
         for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
     ]
+
+
+def vowels(prompts, completions, *, reference, **columns):
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts]
+
+
+def command(inputs, output, **changes):
+    sft = {"dataset_name": str(inputs / "rows.jsonl"), "dataset_split": "train[:5]", "learning_rate": 0.01}
+    options = {"sft": sft, "scorer": "sgpo_rows.vowels"} | changes
+    return arguments(inputs, output, **options)
+
+
+@cache
+def finished_run(parent):
+    """(inputs, output) of one whole run, made once for all test files."""
+    parent.mkdir()
+    inputs = write_inputs(parent)
+    train.main(command(inputs, parent / "finished"))
+    return inputs, parent / "finished"
+
+
+def rows(folder, stage, name="rows.jsonl.gz"):
+    return read_rows(folder / "round-00" / stage / name)
+
+
+def manifest(folder, stage):
+    return json.loads((folder / "round-00" / stage / "manifest.json").read_text())
+
+
+def weights(folder):
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def history(folder, stage):
+    return json.loads((folder / f"round-00/{stage}/model/trainer_state.json").read_text())["log_history"]

@@ -28,7 +28,7 @@ def test_runs_share_stages_and_the_tables_hold_every_policy(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["sgpo_experiment.py", "--data", str(data)])
     sgpo_experiment.main()
     results = json.loads((tmp_path / "runs/results.json").read_text())
-    assert list(results["improvers"]) == ["self", "reference", "no_filter"] and len(results["policies"]) == 7
+    assert list(results["improvers"]) == ["self", *sgpo_experiment.RUNS] and len(results["policies"]) == 9
     found = results["policies"]["self: after DPO"]
     assert found["gain"]["mean"] == pytest.approx(found["rouge_l"]["mean"] - results["start"]["rouge_l"]["mean"])
     assert found["reference_logp_gain"]["count"] == 6 and found["prompts"] == 6

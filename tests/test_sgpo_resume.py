@@ -1,0 +1,220 @@
+"""SGPO killed with signal 9 in every stage, in stages and in two processes; refusal to mix settings."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+import train
+from sgpo_rows import command, finished_run, history, manifest, rows, same, weights
+from trainers.forward import cache, reference_pass
+from trainers.improve import revisers
+from trainers.improve.config import STAGES
+from trainers.improve.pipeline import STEPS
+from trainers.improve.stages import Stage
+from trainers.loop import collect
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp() / "sgpo")[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp() / "sgpo")[1]
+
+
+# Resuming.
+
+
+def die_after(function, count, matches):
+    left = [count]
+
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        left[0] -= bool(matches(*args))
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return wrapped
+
+
+def run_and_die(argv, patch):
+    """Runs the launcher in a forked process that kills itself with signal 9."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        try:
+            patch()
+            train.main(argv)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def in_journal(part, count=1):
+    def patch():
+        append = die_after(collect.append_records, count, lambda path, _: part in str(path))
+        collect.append_records = revisers.append_records = append
+
+    return patch
+
+
+def in_training(count):
+    def patch():
+        step = transformers.Trainer.training_step
+        transformers.Trainer.training_step = die_after(step, count, lambda *args: True)
+
+    return patch
+
+
+def in_filter():
+    reference_pass.WRITE_EVERY = 1
+    cache._write = die_after(cache._write, 1, lambda *args: True)
+
+
+def before_manifest(name):
+    def patch():
+        finish = Stage.finish
+
+        def wrapped(self, counts):
+            if self.folder.name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(self, counts)
+
+        Stage.finish = wrapped
+
+    return patch
+
+
+def assert_same_run(found, expected):
+    for name in STAGES:
+        one, other = manifest(found, name), manifest(expected, name)
+        assert one == other, name
+    for path in expected.glob("round-00/*/*.jsonl.gz"):
+        assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
+    for name in ("sft", "improver", "dpo"):
+        path = f"round-00/{name}/model"
+        assert same(weights(found / path), weights(expected / path))
+    assert same(weights(found), weights(expected))
+
+
+def test_survives_kill_9_in_every_stage(inputs, finished, tmp_path):
+    argv = command(inputs, tmp_path)
+    kills = [
+        ("sft", in_training(3)), ("before", before_manifest("before")), ("current", in_journal("current/samples")),
+        ("targets", in_journal("targets/samples")), ("filter", in_filter), ("filter", before_manifest("filter")),
+        ("improver", in_training(3)), ("improver", before_manifest("improver")),
+        ("pairs", in_journal("pairs/rejected")), ("pairs", in_journal("pairs/chosen")), ("dpo", in_training(3)),
+        ("measure", in_journal("measure/policy/rejected")), ("measure", in_journal("policy-scores")),
+    ]  # fmt: skip
+    for stage, patch in kills:
+        run_and_die(argv, patch)
+        done = [name for name in STAGES if (tmp_path / "round-00" / name / "manifest.json").exists()]
+        assert done == list(STAGES[: STAGES.index(stage)])
+        for journal in tmp_path.glob(f"round-00/{stage}/**/*.jsonl"):
+            with open(journal, "ab") as file:
+                file.write(b'{"prompt": 3, "ind')  # half a line, as a kill amid a write leaves it
+    train.main(argv)
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_stages_run_one_at_a_time_give_the_same(inputs, finished, tmp_path, capsys):
+    with pytest.raises(
+        ValueError, match="stage='pairs' is not the next one: .*sft is not done. Run stage sft, or all"
+    ):
+        train.main(command(inputs, tmp_path, stage="pairs"))
+    for name in STAGES:
+        train.main(command(inputs, tmp_path, stage=name))
+        assert (tmp_path / "round-00" / name / "manifest.json").exists()
+        assert not (tmp_path / "model.safetensors").exists()
+    train.main(command(inputs, tmp_path, stage="dpo"))
+    assert "there is no dpo left to run" in capsys.readouterr().out
+    assert_same_run(tmp_path, finished)
+
+
+def test_finished_stages_are_not_done_again(inputs, finished, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()}
+    monkeypatch.setattr("trainers.improve.pipeline.STEPS", _refusing())
+    train.main(command(inputs, finished))
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()} == before
+
+
+def _refusing():
+    def refuse(*args):
+        raise AssertionError("a stage was done again")
+
+    return {name: step._replace(work=refuse) for name, step in STEPS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_make_the_same_data(inputs, tmp_path):
+    """Samples, targets and filter do not depend on the number of processes; training sees other batches."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    train.main(command(inputs, single, sft=None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+              str(ROOT / "scripts" / "train.py"), *command(inputs, double, sft=None)]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("before", "current", "targets", "filter"):
+        assert rows(double, name) == rows(single, name)
+    journals = [double / f"round-00/current/samples/samples-0000{rank}.jsonl" for rank in (0, 1)]
+    assert all(path.read_text() for path in journals)
+    assert history(double, "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert manifest(double, "measure")["counts"]["policy_scorer_win_rate"] >= 0
+
+
+# Refusal to mix.
+
+
+def test_other_settings_are_refused_by_name(inputs, finished, monkeypatch):
+    for changes, message in [
+        ({"beta": 0.2}, r"dpo/settings.json .*\(beta: 0.1 there, 0.2 now\)"),
+        ({"revision": {"temperature": 0.9}}, r"targets/settings.json .*\(revision.temperature: 0.7 there, 0.9 now\)"),
+        ({"seed": 4}, r"seed: 3 there, 4 now"),
+        ({"improver": {"learning_rate": 0.02, "num_train_epochs": 2}}, r"improver.learning_rate: 0.01 there"),
+        ({"filter_factor": 2.0}, r"filter/settings.json .*filter_factor: 1.5 there, 2.0 now"),
+        ({"preference_split": "train[5:9]"}, r"pairs/settings.json .*preference prompts"),
+        ({"per_device_train_batch_size": 2}, r"sft/settings.json .*per_device_train_batch_size: 1 there, 2 now"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.main(command(inputs, finished, **changes))
+    monkeypatch.setattr("trainers.improve.text.IMPROVER_V1", "Better: {prompt} {response}")
+    with pytest.raises(ValueError, match=r"filter/settings.json .*\(template: "):
+        train.main(command(inputs, finished))
+
+
+def test_another_model_and_changed_files_are_refused(inputs, finished, tmp_path):
+    other = shutil.copytree(inputs, tmp_path / "inputs")
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((other / "model/config.json").read_text())
+    (other / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    with pytest.raises(ValueError, match=r"sft/settings.json .*model files: "):
+        train.main(command(inputs, run, model_name_or_path=other / "model"))
+    pairs = run / "round-00/pairs/rows.jsonl.gz"
+    pairs.write_bytes(pairs.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="pairs/rows.jsonl.gz was changed after the stage had ended"):
+        train.main(command(inputs, run))
+
+
+def test_settings_that_change_nothing_are_not_compared(inputs, finished):
+    train.main(command(inputs, finished, logging_steps=3, save_steps=5, sampling={
+        "max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}))  # fmt: skip
