@@ -26,6 +26,7 @@ from .forward.cache import LogpsCache, reference_fingerprint, reference_paramete
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, ReferenceTable
 from .forward.run import Forward, Runner
+from .forward.safe_files import refuse_pickled_code
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(ref_model, str):
             ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
-            processing_class = policies.load_tokenizer(model, revision)
+            processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         policies.set_pad_token(processing_class, args.pad_token)
         train_dataset = self._prepare_rows(train_dataset, processing_class, args)
         eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
@@ -371,7 +371,13 @@ class PreferenceTrainer(Trainer):
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
 
-    # Saving.
+    # Going on, and saving.
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Like `Trainer.train`; a checkpoint whose files would run code is refused before one is opened."""
+        if isinstance(resume_from_checkpoint, str):
+            refuse_pickled_code(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, **kwargs):
         """The Trainer's card, tagged and headed with the method, its paper and the data."""
