@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -209,6 +210,12 @@ def _check_config(argv: list[str]) -> None:
     path = "".join(argv[argv.index("--config") + 1 :][:1])
     if not Path(path).is_file():
         raise ValueError(f"--config {path} does not exist: name a YAML file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is no YAML of plain values: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no fields: write one `name: value` per line.")
 
 
 def _is_finished(args, checkpoint: str) -> bool:
@@ -235,6 +242,8 @@ def _checkpoint(args) -> str | None:
         raise ValueError(
             f"resume_from_checkpoint={wanted!r} is not a folder: name a checkpoint, or true for the last."
         )
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={wanted!r} was not saved to its end: name another, or true.")
     return wanted
 
 

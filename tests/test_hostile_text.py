@@ -1,4 +1,4 @@
-"""Odd text that is valid: it reaches the tokens as it is, special tokens in it are counted, and the loss stays finite."""
+"""Odd text that is valid reaches the tokens as it is, special tokens in it are counted, the loss stays finite."""
 
 import logging
 
@@ -108,9 +108,8 @@ def test_messages_reach_the_tokens_as_the_template_writes_them(name, family, tok
 def test_special_tokens_in_a_message_are_counted_and_said(family, text, place, tokenizers, caplog):
     tokenizer = tokenizers[family]
     plain = chat("say it", "the dog", "a fox")
-    row = (
-        chat(f"say {text} it", "the dog", "a fox") if place == "prompt" else chat("say it", f"the {text} dog", "a fox")
-    )
+    prompt, response = (f"a {text} b" if place == side else "a b" for side in ("prompt", "response"))
+    row = chat(prompt, response, "a fox")
     dataset, report = tokenised(tokenizer, plain, row)
     assert report.notes == {CONTROL_NOTE: 1}
     # What becomes of them is what the model would see at inference.
@@ -139,8 +138,8 @@ def test_written_templates_keep_their_special_tokens_in_plain_text(tokenizers):
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_huge_response_is_cut_and_counted_and_a_huge_prompt_dropped(name, tokenizers):
-    row = {"prompt": "say: ", "responses": [TEXTS[name], "dog"], "scores": [1.0, 2.0]}
-    dataset, report = tokenised(tokenizers["text"], row, {**row, "prompt": TEXTS[name] + " "}, max_length=64)
+    row = {"prompt": "say:", "responses": [TEXTS[name], " dog"], "scores": [1.0, 2.0]}
+    dataset, report = tokenised(tokenizers["text"], row, {**row, "prompt": TEXTS[name] + ":"}, max_length=64)
     assert len(dataset) == 1 and len(dataset[0]["prompt_ids"] + dataset[0]["response_ids"][0]) == 64
     assert report.notes == {"responses truncated to fit max_length": 1}
     assert report.reasons == {"prompt fills max_length and leaves no room for a response": 1}

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -30,10 +31,23 @@ def load_policy(
             refuse_pickled_weights(model)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        return _loaded(model, kwargs)
     for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
         if value:
             raise ValueError(f"{name} has no effect on a model that is already loaded: pass the model as a path.")
+    return model
+
+
+def _loaded(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model with all of its weights: `from_pretrained` alone draws those at random that it does not find."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} cannot be read ({error}): copy the files anew.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"The weights of {path} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
+        )
     return model
 
 
