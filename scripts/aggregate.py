@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from trainers import load_preferences
 from trainers.em.aggregate import Arena, Player, compare
@@ -98,7 +98,7 @@ def train_one(arena: Arena, weights: list[float], folder: Path, args: AggregateA
     prompt_ids = encode_prompts(arena.tokenizer, arena.prompts)
     rows = mixture_samples([arena.samples(p) for p in arena.types], prompt_ids, np.array(weights), seed=args.seed)
     distill(
-        arena.load(Player("reference", None)), AutoTokenizer.from_pretrained(arena.run), rows, folder,
+        arena.load(Player("reference", None)), arena.tokenizer, rows, folder,
         learning_rate=args.distill_learning_rate, num_train_epochs=args.distill_epochs,
         per_device_train_batch_size=args.distill_batch_size, seed=args.seed,
         use_cpu=arena.accelerator.device.type == "cpu", disable_tqdm=False,

@@ -158,7 +158,7 @@ class Data:
     def __init__(self, arguments: CompareArguments):
         self.folder, base = Path(arguments.output_dir), arguments.base
         self.samples = SampleOptions.parse(arguments.samples)
-        self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"])
+        self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"], trust_remote_code=False)
         policies.set_pad_token(self.tokenizer, base.get("pad_token"))
         rows = load_preferences(
             arguments.dataset_name,

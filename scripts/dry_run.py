@@ -61,7 +61,7 @@ def describe(
     """
     plan = read_plan(data.accelerate_config) if data.accelerate_config else plan_from_environment(os.environ)
     model = build_model(model_args, args, plan)
-    tokenizer = policies.load_tokenizer(model)
+    tokenizer = policies.load_tokenizer(model, args.model_init_kwargs)
     policies.set_pad_token(tokenizer, args.pad_token)
     splits, reports = {}, []
     for name in ("train", "test"):
@@ -104,7 +104,7 @@ def describe(
 
 def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
     """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
-    options = {"revision": model_args.model_revision, **(args.model_init_kwargs or {})}
+    options = {"trust_remote_code": False, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     dtype = options.pop("dtype", model_args.dtype)
     options.pop("attn_implementation", None)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
@@ -114,8 +114,7 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
         unset_hf_deepspeed_config()  # or transformers would shard a model that has no storage
     attention = _attention(model_args, args)
     keywords = {"attn_implementation": attention} if attention in KNOWN_ATTENTION else {}
-    if "trust_remote_code" in options:
-        keywords["trust_remote_code"] = options["trust_remote_code"]
+    keywords["trust_remote_code"] = options["trust_remote_code"]
     with torch.device("meta"):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)

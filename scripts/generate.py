@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trainers.forward.safe_files import SAFE, refuse_pickled_weights
 from trainers.loop.collect import (
     check_settings,
     collect_samples,
@@ -157,9 +158,10 @@ def generate(args: GenerateArguments, accelerator: Accelerator) -> dict:
     folder = open_folder(parts_path(args.output), settings, accelerator)
 
     def load_policy():
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        refuse_pickled_weights(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **SAFE)
         return model.to(accelerator.device), tokenizer
 
     def load_scorers():

@@ -256,9 +256,12 @@ def _merge(files: list[str], folder: str) -> str:
     for path in files:
         if not Path(path).is_file():
             raise ValueError(f"--config {path} does not exist: name a YAML file.")
-        content = yaml.safe_load(Path(path).read_text())
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {path} is no YAML of plain values: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"--config {path} is not a YAML mapping: write `field: value` lines.")
+            raise ValueError(f"--config {path} is not a YAML mapping: write one `field: value` per line.")
         merged |= content
     one = Path(folder, "config.yaml")
     one.write_text(yaml.safe_dump(merged, sort_keys=False))
@@ -297,6 +300,8 @@ def _checkpoint(args, trainer_class: type[PreferenceTrainer]) -> str | None:
         raise ValueError(
             f"resume_from_checkpoint={wanted!r} is not a folder: name a checkpoint, or true for the last."
         )
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={wanted!r} was not saved to its end: name another, or true.")
     return wanted
 
 

@@ -25,6 +25,7 @@ from .forward import policy as policies
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
+from .forward.safe_files import refuse_pickled_code
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(ref_model, str):
             ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
-            processing_class = policies.load_tokenizer(model, revision)
+            processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         policies.set_pad_token(processing_class, args.pad_token)
         train_dataset = self._prepare_rows(train_dataset, processing_class, args)
         eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
@@ -370,6 +370,7 @@ class PreferenceTrainer(Trainer):
                     "Leave it out to begin at step 0."
                 )
         if resume_from_checkpoint:
+            refuse_pickled_code(resume_from_checkpoint)
             self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint or None, *arguments, **keywords)
 

@@ -1,6 +1,7 @@
 """Options that every method shares."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,8 +94,7 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
-            if isinstance(getattr(self, name), str):  # JSON from the command line
-                setattr(self, name, json.loads(getattr(self, name)))
+            setattr(self, name, _keywords(name, getattr(self, name)))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: it would remove the prompts and responses.")
         if self.layout not in LAYOUTS:
@@ -107,16 +107,46 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt and a response: use 2 or more."
             )
-        for name in ("max_tokens_per_batch", "ref_tokens_per_batch"):
+        for name in ("max_tokens_per_batch", "ref_tokens_per_batch", "dataset_num_proc", "pad_to_multiple_of"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.ref_cache_dir is None:
             self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")
-        if self.output_dir is not None and Path(self.output_dir).expanduser().is_file():
-            raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be a finite number that is not negative.")
+        if self.output_dir is not None:
+            _check_folder("output_dir", self.output_dir)
         super().__post_init__()
 
     @property
     def demands(self) -> Demands:
         """What `--dry_run` must reckon with."""
         return Demands()
+
+
+def _keywords(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Keywords from JSON, as the command line gives them."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} is no JSON ({error}): give an object such as {{}}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give an object such as {{}}.")
+    return value
+
+
+def _check_folder(name: str, value: str) -> None:
+    """Raises ValueError for what is no folder and cannot become one."""
+    try:
+        if "\0" in value:
+            raise ValueError("a null character")
+        path = Path(value).expanduser()
+        blocked = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists() or p.is_file()), None)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links
+        raise ValueError(f"{name}={value!r} can be no folder ({error}): name another.") from error
+    if not value:
+        raise ValueError(f"{name} is empty: name a folder.")
+    if blocked is not None:
+        kind = "a file" if blocked.is_file() else "a link that leads nowhere"
+        raise ValueError(f"{name}={value!r}: {blocked} is {kind}: name a folder.")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from .drops import (
@@ -261,10 +260,7 @@ def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, An
     sample = list(islice((row for row, _ in results if row is not None), FEATURE_SAMPLE))
     if not sample:
         return {"prompt": Value("string"), "responses": List(Value("string")), "scores": List(Value("float64"))}
-    try:
-        inferred = dict(Dataset.from_list(sample).features)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise ValueError(f"a column of the first rows mixes types ({error}); give one type in every row.") from error
+    inferred = {name: _inferred(name, [row.get(name) for row in sample]) for name in sample[0]}
     features = _without_null(inferred, _message_fields(source))
     own = ("prompt", "responses", "scores", "weight")
     for name in features.keys() & source.keys() - set(own):
@@ -274,6 +270,15 @@ def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, An
     if "weight" in features:
         features["weight"] = Value("float64")
     return features
+
+
+def _inferred(name: str, values: list) -> Any:
+    try:
+        return Dataset.from_dict({name: values}).features[name]
+    except Exception as error:  # whatever Arrow, or the values' own code, raises
+        raise ValueError(
+            f"column {name!r} of the first rows fits into no table ({error}); give plain values of one type."
+        ) from error
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -1,28 +1,21 @@
 """Read preference data from the hub, a folder or a file."""
 
-import gzip
 import importlib
-import io
-import json
 import logging
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TextIO
 
-import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from .canonical import Adapter, canonical_stream, canonicalize
 from .drops import is_first_process
+from .files import SUFFIXES, explained, mixed_columns, read_file
 from .formats import FORMATS, known_formats, recognise
-from .rows import to_canonical
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OPTIONAL = ("weight", "annotator")
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_preferences(
@@ -59,6 +52,7 @@ def load_preferences(
     """
     adapter = _find_adapter(data_format)
     source = read_dataset(str(name_or_path), split or "train", {**kwargs, "streaming": True} if streaming else kwargs)
+    _refuse_mixed(source, str(name_or_path))
     if max_rows is not None:
         source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
     if adapter is None:
@@ -81,6 +75,12 @@ def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     return _recognised(read_dataset(str(name_or_path), split or "train", kwargs), str(name_or_path))
 
 
+def _refuse_mixed(source: Dataset | IterableDataset, title: str) -> None:
+    read = {"prompt", "responses", "scores"}.union(*(found.columns | found.beside for found in FORMATS.values()))
+    if mixed := [name for name in mixed_columns(source) if name in read]:
+        raise ValueError(f"column {mixed[0]!r} of {title} mixes types; give the same type in every row.")
+
+
 def _warn_of_misspellings(columns: list[str]) -> None:
     """Any further column is carried along, so a misspelled optional one would be ignored without a word."""
     for name in columns:
@@ -89,66 +89,25 @@ def _warn_of_misspellings(columns: list[str]) -> None:
             logger.warning("Column %r is not used: did you mean %r?", name, near[0])
 
 
-def read_dataset(name_or_path: str, split: str, kwargs: dict | None = None) -> Dataset:
+def read_dataset(name_or_path: str, split: str, kwargs: dict | None = None) -> Dataset | IterableDataset:
     """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`."""
     kwargs = kwargs or {}
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return _read_file(path, split, kwargs)
-    if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _pick_split(load_from_disk(str(path)), split)
-        return load_dataset(str(path), split=split, **kwargs)
+    try:
+        path = Path(name_or_path).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a null character
+        raise FileNotFoundError(f"{name_or_path!r} can be no path ({error}); give an existing one.") from error
+    if is_file:
+        return read_file(path, split, kwargs)
+    if is_folder:
+        with explained(path):
+            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+                saved = _pick_split(load_from_disk(str(path)), split)
+                return saved.to_iterable_dataset() if kwargs.get("streaming") else saved
+            return load_dataset(str(path), split=split, **kwargs)
     if _looks_like_path(name_or_path):
         raise FileNotFoundError(f"no file or folder {name_or_path!r}; give an existing path or a hub id 'owner/name'.")
     return load_dataset(name_or_path, split=split, **kwargs)
-
-
-def _read_file(path: Path, split: str, kwargs: dict) -> Dataset:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in SUFFIXES:
-        raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: give a file with at least one row.")
-    if suffix == ".parquet" and path.suffix == ".gz":  # datasets does not unpack this combination
-        table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
-        return _pick_split(DatasetDict(train=Dataset(table)), split)
-    try:
-        dataset = load_dataset(SUFFIXES[suffix], data_files=str(path), split=split, **kwargs)
-    except DatasetGenerationError as error:
-        if suffix != ".parquet":
-            _find_json_fault(path)
-        raise ValueError(f"cannot read {path.name!r}: {error.__cause__ or error}") from error
-    mixed = [name for name, feature in dataset.features.items() if "Json(" in repr(feature)]
-    if suffix != ".parquet" and mixed:
-        # datasets reads a column of mixed types as raw JSON, which turns the text "2" into the number 2
-        _find_json_fault(path)
-        if {"prompt", "responses", "scores", "chosen", "rejected"} & set(mixed):
-            raise ValueError(f"column {mixed[0]!r} of {path.name!r} mixes types; give the same type in every row.")
-    return dataset
-
-
-def _find_json_fault(path: Path) -> None:
-    """Raise for the first faulty row of a JSON Lines file, which the Arrow reader does not name."""
-    with _open_text(path) as lines:
-        for index, line in enumerate(line for line in lines if line.strip()):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if index == 0:
-                    return  # not JSON Lines: one JSON value over many lines
-                raise ValueError(f"row {index} of {path.name!r} is not valid JSON: {error}.") from error
-            if not isinstance(row, dict):
-                return
-            if "responses" in row:
-                try:
-                    to_canonical(row)
-                except ValueError as error:
-                    raise ValueError(f"row {index} of {path.name!r}: {error}") from error
-
-
-def _open_text(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _pick_split(data: Dataset | DatasetDict, split: str) -> Dataset:
@@ -201,5 +160,5 @@ def _find_adapter(data_format) -> Adapter | None:
         raise ValueError(f"unknown data_format {data_format!r}; set it to 'auto' or to {known_formats()}.")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"data_format {data_format!r} cannot be imported: {error}.") from error

@@ -150,7 +150,7 @@ def as_list(value, name: str) -> list:
 
 def checked_text(value, name: str):
     if value is None or isinstance(value, str):
-        return value
+        return encodable(value, name)
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise ValueError(f"{name!r} is {describe(value)}; give text or a list of messages.")
@@ -159,6 +159,7 @@ def checked_text(value, name: str):
             raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
             raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
+        encodable(message["role"], name), encodable(message["content"], name)
     return messages
 
 
@@ -167,7 +168,26 @@ def checked_number(value, name: str) -> float | None:
         return None
     if not isinstance(value, Real):
         raise ValueError(f"{name!r} is {describe(value)}; give a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond every float
+        return math.inf if value > 0 else -math.inf
+
+
+def encodable(text: str | None, name: str) -> str | None:
+    """The text itself.
+
+    Raises:
+        ValueError: it holds half a surrogate pair, which no tokenizer and no file takes.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} holds half a character, {ascii(text[error.start])} at position {error.start}, that cannot be "
+            "encoded; repair the text, or leave it out."
+        ) from error
+    return text
 
 
 def describe(value) -> str:
@@ -177,7 +197,7 @@ def describe(value) -> str:
 
 def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:
     if type(chosen) is not type(rejected):
-        raise ValueError("'chosen' and 'rejected' must both be text or both be messages if there is no 'prompt'.")
+        raise ValueError("'chosen' is text and 'rejected' messages, or the reverse; give a 'prompt', or both alike.")
     if not chosen or not rejected or chosen[0] != rejected[0]:
         raise Drop("chosen and rejected share no prompt")
     if isinstance(chosen, str) and (chosen.startswith(rejected) or rejected.startswith(chosen)):

@@ -5,6 +5,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 """
 
 import logging
+import re
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -36,6 +37,7 @@ CUT_WARNING = (
     "boundary, or use a chat template that writes the prompt the same way in both cases. Shown once; the report "
     "counts the rows."
 )
+CONTROL_NOTE = "rows with special tokens in the text of a message, which the chat template lets through as such"
 
 
 def tokenize_row(
@@ -72,7 +74,8 @@ def tokenize_dataset(
     """Tokenise canonical rows, and count what is dropped or truncated.
 
     Messages go through the chat template, which writes its own BOS and end-of-turn tokens; nothing is added to what it
-    gives. Text is tokenised as it is, and EOS is added unless the response ends with it. Each response is truncated to
+    gives. Special tokens inside the text of a message become what they say, as at inference; such rows are counted.
+    Text is tokenised as it is, and EOS is added unless the response ends with it. Each response is truncated to
     `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
     tokenised and only truncated, together with their per-token columns (K lists as long as the responses). Scalar
     columns and lists of numbers are carried over, other columns are not.
@@ -186,9 +189,11 @@ def _tokenize_rows(
         for i, row in enumerate(rows):
             _check_token_row(row, first_index + i)
         return [(*_fit(row, max_length), None) for row in rows]
+    control = None
     if isinstance(rows[0]["prompt"], str):
         encoded = _encode_text(rows, tokenizer)
     else:
+        control = _control_tokens(tokenizer)
         encoded = _encode_chat(rows, tokenizer, template_kwargs, first_index)
     results = []
     for row, (prompt_ids, full_ids) in zip(rows, encoded, strict=True):
@@ -196,8 +201,19 @@ def _tokenize_rows(
         tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
         out, reasons = _fit(tokenised, max_length)
         cut = tokenizer.decode(prompt_ids[n:]) if n < len(prompt_ids) else None
-        results.append((out, reasons if cut is None else [*reasons, f"note: {CUT_NOTE}"], cut))
+        notes = [] if cut is None else [f"note: {CUT_NOTE}"]
+        if control and any(
+            control.search(m["content"] or "") for text in [row["prompt"], *row["responses"]] for m in text
+        ):
+            notes.append(f"note: {CONTROL_NOTE}")
+        results.append((out, [*reasons, *notes], cut))
     return results
+
+
+def _control_tokens(tokenizer) -> re.Pattern | None:
+    """Finds special tokens in a text: written by a user they end a turn or begin another."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 def _encode_text(rows: list[Row], tokenizer) -> list[tuple[list[int], list[list[int]]]]:

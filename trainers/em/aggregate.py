@@ -66,7 +66,7 @@ class Arena:
         self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
         self.accelerator, self.processes = accelerator, Processes()
         self.mixture = read_json(self.run / MIXTURE)
-        self.tokenizer = AutoTokenizer.from_pretrained(run)
+        self.tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         self.types = [Player(f"type-{k}", self.run / path) for k, path in enumerate(self.mixture["policies"])]
 
     def load(self, player: Player):

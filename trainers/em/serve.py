@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..data import PreferenceCollator
 from ..forward.policy import base_model
 from ..forward.run import Runner
+from ..forward.safe_files import refuse_pickled_weights
 from ..loop.start import load_start
 from .tables import MIXTURE, read_json
 
@@ -66,7 +67,7 @@ class MixturePolicy:
         else:
             models = [load_start(found["base"], path, init_kwargs=kwargs).to(device).eval() for path in paths]
         weights = found["weights"] if weights is None else weights
-        return cls(models, weights, AutoTokenizer.from_pretrained(folder), seed=seed)
+        return cls(models, weights, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), seed=seed)
 
     def policy(self, k: int) -> nn.Module:
         """The policy of type k; with adapters the one model with that adapter active."""
@@ -129,6 +130,8 @@ class MixturePolicy:
 
 
 def _with_adapters(base: PreTrainedModel, paths: list[Path]) -> PeftModel:
+    for path in paths:
+        refuse_pickled_weights(path)
     model = PeftModel.from_pretrained(base, str(paths[0]), adapter_name="type-0")
     for k, path in enumerate(paths[1:], 1):
         model.load_adapter(str(path), adapter_name=f"type-{k}")

@@ -4,10 +4,13 @@ import logging
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import disable_dropout_in_model
+
+from .safe_files import SAFE, refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
 
@@ -17,17 +20,34 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A model given as a path or hub id is loaded; one given as an instance is taken as it is.
 
+    Only safetensors are read, and no code from the model's folder runs, unless `init_kwargs` say otherwise.
+
     Raises:
-        ValueError: loading options were given for a model that is already loaded.
+        ValueError: loading options were given for a model that is already loaded, or its weights are pickles.
     """
     if isinstance(model, str):
-        kwargs = dict(init_kwargs or {})
+        kwargs = {**SAFE, **(init_kwargs or {})}
+        if kwargs["use_safetensors"]:
+            refuse_pickled_weights(model)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        return _loaded(model, kwargs)
     for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
         if value:
             raise ValueError(f"{name} has no effect on a model that is already loaded: pass the model as a path.")
+    return model
+
+
+def _loaded(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model with all of its weights: `from_pretrained` alone draws those at random that it does not find."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} cannot be read ({error}): copy the files anew.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"The weights of {path} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
+        )
     return model
 
 
@@ -91,8 +111,10 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
-def load_tokenizer(model: PreTrainedModel | PeftModel, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the model.
+def load_tokenizer(
+    model: PreTrainedModel | PeftModel, init_kwargs: dict[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model; `init_kwargs` are those that the model was loaded with.
 
     Raises:
         ValueError: the model has no path to read a tokenizer from.
@@ -100,7 +122,10 @@ def load_tokenizer(model: PreTrainedModel | PeftModel, revision: str | None = No
     path = base_model(model).config.name_or_path
     if not path:
         raise ValueError("The model has no path to load a tokenizer from: pass processing_class=<tokenizer>.")
-    return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    kwargs = init_kwargs or {}
+    return AutoTokenizer.from_pretrained(
+        path, revision=kwargs.get("revision") or "main", trust_remote_code=kwargs.get("trust_remote_code", False)
+    )
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from .safe_files import SAFE
+
 REFERENCE_ADAPTER = "reference"
 
 
@@ -111,4 +113,4 @@ def _frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
             "Under ZeRO-3 the reference is read from the policy's path, but this model has none: pass the model as a "
             "path or hub id, or pass ref_model."
         )
-    return AutoModelForCausalLM.from_pretrained(path, dtype=policy.dtype)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=policy.dtype, **SAFE)

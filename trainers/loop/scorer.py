@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ..forward.safe_files import SAFE, refuse_pickled_weights
+
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[..., list[float]]
@@ -109,8 +111,9 @@ class RewardModelScorer:
     def __init__(self, name: str, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None):
         self.name, self.batch_size = name, batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto")
+        refuse_pickled_weights(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", **SAFE)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"Reward model {name} has {model.config.num_labels} outputs, but a score is one number: use a model "

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ..checkpoints import remove_incomplete_checkpoints
 from ..forward import policy as policies
+from ..forward.safe_files import refuse_pickled_weights
 from .processes import Processes, free_memory
 
 
@@ -19,6 +20,7 @@ def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantizatio
     if start is None or not (start / "adapter_config.json").exists():
         return policies.load_policy(str(start or model), **keywords)
     base = policies.load_policy(model, **keywords)
+    refuse_pickled_weights(start)
     return PeftModel.from_pretrained(base, str(start), is_trainable=trainable)
 
 
@@ -31,7 +33,7 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
     init_kwargs = {**(args.model_init_kwargs or {})}
     init_kwargs |= {} if dtype is None else {"dtype": dtype}
     policy = load_start(model, start, init_kwargs=init_kwargs, quantization_config=quantization_config)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=init_kwargs.get("trust_remote_code", False))
     policies.set_pad_token(tokenizer, args.pad_token)
     if quantization_config is not None:
         return policy, tokenizer

@@ -4,7 +4,7 @@ import re
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, number, records, text, user
+from .fields import assistant, carried, flag, number, records, text, user
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 LAST = "\n\nAssistant:"
@@ -45,8 +45,8 @@ def nectar(row: Row) -> Row:
         "prompt": _turns(prompt),
         "responses": [[assistant(text(answer, "answer"))] for answer in answers],
         "scores": [None if rank is None else -rank for rank in ranks],
-        "models": [answer.get("model") for answer in answers],
-        "good_natured": row.get("good_natured"),
+        "models": [carried(answer, "model") for answer in answers],
+        "good_natured": flag(row, "good_natured"),
     }
 
 

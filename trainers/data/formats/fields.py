@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from ..rows import Row, as_list, checked_number, describe
+from ..rows import Row, as_list, checked_number, describe, encodable
 
 
 def user(content: str | None) -> dict:
@@ -21,8 +21,37 @@ def text(row: Row, name: str) -> str | None:
     """
     value = row[name]
     if value is None or isinstance(value, str):
-        return value
+        return encodable(value, name)
     raise ValueError(f"{name!r} is {describe(value)}; give text.")
+
+
+def carried(row: Row, name: str) -> str | None:
+    """The text in a field that may be absent: it is kept beside the row and not used."""
+    return text(row, name) if name in row else None
+
+
+def key(row: Row, name: str) -> str:
+    """The text in a field that may not be empty.
+
+    Raises:
+        ValueError: it is.
+    """
+    value = text(row, name)
+    if not value:
+        raise ValueError(f"{name!r} is empty; give every row one.")
+    return value
+
+
+def flag(row: Row, name: str) -> bool:
+    """The truth value in a field; false where it is null or absent.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    value = row.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ValueError(f"{name!r} is {describe(value)}; give true or false.")
 
 
 def number(row: Row, name: str) -> float | None:
@@ -74,7 +103,7 @@ def in_groups(rows: Iterable[Row], name: str) -> Iterator[list[Row]]:
     """
     seen = set()
     for run in in_runs(rows, name):
-        value = text(run[0], name)
+        value = key(run[0], name)
         if value in seen:
             raise ValueError(
                 f"the rows with {name} {value!r} do not follow each other (the others lie before this row); sort the "

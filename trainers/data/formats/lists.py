@@ -4,7 +4,7 @@ import re
 
 from ..drops import Drop
 from ..rows import Row, checked_text
-from .fields import assistant, items, number, same_length, text, user
+from .fields import assistant, carried, items, number, same_length, text, user
 
 PLACEHOLDER = "N/A"
 
@@ -28,7 +28,7 @@ def _lists(row: Row, responses: str, scores: str) -> Row:
         "prompt": [user(text(row, "prompt"))],
         "responses": [_as_turn(r, f"{responses}[{k}]") for k, r in enumerate(items(row, responses))],
         "scores": items(row, scores),
-        "prompt_id": row.get("prompt_id"),
+        "prompt_id": carried(row, "prompt_id"),
     }
 
 
@@ -55,7 +55,7 @@ def numbered(row: Row) -> Row:
         "prompt": prompt,
         "responses": [[assistant(answer)] for answer in answers],
         "scores": [number(row, f"score_{name}") for name in names],
-        "prompt_id": row.get("prompt_id"),
+        "prompt_id": carried(row, "prompt_id"),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, in_groups, number, text, user
+from .fields import assistant, carried, flag, in_groups, number, text, user
 
 ROLES = {"prompter": user, "assistant": assistant}
 
@@ -29,15 +29,15 @@ def oasst1(rows: Iterable[Row]) -> Iterator[Row | Drop]:
             except Drop as drop:
                 yield drop
                 continue
-            yield from [Drop("deleted", kind="response") for message in group if message.get("deleted")]
-            group = [message for message in group if not message.get("deleted")]
+            yield from [Drop("deleted", kind="response") for message in group if flag(message, "deleted")]
+            group = [message for message in group if not flag(message, "deleted")]
             ranks = [number(message, "rank") for message in group]
             yield {
                 "prompt": prompt,
                 "responses": [[assistant(text(message, "text"))] for message in group],
                 "scores": [None if rank is None else -rank for rank in ranks],
-                "langs": [message.get("lang") for message in group],
-                "lang": messages[parent].get("lang"),
+                "langs": [carried(message, "lang") for message in group],
+                "lang": carried(messages[parent], "lang"),
                 "message_id": parent,
             }
 
@@ -62,7 +62,7 @@ def _path(messages: dict[str | None, Row], last: str | None) -> list[dict]:
         if len(path) == len(messages):
             raise Drop("the messages of the prompt answer each other in a circle")
         message = messages[name]
-        if message.get("deleted"):
+        if flag(message, "deleted"):
             raise Drop("a message of the prompt is deleted")
         path.append(ROLES[message["role"]](text(message, "text")))
         name = text(message, "parent_id")

@@ -1,7 +1,7 @@
 """Canonical rows, and pairs of a better and a worse response."""
 
 from ..rows import Row, pair_to_row, to_canonical
-from .fields import assistant, number, text, user
+from .fields import assistant, carried, number, text, user
 
 
 def rows(row: Row) -> Row:
@@ -28,5 +28,5 @@ def argilla(row: Row) -> Row:
         "prompt": [user(text(row, "instruction"))],
         "responses": [[assistant(text(row, f"{side}_response"))] for side in ("chosen", "rejected")],
         "scores": [number(row, f"{side}_avg_rating") for side in ("chosen", "rejected")],
-        "source": row.get("source"),
+        "source": carried(row, "source"),
     }

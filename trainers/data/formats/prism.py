@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, in_groups, in_runs, number, text, user
+from .fields import assistant, carried, flag, in_groups, in_runs, key, number, text, user
 
 
 def prism(rows: Iterable[Row]) -> Iterator[Row | Drop]:
@@ -15,7 +15,7 @@ def prism(rows: Iterable[Row]) -> Iterator[Row | Drop]:
     """
     for conversation in in_groups(rows, "conversation_id"):
         history: list[dict] | Drop = []
-        by_turn = sorted(conversation, key=lambda row: (_position(row, "turn"), text(row, "interaction_id") or ""))
+        by_turn = sorted(conversation, key=lambda row: (_position(row, "turn"), key(row, "interaction_id")))
         for expected, group in enumerate(in_runs(by_turn, "interaction_id")):
             if not isinstance(history, Drop) and _position(group[0], "turn") != expected:
                 history = Drop("an earlier turn of the conversation is missing, or there twice")
@@ -32,11 +32,14 @@ def prism(rows: Iterable[Row]) -> Iterator[Row | Drop]:
                 "prompt": [*history, user(question)],
                 "responses": [[assistant(text(row, "model_response"))] for row in group],
                 "scores": [number(row, "score") for row in group],
-                "annotator": text(group[0], "user_id"),
-                "models": [row.get("model_name") for row in group],
-                **{name: group[0].get(name) for name in ("conversation_id", "interaction_id", "conversation_type")},
+                "annotator": key(group[0], "user_id"),
+                "models": [carried(row, "model_name") for row in group],
+                **{
+                    name: carried(group[0], name)
+                    for name in ("conversation_id", "interaction_id", "conversation_type")
+                },
             }
-            chosen = [text(row, "model_response") for row in group if row["if_chosen"]]
+            chosen = [text(row, "model_response") for row in group if flag(row, "if_chosen")]
             if len(chosen) == 1 and (chosen[0] or "").strip():
                 history = [*history, user(question), assistant(chosen[0])]
             else:

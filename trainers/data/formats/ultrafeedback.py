@@ -6,7 +6,7 @@ before. Rows with source `truthful_qa` overlap with that benchmark; the column `
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, number, records, text, user
+from .fields import assistant, carried, number, records, text, user
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -36,8 +36,8 @@ def _row(row: Row, scores: list[float | None]) -> Row:
         "prompt": [user(text(row, "instruction"))],
         "responses": [[assistant(text(completion, "response"))] for completion in completions],
         "scores": scores,
-        "models": [completion.get("model") for completion in completions],
-        "source": row.get("source"),
+        "models": [carried(completion, "model") for completion in completions],
+        "source": carried(row, "source"),
     }
 
 

@@ -1,0 +1,418 @@
+"""Broken and hostile files, options, models and checkpoints: a clear error, no hang, and no code of theirs runs."""
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+
+import train
+from helpers import build_tokenizer, tiny_llama
+from test_trainer import rows as make_rows
+from trainers import SWEPOConfig
+from trainers.data import load_preferences
+from trainers.forward.policy import load_policy
+from trainers.loop.start import load_start
+
+GOOD = [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0]}] * 3
+LINES = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parquet") / "data.parquet"
+    Dataset.from_list(GOOD).to_parquet(path)
+    return path.read_bytes()
+
+
+class Payload:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+# Files of data.
+
+JSON_FILES = {
+    "not json": b"hello\n",
+    "binary": bytes(range(256)) * 4,
+    "zeros": bytes(4096),
+    "latin-1": LINES + '{"prompt": "\u00e9", "responses": ["x", "y"], "scores": [1, 2]}\n'.encode("latin-1"),
+    "utf-16": LINES.decode().encode("utf-16"),
+    "cut in a row": LINES[:-20],
+    "cut in a character": LINES + '{"prompt": "\u20ac'.encode()[:-1],
+    "one brace": b"{",
+    "one bracket": b"[",
+    "numbers": b"1\n2\n",
+    "texts": b'"a"\n"b"\n',
+    "lists": b"[1, 2]\n[3, 4]\n",
+    "nulls": b"null\nnull\n",
+    "a number": b"5",
+    "empty list": b"[]",
+    "empty record": b"{}\n",
+    "blank lines": b"\n\n \n",
+    "a brace too many": LINES + b"}\n",
+    "comma at the end": b'[{"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]},]',
+    "single quotes": b"{'prompt': 'a', 'responses': ['x', 'y'], 'scores': [1, 2]}\n",
+    "nested lists": b'{"prompt": "a", "responses": ' + b"[" * 3000 + b"]" * 3000 + b', "scores": [1, 2]}\n',
+    "text for a list": LINES + b'{"prompt": "a", "responses": "x", "scores": [1, 2]}\n',
+    "list for a text": LINES + b'{"prompt": ["a"], "responses": ["x", "y"], "scores": [1, 2]}\n',
+    "number for a text": LINES + b'{"prompt": 5, "responses": ["x", "y"], "scores": [1, 2]}\n',
+    "text for a number": LINES + b'{"prompt": "a", "responses": ["x", "y"], "scores": ["1", "2"]}\n',
+    "record for a number": LINES + b'{"prompt": "a", "responses": ["x", "y"], "scores": [{}, {}]}\n',
+    "half a character": LINES + b'{"prompt": "\\ud800", "responses": ["x", "y"], "scores": [1, 2]}\n',
+    "other columns": b'{"question": "a", "answer": "b"}\n',
+    "a column missing": b'{"prompt": "a", "responses": ["x", "y"]}\n',
+}
+NAMED = {  # what the message must say, where more than the file can be known
+    "cut in a row": "row 2", "text for a list": "row 3.*'responses'", "list for a text": "row 3.*'prompt'",
+    "number for a text": "row 3.*'prompt'", "text for a number": "row 3.*scores",
+    "record for a number": "row 3.*scores",
+    "half a character": "row 3.*'prompt'", "a column missing": "scores", "other columns": "question",
+}  # fmt: skip
+
+
+def refused(path, match="", **options):
+    with pytest.raises((ValueError, FileNotFoundError), match=match or "data") as caught:
+        list(load_preferences(path, **options))
+    message = str(caught.value)
+    assert len(message) < 2500 and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_broken_json_file_is_named(name, streaming, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(JSON_FILES[name])
+    refused(path, NAMED.get(name, ""), streaming=streaming)
+
+
+@pytest.mark.parametrize("scores", [[{}, {}], "high"])
+def test_types_that_differ_between_the_files_of_a_folder_are_named(scores, tmp_path):
+    for i, row in enumerate([GOOD[0], {**GOOD[0], "scores": scores}]):
+        (tmp_path / f"train-{i}.jsonl").write_text(json.dumps(row) + "\n")
+    refused(tmp_path, "cannot read .*cast array")
+
+
+def test_a_list_over_many_lines_is_streamed(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(GOOD, indent=1))
+    assert list(load_preferences(tmp_path / "data.json", streaming=True)) == GOOD
+    (tmp_path / "data.json").write_text(json.dumps(GOOD))
+    assert list(load_preferences(tmp_path / "data.json", streaming=True)) == GOOD
+    refused(tmp_path / "data.json", "'data.json' has the split 'train' only", streaming=True, split="test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("cut", [0, 1, 5, 12, 30, -1, -4, -9])
+def test_a_cut_gzip_file_is_named(cut, streaming, tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES)[:cut])
+    refused(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("content", [LINES, b"\x1f\x8b", b"\x1f\x8b" + bytes(100), gzip.compress(b""), b"PK\x03\x04"])
+def test_what_is_no_gzip_file_is_named(content, streaming, tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(content)
+    refused(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
+@pytest.mark.parametrize("cut", [0, 4, 100, -1, -8, -300])
+def test_a_cut_parquet_file_is_named(name, cut, streaming, parquet, tmp_path):
+    path = tmp_path / name
+    path.write_bytes((gzip.compress(parquet) if name.endswith(".gz") else parquet)[:cut])
+    refused(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
+@pytest.mark.parametrize("content", [b"PAR1PAR1", b"PAR1" + bytes(64) + b"PAR1", LINES, gzip.compress(LINES)])
+def test_what_is_no_parquet_file_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name)
+
+
+def test_a_parquet_file_with_a_broken_page_is_named(parquet, tmp_path):
+    broken = bytearray(parquet)
+    broken[8:60] = bytes(52)
+    (tmp_path / "data.parquet").write_bytes(broken)
+    refused(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_without_rows_are_named(streaming, tmp_path):
+    Dataset.from_list(GOOD).select([]).to_parquet(tmp_path / "data.parquet")
+    refused(tmp_path / "data.parquet", "no (usable )?row", streaming=streaming)
+    (tmp_path / "data.jsonl").write_bytes(b"")
+    refused(tmp_path / "data.jsonl", "data.jsonl is empty", streaming=streaming)
+    Dataset.from_list(GOOD).to_parquet(tmp_path / "some.parquet")
+    refused(tmp_path / "some.parquet", "no (usable )?row", streaming=streaming, max_rows=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["data.pkl", "data.pickle", "data.pt", "data.py", "data.npy", "data.txt", "data.exe", "data", "data.gz"]
+)
+def test_a_file_of_another_kind_is_refused_unopened(name, tmp_path):
+    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    refused(tmp_path / name, "cannot read .* give a file ending in .jsonl")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet", "data.jsonl.gz", "data.parquet.gz"])
+def test_a_pickle_under_another_name_is_not_opened_as_one(name, tmp_path):
+    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    refused(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["empty", "pickle", "script", "model", "broken saved", "empty saved", "deep empty"]
+)
+def test_a_folder_without_data_is_named_and_its_scripts_do_not_run(content, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if content == "pickle":
+        (folder / "train.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    elif content == "script":
+        (folder / "data.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    elif content == "model":
+        (folder / "config.yaml").write_text("a: 1")
+    elif content == "broken saved":
+        (folder / "state.json").write_text("{")
+    elif content == "empty saved":
+        (folder / "dataset_dict.json").write_text("{}")
+    elif content == "deep empty":
+        (folder / "a" / "b").mkdir(parents=True)
+    refused(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("target", ["absent.jsonl", "data.jsonl", "."])
+def test_links_that_lead_nowhere_or_to_a_folder_are_named(target, tmp_path):
+    (tmp_path / "data.jsonl").symlink_to(tmp_path / target)  # the second leads to itself
+    refused(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x00b.jsonl", "x" * 300 + ".jsonl", "~nobody_here/data.jsonl", "../" * 40 + "data.jsonl"]
+)
+def test_impossible_names_are_refused(name):
+    refused(name, "data|jsonl|null")
+
+
+@pytest.mark.parametrize(
+    "data_format",
+    ["", ".", "..", "a.", ".a", "rows ", "ROWS", "os.system", "builtins.eval", "os.path", "no.such", "json.decoder",
+     "trainers.data.nothing", "__main__.x", "a b.c", "os\x00.system"],
+)  # fmt: skip
+def test_an_odd_data_format_is_named(data_format, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(LINES)
+    refused(tmp_path / "data.jsonl", "data_format|repair|'rows '", data_format=data_format)
+
+
+# Options.
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    Dataset.from_list(make_rows(4)).to_json(folder / "rows.jsonl")
+    return folder
+
+
+def launch(inputs, output, **changes):
+    flags = {
+        "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
+        "output_dir": output, "use_cpu": True, "report_to": "none", "max_steps": 1, "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    train.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("layout", "diagonal"), ("invalid_rows", "ignore"), ("max_length", 1), ("max_length", -5), ("max_length", 0),
+     ("max_tokens_per_batch", 0), ("max_tokens_per_batch", -1), ("ref_tokens_per_batch", 0),
+     ("label_smoothing_factor", 0.1), ("remove_unused_columns", True), ("model_init_kwargs", "{"),
+     ("model_init_kwargs", "[1]"), ("chat_template_kwargs", "no"), ("chat_template_kwargs", "5"),
+     ("learning_rate", float("nan")), ("learning_rate", float("inf")), ("beta", float("nan")), ("dataset_num_proc", 0),
+     ("dataset_num_proc", -1), ("pad_to_multiple_of", -8)],
+)  # fmt: skip
+def test_an_option_outside_its_range_is_named(field, value, tmp_path):
+    with pytest.raises(ValueError, match=field):
+        SWEPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **{field: value})
+
+
+@pytest.mark.parametrize(
+    "kind", ["file", "link to a file", "dangling link", "loop", "below a file", "null", "empty", "long"]
+)
+def test_an_output_dir_that_cannot_be_a_folder_is_named(kind, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    output = {"file": "file", "null": "a\x00b", "long": "x" * 300, "below a file": "file/run"}.get(kind, "link")
+    if kind in ("link to a file", "dangling link", "loop"):
+        (tmp_path / "link").symlink_to(tmp_path / {"link to a file": "file", "loop": "link"}.get(kind, "absent/deep"))
+    path = "" if kind == "empty" else f"{tmp_path}/{output}"
+    with pytest.raises(ValueError, match="output_dir"):
+        SWEPOConfig(output_dir=path, use_cpu=True, report_to="none")
+    assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "absent").exists()
+
+
+CONFIGS = {
+    "unknown key": ("learning_rat: 1", "learning_rat"),
+    "not a mapping": ("- a\n- b", "config"),
+    "a text": ("hello", "config"),
+    "empty": ("", "config"),
+    "broken": ("a: [1", "config|line"),
+    "tabs": ("a:\n\t- b", "config|tab|token"),
+    "tag that runs code": ("trainer: !!python/object/apply:os.mkdir ['{ran}']", "constructor|tag|config"),
+    "tag of a name": ("trainer: !!python/name:os.system", "constructor|tag|config"),
+    "binary": ("\x00\x01", "config|special characters"),
+    "trainer is no class": ("trainer: os.system", "trainer="),
+    "trainer is nowhere": ("trainer: no.such.Trainer", "trainer="),
+    "trainer of another kind": ("trainer: transformers.Trainer", "trainer="),
+    "no data": ("model_name_or_path: x", "dataset_name"),
+    "no model": ("dataset_name: x", "model_name_or_path"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_broken_config_file_is_named(name, tmp_path):
+    content, match = CONFIGS[name]
+    (tmp_path / "config.yaml").write_text(content.replace("{ran}", str(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=match):
+        train.main(
+            ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("wanted", ["absent", "file", "empty", "a\x00b", "maybe"])
+def test_a_checkpoint_that_is_none_is_named(wanted, inputs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="resume_from_checkpoint|checkpoint"):
+        launch(inputs, tmp_path / "out", resume_from_checkpoint=tmp_path / wanted)
+
+
+# Models and checkpoints with code in them.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    launch(inputs, folder, save_steps=1, max_steps=2, save_strategy="steps")
+    return folder / "checkpoint-1"
+
+
+def poison(path, ran, how):
+    if how == "torch":
+        torch.save({"state": Payload(ran)}, path)
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Payload(ran)))
+    elif how == "garbage":
+        path.write_bytes(b"garbage")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "garbage", "empty", "cut"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_would_run_code_is_refused(name, how, inputs, checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoint, copy)
+    poison(copy / name, tmp_path / "ran", how)
+    with pytest.raises(ValueError, match=f"{name} (would call posix.mkdir|was not written)"):
+        launch(inputs, tmp_path / "out", resume_from_checkpoint=copy, max_steps=2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_training_arguments_in_a_checkpoint_are_never_opened(inputs, checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoint, copy)
+    poison(copy / "training_args.bin", tmp_path / "ran", "torch")
+    launch(inputs, tmp_path / "out", resume_from_checkpoint=copy, max_steps=2)
+    assert not (tmp_path / "ran").exists() and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_whose_weights_are_a_pickle_is_refused(inputs, checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoint, copy)
+    (copy / "model.safetensors").unlink()
+    poison(copy / "pytorch_model.bin", tmp_path / "ran", "torch")
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle"):
+        launch(inputs, tmp_path / "out", resume_from_checkpoint=copy, max_steps=2)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "tensors"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin"])
+def test_a_model_whose_weights_are_a_pickle_is_refused(name, how, inputs, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "model", folder)
+    (folder / "model.safetensors").rename(tmp_path / "kept")
+    if name == "adapter_model.bin":
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    if how == "tensors":
+        torch.save({"weight": torch.ones(1)}, folder / name)
+    else:
+        poison(folder / name, tmp_path / "ran", how)
+    with pytest.raises(ValueError, match=f"{name} is a pickle, .* convert the weights to safetensors"):
+        load_policy(str(folder))
+    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+        load_start(str(inputs / "model"), folder, init_kwargs={})
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["garbage", "empty", "cut", "other"])
+def test_broken_safetensors_are_an_error(how, inputs, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "model", folder)
+    if how == "other":
+        save_file({"other": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    poison(folder / "model.safetensors", tmp_path / "ran", how)
+    with pytest.raises(ValueError, match="weights of .*model"):
+        load_policy(str(folder))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mine"])
+def test_code_beside_a_model_does_not_run(model_type, inputs, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "model", folder)
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n"
+    (folder / "mine.py").write_text(code)
+    for name, auto_map in (
+        ("config.json", {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["mine.Tokenizer", None]}),
+    ):
+        config = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+        if name == "config.json":
+            config["model_type"] = model_type
+        (folder / name).write_text(json.dumps(config))
+    if model_type == "llama":  # the library has its own code for it
+        load_policy(str(folder))
+    else:
+        for dry_run in (False, True):
+            with pytest.raises(ValueError, match="trust_remote_code"):
+                launch(inputs, tmp_path / "out", model_name_or_path=folder, dry_run=dry_run)
+    assert not (tmp_path / "ran").exists()
