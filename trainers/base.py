@@ -220,9 +220,7 @@ class PreferenceTrainer(Trainer):
             compute_dtype=f"{base.dtype}, autocast {autocast}",
             per_token=self.reference_per_token,
         )
-        cache = LogpsCache(args.ref_cache_dir, fingerprint)
-        cache.check_same_everywhere()
-        return ReferenceTable(cache, per_token=self.reference_per_token)
+        return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=self.reference_per_token)
 
     def _number_rows(self, dataset):
         if isinstance(dataset, dict):
@@ -272,6 +270,9 @@ class PreferenceTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if self.args.dataloader_num_workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
         # Not `accelerator.prepare`: it evens out batches by repeating rows, and these are even already.
         return prepare_data_loader(
@@ -312,6 +313,12 @@ class PreferenceTrainer(Trainer):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
         test_dataset = self._prepare_rows(test_dataset, self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Raises ValueError: a trainer has one model and one reference."""
+        raise ValueError(
+            "hyperparameter_search needs a new model per trial: make one trainer per trial (see the README)."
+        )
 
     # Metrics and evaluation.
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
+from .arguments import refuse_unsupported
+
 LAYOUTS = ("auto", "shared", "rows")
 
 
@@ -91,12 +93,9 @@ class PreferenceConfig(TrainingArguments):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             if isinstance(getattr(self, name), str):  # JSON from the command line
                 setattr(self, name, json.loads(getattr(self, name)))
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: it would remove the prompts and responses.")
+        refuse_unsupported(self)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no effect on preferences: DPO has label_smoothing instead.")
         if self.invalid_rows not in ("drop", "error"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose drop or error.")
         if self.max_length is not None and self.max_length < 2:

@@ -38,6 +38,7 @@ class ReferenceTable:
     """
 
     def __init__(self, cache: LogpsCache, *, per_token: bool):
+        cache.check_same_everywhere()
         self.cache, self.per_token = cache, per_token
         self._keys: list[list[str]] = []
         self._sources: list[tuple[Dataset, int]] = []
