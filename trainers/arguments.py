@@ -1,4 +1,4 @@
-"""Fields of `transformers.TrainingArguments` that would do nothing here, or something wrong, and are refused by name."""
+"""Fields of `transformers.TrainingArguments` that would do nothing here, or something wrong: refused by name."""
 
 from transformers import TrainingArguments
 

@@ -316,9 +316,7 @@ class PreferenceTrainer(Trainer):
 
     def hyperparameter_search(self, *args, **kwargs):
         """Raises ValueError: a trainer has one model and one reference."""
-        raise ValueError(
-            "hyperparameter_search needs a new model per trial: make one trainer per trial (see the README)."
-        )
+        raise ValueError("hyperparameter_search needs a new model per trial: make one trainer per trial.")
 
     # Metrics and evaluation.
 
