@@ -208,11 +208,11 @@ def test_token_rows_with_faults():
         tokenize_dataset(Dataset.from_list([token_row(), token_row(scores=[1.0])]), tokenizer)
 
 
-def test_scalar_columns_are_kept_and_text_is_not():
+def test_scalar_columns_and_the_prompt_are_kept_and_other_text_is_not():
     row = {**PLAIN, "annotator": "anna", "weight": 0.5, "id": 3, "models": ["m", "n", "o"], "ref": [1.0, 2.0, 3.0]}
     dataset, _ = tokenize_dataset(as_dataset(row), build_tokenizer())
     assert set(dataset.column_names) == {
-        "prompt_ids", "response_ids", "scores", "annotator", "weight", "id", "ref",
+        "prompt", "prompt_ids", "response_ids", "scores", "annotator", "weight", "id", "ref",
     }  # fmt: skip
     assert (dataset[0]["annotator"], dataset[0]["weight"], dataset[0]["id"]) == ("anna", 0.5, 3)
 

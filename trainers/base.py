@@ -293,6 +293,10 @@ class PreferenceTrainer(Trainer):
         test_dataset = self._prepare_rows(test_dataset, self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
+    def hyperparameter_search(self, *args, **kwargs):
+        """Raises ValueError: a trainer has one model and one reference."""
+        raise ValueError("hyperparameter_search needs a new model per trial: make one trainer per trial.")
+
     # Metrics and evaluation.
 
     def _common_metrics(self, batch: Batch, policy: Forward) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
+from .arguments import refuse_unsupported
+
 LAYOUTS = ("auto", "shared", "rows")
 
 
@@ -95,12 +97,9 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             setattr(self, name, _keywords(name, getattr(self, name)))
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: it would remove the prompts and responses.")
+        refuse_unsupported(self)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor has no effect on preferences: DPO has label_smoothing instead.")
         if self.invalid_rows not in ("drop", "error"):
             raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose drop or error.")
         if self.max_length is not None and self.max_length < 2:

@@ -117,6 +117,9 @@ def budget_loader(dataset: Dataset, collate: Callable, args: TrainingArguments) 
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
     )
     # Not `accelerator.prepare`: it evens out batches by repeating rows, and these are even already.
     return prepare_data_loader(

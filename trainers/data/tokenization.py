@@ -59,7 +59,7 @@ def tokenize_row(
         logger.warning(CUT_WARNING, cut)
     if out is None:
         raise ValueError("; ".join(reasons))
-    return {name: value for name, value in out.items() if name not in ("prompt", "responses")}
+    return {name: value for name, value in out.items() if name != "responses"}
 
 
 def tokenize_dataset(
@@ -78,7 +78,7 @@ def tokenize_dataset(
     Text is tokenised as it is, and EOS is added unless the response ends with it. Each response is truncated to
     `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
     tokenised and only truncated, together with their per-token columns (K lists as long as the responses). Scalar
-    columns and lists of numbers are carried over, other columns are not.
+    columns, lists of numbers and the prompt's text are carried over, other columns are not.
 
     Args:
         max_length: largest number of tokens of prompt plus response. None: no limit.
@@ -142,11 +142,11 @@ def _token_features(dataset: Dataset) -> dict[str, Any]:
             feature = feature.feature
         return isinstance(feature, Value) and feature.dtype not in ("string", "large_string")
 
-    text = ("prompt", "responses")
+    # The prompt's text stays for callbacks that sample answers to it.
     carried = {
         name: feature
         for name, feature in dataset.features.items()
-        if name not in text and (is_scalar(feature) or is_numbers(feature))
+        if name == "prompt" or name != "responses" and (is_scalar(feature) or is_numbers(feature))
     }
     return {
         **carried,

@@ -40,6 +40,7 @@ class ReferenceTable:
     """
 
     def __init__(self, cache: LogpsCache, *, per_token: bool):
+        cache.check_same_everywhere()
         self.cache, self.per_token = cache, per_token
         self._keys: list[list[str]] = []
         self._sources: list[tuple[Dataset, int]] = []
@@ -165,6 +166,4 @@ def reference_table(source: nn.Module, args, *, fresh_adapter: bool, per_token: 
         compute_dtype=f"{base.dtype}, autocast {autocast}",
         per_token=per_token,
     )
-    cache = LogpsCache(args.ref_cache_dir, fingerprint)
-    cache.check_same_everywhere()
-    return ReferenceTable(cache, per_token=per_token)
+    return ReferenceTable(LogpsCache(args.ref_cache_dir, fingerprint), per_token=per_token)

@@ -1,0 +1,343 @@
+"""What users of TRL bring along: data, models, callbacks, reports, the hub, sweeps, their scripts and files."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.utils import write_basic_config
+from datasets import Dataset
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trl import LogCompletionsCallback, RichProgressCallback
+
+import train
+from helpers import build_tokenizer, family_tokenizer, tiny_llama
+from test_trainer import LORA, config, rows, trainer
+from trainers import SWEPOConfig, SWEPOTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def pairs(n=8):
+    return [{"prompt": r["prompt"], "chosen": r["responses"][0], "rejected": r["responses"][1]} for r in rows(n)]
+
+
+def chat_pairs(n=8):
+    """As in trl-lib/ultrafeedback_binarized: the prompt is the beginning of both sides."""
+
+    def turns(user, assistant):
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+    return [
+        {"chosen": turns(r["prompt"], r["chosen"]), "rejected": turns(r["prompt"], r["rejected"]),
+         "score_chosen": 8.0, "score_rejected": 3.5}
+        for r in pairs(n)
+    ]  # fmt: skip
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+# Data, models, callbacks.
+
+
+@pytest.mark.parametrize("data", [pairs, chat_pairs])
+def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, capsys):
+    tokenizer = family_tokenizer("llama3")
+    logs = {"report_to": "tensorboard", "disable_tqdm": False, "eval_strategy": "steps", "eval_steps": 1}
+    t = SWEPOTrainer(
+        get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA)),
+        args=config(tmp_path, max_steps=2, learning_rate=0.1, **logs),
+        train_dataset=Dataset.from_list(data()), eval_dataset=Dataset.from_list(data(4)),
+        processing_class=tokenizer, callbacks=[RichProgressCallback()],
+    )  # fmt: skip
+    completions = LogCompletionsCallback(t, num_prompts=3, freq=1)
+    t.add_callback(completions)
+    t.train()
+    steps, prompts, texts = zip(*completions.table, strict=True)
+    assert steps == ("1",) * 3 + ("2",) * 3 and all(isinstance(text, str) for text in texts)
+    assert all(row["prompt"].strip() in prompt for row, prompt in zip(pairs(3) * 2, prompts, strict=True))
+    assert losses(t)[1] != pytest.approx(losses(t)[0], abs=1e-6)
+    assert "100%" in capsys.readouterr().out  # of the progress bar
+    [events] = tmp_path.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(losses(t))
+    assert len(found.Scalars("eval/rewards/margins")) == 2
+
+
+@pytest.mark.parametrize("backend", ["trackio", "wandb"])
+def test_offline_reports_to(backend, tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip(backend)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path / "trackio"}.items():
+        monkeypatch.setenv(name, str(value))
+    trainer(tmp_path / "out", tokenizer, report_to=backend).train()
+    assert any(path.is_file() for path in tmp_path.rglob(f"*{backend}*/**/*"))
+
+
+# The hub.
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload needs: it takes a repository, and commits of regular and of large files."""
+
+    def answer(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.answer({"error": "not found"}, 404)
+
+    def do_POST(self):
+        body, path = self.rfile.read(int(self.headers["Content-Length"])), self.path
+        self.server.asked.append(path)
+        base = f"http://127.0.0.1:{self.server.server_port}"
+        if path.endswith("/repos/create"):
+            self.answer({"url": f"{base}/lab/{json.loads(body)['name']}", "name": f"lab/{json.loads(body)['name']}"})
+        elif "/preupload/" in path:
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            self.answer({"files": files})
+        elif "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer(
+                {"success": True, "commitUrl": f"{base}/lab/m/commit/abc", "commitOid": "abc", "pullRequestUrl": None}
+            )
+        else:
+            self.answer({})
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine, which huggingface_hub is pointed to."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.asked = {}, []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+def test_the_model_goes_to_the_hub(hub, tmp_path, tokenizer):
+    t = trainer(tmp_path / "my-swepo", tokenizer, push_to_hub=True, hub_token="hf_test")
+    t.train()
+    t.push_to_hub(dataset="lab/preferences")
+    assert t.hub_model_id == "lab/my-swepo"
+    card = hub.files["README.md"].decode()
+    assert "polypo" in card and "lab/preferences" in card and "2412.04628" in card
+    assert hub.files["model.safetensors"] == (tmp_path / "my-swepo/model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer.json"} <= hub.files.keys()
+
+
+# Sweeps.
+
+
+def test_a_sweep_scores_the_reference_once(tmp_path, tokenizer):
+    cached = {"precompute_ref_logps": True, "ref_cache_dir": str(tmp_path / "cache")}
+    missing, ends = [], []
+    for rate in (1e-3, 1e-1):
+        t = trainer(tmp_path / str(rate), tokenizer, eval_data=rows(6), learning_rate=rate, **cached)
+        missing.append(len(t.table.missing()))
+        t.train()
+        ends.append(t.evaluate()["eval_loss"])
+    assert missing[0] > 0 and missing[1] == 0 and ends[0] != ends[1]
+    with pytest.raises(ValueError, match="hyperparameter_search .*one trainer per trial"):
+        t.hyperparameter_search(n_trials=2)
+
+
+def test_optuna_picks_a_learning_rate(tmp_path, tokenizer):
+    optuna = pytest.importorskip("optuna")
+
+    def objective(trial):
+        rate = trial.suggest_float("learning_rate", 1e-4, 0.3, log=True)
+        t = trainer(tmp_path / str(trial.number), tokenizer, eval_data=rows(6), learning_rate=rate)
+        t.train()
+        return t.evaluate()["eval_loss"]
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(objective, n_trials=3)
+    assert len({trial.value for trial in study.trials}) == 3 and study.best_value == min(t.value for t in study.trials)
+
+
+# Scripts and files.
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model with its tokenizer, TRL pairs and scored rows, as files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    Dataset.from_list(chat_pairs()).to_json(folder / "pairs.jsonl")
+    completions = [{"instruction": row["prompt"], "source": "s", "completions": [
+        {"response": text, "overall_score": score, "annotations": {}, "model": "m"}
+        for text, score in zip(row["responses"], row["scores"], strict=True)
+    ]} for row in rows()]  # fmt: skip
+    (folder / "ultrafeedback.jsonl").write_text("\n".join(map(json.dumps, completions)))
+    return folder
+
+
+def test_two_lines_of_a_trl_script_make_it_swepo(inputs, tmp_path):
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1].splitlines()
+    before = "\n".join(line[1:] for line in diff if line[:1] in " -")
+    after = "\n".join(line[1:] for line in diff if line[:1] in " +")
+    assert sum(line.startswith("-") for line in diff) == sum(line.startswith("+") for line in diff) == 2
+    local = {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(inputs / "model")),
+        '"trl-lib/ultrafeedback_binarized", split="train"':
+            f'"json", data_files={str(inputs / "pairs.jsonl")!r}, split="train"',
+        '"openbmb/UltraFeedback"': repr(str(inputs / "ultrafeedback.jsonl")),
+        'output_dir="runs/': "max_steps=2, logging_steps=1, report_to='none', use_cpu=True, bf16=False, "
+            f'save_strategy="no", learning_rate=0.05, output_dir="{tmp_path}/',
+    }  # fmt: skip
+    found = []
+    for script in (before, after):
+        for name, here in local.items():
+            script = script.replace(name, here)
+        scope = {}
+        exec(compile(script, "script.py", "exec"), scope)
+        found.append(scope["trainer"])
+    assert [type(t).__module__.split(".")[0] for t in found] == ["trl", "trainers"]
+    assert isinstance(found[1], SWEPOTrainer) and isinstance(found[1].args, SWEPOConfig)
+    assert [t.state.global_step for t in found] == [2, 2]
+    assert max(len(row) for row in found[1].train_dataset["scores"]) > 2
+    for t in found:
+        assert losses(t)[0] != pytest.approx(losses(t)[1], abs=1e-6)
+
+
+TRL_FILE = {
+    # As TRL's own examples write it, old names included.
+    "learning_rate": 5.0e-2, "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True, "logging_steps": 1, "beta": 0.2, "max_length": 256, "use_peft": True, "lora_r": 4,
+    "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "eval_strategy": "steps", "eval_steps": 1,
+    "report_to": "none", "save_strategy": "no", "dtype": "float32",
+}  # fmt: skip
+
+
+def test_a_trl_file_and_an_accelerate_config_file(inputs, tmp_path):
+    files = {"model_name_or_path": str(inputs / "model"), "dataset_name": str(inputs / "pairs.jsonl")}
+    more = {"dataset_test_split": "train[:4]", "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump({**TRL_FILE, **files, **more}))
+    write_basic_config(mixed_precision="bf16", save_location=str(tmp_path / "accelerate.yaml"))
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launch += ["--config_file", str(tmp_path / "accelerate.yaml"), "--cpu", "--num_processes", "1"]
+    script = [str(ROOT / "scripts/train.py"), "--trainer", "DPOTrainer", "--config", str(tmp_path / "trl.yaml")]
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in history if "loss" in log] == [1, 2]
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("trainer", ["SWEPOTrainer"])
+def test_without_bitsandbytes_qlora_names_the_package(trainer, inputs, tmp_path):
+    if __import__("importlib.util").util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ImportError, match="bitsandbytes.*pip install"):
+        train.main([
+            "--trainer", trainer, "--model_name_or_path", str(inputs / "model"), "--dataset_name",
+            str(inputs / "pairs.jsonl"), "--output_dir", str(tmp_path), "--use_cpu", "--use_peft", "--load_in_4bit",
+            "true", "--report_to", "none",
+        ])  # fmt: skip
+
+
+# Fields of TrainingArguments.
+
+
+@pytest.mark.parametrize(
+    "field, value, more",
+    [
+        ("bf16_full_eval", True, {}),
+        ("fp16_full_eval", True, {}),
+        ("neftune_noise_alpha", 5.0, {}),
+        ("use_liger_kernel", True, {}),
+        ("label_smoothing_factor", 0.1, {}),
+        ("train_sampling_strategy", "group_by_length", {}),
+        ("train_sampling_strategy", "batch_rebalance", {}),
+        ("train_sampling_strategy", "sequential", {"max_tokens_per_batch": 100}),
+        ("auto_find_batch_size", True, {"max_tokens_per_batch": 100}),
+        ("average_tokens_across_devices", False, {}),
+        ("include_for_metrics", ["inputs"], {}),
+        ("include_num_input_tokens_seen", "all", {}),
+        ("label_names", ["scores"], {}),
+    ],
+)
+def test_fields_that_cannot_work_are_refused_by_name(field, value, more, tmp_path):
+    with pytest.raises(ValueError, match=f"^{field}=.*[:.] "):
+        config(tmp_path, **{field: value}, **more)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3},
+        {"gradient_checkpointing": True},
+        {"use_cache": True},
+        {"auto_find_batch_size": True},
+        {"torch_empty_cache_steps": 1},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+)
+def test_fields_that_must_change_no_number(options, tmp_path, tokenizer):
+    found = []
+    for changes in ({}, options):
+        t = trainer(tmp_path, tokenizer, **changes)
+        t.train()
+        found.append(losses(t))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_workers_and_batches_by_token_budget(tmp_path, tokenizer):
+    found = []
+    for workers in ({}, {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3}):
+        t = trainer(tmp_path, tokenizer, max_tokens_per_batch=120, **workers)
+        t.train()
+        found.append(losses(t))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert t.get_train_dataloader().prefetch_factor == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}, {"include_for_metrics": ["loss"]}]
+)
+def test_evaluation_options_change_no_number(options, tmp_path, tokenizer):
+    seen = []
+
+    def metrics(prediction):
+        seen.append([prediction.predictions[0].tolist(), prediction.label_ids[0].tolist()])
+        return {}
+
+    reports = [
+        trainer(tmp_path, tokenizer, eval_data=rows(5), compute_metrics=metrics, per_device_eval_batch_size=2,
+                **changes).evaluate()
+        for changes in ({}, options)
+    ]  # fmt: skip
+    assert seen[0] == seen[1] and reports[0]["eval_loss"] == reports[1]["eval_loss"]
