@@ -9,6 +9,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+import trainers
 from helpers import FAMILIES, build_tokenizer, tiny_llama
 from train import main
 from trainers import SWEPOConfig, SWEPOTrainer
@@ -18,7 +19,9 @@ from trainers.estimate import count_steps, plan_batches
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {str(path.relative_to(ROOT)): yaml.safe_load(path.read_text()) for path in ROOT.glob("configs/**/*.yaml")}
 # A method's file for UltraFeedback is a part of a recipe (see test_recipes.py).
-RECIPES = sorted(n for n, content in FILES.items() if {"trainer", "model_name_or_path"} <= content.keys())
+WHOLE = sorted(n for n, content in FILES.items() if {"trainer", "model_name_or_path"} <= content.keys())
+STAGES = [name for name in WHOLE if hasattr(getattr(trainers, FILES[name]["trainer"]), "run_stages")]
+RECIPES = [name for name in WHOLE if name not in STAGES]
 ACCELERATE = sorted(name for name in FILES if name.startswith("configs/accelerate/"))
 
 # Of `tiny_llama(330)`: input and output width of the linear layers of a layer.
@@ -85,6 +88,12 @@ def recipe(tmp_path, model, data):
         return str(path)
 
     return write
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_recipe_of_several_trainings_says_what_to_describe_instead(name, tmp_path):
+    with pytest.raises(ValueError, match="describe a run of DPOTrainer"):
+        main(["--config", str(ROOT / name), "--dry_run", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", RECIPES)

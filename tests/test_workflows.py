@@ -198,7 +198,7 @@ def inputs(tmp_path_factory):
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
     Dataset.from_list(chat_pairs()).to_json(folder / "pairs.jsonl")
     completions = [{"instruction": row["prompt"], "source": "s", "completions": [
-        {"response": text, "overall_score": score, "annotations": {}, "model": "m"}
+        {"response": text, "overall_score": score, "annotations": {"honesty": {"Rating": "3"}}, "model": "m"}
         for text, score in zip(row["responses"], row["scores"], strict=True)
     ]} for row in rows()]  # fmt: skip
     (folder / "ultrafeedback.jsonl").write_text("\n".join(map(json.dumps, completions)))

@@ -3,7 +3,7 @@
 import zlib
 from typing import Any
 
-from ..data.adapters import ultrafeedback
+from ..data.formats.ultrafeedback import ultrafeedback
 
 PEOPLE = 400
 TASTES = ("helpfulness", "honesty")

@@ -58,8 +58,8 @@ class LogpsCache:
         if len(set(found)) > 1:
             counts = ", ".join(str(count) for count, _ in found)
             raise ValueError(
-                f"ref_cache_dir={str(self.path.parent)!r} holds different entries on different processes ({counts}): "
-                "set it to a folder that all nodes share, or copy its files to every node."
+                f"{self.path.parent} holds different entries on different processes ({counts}): let all nodes share "
+                "this folder (ref_cache_dir, or output_dir of a run in rounds), or copy its files to every node."
             )
 
     def __contains__(self, key: str) -> bool:
