@@ -169,9 +169,13 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, train\nfrom helpers import leave_processes\ntrain.main(sys.argv[1:])\nleave_processes()\n"
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-              str(ROOT / "scripts" / "train.py"), *command(inputs, double, sft=None)]  # fmt: skip
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+              str(worker), *command(inputs, double, sft=None)]  # fmt: skip
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
     done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("before", "current", "targets", "filter"):
