@@ -36,6 +36,7 @@ TRAINERS = {
     "RRHF": {},
     "SparsePO": {"settings": MASKS},
     "EMDPO": {},
+    "SGPO": {"settings": {"sft_weight": 0.2}},
 }
 TUNINGS = {
     "full": {},
