@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from emdpo_rows import opposed_rows, quick_collection  # noqa: F401
+from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
 from trainers.em.annotators import halves
 from trainers.em.figures import responsibilities, shown_rounds
 from trainers.em.mixture import match_types
+from trainers.em.rounds import EM, Judged, Round
 from trainers.em.scoring import item_logps
 from trainers.em.tables import read_annotators
 
@@ -161,6 +162,26 @@ def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
     whole.train()
     np.testing.assert_array_equal(trainer.posterior, whole.posterior)
     same(weights(trainer.policies[0]), weights(whole.policies[0]))
+    for fewer in ({"rounds": 1}, {"rounds": 2, "stop_change": 1e9}):
+        if "stop_change" in fewer:
+            em(tmp_path, start, rounds=3).train()
+        with pytest.raises(ValueError, match=r"round-0\d/type-0/policy was deleted when this run went further"):
+            em(tmp_path, start, **fewer).train()
+
+
+def test_a_fall_of_the_likelihood_in_the_last_round_is_warned_of(tmp_path):
+    def said(*log_likelihoods, **kwargs):
+        warnings = []
+        rows = Judged(range(10), np.zeros(1, int), [], np.ones(1), [])
+        run = EM(em_config(tmp_path, **kwargs), tmp_path, rows, None, None, None, None, None, warnings.append)
+        run._warn_of_a_fall([Round(None, {"log_likelihood": value}, []) for value in log_likelihoods])
+        return warnings
+
+    assert not said(-30, -20, -10) and not said(-10)
+    assert "was -1 after round 2 and is -2 after the last" in said(-30, -10, -20)[0]
+    # The first round of halves scores half of the rows.
+    assert not said(-5, -20, -10, score_on="heldout_half")
+    assert "was -1 after round 2 and is -2" in said(-5, -10, -20, score_on="heldout_half")[0]
 
 
 def test_other_settings_are_refused_by_name(tmp_path, start):

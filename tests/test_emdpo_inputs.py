@@ -46,6 +46,9 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
             {},
             "'annotator' is the list .*; give a str or an int",
         ),
+        ([row | {"annotator": True} for row in rows], {}, "'annotator' is the bool True; give a str or an int"),
+        ([*rows[:3], rows[3] | {"annotator": " "}], {}, "row 3: 'annotator' is blank"),
+        ([*rows[:3], rows[3] | {"annotator": "a0 "}], {}, "the annotators 'a0' and 'a0 ' differ in spaces only"),
         (rows, {"num_types": 7}, "num_types=7 is more than the 6 annotators"),
         ([row | {"scores": [1.0, 1.0, 0.0]} for row in rows], {}, "no row of train_dataset says who was best"),
     ):
@@ -89,8 +92,8 @@ def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path,
 
 
 def test_annotators_of_tokenised_rows_are_checked_too():
-    for name in (["site", "a0"], 0.5, {"id": 1}):
-        with pytest.raises(ValueError, match="row 0 of train_dataset: 'annotator' is .*; give text or an integer"):
+    for name in (["site", "a0"], 0.5, {"id": 1}, True):
+        with pytest.raises(ValueError, match="row 0 of train_dataset: 'annotator' is .*; give a str or an int"):
             Annotators.of(Dataset.from_list([{"annotator": name}]))
 
 

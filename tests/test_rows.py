@@ -113,6 +113,8 @@ def test_pair_without_a_recognisable_prompt_is_dropped(chosen, rejected):
         ({"responses": [["a"], ["b"], ["c"]]}, r"'responses\[0\]' holds the str 'a'"),
         ({"weight": "2"}, "'weight' is the str '2'"),
         ({"annotator": 1.5}, "'annotator' is the float 1.5; give a str or an int"),
+        ({"annotator": True}, "'annotator' is the bool True; give a str or an int"),
+        ({"annotator": " "}, "'annotator' is blank"),
     ],
 )
 def test_wrongly_built_row_names_the_field_and_the_fix(change, message):

@@ -165,6 +165,7 @@ class EMDPOTrainer(TypePolicyTrainer):
             self.processing_class.save_pretrained(output_dir or self.args.output_dir)
 
     def log(self, logs, start_time=None):
+        self.state.epoch = None  # each M-step has its own
         Trainer.log(self, logs, start_time)
 
     # Steps of EM.

@@ -57,10 +57,18 @@ def to_canonical(row: Row) -> Row:
     out = {**row, "prompt": prompt, "responses": responses, "scores": scores}
     if "weight" in row:
         out["weight"] = checked_number(row["weight"], "weight")
-    annotator = row.get("annotator")
-    if annotator is not None and not isinstance(annotator, str | Integral):
-        raise ValueError(f"'annotator' is {describe(annotator)}; give a str or an int.")
+    if row.get("annotator") is not None:
+        checked_annotator(row["annotator"])
     return out
+
+
+def checked_annotator(value) -> str | int:
+    """The name of who judged: text that is not blank, or an integer; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, str | Integral):
+        raise ValueError(f"'annotator' is {describe(value)}; give a str or an int.")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("'annotator' is blank; name who judged, or give null where nobody knows.")
+    return value
 
 
 def pair_to_row(row: Row) -> Row:

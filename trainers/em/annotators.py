@@ -2,10 +2,11 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 from datasets import Dataset
+
+from ..data.rows import checked_annotator
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,26 @@ class Annotators:
         missing = next((i for i, name in enumerate(column) if name is None), None)
         if missing is not None:
             raise ValueError(f"row {missing} of {label}: 'annotator' is None; name who judged, or remove the row.")
-        strange = next((i for i, name in enumerate(column) if not isinstance(name, str | Integral)), None)
-        if strange is not None:
-            raise ValueError(
-                f"row {strange} of {label}: 'annotator' is {column[strange]!r}; give text or an integer, for several "
-                "fields one text of them all."
-            )
+        for i, name in enumerate(column):
+            try:
+                checked_annotator(name)
+            except ValueError as error:
+                raise ValueError(f"row {i} of {label}: {error}") from error
         names = list(dict.fromkeys(column))
+        _refuse_names_that_look_alike(names, label)
         index = {name: i for i, name in enumerate(names)}
         return cls(names, np.array([index[name] for name in column], dtype=np.int64))
+
+
+def _refuse_names_that_look_alike(names: list[Hashable], label: str) -> None:
+    """Raises ValueError for names that differ in the spaces around them only: one person would be two."""
+    seen = {}
+    for name in names:
+        other = seen.setdefault(str(name).strip(), name)
+        if other is not name:
+            raise ValueError(
+                f"{label}: the annotators {other!r} and {name!r} differ in spaces only; give one person one name."
+            )
 
 
 def halves(owner: np.ndarray, seed: int) -> np.ndarray:

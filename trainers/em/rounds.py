@@ -82,8 +82,20 @@ class EM:
         self.half = halves(self.rows.owner, self.args.seed) if self.args.score_on == "heldout_half" else None
 
     def run(self) -> list[list[Round]]:
-        """All rounds of all restarts; `best` picks one."""
-        return [self._restart(restart) for restart in range(self.args.restarts)]
+        """All rounds of all restarts; `best` picks one.
+
+        Raises:
+            ValueError: `folder` went further before, and the policies that these settings end with were deleted.
+        """
+        runs = [self._restart(restart) for restart in range(self.args.restarts)]
+        gone = [policy for policy in best(runs)[-1].policies if not policy.exists()]
+        if gone:
+            raise ValueError(
+                f"{gone[0]} was deleted when this run went further than rounds, restarts and stop_change now ask: set "
+                "them as they were, or choose another output_dir."
+            )
+        self._warn_of_a_fall(best(runs))
+        return runs
 
     def _restart(self, restart: int) -> list[Round]:
         folder = self.folder / f"restart-{restart}"
@@ -123,6 +135,8 @@ class EM:
             self.processes.say(f"\nEM round {index + 1} of at most {self.args.rounds}: {folder}")
             previous = done[-1].policies if done and self.args.start_from == "previous" else [None] * self.types
             for k in range(self.types):
+                if not policies[k].exists():
+                    self.processes.say(f"M-step, type {k}")
                 # The same for all types, so that they are exchangeable.
                 seed = self.args.seed + RESTART_SEED * restart + index
                 self._m_step(gamma[self.rows.owner, k], index, previous[k], policies[k], seed)
@@ -219,10 +233,24 @@ class EM:
                 f"have memorised the first guess, which then stays as it is.{advice}"
             )
 
-    def _stopped(self, done: list[Round]) -> bool:
+    def _warn_of_a_fall(self, done: list[Round]) -> None:
+        """Policies that stop short of their optimum may lose likelihood in a round; the last round counts anyhow."""
+        found = [r.manifest["log_likelihood"] / len(self.rows.annotators) for r in done[self._first_comparable :]]
+        if found and found[-1] < max(found):
+            highest = self._first_comparable + int(np.argmax(found))
+            self.warn(
+                f"The log-likelihood per annotator was {max(found):.4g} after round {highest + 1} and is "
+                f"{found[-1]:.4g} after the last, whose policies are the result: see rounds.csv, and set rounds to "
+                f"{highest + 1} in another output_dir, or train longer in each round."
+            )
+
+    @property
+    def _first_comparable(self) -> int:
         """With held-out halves the first round scores half of the rows, and compares with no other."""
-        first = 1 if self.half is None else 2
-        if not self.args.stop_change or len(done) <= first:
+        return 0 if self.half is None else 1
+
+    def _stopped(self, done: list[Round]) -> bool:
+        if not self.args.stop_change or len(done) <= 1 + self._first_comparable:
             return False
         change = done[-1].manifest["log_likelihood"] - done[-2].manifest["log_likelihood"]
         return abs(change) / len(self.rows.annotators) < self.args.stop_change
