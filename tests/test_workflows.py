@@ -81,9 +81,9 @@ def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, ca
 
 @pytest.mark.parametrize("backend", ["trackio", "wandb"])
 def test_offline_reports_to(backend, tmp_path, tokenizer, monkeypatch):
-    pytest.importorskip(backend)
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path / "trackio"}.items():
         monkeypatch.setenv(name, str(value))
+    pytest.importorskip(backend)  # trackio reads its folder when it is imported
     trainer(tmp_path / "out", tokenizer, report_to=backend).train()
     assert any(path.is_file() for path in tmp_path.rglob(f"*{backend}*/**/*"))
 
