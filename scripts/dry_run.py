@@ -60,13 +60,17 @@ def describe(
         ValueError: everything that would stop the run before its first step, as far as it can be seen from here.
     """
     plan = read_plan(data.accelerate_config) if data.accelerate_config else plan_from_environment(os.environ)
+    _refuse_engine(trainer_class, plan)
+    planned, remarks = None, []
+    if hasattr(trainer_class, "planned_rows"):  # a method that makes its rows itself
+        planned, remarks = trainer_class.planned_rows(args, data)
     model = build_model(model_args, args, plan)
     tokenizer = policies.load_tokenizer(model, args.model_init_kwargs)
     policies.set_pad_token(tokenizer, args.pad_token)
     splits, reports = {}, []
     for name in ("train", "test"):
         with collected_reports() as found:
-            raw = load(name)
+            raw = load(name) if planned is None else planned if name == "train" else None
             splits[name] = None if raw is None else _tokenised(raw, tokenizer, args)
         for i, (title, report) in enumerate(found):
             if i == 0 or report.reasons or report.responses_dropped or report.notes:
@@ -86,7 +90,7 @@ def describe(
     how = passes(args, trainer_class, batches.per_process)
     in_all = fed_in_all(lengths, runner.layout)
     batch = f"{len(batches.large)} prompt(s) in layout {'shared' if shared[0] else 'rows'}"
-    notes = _notes(args, shape, plan, run, attention)
+    notes = remarks + _notes(args, shape, plan, run, attention)
     sections = [
         _model_section(trainer_class, args, model_args, shape),
         "\n".join(["rows", *map(_indent, reports)]),
@@ -125,6 +129,12 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
     if args.disable_dropout:
         policies.disable_dropout(model)
     return model
+
+
+def _refuse_engine(trainer_class: type[PreferenceTrainer], plan: Plan) -> None:
+    engine = "zero3" if plan.engine == "deepspeed" and plan.stage == 3 else plan.engine
+    if engine in trainer_class.unsupported_engines:
+        raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
 
 
 def _tokenised(rows: Dataset, tokenizer, args: PreferenceConfig) -> Dataset:

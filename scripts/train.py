@@ -64,11 +64,6 @@ def main(argv: list[str]) -> None:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
         raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
-    if data.dry_run and hasattr(trainer_class, "run_stages"):
-        raise ValueError(
-            f"dry_run describes one training, and {trainer_class.method} runs several: describe a run of DPOTrainer "
-            "on rows of the same lengths with the same options."
-        )
     if data.dry_run:
         report = describe(trainer_class, data, args, model, load=lambda name: load_split(data, args, name))
         if args.process_index == 0:

@@ -22,6 +22,7 @@ FILES = {str(path.relative_to(ROOT)): yaml.safe_load(path.read_text()) for path 
 WHOLE = sorted(n for n, content in FILES.items() if {"trainer", "model_name_or_path"} <= content.keys())
 STAGES = [name for name in WHOLE if hasattr(getattr(trainers, FILES[name]["trainer"]), "run_stages")]
 RECIPES = [name for name in WHOLE if name not in STAGES]
+FSDP2 = str(ROOT / "configs/accelerate/fsdp2.yaml")
 ACCELERATE = sorted(name for name in FILES if name.startswith("configs/accelerate/"))
 
 # Of `tiny_llama(330)`: input and output width of the linear layers of a layer.
@@ -91,9 +92,24 @@ def recipe(tmp_path, model, data):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_recipe_of_several_trainings_says_what_to_describe_instead(name, tmp_path):
-    with pytest.raises(ValueError, match="describe a run of DPOTrainer"):
-        main(["--config", str(ROOT / name), "--dry_run", "--output_dir", str(tmp_path)])
+def test_of_several_stages_the_last_training_is_described(name, model, tmp_path, capsys):
+    rows = [{"prompt": f"say {i}", "responses": ["the fox " * k for k in (1, 2)], "scores": [0.0, 1.0]}
+            for i in range(120)]  # fmt: skip
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    local = {
+        "model_name_or_path": model, "dataset_name": tmp_path / "rows.jsonl", "sft_target_source": "best",
+        "preference_dataset": tmp_path / "rows.jsonl", "dataset_train_split": "train[:40]",
+        "preference_split": "train[40:100]", "dataset_test_split": "train[100:]", "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    flags = [str(part) for key, value in local.items() for part in (f"--{key}", value)]
+    main(["--config", str(ROOT / name), "--dry_run", *flags])
+    report = capsys.readouterr().out
+    assert "responses per prompt\n  2: 60 (100.0%)" in report
+    assert "the DPO stage of one of 1 round(s)" in report and "training on 40 rows" in report
+    assert float(re.search(r"^  sum +([\d.]+)", report, re.M)[1]) > 0
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="SGPO does not run under FSDP2"):
+        main(["--config", str(ROOT / name), "--dry_run", *flags, "--accelerate_config", FSDP2])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -236,6 +252,7 @@ def test_recomputing_and_sharding_need_less(recipe, capsys):
         ({"data_format": "ultra"}, [], "unknown data_format 'ultra'"),
         ({"invalid_rows": "error"}, [], "row 5"),
         ({}, ["--accelerate_config", "no/file.yaml"], "no/file.yaml"),
+        ({"trainer": "EMDPOTrainer"}, ["--accelerate_config", FSDP2], "EM-DPO does not run under FSDP2"),
     ],
 )
 def test_mistakes_are_named(changes, flags, message, recipe):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scale_table import HARDWARE, METHODS, PAGE, SHAPES, estimate, parse, tables
+import train
+from scale_table import HARDWARE, IMPOSSIBLE, METHODS, PAGE, SHAPES, estimate, parse, tables
 from trainers.em.simulated import ultrafeedback_by_aspect
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/ultrafeedback"
@@ -38,10 +39,16 @@ def test_a_key_stands_in_one_file_only_unless_a_method_needs_its_own():
 def test_it_fits_with_a_tenth_to_spare(method, hardware):
     for name in SHAPES:
         for engine in HARDWARE[hardware]:
-            if (method, engine) != ("emdpo", "fsdp2"):
+            if (method, engine) not in IMPOSSIBLE:
                 peak, hours = estimate(name, hardware, method, engine)
                 assert peak / 2**30 + 1 < 0.9 * LIMITS[hardware]  # 1 GiB of CUDA context
-                assert 0.5 < hours < 400
+                assert 0.3 < hours < 400
+
+
+def test_engines_that_a_method_cannot_use_are_known_to_it():
+    for method, engine in IMPOSSIBLE:
+        trainer = train.find_trainer(parse("mistral-7b", "full-8x80gb", method)[1].trainer)
+        assert engine.rstrip("2") in trainer.unsupported_engines
 
 
 def test_the_page_has_the_numbers_of_today():

@@ -56,6 +56,12 @@ def test_rows_are_read_from_conversations_pairs_and_scored_responses(tmp_path, c
         found = read_rows(str(path), None, source=source)
         assert [row["prompt"] for row in found] == prompts and [row["reference"] for row in found] == references
     assert len(read_rows(str(path), None, source=source, repeats=True)) == 2
+    pools = [{"instruction": "Hi", "source": "s", "completions": [
+        {"response": text, "overall_score": score} for text, score in (("a", 2.0), ("b", 9.0))
+    ]}]  # fmt: skip
+    (tmp_path / "pools.jsonl").write_text(json.dumps(pools[0]) + "\n")
+    found = read_rows(str(tmp_path / "pools.jsonl"), None, source="best", data_format="ultrafeedback")
+    assert [row["reference"] for row in found] == ["b"]
     assert "1 (the same prompt again)" in caplog.text and "1 (no reference answer at the end)" in caplog.text
 
 

@@ -225,7 +225,6 @@ def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
         ({"preference_split": None}, "preference_split is missing"),
         ({"preference_split": "train[:5]"}, "no preference prompt is left"),
         ({"sft_target_source": "answer"}, "set sft_target_source to the one with the reference answer"),
-        ({"dry_run": True}, "dry_run describes one training, and SGPO runs several"),
         ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
         ({"use_vllm": True}, "use_vllm needs vLLM: pip install vllm"),
         ({"push_to_hub": True}, "push_to_hub does not work"),

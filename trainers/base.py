@@ -58,6 +58,7 @@ class PreferenceTrainer(Trainer):
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
     resumes_by_itself: bool = False  # whether `train` goes on from output_dir without being told of a checkpoint
+    unsupported_engines: tuple[str, ...] = ()  # of "fsdp" and "zero3": where a run is refused
 
     # `compute_loss` divides by the prompts of the whole accumulation window itself.
     loss_is_scaled_for_ga = True

@@ -73,6 +73,7 @@ class EMDPOTrainer(TypePolicyTrainer):
     """
 
     resumes_by_itself = True
+    unsupported_engines = ("fsdp",)
 
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),

@@ -25,6 +25,7 @@ from .improve.filters import filter_statistic, iqr_keep
 from .improve.pipeline import run_stages
 from .improve.run import Run
 from .improve.text import improver_prompt, reviser_prompt
+from .improve.training import pair
 from .loop.enhance import refuse_unsupported
 from .loop.start import load_start
 from .metrics import best_and_worst
@@ -114,6 +115,29 @@ class SGPOTrainer(DPOTrainer):
                 "reference is not the checkpoint that the policy starts from."
             )
 
+    unsupported_engines = ("fsdp", "zero3")
+
+    @classmethod
+    def planned_rows(cls, args: SGPOConfig, data) -> tuple[Dataset, list[str]]:
+        """Rows in place of the pairs, which do not exist before the run, and what to know of them; for `--dry_run`.
+
+        Each prompt of the pairs has two reference answers of the improver's rows for its two responses.
+        """
+        rows, prompts, held_out, conversations = _read_data(args, data)
+        answers = [row["reference"] for row in rows]
+        pairs = [
+            pair({"prompt": row["prompt"], "chosen": answers[i % len(rows)], "rejected": answers[(i + 1) % len(rows)]})
+            for i, row in enumerate(prompts)
+        ]
+        first = "" if conversations is None else f"fine-tuning on {len(conversations):,} conversations, "
+        return Dataset.from_list(pairs), [
+            f"Described is the DPO stage of one of {args.rounds} round(s). Its pairs do not exist yet: the reference "
+            f"answers of the improver's rows stand for their responses, and none of the {len(prompts):,} is dropped.",
+            f"Not in time and memory: {first}the improver's training on {len(rows):,} rows of at most "
+            f"{args.improver['max_length']} tokens, without a reference; and sampling: about {2 * len(rows):,} "
+            f"answers for the improver, {2 * len(prompts):,} for pairs, and {len(held_out):,} often to measure.",
+        ]
+
     @classmethod
     def run_stages(cls, args: SGPOConfig, data, model, *, fit, quantization_config=None, peft_config=None) -> None:
         """All stages from one recipe, in `args.output_dir`; called by scripts/train.py.
@@ -175,17 +199,18 @@ def _stage_arguments(args: SGPOConfig, folder: Path, seed: int) -> SGPOConfig:
 def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dict], list[dict] | None]:
     """Rows of the improver, of the pairs, to measure on, and for supervised fine-tuning; no prompt in two of them."""
     source = {"source": args.sft_target_source, "as_chat": args.as_chat}
+    own = source | {"data_format": data.data_format}  # of dataset_name
     with args.main_process_first(desc="reading the data"):
         held_out = []
         if data.dataset_test_split:
-            held_out = read_rows(data.dataset_name, data.dataset_test_split, needs_reference=False, **source)
-        rows = read_rows(data.dataset_name, data.dataset_train_split, limit=data.max_train_rows, **source)
+            held_out = read_rows(data.dataset_name, data.dataset_test_split, needs_reference=False, **own)
+        rows = read_rows(data.dataset_name, data.dataset_train_split, limit=data.max_train_rows, **own)
         rows = without(rows, held_out, "improver prompts, which are held out")
         if args.preference_dataset is None and args.preference_split is None:
             raise ValueError("preference_split is missing: name the prompts that the pairs are made of.")
         prompts = read_rows(
             args.preference_dataset or data.dataset_name, args.preference_split, limit=args.max_preference_rows,
-            needs_reference=args.reference_in_input, **source,
+            needs_reference=args.reference_in_input, **(source if args.preference_dataset else own),
         )  # fmt: skip
         prompts = without(prompts, held_out, "preference prompts, which are held out")
         prompts = without(prompts, rows, "preference prompts, which the improver is trained on")

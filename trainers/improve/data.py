@@ -6,7 +6,7 @@ from collections import Counter
 from datasets import Dataset
 
 from ..data.drops import DropReport
-from ..data.load import read_dataset
+from ..data.load import load_preferences, read_dataset
 from ..loop.enhance import plain
 from ..loop.sampler import Prompt
 from .text import turns
@@ -17,22 +17,28 @@ BEST = "best"
 MESSAGES = "messages"
 
 
-def read_rows(name: str, split: str | None, *, source: str, as_chat: bool = False, limit: int | None = None,
-              needs_reference: bool = True, repeats: bool = False) -> list[dict]:  # fmt: skip
+def read_rows(
+    name: str, split: str | None, *, source: str, data_format: str | None = None, as_chat: bool = False,
+    limit: int | None = None, needs_reference: bool = True, repeats: bool = False,
+) -> list[dict]:  # fmt: skip
     """Rows of `prompt` and `reference` (None where there is none and none is needed); drops are counted and logged.
 
     Args:
         source: column of the reference, or `best` for the response with the best score. A conversation is split: its
             last turn is the reference, the turns before it are the prompt. A column `messages` is taken without
             being named.
+        data_format: of `load_preferences`; its rows have responses and scores, so `source` is `best`.
         as_chat: make text prompts user messages.
         repeats: keep several rows of one prompt.
 
     Raises:
         ValueError: no column can be read as that, or no row is left.
     """
-    dataset = read_dataset(name, split or "train")
-    dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    if data_format is not None:
+        dataset = load_preferences(name, split, data_format, max_rows=limit)
+    else:
+        dataset = read_dataset(name, split or "train")
+        dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     column = _reference_column(dataset, source, needs_reference, name)
     for row in dataset:
