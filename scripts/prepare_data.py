@@ -4,7 +4,7 @@
         --revision 40b436560ca83a8dba36114c22ab3c66e43f6d5e --output data/ultrafeedback.parquet
 
 `load_preferences` reads the output as it is, and so does `scripts/train.py --dataset_name data/ultrafeedback.parquet`.
-What was dropped is printed by reason; it stands in `<output>.manifest.json` too, with the source, its revision, the
+What was dropped is printed by reason; it stands in `<output>.manifest.yaml` too, with the source, its revision, the
 format, and digests. With `--streaming true` no copy of the source is kept.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
+import yaml
 from datasets import Features
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -31,7 +32,7 @@ from transformers import HfArgumentParser
 
 from trainers.data import detect_format, load_preferences
 from trainers.data.drops import collected_reports
-from trainers.loop.journal import write_json
+from trainers.loop.journal import write_atomic
 
 ROWS_PER_GROUP = 1000
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -103,7 +104,8 @@ def prepare(args: PrepareArguments) -> dict:
         "dropped": vars(report),
         "versions": {name: version(name) for name in ("polypo", "datasets", "pyarrow")},
     }
-    write_json(manifest_path(output), manifest)
+    plain = json.loads(json.dumps(manifest))  # counters become mappings
+    write_atomic(manifest_path(output), yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
     return manifest
 
 
@@ -127,7 +129,8 @@ def source_facts(args: PrepareArguments) -> dict:
 
 
 def manifest_path(output: str | Path) -> Path:
-    return Path(f"{output}.manifest.json")
+    """No .json, which would be read as data where the folder of the output is."""
+    return Path(f"{output}.manifest.yaml")
 
 
 def file_digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from datasets import IterableDataset
 
-from test_formats import CASES, assistant, user
+from format_cases import CASES, assistant, user
 from trainers.data.canonical import canonical_stream
 from trainers.data.drops import collected_reports
 from trainers.data.formats import FORMATS

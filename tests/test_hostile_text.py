@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from format_cases import assistant, user
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from test_formats import assistant, user
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.data import PreferenceCollator, canonicalize, tokenize_dataset
 from trainers.data.tokenization import CONTROL_NOTE

@@ -66,7 +66,7 @@ def test_folder_of_files_and_saved_dataset(tmp_path):
     assert len(load_preferences(str(tmp_path / "files"), split="test")) == 1
     DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
     assert_is_rows(load_preferences(str(tmp_path / "saved")))
-    with pytest.raises(ValueError, match=r"unknown split 'test'; give one of \['train'\]"):
+    with pytest.raises(ValueError, match=r"unknown split 'test' of 'saved'; give one of \['train'\]"):
         load_preferences(str(tmp_path / "saved"), split="test")
 
 
@@ -75,7 +75,7 @@ def test_split_of_a_file_and_max_rows(tmp_path):
     assert load_preferences(path, split="train[1:]")["prompt"][:] == ["b"]
     assert load_preferences(path, max_rows=1)["prompt"][:] == ["a"]
     assert len(load_preferences(path, max_rows=10)) == 2
-    with pytest.raises(ValueError, match='Unknown split "test"'):
+    with pytest.raises(ValueError, match=r"unknown split 'test' of 'data.jsonl'; give one of \['train'\]"):
         load_preferences(path, split="test")
 
 

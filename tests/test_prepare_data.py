@@ -1,9 +1,9 @@
 """scripts/prepare_data.py: canonical files that load_preferences reads unchanged, complete or not there."""
 
-import json
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
 import prepare_data
@@ -18,7 +18,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def run(folder, **flags):
     prepare_data.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
-    return json.loads(prepare_data.manifest_path(folder / flags["output"]).read_text())
+    return yaml.safe_load(prepare_data.manifest_path(folder / flags["output"]).read_text())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -38,7 +38,7 @@ def test_the_output_loads_unchanged(name, suffix, streaming, tmp_path, capsys, c
     assert manifest["source"]["sha256"] == prepare_data.file_digest(Path(data))
     assert f"{len(expected)} kept" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == sorted(
-        ["data.jsonl", output.name, f"{output.name}.manifest.json"]
+        ["data.jsonl", output.name, f"{output.name}.manifest.yaml"]
     )
 
 

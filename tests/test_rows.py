@@ -204,7 +204,7 @@ def test_invalid_error_names_row_and_field():
         canonicalize(dataset_with_faults(), invalid="error")
     with pytest.raises(ValueError, match="row 0: prompt is empty"):
         canonicalize(dataset_with_faults().select([5, 0]), invalid="error")
-    with pytest.raises(ValueError, match="invalid must be 'drop' or 'error'"):
+    with pytest.raises(ValueError, match="invalid_rows must be 'drop' or 'error'"):
         canonicalize(dataset_with_faults(), invalid="ignore")
 
 

@@ -25,7 +25,7 @@ from .drops import (
     split_off_drops,
     with_event_columns,
 )
-from .rows import Row, chat_row, clean_row, response_faults, to_canonical
+from .rows import Row, chat_row, clean_row, describe, response_faults, to_canonical
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def canonicalize(
         raise ValueError("the dataset has no rows.")
     options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     features = _features(_results(dataset, **options), dataset.features)
-    keywords = {**options, "columns": tuple(features), "code": source_digest(adapter)}
+    keywords = {**options, "columns": features, "code": source_digest(adapter)}
     if inspect.isgeneratorfunction(adapter):
         mapped = Dataset.from_generator(
             _grouped_events, features=with_event_columns(features), gen_kwargs={"dataset": dataset, **keywords}
@@ -98,12 +98,12 @@ def canonical_stream(
     features = _features(_counted(_results(source, **options), report), source.features or {})
     if not report.rows_out:
         raise ValueError(f"no usable row is left.\n{report}")
-    keywords = {"source": source, "columns": tuple(features), "title": title, **options}
+    keywords = {"source": source, "columns": features, "title": title, **options}
     return IterableDataset.from_generator(_reported, features=Features(features), gen_kwargs=keywords)
 
 
-def _reported(source: IterableDataset, columns: tuple[str, ...], title: str, **options) -> Iterator[Row]:
-    report = DropReport()
+def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
+    report, source = DropReport(), _whole(source)
     rows = _counting_source(source, report) if inspect.isgeneratorfunction(options["adapter"]) else source
     try:
         for index, (row, _) in enumerate(_counted(_results(rows, **options), report)):
@@ -111,6 +111,13 @@ def _reported(source: IterableDataset, columns: tuple[str, ...], title: str, **o
                 yield _in_columns(row, columns, f"row {index}")
     finally:  # also where the reader stops before the end
         report.log(logger, title)
+
+
+def _whole(source: IterableDataset) -> Iterator[Row]:
+    """All rows, also in the one worker of a data loader that has this pass: it would read a part of the files."""
+    shards = source.num_shards
+    for index in range(shards):
+        yield from source.shard(num_shards=shards, index=index) if shards > 1 else source
 
 
 def _counting_source(rows: Iterable[Row], report: DropReport) -> Iterator[Row]:
@@ -167,7 +174,7 @@ def _grouped(rows: Iterable[Row], adapter, invalid: str, as_chat: bool) -> Itera
         except StopIteration:
             break
         except Exception as error:
-            raise _explained(error, f"row {index}", source, adapter) from error
+            raise _explained(error, f"the group that was read up to row {index}", source, adapter) from error
         where = f"the group that was read up to row {index}"
         if isinstance(row, Drop) and row.kind != "row":
             pending.append(f"{row.kind}: {row}")
@@ -226,7 +233,7 @@ def _canonical_batch(
     adapter,
     invalid: str,
     as_chat: bool,
-    columns: tuple[str, ...],
+    columns: dict[str, Any],
     code: str,
 ) -> dict[str, list]:
     results = (
@@ -237,21 +244,39 @@ def _canonical_batch(
     return {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
 
 
-def _grouped_events(dataset: Dataset, columns: tuple[str, ...], code: str, **options) -> Iterator[Row]:
+def _grouped_events(dataset: Dataset, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
     for index, result in enumerate(_results(dataset, **options)):
         yield _marked(result, columns, f"group {index}")
 
 
-def _marked(result: Result, columns: tuple[str, ...], where: str) -> Row:
+def _marked(result: Result, columns: dict[str, Any], where: str) -> Row:
     row, reasons = result
     return {**_in_columns(row or {}, columns, where), EVENTS: reasons, KEPT: row is not None}
 
 
-def _in_columns(row: Row, columns: tuple[str, ...], where: str) -> Row:
+def _in_columns(row: Row, columns: dict[str, Any], where: str) -> Row:
     new = sorted(set(row) - set(columns))
     if new:
         raise ValueError(f"{where}: column {new[0]!r} is not in the rows before it; give it in every row.")
+    for name, value in row.items():
+        if not _fits(value, columns[name]):
+            raise ValueError(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")
     return {name: row.get(name) for name in columns}
+
+
+def _fits(value: Any, feature: Any) -> bool:
+    """Whether a column takes a value as it is; `datasets` would make text of messages and numbers of text."""
+    if value is None:
+        return True
+    if isinstance(feature, List):
+        return isinstance(value, list) and all(_fits(item, feature.feature) for item in value)
+    if isinstance(feature, dict):
+        return isinstance(value, dict) and all(
+            item is None or (name in feature and _fits(item, feature[name])) for name, item in value.items()
+        )
+    kinds = {"string": str, "large_string": str, "bool": bool, "int64": int, "float64": int | float}
+    expected = kinds.get(getattr(feature, "dtype", None), object)
+    return isinstance(value, expected) and (expected is bool or expected is object or not isinstance(value, bool))
 
 
 def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def is_first_process() -> bool:
 
 def check_invalid(invalid: str) -> None:
     if invalid not in ("drop", "error"):
-        raise ValueError(f"invalid must be 'drop' or 'error', not {invalid!r}.")
+        raise ValueError(f"invalid_rows must be 'drop' or 'error', not {invalid!r}.")
 
 
 def with_event_columns(features: dict[str, Any]) -> Features:

@@ -1,165 +1,155 @@
-"""Local files of rows, and what is wrong with one that cannot be read."""
+"""Local files and folders of rows, and what is wrong with one that cannot be read."""
 
+import glob
 import gzip
 import io
-import json
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
-from .rows import Row, to_canonical
+from .drops import is_first_process
+from .faults import explained
+from .json_rows import json_dataset, json_stream
+
+logger = logging.getLogger(__name__)
+
+Rows = Dataset | IterableDataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-BRACKETS = 500  # in one row, from which on its nesting is looked at: deep nesting ends the process in Arrow's reader
 
 
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """What the readers of `datasets`, Arrow and gzip raise becomes a ValueError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (DatasetGenerationError, pyarrow.ArrowException, EOFError, zlib.error, OSError, RuntimeError, ValueError,
-            KeyError, TypeError) as error:  # fmt: skip
-        if isinstance(error, ValueError) and path.name in str(error):
-            raise  # one of ours
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if "corresponds to no data" in str(cause):
-            raise ValueError(f"{path} has no rows: give a file with at least one.") from error
-        raise ValueError(f"cannot read {path.name!r} ({cause}); give a whole file or folder of rows.") from error
-
-
-def read_file(path: Path, split: str, kwargs: dict) -> Dataset | IterableDataset:
+def read_file(
+    path: Path, split: str, kwargs: dict, strict: Collection[str] | None = None
+) -> Dataset | IterableDataset:
     """The rows of a .jsonl, .json or .parquet file, each also with .gz; `kwargs` are those of `load_dataset`.
 
     Raises:
-        ValueError: the file cannot be read; for JSON Lines the message names the row. A stream raises it on its way.
+        ValueError: the file cannot be read; for JSON the message names the row. A stream raises it on its way.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in SUFFIXES:
+    kind, streaming = kind_of(path), kwargs.get("streaming", False)
+    if kind is None:
         raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: give a file with at least one row.")
-    streaming = kwargs.get("streaming", False)
     with explained(path):
-        if suffix == ".parquet" and path.suffix == ".gz":  # datasets does not unpack this combination
-            table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
-            if split != "train":
-                raise ValueError(f"Unknown split {split!r} of {path.name!r}; a packed parquet file has 'train' only.")
-            return Dataset(table).to_iterable_dataset() if streaming else Dataset(table)
-        if suffix == ".parquet":
-            return load_dataset("parquet", data_files=str(path), split=split, **kwargs)
-        _check_json(path)
-        if streaming:
-            return _json_stream(path, split, sorted(kwargs))
+        if kind == "parquet" and path.suffix != ".gz":
+            return load_dataset("parquet", data_files=glob.escape(str(path)), split=split, **kwargs)
+    if options := sorted(set(kwargs) - {"streaming"}):
+        raise ValueError(f"{path.name!r} takes no {options[0]}; leave it out.")
+    if kind == "json":
+        return _read_json({"train": [path]}, path, split, streaming, strict)
+    with explained(path):
+        # datasets does not unpack a packed parquet file
+        table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
+    found = in_split({"train": Dataset(table)}, split, path)
+    return found.to_iterable_dataset() if streaming else found
+
+
+def read_folder(
+    path: Path, split: str, kwargs: dict, strict: Collection[str] | None = None
+) -> Dataset | IterableDataset:
+    """A folder of files, whose splits are those that `datasets` finds; or what `save_to_disk` wrote.
+
+    Raises:
+        ValueError: there is nothing to read, or the files differ in the types of a column.
+    """
+    streaming = kwargs.get("streaming", False)
+    if any(letter in str(path) for letter in "*?["):
+        raise ValueError(f"{str(path)!r} reads as a pattern of several names: rename the folder without *, ? and [.")
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        with explained(path):
+            saved = load_from_disk(str(path))
+        found = in_split(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
+        return found.to_iterable_dataset() if streaming else found
+    with explained(path):
+        options = {name: value for name, value in kwargs.items() if name != "streaming"}
+        files = load_dataset_builder(str(path), **options).config.data_files
+    files = {str(name): [Path(file) for file in found] for name, found in files.items()}
+    _warn_of_unread(path, {file for found in files.values() for file in found})
+    kinds = {kind_of(file) for found in files.values() for file in found}
+    if kinds == {"json"}:
+        return _read_json(files, path, split, streaming, strict)
+    if kinds == {"parquet"}:
+        kwargs = {"features": _common_features(files), **kwargs}
+    with explained(path):
+        return load_dataset(str(path), split=split, **kwargs)
+
+
+def kind_of(path: Path) -> str | None:
+    return SUFFIXES.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+
+
+def in_split(splits: dict[str, Dataset], split: str, path: Path) -> Dataset:
+    """A split in the syntax of `datasets`: slices like train[:90%], and sums.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"unknown split {split!r} of {path.name!r}; give one of {sorted(splits)}.") from error
+    found = [
+        rows if (part.from_, part.to) in ((None, None), (0, len(rows))) else rows.select(range(part.from_, part.to))
+        for part in parts
+        for rows in [splits[part.splitname]]
+    ]
+    return found[0] if len(found) == 1 else concatenate_datasets(found)
+
+
+def _read_json(
+    files: dict[str, list[Path]], path: Path, split: str, streaming: bool, strict
+) -> Dataset | IterableDataset:
+    if streaming:
+        if split not in files:
+            raise ValueError(
+                f"a stream of {path.name!r} has whole splits only; give one of {sorted(files)}, not {split!r}."
+            )
+        return json_stream(files[split])
+    wanted = [name for name in files if name in split] or list(files)
+    return in_split({name: json_dataset(files[name], strict) for name in wanted}, split, path)
+
+
+def _common_features(files: dict[str, list[Path]]) -> Features:
+    """The columns of parquet files, wide enough for all of them.
+
+    Raises:
+        ValueError: two files have different types in a column.
+    """
+    common = pyarrow.schema([])
+    for file in (file for found in files.values() for file in found):
+        with explained(file):
+            schema = pyarrow.parquet.read_schema(file).remove_metadata()
         try:
-            dataset = load_dataset("json", data_files=str(path), split=split, **kwargs)
-        except DatasetGenerationError:
-            _find_json_fault(path)
-            raise
-        if mixed_columns(dataset):
-            _find_json_fault(path)
-    return dataset
+            common = pyarrow.unify_schemas([common, schema], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{file.name!r} differs from the files before it: {error}") from error
+    return Features.from_arrow_schema(common)
 
 
-def mixed_columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Columns that `datasets` keeps as raw JSON because their types differ, which turns the text "2" into a number."""
-    return sorted(name for name, feature in (dataset.features or {}).items() if "Json(" in repr(feature))
-
-
-def _json_stream(path: Path, split: str, options: list[str]) -> IterableDataset:
-    """Row by row with Python's own reader: that of `datasets` turns the text "2" into a number where types differ."""
-    if split != "train" or options != ["streaming"]:
-        raise ValueError(f"A stream of {path.name!r} has the split 'train' only and takes no options; leave them out.")
-    return IterableDataset.from_generator(_json_rows, gen_kwargs={"path": str(path)})
-
-
-def _json_rows(path: str) -> Iterator[Row]:
-    with explained(Path(path)):
-        for index, row in enumerate(_json_values(Path(path))):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {index} of {Path(path).name!r} is no JSON object; give one per row.")
-            yield row
-
-
-def _json_values(path: Path) -> Iterator[Any]:
-    with _open(path) as lines:
-        for index, line in enumerate(line for line in lines if line.strip()):
-            value = _parsed(line, index, path)
-            if value is None:  # one JSON value over many lines
-                value = json.loads(_content(path))
-                yield from value if isinstance(value, list) else [value]
-                return
-            yield from value if isinstance(value, list) else [value]
-
-
-def _check_json(path: Path) -> None:
-    """Refuse what would end the process in Arrow's reader instead of raising: a first `null`, and deep nesting."""
-    deep = ValueError(f"{path.name!r} is nested too deeply; give prompts, responses and scores as plain lists.")
-    first = b""
-    with _open(path) as lines:
-        for line in lines:
-            first = first or line.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            if first and first not in b"{[":
-                raise ValueError(
-                    f"row 0 of {path.name!r} is no JSON object; give one object per line, or a list of them."
-                )
-            if line.count(b"[") + line.count(b"{") > BRACKETS and _too_deep(line):
-                raise deep
-    if not first:
-        raise ValueError(f"{path} is empty: give a file with at least one row.")
-    if first == b"[" and _too_deep(_content(path)):
-        raise deep
-
-
-def _too_deep(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except RecursionError:
-        return True
-    except ValueError:  # a fault that is named later, or a part of a value
-        return False
-    return False
-
-
-def _content(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read()
-
-
-def _find_json_fault(path: Path) -> None:
-    """Raise for the first faulty row of a JSON Lines file, which the Arrow reader does not name."""
-    with _open(path) as lines:
-        for index, line in enumerate(line for line in lines if line.strip()):
-            row = _parsed(line, index, path)
-            if not isinstance(row, dict):
-                return  # not JSON Lines
-            if "responses" in row:
-                try:
-                    to_canonical(row)
-                except ValueError as error:
-                    raise ValueError(f"row {index} of {path.name!r}: {error}") from error
-
-
-def _parsed(line: bytes, index: int, path: Path) -> Row | list | None:
-    """The value in a line; None where the first line is not a value, so that the file is not JSON Lines."""
-    try:
-        return json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"row {index} of {path.name!r} is not UTF-8 ({error.reason}); save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        if index == 0:
-            return None
-        raise ValueError(f"row {index} of {path.name!r} is not valid JSON: {error}.") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _warn_of_unread(folder: Path, read: set[Path]) -> None:
+    """`datasets` takes the files of one kind, or those whose names are those of splits, and passes over the others."""
+    read = {file.resolve() for file in read}
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if kind_of(file)]
+    left = [
+        str(name)
+        for name in names
+        if (folder / name).resolve() not in read and not any(part.startswith(".") for part in name.parts)
+    ]
+    if left and is_first_process():
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        logger.warning("%s: %d file(s) are NOT read: %s. Name a file, or put them apart.", folder, len(left), shown)

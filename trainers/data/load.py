@@ -2,20 +2,23 @@
 
 import importlib
 import logging
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset
 
 from .canonical import Adapter, canonical_stream, canonicalize
 from .drops import is_first_process
-from .files import SUFFIXES, explained, mixed_columns, read_file
+from .files import SUFFIXES, read_file, read_folder
 from .formats import FORMATS, known_formats, recognise
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OPTIONAL = ("weight", "annotator")
+# Columns that a format reads.
+READ = {"prompt", "responses", "scores", *OPTIONAL}.union(*(f.columns | f.beside for f in FORMATS.values()))
 
 
 def load_preferences(
@@ -51,8 +54,11 @@ def load_preferences(
         ValueError: naming the row and the field, if the data is not what `data_format` says.
     """
     adapter = _find_adapter(data_format)
-    source = read_dataset(str(name_or_path), split or "train", {**kwargs, "streaming": True} if streaming else kwargs)
-    _refuse_mixed(source, str(name_or_path))
+    if streaming and num_proc is not None:
+        raise ValueError("num_proc has no effect on a stream: leave it out.")
+    strict = None if callable(adapter) and data_format not in FORMATS else READ
+    options = {**kwargs, "streaming": True} if streaming else kwargs
+    source = read_dataset(str(name_or_path), split or "train", options, strict)
     if max_rows is not None:
         source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
     if adapter is None:
@@ -72,13 +78,7 @@ def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     Raises:
         ValueError: the columns fit no format or several; the message names them.
     """
-    return _recognised(read_dataset(str(name_or_path), split or "train", kwargs), str(name_or_path))
-
-
-def _refuse_mixed(source: Dataset | IterableDataset, title: str) -> None:
-    read = {"prompt", "responses", "scores"}.union(*(found.columns | found.beside for found in FORMATS.values()))
-    if mixed := [name for name in mixed_columns(source) if name in read]:
-        raise ValueError(f"column {mixed[0]!r} of {title} mixes types; give the same type in every row.")
+    return _recognised(read_dataset(str(name_or_path), split or "train", kwargs, READ), str(name_or_path))
 
 
 def _warn_of_misspellings(columns: list[str]) -> None:
@@ -89,33 +89,37 @@ def _warn_of_misspellings(columns: list[str]) -> None:
             logger.warning("Column %r is not used: did you mean %r?", name, near[0])
 
 
-def read_dataset(name_or_path: str, split: str, kwargs: dict | None = None) -> Dataset | IterableDataset:
-    """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`."""
+def read_dataset(
+    name_or_path: str, split: str, kwargs: dict | None = None, strict: Collection[str] | None = None
+) -> Dataset | IterableDataset:
+    """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`.
+
+    `strict` are the columns of local files that must have one type in all rows, by default all.
+    """
     kwargs = kwargs or {}
     try:
         path = Path(name_or_path).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a null character
         raise FileNotFoundError(f"{name_or_path!r} can be no path ({error}); give an existing one.") from error
+    if (is_file or is_folder) and kwargs.get("revision"):
+        raise ValueError(f"revision has no effect on the local path {name_or_path!r}: leave it out.")
     if is_file:
-        return read_file(path, split, kwargs)
+        return read_file(path, split, kwargs, strict)
     if is_folder:
-        with explained(path):
-            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-                saved = _pick_split(load_from_disk(str(path)), split)
-                return saved.to_iterable_dataset() if kwargs.get("streaming") else saved
-            return load_dataset(str(path), split=split, **kwargs)
+        return read_folder(path, split, kwargs, strict)
     if _looks_like_path(name_or_path):
         raise FileNotFoundError(f"no file or folder {name_or_path!r}; give an existing path or a hub id 'owner/name'.")
-    return load_dataset(name_or_path, split=split, **kwargs)
+    found = load_dataset(name_or_path, split=split, **kwargs)
+    _refuse_mixed(found, name_or_path, strict)
+    return found
 
 
-def _pick_split(data: Dataset | DatasetDict, split: str) -> Dataset:
-    if isinstance(data, Dataset):
-        return data
-    if split not in data:
-        raise ValueError(f"unknown split {split!r}; give one of {sorted(data)}.")
-    return data[split]
+def _refuse_mixed(found: Dataset | IterableDataset, name: str, strict: Collection[str] | None) -> None:
+    """`datasets` keeps a column whose types differ as raw JSON, which turns the text "2" into a number."""
+    for column, feature in (found.features or {}).items():
+        if "Json(" in repr(feature) and (strict is None or column in strict):
+            raise ValueError(f"column {column!r} of {name} mixes types; give the same type in every row.")
 
 
 def _looks_like_path(name: str) -> bool:
@@ -133,7 +137,22 @@ def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: 
             f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
             f"chosen, rejected); set data_format to 'auto' or to {known_formats()}."
         )
+    _warn_of_richer_format(source, columns, title)
     return None
+
+
+def _warn_of_richer_format(source: Dataset | IterableDataset, columns: list[str], title: str) -> None:
+    """Pairs may lie beside all responses, or beside their scores."""
+    try:
+        name = recognise(columns, next(iter(source), {}))
+    except ValueError:
+        return
+    if name not in ("rows", "pairs", "hh_rlhf") and is_first_process():
+        read = "rows" if "responses" in columns else "pairs with the scores 1 and 0"
+        logger.warning(
+            "%s is read as %s, though its columns are those of %s too: set data_format to %r to read it as that.",
+            title, read, FORMATS[name].of, name,
+        )  # fmt: skip
 
 
 def _recognised(source: Dataset | IterableDataset, title: str) -> str:

@@ -5,7 +5,7 @@ before. Rows with source `truthful_qa` overlap with that benchmark; the column `
 """
 
 from ..drops import Drop
-from ..rows import Row
+from ..rows import Row, describe
 from .fields import assistant, carried, number, records, text, user
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -48,8 +48,10 @@ def _mean_rating(annotations: dict | None) -> float | None:
 
 
 def _is_number(rating: str | None) -> bool:
+    if rating is None or rating == "N/A":
+        return False
     try:
         float(rating)
-    except (TypeError, ValueError):  # "N/A" or missing
-        return False
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'Rating' is {describe(rating)}; give a number, or 'N/A' for none.") from error
     return True
