@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json
 
-from trainers.data import load_preferences
+from trainers.data import load, load_preferences
 from trainers.data.formats.ultrafeedback import ultrafeedback, ultrafeedback_fine_grained
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -234,3 +234,10 @@ def test_an_empty_file_and_a_misspelled_column_are_named(tmp_path, caplog):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert len(load_preferences(tmp_path / "rows.jsonl")) == 1
     assert "'weigth' is not used: did you mean 'weight'" in caplog.text and "source" not in caplog.text
+
+
+def test_a_column_that_datasets_keeps_as_raw_json_is_refused():
+    mixed = Dataset.from_dict({"prompt": ["a"], "id": ["1"]}, features=Features(prompt=Json(), id=Json()))
+    with pytest.raises(ValueError, match="column 'prompt' of lab/rows mixes types"):
+        load._refuse_mixed(mixed, "lab/rows", strict={"prompt"})
+    load._refuse_mixed(mixed, "lab/rows", strict={"scores"})
