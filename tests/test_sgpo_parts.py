@@ -10,7 +10,7 @@ import pytest
 from sgpo_report import word_diff, write_report
 from trainers.improve.config import SGPOConfig
 from trainers.improve.data import read_rows
-from trainers.improve.monitor import Limits, alarms, dpo_health
+from trainers.improve.monitor import Limits, alarms
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,6 @@ def test_alarms_name_the_metric_its_limit_and_what_to_do():
     assert len(found) == 3 and found[0].startswith("pairs/copy_rate is 0.25, above 0.2 (limits.copy_rate): ")
     assert alarms(metrics, Limits(copy_rate=0.3, meta_text=None, distinct_fall=None)) == []
     assert alarms({"measure/pairs_scorer_gain": -0.1}, Limits())
-
-
-def test_dpo_health_compares_the_same_responses_with_their_start():
-    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    logs = [(1, 0.69, 0.0, 0.0, 0.0, 0.0), (10, 0.5, -0.2, -0.7, 0.5, 0.8), (100, 0.3, -0.1, -2.1, 2.0, 1.0)]
-    history = [{"step": s, "loss": x, **dict(zip(names, rest, strict=True))} for s, x, *rest in logs]
-    found = dpo_health([*history, {"train_loss": 0.4, "step": 100}], beta=0.1)
-    assert found["chosen_drift"] == pytest.approx(-1) and found["chosen_fall"] == pytest.approx(1)
-    assert found["rejected_drift"] == pytest.approx(-21) and found["early_accuracy"] == 0.8 and found["steps"] == 100
-    assert dpo_health([], beta=0.1) == {}
 
 
 def test_a_diff_is_the_two_texts_with_what_changed_marked():

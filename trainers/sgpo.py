@@ -22,6 +22,7 @@ from .forward.run import agreement
 from .improve.config import SGPOConfig
 from .improve.data import read_rows, without
 from .improve.filters import filter_statistic, iqr_keep
+from .improve.health import Watch
 from .improve.pipeline import run_stages
 from .improve.run import Run
 from .improve.text import improver_prompt, reviser_prompt
@@ -166,6 +167,7 @@ class SGPOTrainer(DPOTrainer):
                 train_dataset=Dataset.from_list(rows),
                 peft_config=adapter,
                 processing_class=load_tokenizer(policy),
+                callbacks=[Watch()],
             )
             fit(trainer, last_checkpoint(folder))
 
