@@ -23,11 +23,9 @@ from trainers.loop.start import load_for_sampling
 
 
 def shorter(prompts, drafts, references):
-    """A reviser with a known edit: the draft's first half, and none for the first prompt."""
-    return [
-        None if p[-1]["content"] == PROMPTS[0] else d[: len(d) // 2] + "!"
-        for p, d in zip(prompts, drafts, strict=True)
-    ]
+    """A reviser with a known edit: the draft's first half, none for the first prompt and a space for the second."""
+    known = {PROMPTS[0]: None, PROMPTS[1]: " "}
+    return [known.get(p[-1]["content"], d[: len(d) // 2] + "!") for p, d in zip(prompts, drafts, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +129,8 @@ def test_a_reviser_with_a_known_edit_gives_known_targets_and_drops(inputs, tmp_p
     expected = shorter([row["prompt"] for row in current], [row["current"] for row in current], [])
     assert [row["target"] for row in targets] == [e if ok else None for e, ok in zip(expected, usable, strict=True)]
     dropped = {row["prompt"][0]["content"]: row["reason"] for row in rows(tmp_path, "filter", "dropped.jsonl.gz")}
-    assert dropped[PROMPTS[0]] == "target: no single marker with text after it"
+    assert dropped[PROMPTS[0]] == "target: the reviser gave none" and dropped[PROMPTS[1]] == "target: empty"
+    assert manifest(tmp_path, "targets")["counts"]["revised"] == sum(usable[2:])
     assert "statistic" not in rows(tmp_path, "filter")[0]
 
 
