@@ -48,6 +48,8 @@ def test_options_of_the_stages_are_refused_from_python(tmp_path):
     for name, value in options.items():
         with pytest.raises(ValueError, match=f"^{name} would have no effect: SGPOTrainer is the DPO stage alone"):
             dpo_trainer(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="^ref='initial' has no effect without ref_model"):
+        dpo_trainer(tmp_path, ref="initial")
     args = config(tmp_path, **options, max_length=600)
     with pytest.raises(ValueError, match="^rounds, sampling, policy_weight, preference_split would have"):
         SGPOTrainer(tiny_llama(50), args=args)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import sgpo_report
 from sgpo_report import word_diff, write_report
 from trainers.improve import filters
 from trainers.improve.config import SGPOConfig
@@ -183,3 +184,10 @@ def test_a_target_that_is_missing_has_its_reason(tmp_path, target, options, reas
     args = SGPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
     row = {"current": "a", "target": None, "target_truncated": False} | target
     assert _target_fault(row, args) == f"target: {reason}"
+
+
+def test_the_report_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sgpo_report.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        sgpo_report.main()
+    assert ended.value.code == 0 and "output_dir of the run; report.html is written there" in capsys.readouterr().out

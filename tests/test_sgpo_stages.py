@@ -17,6 +17,7 @@ from trainers import SGPOTrainer
 from trainers.data.tokenization import tokenize_row
 from trainers.improve.config import STAGES, SGPOConfig
 from trainers.improve.improver import sft_rows
+from trainers.improve.monitor import Limits
 from trainers.improve.text import improver_prompt
 from trainers.loop.sampler import SamplingConfig, sample_responses
 from trainers.loop.start import load_for_sampling
@@ -239,11 +240,29 @@ def test_an_empty_set_of_pairs_stops_the_run(inputs, tmp_path):
     with pytest.raises(ValueError, match=r"filter: no row is left, .*cut at max_new_tokens"):
         train.main(command(inputs, tmp_path, sampling={"max_new_tokens": 1}, scorer=None, sft=None))
     assert len(rows(tmp_path, "filter", "dropped.jsonl.gz")) == 5
+    page = write_report(tmp_path).read_text()
+    assert "Round 1, filter: no row was kept, so the run ended there. Dropped: 5 draft: cut at max_new_tokens." in page
+    assert "Nothing is beyond" not in page  # all drafts are cut off
+
+
+def test_a_stage_that_has_not_ended_is_named_on_the_page(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "round-00/measure/manifest.json").unlink()
+    (run / "limits.json").write_text(json.dumps({"limits": {name: None for name in vars(Limits())}}))
+    page = write_report(run).read_text()
+    assert (
+        "Round 1, measure: begun, and not finished." in page and "Nothing is beyond the run&#x27;s limits so" in page
+    )
 
 
 def test_alarms_warn_or_stop(inputs, finished, capsys):
     train.main(command(inputs, finished, limits={"lowest_edit": 1.1}))
     assert "WARNING: pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in capsys.readouterr().out
+    page = write_report(finished).read_text()
+    assert "pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in page and "the run&#x27;s limits" in page
+    (finished / "limits.json").unlink()
+    page = write_report(finished).read_text()
+    assert "below 1.1" not in page and "the default limits (the run&#x27;s own were not kept)" in page
     with pytest.raises(ValueError, match="on_alarm is stop, and the monitor found: .*limits.lowest_edit"):
         train.main(command(inputs, finished, limits={"lowest_edit": 1.1}, on_alarm="stop"))
 

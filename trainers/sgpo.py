@@ -74,7 +74,8 @@ class SGPOTrainer(DPOTrainer):
     From Python it trains on pairs that are there already; the stages that make them are run by scripts/train.py.
 
     Raises:
-        ValueError: an option of the other stages is set, which would have no effect.
+        ValueError: an option of the other stages is set, which would have no effect, or `ref` is `initial` without a
+            `ref_model`.
     """
 
     config_class = SGPOConfig
@@ -82,11 +83,8 @@ class SGPOTrainer(DPOTrainer):
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
 
     def __init__(self, model, ref_model=None, args: SGPOConfig | None = None, *more, **kwargs):
-        if isinstance(args, SGPOConfig) and (unread := args.of_other_stages()):
-            raise ValueError(
-                f"{', '.join(unread)} would have no effect: SGPOTrainer is the DPO stage alone, on pairs that are "
-                "there already. scripts/train.py runs all stages; leave these options out, or take args.of_dpo()."
-            )
+        if isinstance(args, SGPOConfig):
+            _refuse_stages(args, ref_model)
         super().__init__(model, ref_model, args, *more, **kwargs)
         self._starts_at_reference = ref_model is None
 
@@ -187,6 +185,16 @@ class SGPOTrainer(DPOTrainer):
         run_stages(Run(
             args, name, rows, prompts, held_out, conversations, load, train_dpo, options, quantization_config,
         ))  # fmt: skip
+
+
+def _refuse_stages(args: SGPOConfig, ref_model) -> None:
+    if unread := args.of_other_stages():
+        raise ValueError(
+            f"{', '.join(unread)} would have no effect: SGPOTrainer is the DPO stage alone, on pairs that are there "
+            "already. scripts/train.py runs all stages; leave these options out, or take args.of_dpo()."
+        )
+    if args.ref == "initial" and ref_model is None:
+        raise ValueError("ref='initial' has no effect without ref_model: hand over the model before all rounds.")
 
 
 HELD_OUT = "their prompts are held out"

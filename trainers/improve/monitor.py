@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ..loop.options import read_mapping
 
+LIMITS = "limits.json"  # in a run's folder: what it was judged by
+
 
 @dataclass(frozen=True)
 class Limits:

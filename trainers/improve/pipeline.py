@@ -21,7 +21,7 @@ from pathlib import Path
 from ..loop.journal import write_json
 from . import measure, pairs, targets, training
 from .config import STAGES
-from .monitor import Limits, alarms
+from .monitor import LIMITS, Limits, alarms
 from .run import MODEL, Run, Step
 from .stages import MANIFEST, Stage
 
@@ -37,9 +37,6 @@ STEPS: dict[str, Step] = {
     "measure": measure.MEASURE,
 }
 assert tuple(STEPS) == STAGES
-
-
-LIMITS = "limits.json"  # by which a run was judged, for its page
 
 
 def run_stages(run: Run) -> Path | None:
