@@ -205,6 +205,9 @@ def test_the_reference_and_the_start_of_dpo(inputs, finished, tmp_path, option, 
         expected = weights(paths[path])
         assert all(torch.equal(seen[name][n], expected[n]) for n in expected)
     assert (seen["logratios"] == 0) == (start == reference)
+    logs = [log["rewards/chosen"] for log in history(tmp_path, "dpo") if "loss" in log]
+    assert (logs[0] == 0) == (start == reference)
+    assert manifest(tmp_path, "dpo")["counts"]["chosen_drift"] == pytest.approx((logs[-1] - logs[0]) / 0.1)
 
 
 @pytest.mark.slow
