@@ -44,6 +44,7 @@ def of_drafts(drafts):
         ({"improver": [1]}, "improver must be a mapping"),
         ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat'"),
         ({"improver": {"output_dir": "elsewhere"}}, "improver: output_dir cannot be set for this stage alone"),
+        ({"improver": {"bf16": True}}, "improver: bf16 cannot be set for this stage alone"),
         ({"improver": {"completion_only_loss": False}}, "improver: completion_only_loss cannot be set"),
         ({"sft": {"dataset_name": "a/b", "seed": 3}}, "sft: seed cannot be set for this stage alone"),
         ({"sft": {"dataset_name": "a/b", "eval_steps": 3}}, "sft: eval_steps cannot be set for this stage alone"),

@@ -29,10 +29,12 @@ OF_STAGES = (
     "on_alarm", "limits", "use_vllm",
 )  # fmt: skip
 SFT_FIELDS = [f.name for f in dataclasses.fields(SFTConfig) if f.init]
-# Fields of SFTConfig that are the run's, or that a loss on the tokens of the answer leaves no choice about.
+# Fields of SFTConfig that are the run's, as one process has one precision and one engine, or that a loss on the tokens
+# of the answer leaves no choice about.
 NOT_OF_STAGE = (
     "output_dir", "seed", "data_seed", "resume_from_checkpoint", "save_only_model", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "push_to_hub", "do_train", "do_eval", "do_predict", "use_cpu",
+    "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "accelerator_config", "parallelism_config",
     "deepspeed", "fsdp", "fsdp_config", "local_rank", "model_init_kwargs", "trust_remote_code", "chat_template_path",
     "pad_token", "eos_token", "remove_unused_columns", "label_names", "dataset_text_field", "dataset_kwargs",
     "completion_only_loss", "assistant_only_loss", "packing", "padding_free",
