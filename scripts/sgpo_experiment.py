@@ -125,7 +125,7 @@ class Experiment:
             policy = load_start(
                 self.model, self.base / "round-00/improver/model", init_kwargs=self.init_kwargs, trainable=True
             )
-            args = dataclasses.replace(self.args, output_dir=str(folder))
+            args = self.args.of_dpo(folder)
             trainer = SGPOTrainer(
                 policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=self.tokenizer
             )

@@ -5,9 +5,11 @@
 Writes report.html into the folder, also of a run that is not finished. The page needs nothing but itself.
 """
 
+import argparse
 import json
 import re
 import sys
+from collections import Counter
 from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 from report import AFTER, BEFORE, INK, STYLE, figures, new_figure, table, to_svg
 from trainers.improve.config import STAGES
 from trainers.improve.filters import OUTLIER
-from trainers.improve.monitor import Limits, alarms
+from trainers.improve.monitor import LIMITS, Limits, alarms
+from trainers.improve.stages import MANIFEST, SETTINGS
 from trainers.improve.text import turns
 from trainers.loop.journal import read_rows, write_atomic
 
@@ -49,10 +52,10 @@ COLOURS = (AFTER, "#d1242f", BEFORE, "#0b6e4f")
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/sgpo_report.py FOLDER")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="output_dir of the run; report.html is written there.")
     try:
-        print(f"{write_report(Path(sys.argv[1]))} is ready.")
+        print(f"{write_report(parser.parse_args().folder)} is ready.")
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -74,7 +77,7 @@ def write_report(folder: Path) -> Path:
 
 def read_round(folder: Path) -> dict[str, dict]:
     """Counts of every finished stage."""
-    paths = {name: folder / name / "manifest.json" for name in STAGES}
+    paths = {name: folder / name / MANIFEST for name in STAGES}
     return {name: json.loads(path.read_text())["counts"] for name, path in paths.items() if path.exists()}
 
 
@@ -86,7 +89,7 @@ def render(folder: Path, rounds: list[dict[str, dict]]) -> str:
         "<p>A model improves its own answers and is then trained to prefer the improved ones. Figures are of "
         f"{len(rounds)} round(s); shares are of all texts of a stage, before anything is dropped.</p>",
         "<h2>What the monitor found</h2>",
-        found(metrics),
+        found(folder, metrics),
         "<h2>What each stage kept</h2>",
         stages_table(rounds),
         "<h2>Over the rounds</h2>",
@@ -103,13 +106,47 @@ def render(folder: Path, rounds: list[dict[str, dict]]) -> str:
     )
 
 
-def found(metrics: list[dict]) -> str:
-    lines = [
-        f'<div class="alarm">Round {number}: {escape(text)}</div>'
-        for number, values in enumerate(metrics, 1)
-        for text in alarms(values, Limits())
+def found(folder: Path, metrics: list[dict]) -> str:
+    """Alarms, stages that did not end, and what could not be judged."""
+    limits, which = limits_of(folder)
+    warnings = [
+        f"Round {number}: {text}" for number, values in enumerate(metrics, 1) for text in alarms(values, limits)
     ]
-    return "".join(lines) or "<p>Nothing is beyond the default limits.</p>"
+    open_stages = unfinished(folder)
+    remarks = [] if warnings else [f"Nothing is beyond {which}{' so far' if open_stages else ''}."]
+    remarks += [f"Compared with {which}."] if warnings else []
+    for number, values in enumerate(metrics, 1):
+        if names := values.get("dpo/not_judged"):
+            remarks.append(f"Round {number}, dpo: the log says too little to judge {' and '.join(names)}.")
+    shown = [f'<div class="alarm">{escape(text)}</div>' for text in (*open_stages, *warnings)]
+    return "".join([*shown, *(f"<p>{escape(text)}</p>" for text in remarks)])
+
+
+def limits_of(folder: Path) -> tuple[Limits, str]:
+    """The limits that the run was last judged by, and their name."""
+    path = folder / LIMITS
+    if path.exists():
+        return Limits(**json.loads(path.read_text())["limits"]), "the run's limits"
+    return Limits(), "the default limits (the run's own were not kept)"
+
+
+def unfinished(folder: Path) -> list[str]:
+    """A sentence for each stage that was begun and has not ended."""
+    begun = [round / name for round in sorted(folder.glob("round-*")) for name in STAGES]
+    return [
+        f"Round {int(path.parent.name.removeprefix('round-')) + 1}, {path.name}: {_state(path)}"
+        for path in begun
+        if (path / SETTINGS).exists() and not (path / MANIFEST).exists()
+    ]
+
+
+def _state(stage: Path) -> str:
+    kept, dropped = stage / "rows.jsonl.gz", stage / "dropped.jsonl.gz"
+    if not (dropped.exists() and kept.exists() and not read_rows(kept)):
+        return "begun, and not finished."
+    reasons = Counter(row["reason"] for row in read_rows(dropped)).most_common()
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    return f"no row was kept, so the run ended there. Dropped: {counts}."
 
 
 def stages_table(rounds: list[dict[str, dict]]) -> str:

@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 
+import sgpo_report
 from sgpo_report import word_diff, write_report
+from trainers.improve import filters
 from trainers.improve.config import SGPOConfig
-from trainers.improve.data import read_rows
-from trainers.improve.monitor import Limits, alarms, dpo_health
+from trainers.improve.data import read_rows, without
+from trainers.improve.monitor import Limits, alarms
+from trainers.improve.revisers import collect_revisions
+from trainers.improve.targets import _target_fault
+from trainers.loop.processes import Processes
+
+EXTERNAL = {"reviser": "external", "reviser_function": "trainers.improve.revisers.reference_answer"}
+
+
+def of_drafts(drafts):
+    return drafts
 
 
 @pytest.mark.parametrize(
@@ -32,6 +43,13 @@ from trainers.improve.monitor import Limits, alarms, dpo_health
         ({"limits": {"copy_rate": "low"}}, "limits: copy_rate='low' must be a number"),
         ({"improver": [1]}, "improver must be a mapping"),
         ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat'"),
+        ({"improver": {"output_dir": "elsewhere"}}, "improver: output_dir cannot be set for this stage alone"),
+        ({"improver": {"bf16": True}}, "improver: bf16 cannot be set for this stage alone"),
+        ({"improver": {"completion_only_loss": False}}, "improver: completion_only_loss cannot be set"),
+        ({"sft": {"dataset_name": "a/b", "seed": 3}}, "sft: seed cannot be set for this stage alone"),
+        ({"sft": {"dataset_name": "a/b", "eval_steps": 3}}, "sft: eval_steps cannot be set for this stage alone"),
+        ({"reviser": "external", "reviser_function": "test_sgpo_parts.of_drafts"},
+         "must take prompts, drafts, references by keyword: got an unexpected keyword argument 'prompts'"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_used_are_named(tmp_path, options, message):
@@ -74,16 +92,6 @@ def test_alarms_name_the_metric_its_limit_and_what_to_do():
     assert alarms({"measure/pairs_scorer_gain": -0.1}, Limits())
 
 
-def test_dpo_health_compares_the_same_responses_with_their_start():
-    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    logs = [(1, 0.69, 0.0, 0.0, 0.0, 0.0), (10, 0.5, -0.2, -0.7, 0.5, 0.8), (100, 0.3, -0.1, -2.1, 2.0, 1.0)]
-    history = [{"step": s, "loss": x, **dict(zip(names, rest, strict=True))} for s, x, *rest in logs]
-    found = dpo_health([*history, {"train_loss": 0.4, "step": 100}], beta=0.1)
-    assert found["chosen_drift"] == pytest.approx(-1) and found["chosen_fall"] == pytest.approx(1)
-    assert found["rejected_drift"] == pytest.approx(-21) and found["early_accuracy"] == 0.8 and found["steps"] == 100
-    assert dpo_health([], beta=0.1) == {}
-
-
 def test_a_diff_is_the_two_texts_with_what_changed_marked():
     before, after = "the <b> cat  sat\non it", "the <b> dog sat\non the mat"
     left, right = word_diff(before, after)
@@ -93,3 +101,94 @@ def test_a_diff_is_the_two_texts_with_what_changed_marked():
     assert word_diff("a b", "a b") == ("a b", "a b")
     with pytest.raises(ValueError, match="holds no finished stage"):
         write_report(Path(__file__).parent)
+
+
+def write(path, data):
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "row, fault",
+    [
+        ({"prompt": "Yo", "answer": " "}, "no reference answer at the end"),
+        ({"prompt": "", "answer": "b"}, "no prompt"),
+    ],
+)
+def test_the_first_fault_is_refused_where_that_is_asked_for(tmp_path, caplog, row, fault):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "answer": "a"}, {"prompt": "hi ", "answer": "b"}, row])
+    with pytest.raises(ValueError, match=rf"row 2 of .*rows.jsonl, train: {fault}. Repair it"):
+        read_rows(path, None, source="answer", invalid="error")
+    assert len(read_rows(path, None, source="answer", invalid="drop")) == 1
+    path = write(tmp_path / "repeats.jsonl", [{"prompt": "Hi", "answer": "a"}, {"prompt": "hi ", "answer": "b"}])
+    assert [row["reference"] for row in read_rows(path, None, source="answer", invalid="error")] == ["a"]
+    assert "1 (the same prompt again)" in caplog.text  # which is no fault
+
+
+def test_invalid_rows_reach_the_reader_of_a_data_format(tmp_path):
+    good = {"instruction": "Hi", "completions": [{"response": text, "overall_score": 2.0} for text in ("a", "b")]}
+    bad = {"instruction": "Yo", "completions": []}
+    path = write(tmp_path / "pools.jsonl", [good, bad])
+    options = {"source": "best", "data_format": "ultrafeedback"}
+    with pytest.raises(ValueError, match="row 1: .*invalid_rows='drop'"):
+        read_rows(path, None, **options, invalid="error")
+    assert len(read_rows(path, None, **options)) == 1
+
+
+def test_what_cannot_be_an_answer_is_said(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "1 + 1", "answer": 2}])
+    with pytest.raises(ValueError, match=r"the reference answer is a number \(int\), and not text"):
+        read_rows(path, None, source="answer")
+    with pytest.raises(
+        ValueError, match=r"columns \['answer', 'prompt'\], but sft_target_source='best' takes the resp"
+    ):
+        read_rows(path, None, source="best")
+
+
+def test_how_many_prompts_are_in_another_set_is_said(caplog):
+    rows = [{"prompt": "Hi"}, {"prompt": "Yo"}]
+    assert without(rows, [{"prompt": "hi"}], "preference prompts", "their prompts are held out") == rows[1:]
+    assert "1 of 2 preference prompts are left out, since their prompts are held out." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (None, "reviser_function gave None, of type NoneType: it must return a list"),
+        ("ab", "reviser_function gave 'ab', of type str: it must return a list"),
+        (["a"], "reviser_function gave 1 texts for 2 drafts"),
+        (["a", 3], "reviser_function gave 3: every revision must be a text"),
+        (["a", "b \ud83d"], r"reviser_function gave 'b \\ud83d', which holds half of a surrogate pair"),
+    ],
+)
+def test_what_a_reviser_cannot_give(tmp_path, given, message):
+    columns = [["p", "q"], ["a", "b"], ["c", "d"]]
+    with pytest.raises(ValueError, match=message):
+        collect_revisions(tmp_path, lambda prompts, drafts, references: given, *columns, Processes())
+    assert not list(tmp_path.glob("*.jsonl"))
+    taken = ("b \U0001f642", None)
+    assert collect_revisions(tmp_path, lambda prompts, drafts, references: taken, *columns, Processes()) == [*taken]
+
+
+@pytest.mark.parametrize(
+    "target, options, reason",
+    [
+        ({"target_tokens": 9}, {}, filters.UNPARSABLE),
+        ({"target_tokens": 9, "target_truncated": True}, {}, filters.TRUNCATED),
+        ({"target_tokens": 0}, {}, filters.TOO_LONG),
+        ({"target_tokens": 1}, {"reviser_analysis": False}, filters.EMPTY),
+        ({"target_truncated": False}, EXTERNAL, filters.NONE),
+        ({"target": " ", "target_truncated": False}, EXTERNAL, filters.EMPTY),
+    ],
+)
+def test_a_target_that_is_missing_has_its_reason(tmp_path, target, options, reason):
+    args = SGPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+    row = {"current": "a", "target": None, "target_truncated": False} | target
+    assert _target_fault(row, args) == f"target: {reason}"
+
+
+def test_the_report_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sgpo_report.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        sgpo_report.main()
+    assert ended.value.code == 0 and "output_dir of the run; report.html is written there" in capsys.readouterr().out

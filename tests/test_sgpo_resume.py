@@ -22,6 +22,7 @@ from trainers.improve.stages import Stage
 from trainers.loop import collect
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +141,10 @@ def test_stages_run_one_at_a_time_give_the_same(inputs, finished, tmp_path, caps
     for name in STAGES:
         train.main(command(inputs, tmp_path, stage=name))
         assert (tmp_path / "round-00" / name / "manifest.json").exists()
-        assert not (tmp_path / "model.safetensors").exists()
+        assert (tmp_path / "model.safetensors").exists() == (name == STAGES[-1])
+    assert_same_run(tmp_path, finished)
     train.main(command(inputs, tmp_path, stage="dpo"))
     assert "there is no dpo left to run" in capsys.readouterr().out
-    assert_same_run(tmp_path, finished)
 
 
 def test_finished_stages_are_not_done_again(inputs, finished, monkeypatch):
@@ -206,6 +207,54 @@ def test_other_settings_are_refused_by_name(inputs, finished, monkeypatch):
         train.main(command(inputs, finished))
 
 
+def test_how_the_model_is_read_is_held_by_stages_that_only_sample(inputs, tmp_path):
+    options = {"sft": None, "stage": "before", "sampling": SAMPLING}
+    train.main(command(inputs, tmp_path, **options))
+    for changes, message in [
+        ({"dtype": "bfloat16"}, "model.dtype: 'float32' there, 'bfloat16' now"),
+        ({"attn_implementation": "eager"}, "model.attn_implementation: None there, 'eager' now"),
+        ({"model_revision": "v2"}, "model.model_revision: 'main' there, 'v2' now"),
+        ({"load_in_4bit": True}, "model.load_in_4bit: False there, True now"),
+        ({"pad_token": "<|eot_id|>"}, r"padding token: None there, '<\|eot_id\|>' now"),
+        ({"sampling": SAMPLING | {"dtype": "bfloat16"}}, "sampling.dtype: None there, 'bfloat16' now"),
+    ]:
+        with pytest.raises(ValueError, match=rf"before/settings.json .*{message}"):
+            train.main(command(inputs, tmp_path, **options | {"stage": "current"} | changes))
+    sampling = SAMPLING | {"batch_size": 1}
+    train.main(command(inputs, tmp_path, **options | {"stage": "current", "sampling": sampling}))
+    with pytest.raises(ValueError, match="sft is asked for, but .* such as .*round-00/before: leave sft out"):
+        train.main(command(inputs, tmp_path))
+    assert not (tmp_path / "round-00/sft").exists()
+
+
+def test_rounds_are_not_taken_back(inputs, finished, tmp_path):
+    """The policy of an earlier round would be put over that of the last one."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(run / "round-00", run / "round-01")
+    (run / "model.safetensors").write_bytes(b"of round 2")
+    with pytest.raises(ValueError, match=r"rounds=1, but .* holds stages of round 2: rounds can only be added"):
+        train.main(command(inputs, run))
+    assert (run / "model.safetensors").read_bytes() == b"of round 2"
+
+
+def test_a_run_goes_on_from_a_training_whose_log_cannot_be_judged(inputs, finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    state = run / "round-00/dpo/model/trainer_state.json"
+    content = json.loads(state.read_text())
+    closing = {name: value for name, value in content["log_history"][0].items() if name != "loss"}
+    state.write_text(json.dumps(content | {"log_history": [closing | {"train_runtime": 1.0}]}))
+    for name in ("dpo", "measure"):
+        (run / f"round-00/{name}/manifest.json").unlink()
+    train.main(command(inputs, run))
+    assert manifest(run, "dpo")["counts"] == {
+        "pairs": manifest(finished, "dpo")["counts"]["pairs"], "steps": content["global_step"],
+        "not_judged": ["chosen_fall", "early_accuracy"],
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "not judged: [chosen_fall, early_accuracy]" in said
+    assert f"the policy is in {run}" in said and f"python scripts/sgpo_report.py {run}" in said
+
+
 def test_another_model_and_changed_files_are_refused(inputs, finished, tmp_path):
     other = shutil.copytree(inputs, tmp_path / "inputs")
     run = shutil.copytree(finished, tmp_path / "run")
@@ -220,5 +269,4 @@ def test_another_model_and_changed_files_are_refused(inputs, finished, tmp_path)
 
 
 def test_settings_that_change_nothing_are_not_compared(inputs, finished):
-    train.main(command(inputs, finished, logging_steps=3, save_steps=5, sampling={
-        "max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}))  # fmt: skip
+    train.main(command(inputs, finished, logging_steps=3, save_steps=5, sampling=SAMPLING | {"batch_size": 2}))

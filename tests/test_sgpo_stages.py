@@ -17,17 +17,16 @@ from trainers import SGPOTrainer
 from trainers.data.tokenization import tokenize_row
 from trainers.improve.config import STAGES, SGPOConfig
 from trainers.improve.improver import sft_rows
+from trainers.improve.monitor import Limits
 from trainers.improve.text import improver_prompt
 from trainers.loop.sampler import SamplingConfig, sample_responses
 from trainers.loop.start import load_for_sampling
 
 
 def shorter(prompts, drafts, references):
-    """A reviser with a known edit: the draft's first half, and none for the first prompt."""
-    return [
-        None if p[-1]["content"] == PROMPTS[0] else d[: len(d) // 2] + "!"
-        for p, d in zip(prompts, drafts, strict=True)
-    ]
+    """A reviser with a known edit: the draft's first half, none for the first prompt and a space for the second."""
+    known = {PROMPTS[0]: None, PROMPTS[1]: " "}
+    return [known.get(p[-1]["content"], d[: len(d) // 2] + "!") for p, d in zip(prompts, drafts, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,8 @@ def test_a_reviser_with_a_known_edit_gives_known_targets_and_drops(inputs, tmp_p
     expected = shorter([row["prompt"] for row in current], [row["current"] for row in current], [])
     assert [row["target"] for row in targets] == [e if ok else None for e, ok in zip(expected, usable, strict=True)]
     dropped = {row["prompt"][0]["content"]: row["reason"] for row in rows(tmp_path, "filter", "dropped.jsonl.gz")}
-    assert dropped[PROMPTS[0]] == "target: no single marker with text after it"
+    assert dropped[PROMPTS[0]] == "target: the reviser gave none" and dropped[PROMPTS[1]] == "target: empty"
+    assert manifest(tmp_path, "targets")["counts"]["revised"] == sum(usable[2:])
     assert "statistic" not in rows(tmp_path, "filter")[0]
 
 
@@ -205,6 +205,9 @@ def test_the_reference_and_the_start_of_dpo(inputs, finished, tmp_path, option, 
         expected = weights(paths[path])
         assert all(torch.equal(seen[name][n], expected[n]) for n in expected)
     assert (seen["logratios"] == 0) == (start == reference)
+    logs = [log["rewards/chosen"] for log in history(tmp_path, "dpo") if "loss" in log]
+    assert (logs[0] == 0) == (start == reference)
+    assert manifest(tmp_path, "dpo")["counts"]["chosen_drift"] == pytest.approx((logs[-1] - logs[0]) / 0.1)
 
 
 @pytest.mark.slow
@@ -240,11 +243,29 @@ def test_an_empty_set_of_pairs_stops_the_run(inputs, tmp_path):
     with pytest.raises(ValueError, match=r"filter: no row is left, .*cut at max_new_tokens"):
         train.main(command(inputs, tmp_path, sampling={"max_new_tokens": 1}, scorer=None, sft=None))
     assert len(rows(tmp_path, "filter", "dropped.jsonl.gz")) == 5
+    page = write_report(tmp_path).read_text()
+    assert "Round 1, filter: no row was kept, so the run ended there. Dropped: 5 draft: cut at max_new_tokens." in page
+    assert "Nothing is beyond" not in page  # all drafts are cut off
+
+
+def test_a_stage_that_has_not_ended_is_named_on_the_page(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "round-00/measure/manifest.json").unlink()
+    (run / "limits.json").write_text(json.dumps({"limits": {name: None for name in vars(Limits())}}))
+    page = write_report(run).read_text()
+    assert (
+        "Round 1, measure: begun, and not finished." in page and "Nothing is beyond the run&#x27;s limits so" in page
+    )
 
 
 def test_alarms_warn_or_stop(inputs, finished, capsys):
     train.main(command(inputs, finished, limits={"lowest_edit": 1.1}))
     assert "WARNING: pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in capsys.readouterr().out
+    page = write_report(finished).read_text()
+    assert "pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in page and "the run&#x27;s limits" in page
+    (finished / "limits.json").unlink()
+    page = write_report(finished).read_text()
+    assert "below 1.1" not in page and "the default limits (the run&#x27;s own were not kept)" in page
     with pytest.raises(ValueError, match="on_alarm is stop, and the monitor found: .*limits.lowest_edit"):
         train.main(command(inputs, finished, limits={"lowest_edit": 1.1}, on_alarm="stop"))
 

@@ -83,11 +83,11 @@ def pairs():
     ])  # fmt: skip
 
 
-def dpo_trainer(folder, *, ref_model=None, peft_config=None, **changes):
+def dpo_trainer(folder, *, ref_model=None, peft_config=None, callbacks=None, **changes):
     tokenizer = family_tokenizer("llama3")
     model = tiny_llama(len(tokenizer))
     return SGPOTrainer(model, ref_model, args=config(folder, **changes), train_dataset=pairs(),
-                       processing_class=tokenizer, peft_config=peft_config)  # fmt: skip
+                       processing_class=tokenizer, peft_config=peft_config, callbacks=callbacks)  # fmt: skip
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -8,8 +8,6 @@ every template, filter, hyper-parameter and equation beyond DPO is ours. docs/re
 improve/: prompts, filters, reviser, improver training, stages on disk, what is watched.
 """
 
-import copy
-import importlib
 from pathlib import Path
 
 from datasets import Dataset
@@ -19,9 +17,11 @@ from .checkpoints import last_checkpoint
 from .dpo import DPOTrainer, dpo_loss
 from .forward.policy import load_tokenizer
 from .forward.run import agreement
+from .improve.checks import check_models, refuse_options, refuse_vllm
 from .improve.config import SGPOConfig
 from .improve.data import read_rows, without
 from .improve.filters import filter_statistic, iqr_keep
+from .improve.health import Watch
 from .improve.pipeline import run_stages
 from .improve.run import Run
 from .improve.text import improver_prompt, reviser_prompt
@@ -71,14 +71,21 @@ class SGPOTrainer(DPOTrainer):
     """The DPO stage of SGPO: rows of an improved response over the response it was made of.
 
     The prompt is the plain one on both sides, and the reference is the policy as it starts: the improver's checkpoint.
+    From Python it trains on pairs that are there already; the stages that make them are run by scripts/train.py.
+
+    Raises:
+        ValueError: an option of the other stages is set, which would have no effect, or `ref` is `initial` without a
+            `ref_model`.
     """
 
     config_class = SGPOConfig
     method = "SGPO"
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
 
-    def __init__(self, model, ref_model=None, *args, **kwargs):
-        super().__init__(model, ref_model, *args, **kwargs)
+    def __init__(self, model, ref_model=None, args: SGPOConfig | None = None, *more, **kwargs):
+        if isinstance(args, SGPOConfig):
+            _refuse_stages(args, ref_model)
+        super().__init__(model, ref_model, args, *more, **kwargs)
         self._starts_at_reference = ref_model is None
 
     def loss(self, batch, policy, reference):
@@ -123,6 +130,7 @@ class SGPOTrainer(DPOTrainer):
 
         Each prompt of the pairs has two reference answers of the improver's rows for its two responses.
         """
+        refuse_options(args)
         rows, prompts, held_out, conversations = _read_data(args, data)
         answers = [row["reference"] for row in rows]
         pairs = [
@@ -150,7 +158,9 @@ class SGPOTrainer(DPOTrainer):
             ValueError: what cannot be run; a stage of other settings; no row is left.
         """
         refuse_unsupported(args, "SGPO")
-        _refuse(args, peft_config, quantization_config)
+        refuse_options(args)
+        refuse_vllm(args, full=peft_config is None and quantization_config is None)
+        check_models(args)
         name = model.model_name_or_path
         keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
 
@@ -162,10 +172,11 @@ class SGPOTrainer(DPOTrainer):
             trainer = cls(
                 policy,
                 ref_model=load_start(name, *reference, **keywords) if reference else None,
-                args=_stage_arguments(args, folder, seed),
+                args=args.of_dpo(folder, seed),
                 train_dataset=Dataset.from_list(rows),
                 peft_config=adapter,
                 processing_class=load_tokenizer(policy),
+                callbacks=[Watch()],
             )
             fit(trainer, last_checkpoint(folder))
 
@@ -176,49 +187,42 @@ class SGPOTrainer(DPOTrainer):
         ))  # fmt: skip
 
 
-def _refuse(args: SGPOConfig, peft_config, quantization_config) -> None:
-    if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
-        raise ValueError("use_vllm samples from full models in one process: leave out LoRA and quantisation, or it.")
-    if args.use_vllm:
-        try:
-            importlib.import_module("vllm")
-        except ImportError as error:
-            raise ValueError("use_vllm needs vLLM: pip install vllm, or leave it out.") from error
-    for name in ("load_best_model_at_end", "precompute_ref_logps"):
-        if getattr(args, name):
-            raise ValueError(f"{name} does not work with the stages of SGPO: set it to false.")
+def _refuse_stages(args: SGPOConfig, ref_model) -> None:
+    if unread := args.of_other_stages():
+        raise ValueError(
+            f"{', '.join(unread)} would have no effect: SGPOTrainer is the DPO stage alone, on pairs that are there "
+            "already. scripts/train.py runs all stages; leave these options out, or take args.of_dpo()."
+        )
+    if args.ref == "initial" and ref_model is None:
+        raise ValueError("ref='initial' has no effect without ref_model: hand over the model before all rounds.")
 
 
-def _stage_arguments(args: SGPOConfig, folder: Path, seed: int) -> SGPOConfig:
-    own = copy.copy(args)
-    own.output_dir, own.seed, own.model_init_kwargs = str(folder), seed, None
-    own.eval_strategy, own.do_eval = "no", False
-    return own
+HELD_OUT = "their prompts are held out"
 
 
 def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dict], list[dict] | None]:
     """Rows of the improver, of the pairs, to measure on, and for supervised fine-tuning; no prompt in two of them."""
-    source = {"source": args.sft_target_source, "as_chat": args.as_chat}
+    source = {"source": args.sft_target_source, "as_chat": args.as_chat, "invalid": args.invalid_rows}
     own = source | {"data_format": data.data_format}  # of dataset_name
     with args.main_process_first(desc="reading the data"):
         held_out = []
         if data.dataset_test_split:
             held_out = read_rows(data.dataset_name, data.dataset_test_split, needs_reference=False, **own)
         rows = read_rows(data.dataset_name, data.dataset_train_split, limit=data.max_train_rows, **own)
-        rows = without(rows, held_out, "improver prompts, which are held out")
+        rows = without(rows, held_out, "improver prompts", HELD_OUT)
         if args.preference_dataset is None and args.preference_split is None:
             raise ValueError("preference_split is missing: name the prompts that the pairs are made of.")
         prompts = read_rows(
             args.preference_dataset or data.dataset_name, args.preference_split, limit=args.max_preference_rows,
             needs_reference=args.reference_in_input, **(source if args.preference_dataset else own),
         )  # fmt: skip
-        prompts = without(prompts, held_out, "preference prompts, which are held out")
-        prompts = without(prompts, rows, "preference prompts, which the improver is trained on")
+        prompts = without(prompts, held_out, "preference prompts", HELD_OUT)
+        prompts = without(prompts, rows, "preference prompts", "the improver is trained on them")
         conversations = None
         if args.sft is not None:
             options = {"limit": args.sft.get("max_rows"), "repeats": True}
             conversations = read_rows(args.sft["dataset_name"], args.sft.get("dataset_split"), **options, **source)
-            conversations = without(conversations, held_out, "conversations, which are held out")
+            conversations = without(conversations, held_out, "conversations", HELD_OUT)
     for what, found in (("improver", rows), ("preference", prompts)):
         if not found:
             raise ValueError(f"no {what} prompt is left: its data set has the prompts of the others.")

@@ -1,9 +1,12 @@
 """The options of SGPO."""
 
+import copy
 import dataclasses
 import importlib
+import inspect
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,25 @@ from .monitor import Limits
 STAGES = ("sft", "before", "current", "targets", "filter", "improver", "pairs", "dpo", "measure")
 REVISERS = ("self", "local", "external")
 DATA_KEYS = ("dataset_name", "dataset_split", "max_rows")  # of `sft`, beside the fields of the training
+# Fields of SGPOConfig that the DPO stage does not read: they say how far a run goes, or belong to other stages.
+OF_STAGES = (
+    "rounds", "stage", "sft", "improver", "sampling", "revision", "reviser", "reviser_model", "reviser_function",
+    "reviser_analysis", "sft_target_source", "reference_in_input", "filter_statistic", "filter_factor", "filter_side",
+    "policy_weight", "separate_improver", "preference_dataset", "preference_split", "max_preference_rows", "scorer",
+    "on_alarm", "limits", "use_vllm",
+)  # fmt: skip
 SFT_FIELDS = [f.name for f in dataclasses.fields(SFTConfig) if f.init]
+# Fields of SFTConfig that are the run's, as one process has one precision and one engine, or that a loss on the tokens
+# of the answer leaves no choice about.
+NOT_OF_STAGE = (
+    "output_dir", "seed", "data_seed", "resume_from_checkpoint", "save_only_model", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "push_to_hub", "do_train", "do_eval", "do_predict", "use_cpu",
+    "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval", "accelerator_config", "parallelism_config",
+    "deepspeed", "fsdp", "fsdp_config", "local_rank", "model_init_kwargs", "trust_remote_code", "chat_template_path",
+    "pad_token", "eos_token", "remove_unused_columns", "label_names", "dataset_text_field", "dataset_kwargs",
+    "completion_only_loss", "assistant_only_loss", "packing", "padding_free",
+)  # fmt: skip
+NOT_OF_STAGE_PREFIXES = ("eval_", "hub_", "ddp_")
 CHOICES = {
     "reviser": REVISERS,
     "filter_statistic": STATISTICS,
@@ -172,15 +193,11 @@ class SGPOConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        sampling = Sampling.parse("sampling", self.sampling)
-        defaults = dataclasses.asdict(sampling) | {"temperature": 0.7}
-        self.sampling = dataclasses.asdict(sampling)
-        self.revision = dataclasses.asdict(Sampling.parse("revision", self.revision, **defaults))
-        longest = None if self.max_length is None else 2 * self.max_length  # m(x, y) holds a response as well
-        own = {"learning_rate": 1e-5, "max_length": longest}
-        self.improver = own | read_mapping("improver", self.improver or {}, SFT_FIELDS)
+        self.sampling = dataclasses.asdict(Sampling.parse("sampling", self.sampling))
+        self.revision = dataclasses.asdict(Sampling.parse("revision", self.revision, **_revision(self.sampling)))
+        self.improver = self._defaults()["improver"] | _stage_options("improver", self.improver or {})
         if self.sft is not None:
-            self.sft = {"learning_rate": 2e-5} | read_mapping("sft", self.sft, [*DATA_KEYS, *SFT_FIELDS])
+            self.sft = {"learning_rate": 2e-5} | _stage_options("sft", self.sft, DATA_KEYS)
             if not self.sft.get("dataset_name"):
                 raise ValueError("sft: dataset_name is missing: name the conversations to train on.")
         self.limits = dataclasses.asdict(Limits.parse(self.limits))
@@ -204,13 +221,72 @@ class SGPOConfig(DPOConfig):
             if given != (self.reviser == kind):
                 raise ValueError(f"reviser={self.reviser!r} and {name} do not fit: set {name} with reviser: {kind}.")
         if self.reviser_function is not None:
-            find_function("reviser_function", self.reviser_function)
+            check_keywords("reviser_function", self.reviser_function, ("prompts", "drafts", "references"))
+
+    def _defaults(self) -> dict:
+        """Values of the fields of other stages where nothing is set."""
+        longest = None if self.max_length is None else 2 * self.max_length  # m(x, y) holds a response as well
+        sampling = dataclasses.asdict(Sampling())
+        parsed = {
+            "sampling": sampling, "revision": _revision(sampling), "limits": dataclasses.asdict(Limits()),
+            "improver": {"learning_rate": 1e-5, "max_length": longest},
+        }  # fmt: skip
+        return {f.name: f.default for f in dataclasses.fields(self) if f.name in OF_STAGES} | parsed
+
+    def of_other_stages(self) -> list[str]:
+        """Fields that are set and that the DPO stage does not read."""
+        plain = self._defaults() | {"revision": _revision(self.sampling)}
+        return [name for name, value in plain.items() if getattr(self, name) != value]
+
+    def of_dpo(self, folder: str | Path | None = None, seed: int | None = None) -> "SGPOConfig":
+        """Arguments of the DPO stage alone, for a policy that is loaded already; without evaluation.
+
+        Folder and seed stay as they are where none is given.
+        """
+        own = copy.copy(self)
+        for name, value in self._defaults().items():
+            setattr(own, name, value)
+        own.output_dir = self.output_dir if folder is None else str(folder)
+        own.seed = self.seed if seed is None else seed
+        own.model_init_kwargs, own.eval_strategy, own.do_eval = None, "no", False
+        return own
 
     def sampling_options(self) -> Sampling:
         return Sampling(**self.sampling)
 
     def revision_options(self) -> Sampling:
         return Sampling(**self.revision)
+
+
+def _revision(sampling: dict) -> dict:
+    """What `revision` is where nothing is set."""
+    return sampling | {"temperature": 0.7}
+
+
+def _stage_options(option: str, value, more: tuple[str, ...] = ()) -> dict:
+    """The keys of `sft` or `improver`.
+
+    Raises:
+        ValueError: no mapping, or a key that does not exist or cannot differ from the run.
+    """
+    found = read_mapping(option, value)
+    for name in found:
+        if name in NOT_OF_STAGE or name.startswith(NOT_OF_STAGE_PREFIXES):
+            raise ValueError(f"{option}: {name} cannot be set for this stage alone: leave it out of {option}.")
+    return read_mapping(option, found, [*more, *SFT_FIELDS])
+
+
+def check_keywords(option: str, path: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError for a dotted path that is no function, or one that cannot be called with these keywords."""
+    function = find_function(option, path)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin, which does not say
+        return
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        raise ValueError(f"{option}={path!r} must take {', '.join(names)} by keyword: {error}.") from error
 
 
 def find_function(option: str, path: str):

@@ -5,7 +5,7 @@ from collections import Counter
 
 from datasets import Dataset
 
-from ..data.drops import DropReport
+from ..data.drops import DropReport, refuse
 from ..data.load import load_preferences, read_dataset
 from ..loop.enhance import plain
 from ..loop.sampler import Prompt
@@ -19,7 +19,7 @@ MESSAGES = "messages"
 
 def read_rows(
     name: str, split: str | None, *, source: str, data_format: str | None = None, as_chat: bool = False,
-    limit: int | None = None, needs_reference: bool = True, repeats: bool = False,
+    limit: int | None = None, needs_reference: bool = True, repeats: bool = False, invalid: str = "drop",
 ) -> list[dict]:  # fmt: skip
     """Rows of `prompt` and `reference` (None where there is none and none is needed); drops are counted and logged.
 
@@ -29,21 +29,26 @@ def read_rows(
             being named.
         data_format: of `load_preferences`; its rows have responses and scores, so `source` is `best`.
         as_chat: make text prompts user messages.
-        repeats: keep several rows of one prompt.
+        repeats: keep several rows of one prompt. Else the first one stays, whatever `invalid` says: a repeated prompt
+            is no fault.
+        invalid: `drop` leaves out and counts rows without a prompt or an answer, `error` refuses the first one.
 
     Raises:
-        ValueError: no column can be read as that, or no row is left.
+        ValueError: no column can be read as that, no row is left, or `invalid` is `error` and a row has a fault; the
+            message names the row.
     """
     if data_format is not None:
-        dataset = load_preferences(name, split, data_format, max_rows=limit)
+        dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid)
     else:
         dataset = read_dataset(name, split or "train")
         dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     column = _reference_column(dataset, source, needs_reference, name)
-    for row in dataset:
+    for index, row in enumerate(dataset):
         prompt, reference = _split(row, column)
         reason = _fault(prompt, reference if needs_reference else "-")
+        if reason is not None and invalid == "error":
+            refuse(f"row {index} of {name}, {split or 'train'}", reason)
         if reason is None and not repeats and key(prompt) in seen:
             reason = "the same prompt again"
         if reason is not None:
@@ -60,12 +65,12 @@ def read_rows(
     return rows
 
 
-def without(rows: list[dict], others: list[dict], what: str) -> list[dict]:
-    """The rows whose prompt is in none of `others`; how many go is logged."""
+def without(rows: list[dict], others: list[dict], what: str, why: str) -> list[dict]:
+    """The rows whose prompt is in none of `others`; how many of `what` go, and why, is logged."""
     taken = {key(row["prompt"]) for row in others}
     kept = [row for row in rows if key(row["prompt"]) not in taken]
     if len(kept) < len(rows):
-        logger.warning("%d of %d %s are left out.", len(rows) - len(kept), len(rows), what)
+        logger.warning("%d of %d %s are left out, since %s.", len(rows) - len(kept), len(rows), what, why)
     return kept
 
 
@@ -87,6 +92,12 @@ def _reference_column(dataset: Dataset, source: str, needed: bool, name: str) ->
     for column in (source, MESSAGES):
         if column in columns:
             return column
+    if source == BEST and needed:
+        raise ValueError(
+            f"{name} has the columns {sorted(columns)}, but sft_target_source={BEST!r} takes the response with the "
+            "best score: give rows of responses and scores, name their data_format, or set sft_target_source to the "
+            "column with the reference answer."
+        )
     if needed or "prompt" not in columns:
         raise ValueError(
             f"{name} has the columns {sorted(columns)}: set sft_target_source to the one with the reference answer "
@@ -115,6 +126,8 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
 def _fault(prompt: Prompt | None, reference: str | None) -> str | None:
     if not prompt or not isinstance(prompt, str | list) or not all(m["content"].strip() for m in turns(prompt)):
         return "no prompt"
+    if isinstance(reference, bool | int | float):
+        return f"the reference answer is a number ({type(reference).__name__}), and not text"
     if not isinstance(reference, str) or not reference.strip():
         return "no reference answer at the end"
     return None

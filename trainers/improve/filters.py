@@ -20,9 +20,9 @@ STATISTICS = ("logp_gain", "target_nll", "edit_ratio", "log_length_ratio", "none
 SIDES = ("both", "lower", "upper")
 FEWEST = 4  # examples that quartiles are taken of
 
-UNPARSABLE, EMPTY, TRUNCATED, META, COPY, TOO_LONG = (
-    "no single marker with text after it", "empty", "cut at max_new_tokens", "speaks of the task",
-    "equal to the response before it", "does not fit in the length budget",
+UNPARSABLE, NONE, EMPTY, TRUNCATED, META, COPY, TOO_LONG = (
+    "no single marker with text after it", "the reviser gave none", "empty", "cut at max_new_tokens",
+    "speaks of the task", "equal to the response before it", "does not fit in the length budget",
 )  # fmt: skip
 NOT_FINITE, OUTLIER = "statistic is not finite", "outside the fences of the statistic"
 

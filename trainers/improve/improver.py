@@ -33,14 +33,14 @@ def completion_nll(logps: Tensor, completion_mask: Tensor) -> Tensor:
 
 
 def sft_config(args: TrainingArguments, options: dict, folder: Path, seed: int) -> SFTConfig:
-    """The run's training arguments with what `options` say instead."""
+    """The run's training arguments with what `options` say instead; the tokenizer has its pad token already."""
     known = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
     shared = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} & known
     values = {name: getattr(args, name) for name in shared if name != "deepspeed_plugin"}
     own = {
         "output_dir": str(folder), "seed": seed, "max_length": None, "completion_only_loss": True,
         "remove_unused_columns": False, "eval_strategy": "no", "do_eval": False, "push_to_hub": False,
-        "pad_token": args.pad_token, "packing": False, "padding_free": False, "model_init_kwargs": None,
+        "pad_token": None, "packing": False, "padding_free": False, "model_init_kwargs": None,
     }  # fmt: skip
     return SFTConfig(**values | own | {name: _number(value) for name, value in options.items()})
 

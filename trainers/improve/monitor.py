@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ..loop.options import read_mapping
 
+LIMITS = "limits.json"  # in a run's folder: what it was judged by
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -18,8 +20,8 @@ class Limits:
         truncated: largest share of responses at the token limit.
         meta_text: largest share of texts that speak of the task, in either mode.
         distinct_fall: largest relative fall of distinct-2 against the policy before all rounds.
-        chosen_fall: largest fall of the chosen responses' log-probability in the DPO stage while margins rise, in
-            nats per response.
+        chosen_fall: largest fall of the chosen responses' log-probability from the start to the last tenth of the DPO
+            stage while margins rise, in nats per response.
         saturation: largest accuracy of the implicit rewards in the first tenth of the DPO stage.
         pasted: largest share of targets that are nearer to the reference than to the response they should improve.
         scorer_gain: lowest mean score of improved minus plain responses, where there is a scorer.
@@ -85,28 +87,3 @@ def alarms(metrics: dict[str, float], limits: Limits) -> list[str]:
                 side = "above" if is_largest else "below"
                 found.append(f"{name} is {value:.3g}, {side} {limit:g} (limits.{limit_name}): {advice}.")
     return found
-
-
-def dpo_health(history: list[dict], beta: float) -> dict[str, float]:
-    """What the trainer's log says of the DPO stage.
-
-    `chosen_drift` is how far the chosen responses' log-probability has moved since the first step, in nats, by the
-    implicit rewards, which compare the same responses with the frozen start. `chosen_fall` is minus that where margins
-    rose, else 0. `early_accuracy` is of the first tenth of the steps.
-    """
-    logs = [log for log in history if "rewards/chosen" in log]
-    if not logs:
-        return {}
-    first, last = logs[0], logs[-1]
-    moved = {name: (last[f"rewards/{name}"] - first[f"rewards/{name}"]) / beta for name in ("chosen", "rejected")}
-    early = [log["rewards/accuracies"] for log in logs if log["step"] <= 0.1 * last["step"]]
-    return {
-        "steps": last["step"],
-        "first_loss": first["loss"],
-        "last_loss": last["loss"],
-        "margin": last["rewards/margins"],
-        "accuracy": last["rewards/accuracies"],
-        "chosen_drift": moved["chosen"],
-        "rejected_drift": moved["rejected"],
-        "chosen_fall": max(0.0, -moved["chosen"]) if moved["chosen"] > moved["rejected"] else 0.0,
-    } | ({"early_accuracy": early[-1]} if early else {})

@@ -18,11 +18,12 @@ of its own, seeded by (seed, round, prompt), and every training starts from weig
 import shutil
 from pathlib import Path
 
+from ..loop.journal import write_json
 from . import measure, pairs, targets, training
 from .config import STAGES
-from .monitor import Limits, alarms
+from .monitor import LIMITS, Limits, alarms
 from .run import MODEL, Run, Step
-from .stages import Stage
+from .stages import MANIFEST, Stage
 
 STEPS: dict[str, Step] = {
     "sft": training.SFT,
@@ -41,32 +42,55 @@ assert tuple(STEPS) == STAGES
 def run_stages(run: Run) -> Path | None:
     """Does what is not done yet; returns the last policy's folder, or None where `args.stage` ends the run before.
 
+    Once all stages are done, the last policy is copied to the run's folder.
+
     Raises:
         ValueError: a stage was made with other settings, `args.stage` is not the next one, no row is left to train on,
-            or a limit is crossed and `args.on_alarm` is stop.
+            a limit is crossed and `args.on_alarm` is stop, or the folder holds what this run cannot go on from.
     """
+    check_folder(run)
     only, rounds = run.args.stage, run.args.rounds
-    for index in range(rounds):
-        for name in stages_of(run, index):
-            stage = stage_of(run, name, index)
-            if not stage.done():
-                if only not in (None, name):
-                    raise ValueError(
-                        f"stage={only!r} is not the next one: {stage.folder} is not done. Run stage {name}, or all."
-                    )
-                run.processes.say(f"\nRound {index + 1} of {rounds}, {name}: {stage.folder}")
-                stage.open()
-                stage.finish(STEPS[name].work(run, stage, index))
-                run.processes.say(describe(stage.manifest()["counts"]))
-                only = only and "done"
-            judge(run, name, stage)
-            if only == "done":
-                return None
-    if only is not None:
+    plan = [(index, name) for index in range(rounds) for name in stages_of(run, index)]
+    for index, name in plan:
+        stage = stage_of(run, name, index)
+        if not stage.done():
+            if only not in (None, name):
+                raise ValueError(
+                    f"stage={only!r} is not the next one: {stage.folder} is not done. Run stage {name}, or all."
+                )
+            run.processes.say(f"\nRound {index + 1} of {rounds}, {name}: {stage.folder}")
+            stage.open()
+            stage.finish(STEPS[name].work(run, stage, index))
+            run.processes.say(describe(stage.manifest()["counts"]))
+            only = only and "done"
+        judge(run, name, stage)
+        if only == "done" and (index, name) != plan[-1]:
+            return None
+    if only not in (None, "done"):
         run.processes.say(f"All stages in {run.folder} are done: there is no {only} left to run.")
     end = run.at("dpo", rounds - 1) / MODEL
     run.processes.main(lambda: shutil.copytree(end, run.folder, dirs_exist_ok=True))
+    run.processes.say(
+        f"\nAll stages are done: the policy is in {run.folder}. What each stage kept and what the monitor found: "
+        f"python scripts/sgpo_report.py {run.folder}"
+    )
     return end
+
+
+def check_folder(run: Run) -> None:
+    """Raises ValueError for a folder with stages that this run would pass over, or begin anew beneath."""
+    held = sorted(path.parent for path in run.folder.glob(f"round-*/*/{MANIFEST}"))
+    rounds = int(held[-1].parent.name.removeprefix("round-")) + 1 if held else 0
+    if rounds > run.args.rounds:
+        raise ValueError(
+            f"rounds={run.args.rounds}, but {run.folder} holds stages of round {rounds}: rounds can only be added. "
+            f"Raise it, delete the folders of later rounds, or choose another output_dir."
+        )
+    if run.conversations is not None and held and run.at("sft", 0) not in held:
+        raise ValueError(
+            f"sft is asked for, but {run.folder} holds stages that were made without it, such as {held[0]}: leave sft "
+            "out, or choose another output_dir."
+        )
 
 
 def stages_of(run: Run, index: int) -> list[str]:
@@ -87,6 +111,7 @@ def stage_of(run: Run, name: str, index: int) -> Stage:
 
 def judge(run: Run, name: str, stage: Stage) -> None:
     """Warns of what is beyond its limit, or stops the run."""
+    run.processes.main(lambda: write_json(run.folder / LIMITS, {"limits": run.args.limits}))
     counts = stage.manifest()["counts"]
     found = alarms({f"{name}/{key}": value for key, value in counts.items()}, Limits(**run.args.limits))
     for text in found:

@@ -22,10 +22,14 @@ def reference_answer(prompts: list, drafts: list[str], references: list[str]) ->
 def collect_revisions(
     folder: Path, function: Reviser, prompts: list, drafts: list[str], references: list[str], processes: Processes
 ) -> list[str | None]:
-    """`function(prompts, drafts, references)` for all, in chunks, journalled in `folder`; prompts are shared out.
+    """Revisions of all drafts, None where there is none; journalled in `folder`, prompts shared out over processes.
+
+    Args:
+        function: called by keyword with `prompts` (texts, or lists of messages), `drafts` and `references` of up to
+            `CHUNK` prompts, it returns a list with a text, or None for none, for each.
 
     Raises:
-        ValueError: the function gives another number of texts, or something that is no text and not None.
+        ValueError: it gives anything else, another number of texts, or text that UTF-8 cannot hold.
     """
     known: dict[int, str | None] = {}
     processes.main(lambda: _prepare(folder))
@@ -54,10 +58,17 @@ def _prepare(folder: Path) -> None:
 
 
 def _call(function: Reviser, prompts: list, drafts: list[str], references: list[str]) -> list[str | None]:
-    texts = list(function(prompts=prompts, drafts=drafts, references=references))
+    texts = function(prompts=prompts, drafts=drafts, references=references)
+    if not isinstance(texts, list | tuple):
+        raise ValueError(
+            f"reviser_function gave {texts!r:.100}, of type {type(texts).__name__}: it must return a list with a "
+            "text, or None, for each draft."
+        )
     if len(texts) != len(prompts):
         raise ValueError(f"reviser_function gave {len(texts)} texts for {len(prompts)} drafts.")
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"reviser_function gave {text!r}: every revision must be a text, or None for none.")
-    return texts
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"reviser_function gave {text!a:.100}, which holds half of a surrogate pair: decode it.")
+    return list(texts)

@@ -13,7 +13,7 @@ from ..loop.journal import read_rows, write_rows
 from ..loop.processes import Processes
 from ..loop.sampler import Prompt
 from ..loop.settings import training_settings
-from .config import SGPOConfig
+from .config import OF_STAGES, SGPOConfig
 from .data import count_drops
 from .sampling import Sampler
 from .stages import Stage, fingerprint
@@ -21,13 +21,13 @@ from .text import improver_prompt, improver_template, template_hash
 
 ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"
 
-# Fields that are no part of what a training depends on: they say how far a run goes or what is reported, or stages
-# name them among their own settings.
-FREE = (
-    "rounds", "stage", "sft", "improver", "sampling", "revision", "reviser", "reviser_model", "reviser_function",
-    "reviser_analysis", "sft_target_source", "reference_in_input", "filter_statistic", "filter_factor", "filter_side",
-    "policy_weight", "separate_improver", "preference_dataset", "preference_split", "max_preference_rows", "scorer",
-    "on_alarm", "limits", "use_vllm",
+# Fields that are no part of what a training depends on, or that stages name among their own settings: in the training
+# arguments' own words the pad token is masked like a secret.
+FREE = (*OF_STAGES, "pad_token")
+# What of the model's options decides how weights are read.
+LOADING = (
+    "model.dtype", "model.attn_implementation", "model.model_revision", "model.load_in_8bit", "model.load_in_4bit",
+    "model.bnb_4bit_quant_type", "model.use_bnb_nested_quant", "model.bnb_4bit_quant_storage",
 )  # fmt: skip
 OF_DPO = ("sft_weight", "ref", "beta", "pairs", "label_smoothing", "learning_rate", "num_train_epochs", "max_length")
 
@@ -44,7 +44,8 @@ class Run:
         train_dpo: (pairs, start folder or None, reference, folder, seed) trains and leaves the model in folder;
             `reference` is () for the start itself, or (folder or None,) for a model of its own. It must resume from
             `last_checkpoint(folder)`.
-        model_settings: what else decides about weights, such as the adapter's options.
+        model_settings: what else decides about weights, such as the adapter's options; those in `LOADING` decide
+            about samples as well.
     """
 
     args: SGPOConfig
@@ -98,9 +99,14 @@ class Run:
         }  # fmt: skip
         return {"inputs": {name: None if path is None else fingerprint(path) for name, path in paths.items()}}
 
+    def loaded(self) -> dict:
+        """Settings of how models and tokenizer are read."""
+        found = {name: value for name, value in self.model_settings.items() if name in LOADING}
+        return found | {"model_init_kwargs": self.args.model_init_kwargs, "padding token": self.args.pad_token}
+
     def sampled(self, *names: str) -> dict:
         """Settings of `sampling` or `revision`, or both; the batch size changes no sample."""
-        found = {"use_vllm": self.args.use_vllm}
+        found = self.loaded() | {"use_vllm": self.args.use_vllm}
         for name in names:
             found |= {f"{name}.{k}": v for k, v in getattr(self.args, name).items() if k != "batch_size"}
         return found
@@ -109,7 +115,7 @@ class Run:
         """Settings of a training; `name` is the option with what differs from the DPO stage."""
         settings = training_settings(self.args, ignore=FREE if name is None else (*FREE, *OF_DPO))
         own = {f"{name}.{k}": v for k, v in getattr(self.args, name).items()} if name else {}
-        return settings | own | self.model_settings | {"processes": self.args.world_size}
+        return settings | own | self.model_settings | self.loaded() | {"processes": self.args.world_size}
 
     def template(self) -> str:
         return template_hash(improver_template(with_reference=self.args.reference_in_input))
@@ -129,17 +135,17 @@ class Run:
         """Rows without a reason go to rows.jsonl.gz, the others to dropped.jsonl.gz with theirs.
 
         Raises:
-            ValueError: no row is left.
+            ValueError: no row is left; rows.jsonl.gz is then empty.
         """
         marked = list(zip(rows, reasons, strict=True))
         self.write(folder / DROPPED, [row | {"reason": reason} for row, reason in marked if reason is not None])
         kept = [row for row, reason in marked if reason is None]
+        self.write(folder / ROWS, kept)
         if not kept:
             raise ValueError(
                 f"{folder.name}: no row is left, so there is nothing to train on. Dropped: "
                 f"{count_drops(reasons)['dropped']}; {folder / DROPPED} holds them."
             )
-        self.write(folder / ROWS, kept)
 
 
 class Step(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from ..loop.collect import model_fingerprint
 from ..loop.settings import digest
 from . import filters
-from .config import find_function
+from .config import SGPOConfig, find_function
 from .data import count_drops
 from .edits import edit_metrics
 from .improver import length_faults
@@ -52,7 +52,7 @@ def _targets(run: Run, stage: Stage, index: int) -> dict:
     targets = {i: next(made) for i in at}
     rows = [row | targets.get(i, sample_columns("target", None)) for i, row in enumerate(rows)]
     run.write(stage.folder / ROWS, rows)
-    revised = [row for row in rows if row["target"]]
+    revised = [row for row in rows if row["target"] and row["target"].strip()]
     counts = {"drafts": len(rows), "usable_drafts": len(usable), "revised": len(revised)}
     nearer = [_nearer_to_reference(row) for row in revised]
     return counts | rewrite_metrics(revised, "current", "target") | (
@@ -89,7 +89,8 @@ def _nearer_to_reference(row: dict) -> bool:
 
 def _needs_filter(run: Run, index: int) -> dict:
     names = ("filter_statistic", "filter_factor", "filter_side", "reference_in_input", "max_length")
-    return run.inputs(index, "start", "targets") | {name: getattr(run.args, name) for name in names} | {
+    return run.inputs(index, "start", "targets") | run.loaded() | {name: getattr(run.args, name) for name in names} | {
+        "sampling.dtype": run.args.sampling["dtype"],  # which the statistic is computed in
         "improver.max_length": run.args.improver["max_length"],
         "policy guard": run.args.policy_weight > 0,
         "template": run.template(),
@@ -99,7 +100,7 @@ def _needs_filter(run: Run, index: int) -> dict:
 
 def _filter(run: Run, stage: Stage, index: int) -> dict:
     args, rows = run.args, run.read("targets", index)
-    reasons = [_draft_fault(row) or _target_fault(row) for row in rows]
+    reasons = [_draft_fault(row) or _target_fault(row, args) for row in rows]
     _mark_long(run, rows, reasons)
     at = [i for i, reason in enumerate(reasons) if reason is None]
     values = _statistic(run, stage, [rows[i] for i in at], index)
@@ -123,9 +124,22 @@ def _draft_fault(row: dict) -> str | None:
     return reason and f"draft: {reason}"
 
 
-def _target_fault(row: dict) -> str | None:
+def _target_fault(row: dict, args: SGPOConfig) -> str | None:
+    if row["target"] is None:
+        return f"target: {_missing(row, args)}"
     reason = filters.fault(row["target"], truncated=row["target_truncated"], before=row["current"])
     return reason and f"target: {reason}"
+
+
+def _missing(row: dict, args: SGPOConfig) -> str:
+    """Why there is no target for a draft that can be used."""
+    if args.reviser == "external":
+        return filters.NONE
+    if not row["target_tokens"]:  # nothing was sampled
+        return filters.TOO_LONG
+    if row["target_truncated"]:  # amid its analysis
+        return filters.TRUNCATED
+    return filters.UNPARSABLE if args.reviser_analysis else filters.EMPTY
 
 
 def _mark_long(run: Run, rows: list[dict], reasons: list[str | None]) -> None:

@@ -7,8 +7,8 @@ from ..loop.settings import digest
 from ..loop.start import train_into
 from .config import DATA_KEYS
 from .data import count_drops
+from .health import dpo_health
 from .improver import Example, length_faults, sft_config, train_sft
-from .monitor import dpo_health
 from .run import MODEL, Run, Stage, Step
 
 
@@ -51,8 +51,9 @@ def _train(run: Run, stage: Stage, index: int, start: Path | None, options: dict
                   policy_weight=weight)  # fmt: skip
 
     train_into(stage.folder / MODEL, train, run.processes)
-    logs = [log for log in history(stage.folder / MODEL) if "loss" in log]
-    return {"steps": logs[-1]["step"], "first_loss": logs[0]["loss"], "last_loss": logs[-1]["loss"]} if logs else {}
+    state = trainer_state(stage.folder / MODEL)
+    losses = [log["loss"] for log in state["log_history"] if "loss" in log]
+    return {"steps": state["global_step"]} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
 
 
 def _needs_dpo(run: Run, index: int) -> dict:
@@ -63,13 +64,15 @@ def _needs_dpo(run: Run, index: int) -> dict:
 
 def _dpo(run: Run, stage: Stage, index: int) -> dict:
     rows = [pair(row) for row in run.read("pairs", index)]
+    start = run.policy(index)
     reference = () if run.args.ref == "improved" else (run.start(0),)
 
     def train(folder: Path) -> None:
-        run.train_dpo(rows, run.policy(index), reference, folder, run.args.seed + index)
+        run.train_dpo(rows, start, reference, folder, run.args.seed + index)
 
     train_into(stage.folder / MODEL, train, run.processes)
-    return {"pairs": len(rows)} | dpo_health(history(stage.folder / MODEL), run.args.beta)
+    state, starts_at_reference = trainer_state(stage.folder / MODEL), reference in ((), (start,))
+    return {"pairs": len(rows)} | dpo_health(state, run.args.beta, starts_at_reference=starts_at_reference)
 
 
 def pair(row: dict) -> dict:
@@ -79,9 +82,9 @@ def pair(row: dict) -> dict:
     return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
 
 
-def history(folder: Path) -> list[dict]:
-    """What a trainer logged."""
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+def trainer_state(folder: Path) -> dict:
+    """What a trainer left of its steps and logs."""
+    return json.loads((folder / "trainer_state.json").read_text())
 
 
 SFT = Step(_needs_sft, _sft, (MODEL,))
