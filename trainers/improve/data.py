@@ -40,7 +40,7 @@ def read_rows(
     if data_format is not None:
         dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid)
     else:
-        dataset = read_dataset(name, split or "train")
+        dataset = read_dataset(name, split or "train", strict={"prompt", "responses", "scores", MESSAGES, source})
         dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     column = _reference_column(dataset, source, needs_reference, name)
