@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+import prepare_data
 from trainers.data import load_preferences
 
 ROW = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}
@@ -54,6 +56,59 @@ def test_numbers_may_be_whole_at_first_and_values_missing(tmp_path):
     rows = [ROW | {"weight": 1, "annotator": None}] * MANY + [last]
     found = load_preferences(write(tmp_path / "data.jsonl", rows))
     assert found[MANY] == last and found[0] == ROW | {"weight": 1.0, "annotator": None}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_true_is_no_number_among_numbers(streaming, tmp_path):
+    path = write(tmp_path / "data.jsonl", [ROW | {"scores": [0.5, True]}])
+    with pytest.raises(ValueError, match="row 0.*'scores' is the list .*give numbers, or true and false"):
+        list(load_preferences(path, streaming=streaming))
+
+
+@pytest.mark.parametrize("one, other", [(1.5, True), ({"a": [1.5]}, {"a": [False]}), (2**60 + 1, 1.5)])
+@pytest.mark.parametrize("far", [False, True])
+def test_a_column_that_arrow_would_round_is_text(one, other, far, tmp_path):
+    rows = [ROW | {"v": one}] * (MANY if far else 1) + [ROW | {"v": other}]
+    found = load_preferences(write(tmp_path / "data.jsonl", rows))["v"]
+    assert [found[0], found[-1]] == [json.dumps(one), json.dumps(other)]
+
+
+def test_records_with_very_many_keys_are_text(tmp_path, caplog):
+    rows = [ROW | {"by": {f"user {i}": 1}} for i in range(400)]
+    assert load_preferences(write(tmp_path / "data.jsonl", rows))["by"][7] == '{"user 7": 1}'
+    assert "has more than 200 different keys" in caplog.text
+    with pytest.raises(ValueError, match="column 'by' of 'data.jsonl' has records with more than 200 different keys"):
+        load_preferences(tmp_path / "data.jsonl", data_format=lambda row: row)
+
+
+def test_columns_of_a_format_are_never_text(tmp_path):
+    row = {"instruction": "q", "source": "s", "completions": [
+        {"response": text, "overall_score": 1.0 + i} for i, text in enumerate("ab")
+    ]}  # fmt: skip
+    path = write(tmp_path / "data.jsonl", [row, row | {"source": 7}])
+    with pytest.raises(ValueError, match="row 1 of 'data.jsonl': 'source' is the int 7"):
+        load_preferences(path, data_format="ultrafeedback")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_a_weight_beside_others_is_dropped(streaming, tmp_path, caplog):
+    rows = [ROW, *[ROW | {"weight": 2.0}] * 3]
+    found = list(load_preferences(write(tmp_path / "data.jsonl", rows), streaming=streaming))
+    assert [row["weight"] for row in found] == [2.0] * 3 and "1 (weight is missing or not finite)" in caplog.text
+
+
+def test_a_name_in_the_prompt_alone(tmp_path):
+    row = CHAT | {"prompt": [MESSAGE | {"name": "n"}], "responses": [
+        [{"role": "assistant", "content": text, "name": None}] for text in "ab"
+    ]}  # fmt: skip
+    assert load_preferences(write(tmp_path / "data.jsonl", [row]))["prompt"][0][0]["name"] == "n"
+
+
+@pytest.mark.parametrize("line", ["1e999", "null", "7"])
+def test_a_line_that_is_no_record_is_named(line, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{line}\n" + json.dumps(ROW) + "\n")
+    with pytest.raises(ValueError, match="row 0 of 'data.jsonl' is no JSON object"):
+        load_preferences(tmp_path / "data.jsonl")
 
 
 def test_dates_and_odd_texts_stay_text(tmp_path):
@@ -117,6 +172,35 @@ def test_splits_are_found_by_name_and_files_that_are_not_read_are_named(tmp_path
     assert [row["prompt"] for row in load_preferences(tmp_path, split="test", streaming=True)] == ["test"]
 
 
+def test_files_of_other_kinds_are_not_read(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", [ROW | {"annotator": "007"}])
+    for name in ("train.jsonl.bak", "train.jsonl.1", "train-1.ndjson", "train-2.jsonl.xz", "b.csv"):
+        write(tmp_path / name, [ROW])
+    assert load_preferences(tmp_path)["annotator"][:] == ["007"]
+    assert "5 file(s) are NOT read: b.csv, train-1.ndjson, " in caplog.text
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no file ending in .jsonl, .json, .parquet|cannot read"):
+        load_preferences(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_folder_of_prepared_files_is_read_by_its_splits(suffix, tmp_path):
+    for split in ("train", "test"):
+        source = write(tmp_path / f"{split}.jsonl", [ROW | {"prompt": split}])
+        prepare_data.main(["--dataset_name", str(source), "--output", str(tmp_path / f"out/{split}.{suffix}")])
+    assert load_preferences(tmp_path / "out")["prompt"][:] == ["train"]
+    assert load_preferences(tmp_path / "out", split="test")["prompt"][:] == ["test"]
+
+
+def test_a_parquet_file_that_changes_is_read_again(tmp_path):
+    path = tmp_path / "data.parquet"
+    for prompt in "qp":
+        Dataset.from_list([ROW | {"prompt": prompt}]).to_parquet(path)
+        os.utime(path, ns=(10**18, 10**18))
+        for place in (path, tmp_path):
+            assert load_preferences(place)["prompt"][:] == [prompt]
+
+
 def test_an_empty_file_beside_others_is_named(tmp_path):
     write(tmp_path / "a.jsonl", [ROW])
     write(tmp_path / "b.jsonl", [])
@@ -163,10 +247,12 @@ def test_options_without_an_effect_are_refused(tmp_path):
     for options, message in (
         ({"revision": "main"}, "revision has no effect"),
         ({"name": "other"}, "takes no name"),
+        ({"field": "data"}, "takes no field"),
         ({"streaming": True, "num_proc": 2}, "num_proc has no effect on a stream"),
     ):
-        with pytest.raises(ValueError, match=message):
-            load_preferences(path, **options)
+        for place in (path, tmp_path) if "name" not in options else (path,):
+            with pytest.raises(ValueError, match=message):
+                load_preferences(place, **options)
 
 
 def test_pairs_beside_all_responses_are_pointed_out(tmp_path, caplog):

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 
 from .drops import (
     EVENTS,
@@ -25,7 +26,7 @@ from .drops import (
     split_off_drops,
     with_event_columns,
 )
-from .rows import Row, chat_row, clean_row, describe, response_faults, to_canonical
+from .rows import NO_WEIGHT, Row, chat_row, clean_row, describe, response_faults, to_canonical
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ Adapter = Callable[[Row], Row | None] | Callable[[Iterable[Row]], Iterator[Row |
 Result = tuple[Row | None, list[str]]  # the row to keep or None, and what was left out of it
 
 FEATURE_SAMPLE = 64  # kept rows from which the column types are inferred
+LONG_SAMPLE = 1024  # the same where a value is missing in all of those
 
 
 def canonicalize(
@@ -63,9 +65,12 @@ def canonicalize(
     features = _features(_results(dataset, **options), dataset.features)
     keywords = {**options, "columns": features, "code": source_digest(adapter)}
     if inspect.isgeneratorfunction(adapter):
-        mapped = Dataset.from_generator(
-            _grouped_events, features=with_event_columns(features), gen_kwargs={"dataset": dataset, **keywords}
-        )
+        try:
+            mapped = Dataset.from_generator(
+                _grouped_events, features=with_event_columns(features), gen_kwargs={"dataset": dataset, **keywords}
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
         kept, report = split_off_drops(mapped)
         report.source_rows = len(dataset)
         return kept, report
@@ -106,7 +111,8 @@ def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **op
     report, source = DropReport(), _whole(source)
     rows = _counting_source(source, report) if inspect.isgeneratorfunction(options["adapter"]) else source
     try:
-        for index, (row, _) in enumerate(_counted(_results(rows, **options), report)):
+        results = (_weighed(result, columns, options["invalid"]) for result in _results(rows, **options))
+        for index, (row, _) in enumerate(_counted(results, report)):
             if row is not None:
                 yield _in_columns(row, columns, f"row {index}")
     finally:  # also where the reader stops before the end
@@ -240,18 +246,29 @@ def _canonical_batch(
         _read_row(index, source, adapter, invalid, as_chat)
         for index, source in zip(indices, batch_to_rows(batch), strict=True)
     )
-    marked = [_marked(result, columns, f"row {index}") for index, result in zip(indices, results, strict=True)]
+    weighed = (_weighed(result, columns, invalid) for result in results)
+    marked = [_marked(result, columns, f"row {index}") for index, result in zip(indices, weighed, strict=True)]
     return {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
 
 
 def _grouped_events(dataset: Dataset, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
     for index, result in enumerate(_results(dataset, **options)):
-        yield _marked(result, columns, f"group {index}")
+        yield _marked(_weighed(result, columns, options["invalid"]), columns, f"group {index}")
 
 
 def _marked(result: Result, columns: dict[str, Any], where: str) -> Row:
     row, reasons = result
     return {**_in_columns(row or {}, columns, where), EVENTS: reasons, KEPT: row is not None}
+
+
+def _weighed(result: Result, columns: dict[str, Any], invalid: str) -> Result:
+    """A row without a weight beside rows that have one is left out, like one whose weight is null."""
+    row, reasons = result
+    if row is not None and "weight" in columns and row.get("weight") is None:
+        if invalid == "error":
+            refuse("a row", NO_WEIGHT)
+        return None, [*reasons, f"row: {NO_WEIGHT}"]
+    return result
 
 
 def _in_columns(row: Row, columns: dict[str, Any], where: str) -> Row:
@@ -282,10 +299,13 @@ def _fits(value: Any, feature: Any) -> bool:
 def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, Any]:
     """Column types of the result. Fixed before the pass, because inference batch by batch fails on columns that happen
     to be all None in the first batch."""
-    sample = list(islice((row for row, _ in results if row is not None), FEATURE_SAMPLE))
+    kept = (row for row, _ in results if row is not None)
+    sample = list(islice(kept, FEATURE_SAMPLE))
     if not sample:
         return {"prompt": Value("string"), "responses": List(Value("string")), "scores": List(Value("float64"))}
-    inferred = {name: _inferred(name, [row.get(name) for row in sample]) for name in sample[0]}
+    inferred = _types(sample)
+    if "null" in repr(inferred):  # some value is missing in all of them
+        inferred = _types([*sample, *islice(kept, LONG_SAMPLE - FEATURE_SAMPLE)])
     features = _without_null(inferred, _message_fields(source))
     own = ("prompt", "responses", "scores", "weight")
     for name in features.keys() & source.keys() - set(own):
@@ -295,6 +315,11 @@ def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, An
     if "weight" in features:
         features["weight"] = Value("float64")
     return features
+
+
+def _types(sample: list[Row]) -> dict[str, Any]:
+    names = dict.fromkeys(name for row in sample for name in row)
+    return {name: _inferred(name, [row.get(name) for row in sample]) for name in names}
 
 
 def _inferred(name: str, values: list) -> Any:
@@ -319,7 +344,8 @@ def _message_fields(features: dict[str, Any]) -> dict[str, Any]:
         feature = features.get(name)
         while isinstance(feature, List):
             feature = feature.feature
-        fields.update(feature if isinstance(feature, dict) else {})
+        for field, kind in feature.items() if isinstance(feature, dict) else ():
+            fields[field] = kind if fields.get(field, Value("null")) == Value("null") else fields[field]
     return fields
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import hashlib
 import io
 import logging
 from collections.abc import Collection
@@ -23,13 +24,14 @@ from datasets import (
 
 from .drops import is_first_process
 from .faults import explained
-from .json_rows import json_dataset, json_stream
+from .json_rows import file_digest, json_dataset, json_stream
 
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+OF_FOLDERS = ("name", "data_files", "data_dir")  # arguments of `load_dataset` that say which files are read
 
 
 def read_file(
@@ -45,9 +47,8 @@ def read_file(
         raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: give a file with at least one row.")
-    with explained(path):
-        if kind == "parquet" and path.suffix != ".gz":
-            return load_dataset("parquet", data_files=glob.escape(str(path)), split=split, **kwargs)
+    if kind == "parquet" and path.suffix != ".gz" and "name" not in kwargs:
+        return _read_parquet({"train": [path]}, path, split, kwargs)
     if options := sorted(set(kwargs) - {"streaming"}):
         raise ValueError(f"{path.name!r} takes no {options[0]}; leave it out.")
     if kind == "json":
@@ -75,26 +76,29 @@ def read_folder(
             saved = load_from_disk(str(path))
         found = in_split(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
         return found.to_iterable_dataset() if streaming else found
+    if strange := sorted(set(kwargs) - {"streaming", *OF_FOLDERS}):
+        raise ValueError(f"the folder {path.name!r} takes no {strange[0]}; leave it out.")
     with explained(path):
         options = {name: value for name, value in kwargs.items() if name != "streaming"}
-        files = load_dataset_builder(str(path), **options).config.data_files
-    files = {str(name): [Path(file) for file in found] for name, found in files.items()}
-    _warn_of_unread(path, {file for found in files.values() for file in found})
-    kinds = {kind_of(file) for found in files.values() for file in found}
+        found = load_dataset_builder(str(path), **options).config.data_files
+    files = {str(name): [Path(file) for file in some if kind_of(Path(file))] for name, some in found.items()}
+    read = {file for some in files.values() for file in some}
+    _warn_of_unread(path, read)
+    kinds = {kind_of(file) for file in read}
+    if len(kinds) != 1:
+        what = "holds JSON and parquet: put them apart" if kinds else f"has no file ending in {', '.join(SUFFIXES)}"
+        raise ValueError(f"{str(path)!r} {what}.")
     if kinds == {"json"}:
         return _read_json(files, path, split, streaming, strict)
-    if kinds == {"parquet"}:
-        kwargs = {"features": _common_features(files), **kwargs}
-    with explained(path):
-        return load_dataset(str(path), split=split, **kwargs)
+    return _read_parquet(files, path, split, {"features": _common_features(files), "streaming": streaming})
 
 
 def kind_of(path: Path) -> str | None:
     return SUFFIXES.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
-def in_split(splits: dict[str, Dataset], split: str, path: Path) -> Dataset:
-    """A split in the syntax of `datasets`: slices like train[:90%], and sums.
+def in_split(splits: dict[str, Dataset], split: str, path: Path, known: Collection[str] | None = None) -> Dataset:
+    """A split in the syntax of `datasets`: slices like train[:90%], and sums. `known` names all, for the message.
 
     Raises:
         ValueError: there is no such split.
@@ -102,7 +106,9 @@ def in_split(splits: dict[str, Dataset], split: str, path: Path) -> Dataset:
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"unknown split {split!r} of {path.name!r}; give one of {sorted(splits)}.") from error
+        raise ValueError(
+            f"unknown split {split!r} of {path.name!r}; give one of {sorted(known or splits)}."
+        ) from error
     found = [
         rows if (part.from_, part.to) in ((None, None), (0, len(rows))) else rows.select(range(part.from_, part.to))
         for part in parts
@@ -120,8 +126,18 @@ def _read_json(
                 f"a stream of {path.name!r} has whole splits only; give one of {sorted(files)}, not {split!r}."
             )
         return json_stream(files[split])
+    files = {name: some for name, some in files.items() if some}
     wanted = [name for name in files if name in split] or list(files)
-    return in_split({name: json_dataset(files[name], strict) for name in wanted}, split, path)
+    return in_split({name: json_dataset(files[name], strict) for name in wanted}, split, path, known=files)
+
+
+def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, kwargs: dict) -> Dataset | IterableDataset:
+    names = {name: [glob.escape(str(file)) for file in some] for name, some in files.items() if some}
+    digests = [file_digest(file) for some in files.values() for file in some]
+    with explained(path):
+        # A configuration of another name has a cache of its own: `datasets` knows a file by its size and date only.
+        name = "rows-" + hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        return load_dataset("parquet", name, data_files=names, split=split, **kwargs)
 
 
 def _common_features(files: dict[str, list[Path]]) -> Features:
@@ -144,12 +160,13 @@ def _common_features(files: dict[str, list[Path]]) -> Features:
 def _warn_of_unread(folder: Path, read: set[Path]) -> None:
     """`datasets` takes the files of one kind, or those whose names are those of splits, and passes over the others."""
     read = {file.resolve() for file in read}
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if kind_of(file)]
-    left = [
-        str(name)
-        for name in names
-        if (folder / name).resolve() not in read and not any(part.startswith(".") for part in name.parts)
-    ]
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    left = [str(name) for name in names if (folder / name).resolve() not in read and not _is_no_data(name)]
     if left and is_first_process():
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         logger.warning("%s: %d file(s) are NOT read: %s. Name a file, or put them apart.", folder, len(left), shown)
+
+
+def _is_no_data(name: Path) -> bool:
+    """Hidden files, notes and what scripts/prepare_data.py says of a file."""
+    return any(part.startswith(".") for part in name.parts) or name.name.endswith((".md", ".manifest.yaml", "LICENSE"))

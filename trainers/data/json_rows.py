@@ -26,7 +26,10 @@ from .rows import Row, describe, to_canonical
 logger = logging.getLogger(__name__)
 
 CHUNK = 1000  # rows whose types are worked out at once
-MISFITS = (pyarrow.ArrowException, OverflowError, UnicodeEncodeError)
+MOST_KEYS = 200  # of records in a column; the tables of `datasets` take very long for more
+EXACT = 2**53  # integers beyond it are rounded among floats
+NO_VALUE = object()
+MISFITS = (pyarrow.ArrowException, OverflowError, UnicodeEncodeError, RecursionError)
 
 
 def json_dataset(paths: list[Path], strict: Collection[str] | None = None) -> Dataset:
@@ -34,32 +37,34 @@ def json_dataset(paths: list[Path], strict: Collection[str] | None = None) -> Da
 
     Args:
         strict: columns that must have one type; one that is not among them becomes JSON text where it has several,
-            with a warning. Default: all.
+            or very many keys, with a warning. Default: all.
 
     Raises:
         ValueError: a row is no JSON object, or its type differs from those before it; the message names file and row.
     """
-    types, texts = {}, set()
+    columns, digests = _Columns(strict), []
     for path in paths:
         with explained(path):
-            _add_types(path, types, texts, strict)
-    for name in sorted(texts):
-        types[name] = pyarrow.string()
-        logger.warning("Column %r mixes types: it is carried along as JSON text, and nothing reads it.", name)
-    features = Features.from_arrow_schema(pyarrow.schema(types))
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return Dataset.from_generator(
-        _typed_rows, features=features,
-        gen_kwargs={"paths": tuple(map(str, paths)), "texts": tuple(sorted(texts)), "digests": tuple(digests)},
-    )  # fmt: skip
+            columns.add(path)
+            digests.append(file_digest(path))
+    if not columns.types and not columns.texts:
+        raise ValueError(f"the rows of {paths[0].name!r} have no columns; give rows with named fields.")
+    files = {"paths": tuple(map(str, paths)), "digests": tuple(digests)}
+    with explained(paths[0]):
+        features = columns.features()
+        return Dataset.from_generator(
+            _typed_rows, features=features, gen_kwargs={**files, "texts": tuple(columns.texts)}
+        )
 
 
 def json_stream(paths: list[Path]) -> IterableDataset:
     """The same row by row, each with its own types."""
     return IterableDataset.from_generator(_all_rows, gen_kwargs={"paths": tuple(map(str, paths))})
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _all_rows(paths: tuple[str, ...]) -> Iterator[Row]:
@@ -68,40 +73,106 @@ def _all_rows(paths: tuple[str, ...]) -> Iterator[Row]:
             yield from _rows(path)
 
 
-def _typed_rows(paths: tuple[str, ...], texts: tuple[str, ...], digests: tuple[str, ...]) -> Iterator[Row]:
+def _typed_rows(paths: tuple[str, ...], digests: tuple[str, ...], texts: tuple[str, ...]) -> Iterator[Row]:
     """`digests` of the files are there for the cache of `datasets`, which must not mistake a changed file."""
     for row in _all_rows(paths):
-        yield row | {name: json.dumps(row[name], ensure_ascii=False) for name in texts if row.get(name) is not None}
+        yield row | {name: _as_text(row[name]) for name in texts if row.get(name) is not None}
+
+
+def _as_text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 
 # Types.
 
 
-def _add_types(
-    path: Path, types: dict[str, pyarrow.DataType], texts: set[str], strict: Collection[str] | None
-) -> None:
-    """Widens `types` by those of a file, and adds to `texts` the columns that mix them."""
-    shown = tqdm(_rows(path), desc=f"Reading {path.name}", unit=" rows", disable=not is_first_process())
-    start, rows = 0, iter(shown)
-    while chunk := list(islice(rows, CHUNK)):
-        for name in dict.fromkeys(name for row in chunk for name in row):
-            if name in texts:
-                continue
-            values, before = [row.get(name) for row in chunk], types.get(name, pyarrow.null())
-            try:
-                types[name] = _wider(before, values)
-            except MISFITS as error:
-                if strict is None or name in strict:
-                    raise _misfit(path, name, before, chunk, start) from error
-                texts.add(name)
-        start += len(chunk)
+class _Columns:
+    """The type of each column, wide enough for all rows that were added."""
+
+    def __init__(self, strict: Collection[str] | None):
+        self.strict, self.types, self.texts = strict, {}, {}
+        self._large: dict[str, str] = {}  # where a column has its first integer that a float cannot hold
+
+    def features(self) -> Features:
+        for name, why in self.texts.items():
+            self.types[name] = pyarrow.string()
+            if is_first_process():
+                logger.warning("Column %r %s: it is carried along as JSON text, and nothing reads it.", name, why)
+        return Features.from_arrow_schema(pyarrow.schema(self.types))
+
+    def add(self, path: Path) -> None:
+        """Raises ValueError for a row that does not fit."""
+        shown = tqdm(_rows(path), desc=f"Reading {path.name}", unit=" rows", disable=not is_first_process())
+        start, rows = 0, iter(shown)
+        while chunk := list(islice(rows, CHUNK)):
+            for name in dict.fromkeys(name for row in chunk for name in row):
+                if name not in self.texts:
+                    self._add_values(path, name, chunk, start)
+            start += len(chunk)
+
+    def _add_values(self, path: Path, name: str, chunk: list[Row], start: int) -> None:
+        values, before = [row.get(name) for row in chunk], self.types.get(name, pyarrow.null())
+        try:
+            self.types[name] = _wider(before, values)
+            self._note_large(path, name, values, start)
+            if _keys(self.types[name]) > MOST_KEYS:
+                raise pyarrow.ArrowInvalid("too many keys")
+        except MISFITS as error:
+            many = _keys(self.types.get(name, pyarrow.null())) > MOST_KEYS
+            if self.strict is None or name in self.strict:
+                if many:
+                    message = f"column {name!r} of {path.name!r} has records with more than {MOST_KEYS} different keys"
+                    raise ValueError(f"{message}; make them a list, or remove the column.") from error
+                raise _misfit(path, name, before, chunk, start) from error
+            self.texts[name] = f"has more than {MOST_KEYS} different keys" if many else "mixes types"
+
+    def _note_large(self, path: Path, name: str, values: list, start: int) -> None:
+        """Refuses integers that would be rounded, because other rows of the column hold floats."""
+        if "int64" in str(pyarrow.array(values).type) and name not in self._large:
+            for index, value in enumerate(values, start):
+                if any(abs(item) > EXACT for item in _leaves(value) if isinstance(item, int)):
+                    self._large[name] = f"row {index} of {path.name!r}"
+                    break
+        if name in self._large and "double" in str(self.types[name]):
+            raise pyarrow.ArrowInvalid("large integers among floats")
 
 
 def _wider(before: pyarrow.DataType, values: list) -> pyarrow.DataType:
     """The type that holds what `before` holds and the values as well."""
     found = pyarrow.array(values).type
+    if "double" in str(found) and any(isinstance(leaf, bool) for value in values for leaf in _leaves(value)):
+        _refuse_flags(values)
     merged = [pyarrow.schema({"x": kind}) for kind in (before, found)]
     return pyarrow.unify_schemas(merged, promote_options="permissive").field("x").type
+
+
+def _refuse_flags(values: list) -> None:
+    """Arrow takes `true` for 1.0 after a float; written as text, the two have no common type."""
+    pyarrow.array([_flags_as_text(value) for value in values])
+
+
+def _flags_as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _flags_as_text(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_flags_as_text(item) for item in value]
+    return str(value) if isinstance(value, bool) else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _keys(kind: pyarrow.DataType) -> int:
+    """The largest number of keys of records in a type."""
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    own = len(inner) if pyarrow.types.is_struct(kind) else 0
+    return max([own, *map(_keys, inner)])
 
 
 def _misfit(path: Path, name: str, before: pyarrow.DataType, chunk: list[Row], start: int) -> ValueError:
@@ -111,7 +182,7 @@ def _misfit(path: Path, name: str, before: pyarrow.DataType, chunk: list[Row], s
             before = _wider(before, [row.get(name)])
         except MISFITS:
             return ValueError(f"row {index} of {path.name!r}: {_fault(row, name)}")
-    return ValueError(f"column {name!r} of {path.name!r} mixes types; give the same type in every row.")
+    return ValueError(f"column {name!r} of {path.name!r} mixes types, or large integers and floats; give one type.")
 
 
 def _fault(row: Row, name: str) -> str:
@@ -140,15 +211,15 @@ def _values(path: Path) -> Iterator[Any]:
     with _open(path) as lines:
         for index, line in enumerate(line for line in lines if line.strip()):
             value = _parsed(line, index, path)
-            if value is None:  # one JSON value over many lines
+            if value is NO_VALUE:  # one JSON value over many lines
                 value = json.loads(_content(path))
                 yield from value if isinstance(value, list) else [value]
                 return
             yield from value if isinstance(value, list) else [value]
 
 
-def _parsed(line: bytes, index: int, path: Path) -> Row | list | None:
-    """The value in a line; None where the first line is not a value, so that the file is not JSON Lines."""
+def _parsed(line: bytes, index: int, path: Path) -> Any:
+    """The value in a line; NO_VALUE where the first line is not one, so that the file is not JSON Lines."""
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
@@ -157,7 +228,7 @@ def _parsed(line: bytes, index: int, path: Path) -> Row | list | None:
         raise ValueError(f"row {index} of {path.name!r} is nested too deeply; give plain lists.") from error
     except json.JSONDecodeError as error:
         if index == 0:
-            return None
+            return NO_VALUE
         raise ValueError(f"row {index} of {path.name!r} is not valid JSON: {error}.") from error
 
 

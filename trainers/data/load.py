@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OPTIONAL = ("weight", "annotator")
-# Columns that a format reads.
-READ = {"prompt", "responses", "scores", *OPTIONAL}.union(*(f.columns | f.beside for f in FORMATS.values()))
+# Columns of canonical rows and of pairs.
+OWN = {"prompt", "responses", "scores", "chosen", "rejected", *OPTIONAL}
 
 
 def load_preferences(
@@ -56,7 +56,7 @@ def load_preferences(
     adapter = _find_adapter(data_format)
     if streaming and num_proc is not None:
         raise ValueError("num_proc has no effect on a stream: leave it out.")
-    strict = None if callable(adapter) and data_format not in FORMATS else READ
+    strict = OWN if data_format in (None, "rows", "pairs") else None  # nobody knows what an adapter reads
     options = {**kwargs, "streaming": True} if streaming else kwargs
     source = read_dataset(str(name_or_path), split or "train", options, strict)
     if max_rows is not None:
@@ -78,7 +78,7 @@ def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     Raises:
         ValueError: the columns fit no format or several; the message names them.
     """
-    return _recognised(read_dataset(str(name_or_path), split or "train", kwargs, READ), str(name_or_path))
+    return _recognised(read_dataset(str(name_or_path), split or "train", kwargs), str(name_or_path))
 
 
 def _warn_of_misspellings(columns: list[str]) -> None:

@@ -22,6 +22,7 @@ from .drops import Drop
 Row = dict[str, Any]
 
 MIN_RESPONSES = 2
+NO_WEIGHT = "weight is missing or not finite"
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
 
@@ -51,6 +52,8 @@ def to_canonical(row: Row) -> Row:
         )
     prompt = checked_text(row["prompt"], "prompt")
     responses = [checked_text(response, f"responses[{k}]") for k, response in enumerate(responses)]
+    if len({isinstance(score, bool) for score in scores if score is not None}) > 1:
+        raise ValueError(f"'scores' is {describe(scores)}; give numbers, or true and false, and not both.")
     scores = [checked_number(score, f"scores[{k}]") for k, score in enumerate(scores)]
     if any(isinstance(text, list) for text in [prompt, *responses]):
         prompt, responses = _as_messages(prompt, responses)
@@ -108,7 +111,7 @@ def clean_row(row: Row) -> tuple[Row | None, list[str]]:
     if "weight" in row:
         weight = row["weight"]
         if weight is None or not math.isfinite(weight):
-            return None, ["row: weight is missing or not finite"]
+            return None, [f"row: {NO_WEIGHT}"]
         if weight < 0:
             return None, ["row: weight is negative"]
     if len(row["responses"]) < MIN_RESPONSES:

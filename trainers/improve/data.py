@@ -37,11 +37,14 @@ def read_rows(
         ValueError: no column can be read as that, no row is left, or `invalid` is `error` and a row has a fault; the
             message names the row.
     """
-    if data_format is not None:
+    if data_format is not None and source != BEST:
+        raise ValueError(f"sft_target_source={source!r} does not go with data_format: set it to {BEST!r}.")
+    strict = {"prompt", "responses", "scores", MESSAGES, source}
+    dataset = None if data_format is not None else read_dataset(name, split or "train", strict=strict)
+    if dataset is None or (source == BEST and {"responses", "scores"} <= set(dataset.column_names)):
         dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid)
-    else:
-        dataset = read_dataset(name, split or "train", strict={"prompt", "responses", "scores", MESSAGES, source})
-        dataset = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    elif limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     column = _reference_column(dataset, source, needs_reference, name)
     for index, row in enumerate(dataset):
@@ -111,13 +114,12 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
     if column is None:
         return prompt, None
     if column == BEST:
-        scores = [(-float("inf") if s is None else s, -i) for i, s in enumerate(row["scores"])]
-        value = row["responses"][-max(scores)[1]] if scores else None
+        value = row["responses"][row["scores"].index(max(row["scores"]))]
     else:
         value = row[column]
     if not isinstance(value, list):
         return prompt, value
-    if not value or value[-1].get("role") != "assistant":
+    if not value or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
         return prompt, None
     # A conversation that begins with its prompt; a list of the answer alone follows the prompt of the row.
     return (value[:-1] if len(value) > 1 else prompt), value[-1].get("content")
