@@ -192,6 +192,13 @@ def test_the_table_compares_every_aggregate():
     assert table["min-max mixture, judged on other prompts"]["max"] == pytest.approx(value, abs=0.1)
     scaled = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), np.array([1.0, 3.0]), resamples=10)
     assert scaled["mixture"][1] > report["mixture"][1]
+    # The factors are of the game: regrets stay in nats.
+    row = scaled["table"]["min-max mixture"]
+    np.testing.assert_allclose(row["regret"], regret[:, :2] @ scaled["mixture"])
+    assert row["max"] == pytest.approx(max(row["regret"])) and row["low"][1] <= row["regret"][1] <= row["high"][1]
+    assert row["weighted_max"] == pytest.approx(scaled["value"])
+    assert scaled["value"] == pytest.approx((np.array([1.0, 3.0]) * row["regret"]).max())
+    assert scaled["table"]["dpo"]["regret"] == pytest.approx(regret[:, 2])
 
 
 # One policy.
@@ -210,7 +217,7 @@ def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():
 
 
 def command(run, start, *more):
-    return ["--run", str(run), "--dataset_name", str(start / "prompts.jsonl"), "--max_new_tokens", "6",
+    return ["--run_dir", str(run), "--dataset_name", str(start / "prompts.jsonl"), "--max_new_tokens", "6",
             "--num_generations", "2", "--extra", f"start={start}", *more]  # fmt: skip
 
 
@@ -220,7 +227,7 @@ def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, st
     report = json.loads((folder / "aggregate.json").read_text())
     mixture = json.loads((copied / "mixture.json").read_text())
     assert mixture["weights"] == report["mixture"] and sum(mixture["weights"]) == pytest.approx(1)
-    assert report["policies"] == ["type-0", "type-1", "start", "distilled"]
+    assert report["policies"] == ["type-0", "type-1", "start", "base-model", "distilled"]
     assert "| distilled |" in (folder / "table.md").read_text() and "| distilled |" in capsys.readouterr().out
     assert (folder / "regret.svg").stat().st_size > 1000
     model = AutoModelForCausalLM.from_pretrained(folder / "distilled")

@@ -116,7 +116,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         folder = Path(self.args.output_dir)
         self._first_guess(0)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {self._kind_of_guess()}.")
-        self._save_start(folder / "start")
+        self._save_start(folder / tables.START)
         path, settings = folder / "emdpo.json", self._settings()
         self._release()
         self.processes.main(lambda: path.exists() or self._create(path, settings))
@@ -310,10 +310,16 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _write_mixture(self, path: Path, manifest: dict) -> None:
         """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
-        if path.exists() and tables.read_json(path)["policies"] == manifest["policies"]:
+        before = tables.read_json(path) if path.exists() else None
+        if before and before["policies"] == manifest["policies"]:
             return
+        if before and before["weights"] != before["prior"]:
+            self._warn(
+                f"{path} had weights ({before['weights_are']}) for the policies of an earlier round: they were set "
+                "back to the shares of the annotators. Call scripts/aggregate.py with a new --output for new ones."
+            )
         write_json(path, tables.plain({
-            "base": self._name,
+            "base": self._name if self._weights_of_start is None else tables.START,
             "model_init_kwargs": self._init_kwargs,
             "adapters": self._peft_config is not None,
             "policies": manifest["policies"],

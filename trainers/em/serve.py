@@ -13,7 +13,7 @@ from ..forward.policy import base_model
 from ..forward.run import Runner
 from ..forward.safe_files import refuse_pickled_weights
 from ..loop.start import load_start
-from .tables import MIXTURE, read_json
+from .tables import MIXTURE, base_of, read_json
 
 
 def mixture_logps(logps: Tensor, weights: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ class MixturePolicy:
         if not (folder / MIXTURE).is_file():
             raise ValueError(f"{folder} has no {MIXTURE}: give the output_dir of a finished EM-DPO run.")
         found = read_json(folder / MIXTURE)
-        kwargs = {**(found["model_init_kwargs"] or {}), **init_kwargs}
+        base, kwargs = base_of(folder, found), {**(found["model_init_kwargs"] or {}), **init_kwargs}
         paths = [folder / policy for policy in found["policies"]]
         if found["adapters"]:
-            models = _with_adapters(load_start(found["base"], None, init_kwargs=kwargs), paths).to(device).eval()
+            models = _with_adapters(load_start(base, None, init_kwargs=kwargs), paths).to(device).eval()
         else:
-            models = [load_start(found["base"], path, init_kwargs=kwargs).to(device).eval() for path in paths]
+            models = [load_start(base, path, init_kwargs=kwargs).to(device).eval() for path in paths]
         weights = found["weights"] if weights is None else weights
         return cls(models, weights, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), seed=seed)
 

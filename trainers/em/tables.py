@@ -13,6 +13,7 @@ from .init import TYPE
 
 LIKELIHOOD = "log_likelihood_"
 MIXTURE = "mixture.json"  # what MixturePolicy and the aggregation read
+START = "start"  # folder in a run of a model that was given loaded
 
 
 def write_annotators(
@@ -57,6 +58,12 @@ def write_rounds(path: Path, manifests: list[dict]) -> None:
 
 def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
+
+
+def base_of(run: Path, mixture: dict) -> str:
+    """Path or hub id of the model that the types started from; one that lies in the run moves with it."""
+    inside = Path(run) / START
+    return str(inside) if mixture["base"] == START and inside.is_dir() else mixture["base"]
 
 
 def plain(content: dict) -> dict:
