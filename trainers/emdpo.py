@@ -116,6 +116,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         folder = Path(self.args.output_dir)
         self._first_guess(0)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {self._kind_of_guess()}.")
+        self._warn_of_strangers()
         self._save_start(folder / tables.START)
         path, settings = folder / "emdpo.json", self._settings()
         self._release()
@@ -195,6 +196,15 @@ class EMDPOTrainer(TypePolicyTrainer):
         if kind == "dirichlet":
             return init.dirichlet(len(self.annotators), args.num_types, random)
         return getattr(init, kind)(self.rows, rows, args.num_types, random)
+
+    def _warn_of_strangers(self) -> None:
+        if self._kind_of_guess() != "given":
+            return
+        if names := init.strangers(self.args.initial_posterior, self.annotators):
+            self._warn(
+                f"initial_posterior has rows for {len(names)} annotators that train_dataset does not have, which are "
+                f"not used: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            )
 
     def _kind_of_guess(self) -> str:
         if self.args.init != "auto":
