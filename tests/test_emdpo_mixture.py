@@ -315,6 +315,22 @@ def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path
     )
     # Opposed annotators share no policy: one type cannot say more than chance, log 3! per ranking.
     assert one["log_likelihood_per_item"] < -1.7 and two["log_likelihood_per_item"] > one["log_likelihood_per_item"]
-    assert (tmp_path / "plot.svg").exists() and "| 2 |" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "a coin" in (tmp_path / "plot.svg").read_text() and "| 2 |" in text
+    # A coin: log 3! for each of 5 rankings.
+    assert report["coin_log_likelihood"] == pytest.approx(-5 * math.log(6))
+    assert one["gain_over_coin"]["mean"] == pytest.approx(one["log_likelihood"]["mean"] + 5 * math.log(6))
+    assert "| *a coin* | -8.959 |" in text and "No intervals: 2 held-out annotators are fewer than 5" in text
+    assert "[" not in text and two["gain_over_one_less"]["low"] is None
+    results = {k: json.loads((tmp_path / f"types-{k}/result.json").read_text()) for k in (1, 2)}
+    assert ("more about new annotators than a coin" in text) == (two["gain_over_coin"]["mean"] < 0)
+    for k, result in results.items():
+        many = {f"b{i}": -9.0 - k - i / 10 for i in range(6)}
+        result["held_out"] |= {"per_annotator": many, "coin": dict.fromkeys(many, -8.0)}
+        (tmp_path / f"types-{k}/result.json").write_text(json.dumps(result))
+    worse = choose_types.summarize(tmp_path, 2)
+    text = choose_types.table(worse)
+    assert "No number of types says more about new annotators than a coin" in text and "-2.250 [" in text
+    assert "Intervals from fewer than 20 held-out annotators (6) are too narrow" in text
     with pytest.raises(ValueError, match="too few to hold one out"):
         choose_types.held_out_annotators(["a", "b", "a"], 0.5, 0)
