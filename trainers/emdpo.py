@@ -111,7 +111,8 @@ class EMDPOTrainer(TypePolicyTrainer):
         """Runs the rounds that are not done yet. `resume_from_checkpoint` is not needed: the folder says what is done.
 
         Raises:
-            ValueError: `output_dir` belongs to a run with other settings; the message names what differs.
+            ValueError: `output_dir` belongs to a run with other settings, and the message names what differs; or
+                policies that these rounds and restarts need were deleted when it went further.
         """
         folder = Path(self.args.output_dir)
         self._first_guess(0)  # what is wrong with it shall be said before anything is written
