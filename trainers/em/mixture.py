@@ -46,8 +46,8 @@ def posterior(log_likelihood: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
         (N,T) rows that sum to 1. Equal likelihoods give the prior back.
     """
     joint = np.asarray(log_prior, dtype=np.float64) + np.asarray(log_likelihood, dtype=np.float64)
-    # Sorted, so that the order of the types changes no bit of the sum.
-    return np.exp(joint - logsumexp(np.sort(joint, axis=1), axis=1, keepdims=True))
+    shares = np.exp(joint - joint.max(1, keepdims=True))
+    return shares / np.sort(shares, axis=1).sum(1, keepdims=True)  # sorted: the order of the types changes no bit
 
 
 def observed_log_likelihood(log_likelihood: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
