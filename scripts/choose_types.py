@@ -19,9 +19,11 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 import train
 from trainers import EMDPOTrainer
 from trainers.em.figures import COLOURS, to_svg
+from trainers.em.mixture import annotator_log_likelihood
+from trainers.em.scoring import item_logps
 from trainers.em.tables import read_json
 from trainers.loop.journal import write_atomic, write_json
-from trainers.statistics import bootstrap_interval
+from trainers.statistics import FEWEST, about_intervals, bootstrap_interval
 
 
 def main(argv: list[str]) -> dict:
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> dict:
         )  # fmt: skip
         trainer.train()
         manifest = read_json(trainer.policies[0].parents[1] / "manifest.json")
+        manifest["held_out"]["coin"] = coin(trainer)
         path = Path(own_args.output_dir) / "result.json"
         trainer.processes.main(lambda path=path, manifest=manifest: write_json(path, manifest))
     report = summarize(Path(args.output_dir), options.max_types)
@@ -58,6 +61,16 @@ def main(argv: list[str]) -> dict:
         write_atomic(Path(args.output_dir) / "plot.svg", plot(report).encode())
         print(table(report))
     return report
+
+
+def coin(trainer: EMDPOTrainer) -> dict:
+    """Log-likelihood of each held-out annotator's rows if all rankings were equally likely: {name: nats}."""
+    rows, (annotators, owner, weights) = trainer.held_out
+    scores = list(rows["scores"])
+    equal = [[0.0] * len(row) for row in scores]
+    logps = item_logps(equal, equal, scores, beta=trainer.args.beta, top=trainer.args.top_q) * weights
+    total = annotator_log_likelihood(logps[:, None], owner, len(annotators))[:, 0]
+    return dict(zip(map(str, annotators.names), total.tolist(), strict=True))
 
 
 def held_out_annotators(column: list, share: float, seed: int) -> set:
@@ -70,21 +83,28 @@ def held_out_annotators(column: list, share: float, seed: int) -> set:
 
 
 def summarize(folder: Path, max_types: int) -> dict:
-    """Log-likelihood per held-out annotator of each number of types, and the paired gain over one type less."""
+    """Log-likelihood per held-out annotator of each number of types and of a coin, and the paired gains."""
     results = [json.loads((folder / f"types-{t}" / "result.json").read_text()) for t in range(1, max_types + 1)]
     names = list(results[0]["held_out"]["per_annotator"])
     values = np.array([[r["held_out"]["per_annotator"][n] for n in names] for r in results])
+    chance = np.array([results[0]["held_out"]["coin"][n] for n in names])
+
+    def mean(differences: np.ndarray) -> dict:
+        return bootstrap_interval(differences, fewest=FEWEST)
+
     return {
         "held_out_annotators": len(names),
+        "coin_log_likelihood": float(chance.mean()),
         "held_out_items": results[0]["held_out"]["items"],
         "types": [
             {
                 "num_types": t + 1,
                 "train_log_likelihood_per_annotator": results[t]["log_likelihood_per_annotator"],
                 "log_likelihood_per_item": results[t]["held_out"]["log_likelihood_per_item"],
-                "log_likelihood": bootstrap_interval(values[t]),
-                "gain_over_one_type": bootstrap_interval(values[t] - values[0]),
-                "gain_over_one_less": bootstrap_interval(values[t] - values[max(t - 1, 0)]),
+                "log_likelihood": mean(values[t]),
+                "gain_over_coin": mean(values[t] - chance),
+                "gain_over_one_type": mean(values[t] - values[0]),
+                "gain_over_one_less": mean(values[t] - values[max(t - 1, 0)]),
                 "shares": results[t]["prior"],
             }
             for t in range(max_types)
@@ -95,23 +115,36 @@ def summarize(folder: Path, max_types: int) -> dict:
 
 def table(report: dict) -> str:
     lines = [
-        "| types | held-out log-likelihood per annotator | per item | gain over one type less | shares of the types |",
-        "|---|---|---|---|---|",
+        "| types | held-out log-likelihood per annotator | per item | gain over a coin | gain over one type less "
+        "| shares of the types |",
+        "|---|---|---|---|---|---|",
+        f"| *a coin* | {report['coin_log_likelihood']:.3f} |  |  |  |  |",
     ]
     for row in report["types"]:
         shares = ", ".join(f"{share:.2f}" for share in row["shares"])
         gain = _interval(row["gain_over_one_less"], "+") if row["num_types"] > 1 else ""
         lines.append(f"| {row['num_types']} | {_interval(row['log_likelihood'])} | "
-                     f"{row['log_likelihood_per_item']:.4f} | {gain} | {shares} |")  # fmt: skip
+                     f"{row['log_likelihood_per_item']:.4f} | {_interval(row['gain_over_coin'], '+')} | {gain} | "
+                     f"{shares} |")  # fmt: skip
     lines += [
         "",
         f"{report['held_out_annotators']} held-out annotators with {report['held_out_items']} rows; in nats, 95 % "
-        "bootstrap intervals over them, gains paired. A gain whose interval holds 0 is no reason for another type.",
+        "bootstrap intervals over them, gains paired. A gain whose interval holds 0 is no reason for another type. To "
+        "a coin all rankings are equally likely.",
     ]
+    if note := about_intervals(report["held_out_annotators"], "held-out annotators"):
+        lines.append(note)
+    if all(row["gain_over_coin"]["mean"] <= 0 for row in report["types"]):
+        lines.append(
+            "No number of types says more about new annotators than a coin: these gains are no reason for any of "
+            "them. Train on more rows, or with other settings."
+        )
     return "\n".join(lines) + "\n"
 
 
 def _interval(value: dict, sign: str = "") -> str:
+    if value["low"] is None:
+        return f"{value['mean']:{sign}.3f}"
     mean, low, high = (f"{value[k]:{sign}.3f}" for k in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -123,9 +156,14 @@ def plot(report: dict) -> str:
     types = [row["num_types"] for row in report["types"]]
     gains = [row["gain_over_one_type"] for row in report["types"]]
     means = np.array([g["mean"] for g in gains])
-    errors = np.array([[g["mean"] - g["low"], g["high"] - g["mean"]] for g in gains]).T
+    errors = None
+    if gains[0]["low"] is not None:
+        errors = np.array([[g["mean"] - g["low"], g["high"] - g["mean"]] for g in gains]).T
     axes.errorbar(types, means, errors, fmt="o-", capsize=4, color=COLOURS[0])
     axes.axhline(0, color="black", linewidth=0.8)
+    chance = -report["types"][0]["gain_over_coin"]["mean"]
+    axes.axhline(chance, color=COLOURS[-1], linestyle="--", label="a coin")
+    axes.legend(frameon=False, fontsize=9)
     axes.set_xticks(types)
     axes.set_xlabel("types")
     axes.set_ylabel("held-out log-likelihood per annotator,\ngain over one type, nats")

@@ -1,6 +1,6 @@
 """The min-max mixture of a finished run and the one policy, on as many processes as torchrun started.
 
-torchrun --nproc_per_node 2 tests/emdpo_mixture_steps.py '{"arguments": ["--run", "FOLDER", ...], ...}'
+torchrun --nproc_per_node 2 tests/emdpo_mixture_steps.py '{"arguments": ["--run_dir", "FOLDER", ...], ...}'
 """
 
 import json

@@ -110,6 +110,14 @@ def test_weights_scale_the_likelihood_and_zero_removes_a_row(tmp_path, start):
     plain.train()
     one, other = (sorted(read_annotators(t / "annotators.csv")[2][:, 0]) for t in (tmp_path / "a", tmp_path / "b"))
     np.testing.assert_allclose(one, 2 * np.array(other), rtol=1e-4)
+    rounds = [next(csv.DictReader((tmp_path / name / "rounds.csv").open())) for name in ("a", "b")]
+    per_item = [float(r["log_likelihood_per_item"]) for r in rounds]
+    assert per_item[0] == pytest.approx(per_item[1], rel=1e-4)  # per unit of weight
+    assert per_item[1] == pytest.approx(sum(other) / 24, rel=1e-6)
+    for name in ("a", "b"):
+        lines = list(csv.DictReader((tmp_path / name / "annotators.csv").open()))
+        assert [line["items"] for line in lines] == ["4"] * 6
+    assert [r["rows_scored"] for r in rounds] == ["24", "24"]
 
 
 def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
@@ -120,6 +128,8 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
         for i in (0, 1)
     ]
     assert set(counts[0]) == {2, 3} and counts[1] == [5] * 6
+    rounds = list(csv.DictReader((tmp_path / "rounds.csv").open()))
+    assert [int(row["rows_scored"]) for row in rounds] == [sum(counts[0]), 30]
     steps = [json.loads((p / "trainer_state.json").read_text())["global_step"] for p in trainer.policies]
     assert steps == [-(-sum(counts[0]) // 4)] * 2  # the second round trains on what the first one scored
     # Each row counts as it was scored by policies that had not seen it: half 1 in the first round, half 0 in the next.
@@ -167,6 +177,29 @@ def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
             em(tmp_path, start, rounds=3).train()
         with pytest.raises(ValueError, match=r"round-0\d/type-0/policy was deleted when this run went further"):
             em(tmp_path, start, **fewer).train()
+
+
+def test_restarts_do_not_go_on_from_policies_that_were_deleted(tmp_path, start):
+    options = {"restarts": 2, "start_from": "previous"}
+    em(tmp_path, start, rounds=1, **options).train()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="type-0/policy was deleted because another .* set rounds to 1 as it was"):
+        em(tmp_path, start, rounds=2, **options).train()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    em(tmp_path, start, rounds=1, **options).train()  # as it was
+
+
+def test_what_a_kill_left_of_a_score_file_is_removed_when_the_scores_are_complete(tmp_path, start):
+    em(tmp_path, start, rounds=1).train()
+    folder = tmp_path / "restart-0/round-00/type-1"
+    before = (folder / "logps.parquet").read_bytes()
+    (folder / "logps.parts").mkdir()
+    (folder / "logps.parquet").rename(folder / "logps.parts/0.parquet")  # killed after the last part
+    (folder / "logps.parquet.77.tmp").write_bytes(b"half")
+    (folder.parent / "manifest.json").unlink()
+    em(tmp_path, start, rounds=1).train()
+    assert sorted(path.name for path in folder.iterdir()) == ["logps.parquet", "policy"]
+    assert (folder / "logps.parquet").read_bytes() == before
 
 
 def test_a_fall_of_the_likelihood_in_the_last_round_is_warned_of(tmp_path):

@@ -40,8 +40,8 @@ def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_
     Dataset.from_list([{"prompt": row["prompt"]} for row in opposed_rows()]).to_json(tmp_path / "prompts.jsonl")
     own = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--max_prompts", "5", "--num_generations", "4",
            "--max_new_tokens", "6", "--distill", "--distill_learning_rate", "0.1"]  # fmt: skip
-    aggregate.main(["--run", str(tmp_path / "one"), *own, "--distill_batch_size", "4"])
-    two = ["--run", str(tmp_path / "two"), *own, "--distill_batch_size", "2"]
+    aggregate.main(["--run_dir", str(tmp_path / "one"), *own, "--distill_batch_size", "4"])
+    two = ["--run_dir", str(tmp_path / "two"), *own, "--distill_batch_size", "2"]
     assert on_two_processes(two) == {"processes": 2}
     expected, found = (json.loads((tmp_path / run / "aggregate/aggregate.json").read_text()) for run in ("one", "two"))
     np.testing.assert_allclose(found["mixture"], expected["mixture"], atol=1e-4)

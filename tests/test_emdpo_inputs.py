@@ -1,5 +1,6 @@
 """What EM-DPO says of its inputs: options, rows, first guesses, and a start that leads nowhere."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, groups
+from emdpo_runs import em, groups, same, weights
 from trainers.em import init
 from trainers.em.annotators import Annotators
 from trainers.em.mixture import match_types
@@ -89,6 +90,53 @@ def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path,
         em(tmp_path / "b", start, initial_posterior=one, rounds=1, learning_rate=1e-6).train()
     assert "Type 1 has 0.1% of the annotators after round 1" in caplog.text
     assert "above 0.99" in caplog.text and "heldout_half" in caplog.text
+
+
+@pytest.mark.parametrize("normalize", ["batch", "posterior"])
+def test_a_type_without_rows_is_named_and_stays_where_it_starts(tmp_path, start, caplog, normalize):
+    nobody = {f"a{i}": [1.0, 0.0] for i in range(6)}
+    trainer = em(tmp_path, start, initial_posterior=nobody, rounds=1, normalize=normalize)
+    trainer.train()
+    assert "Type 1 has no training row in round 1" in caplog.text and "Type 0 has no" not in caplog.text
+    same(weights(trainer.policies[1]), weights(start))
+
+
+def test_an_empty_half_is_named(tmp_path, start, caplog):
+    rows = [row for row in opposed_rows(annotators=2) if row["item"] == 0]  # with seed 0 both lie in the half 1
+    em(tmp_path, start, rows, rounds=1, score_on="heldout_half", seed=0).train()
+    for k in (0, 1):
+        assert f"Type {k} has no training row in round 1: no annotator with a row in the half" in caplog.text
+
+
+def test_an_annotator_without_a_scored_row_has_the_mixture_weights(tmp_path, start):
+    """Whatever the first guess said of them: nothing is known."""
+    guess = {f"a{i}": [float(i % 2 == 0), float(i % 2)] for i in range(6)} | {"silent": [1.0, 0.0]}
+    rows = opposed_rows()
+    rows += [row | {"annotator": "silent", "weight": 0.0} for row in rows if row["annotator"] == "a0"]
+    rows = [{"weight": 1.0} | row for row in rows]
+    em(tmp_path, start, rows, initial_posterior=guess, rounds=2).train()
+    for index in (0, 1):
+        folder = tmp_path / f"restart-0/round-0{index}"
+        names, posterior, likelihood = read_annotators(folder / "annotators.csv")
+        prior = json.loads((folder / "manifest.json").read_text())["prior_trained_on"]
+        at = names.index("silent")
+        np.testing.assert_allclose(posterior[at], prior)
+        assert not likelihood[at].any() and max(prior) < 0.8
+
+
+def test_annotators_that_only_the_first_guess_knows_are_counted(tmp_path, start, caplog):
+    guess = {f"{name}{i}": [0.3, 0.7] for name in ("a", "b") for i in range(6)}
+    em(tmp_path, start, initial_posterior=guess, rounds=1).train()
+    said = [r.message for r in caplog.records if "initial_posterior has rows for" in r.message]
+    assert len(said) == 1 and "for 6 annotators" in said[0] and "b0, b1, b2, b3, b4, ..." in said[0]
+
+
+def test_the_table_of_a_first_guess_has_no_likelihood(tmp_path, start):
+    em(tmp_path, start, rounds=1).train()
+    table = tmp_path / "restart-0/start.csv"
+    assert all(line.endswith(",,") for line in table.read_text().splitlines()[1:])
+    assert np.isnan(read_annotators(table)[2]).all()
+    assert np.isfinite(read_annotators(tmp_path / "annotators.csv")[2]).all()
 
 
 def test_annotators_of_tokenised_rows_are_checked_too():

@@ -192,6 +192,13 @@ def test_the_table_compares_every_aggregate():
     assert table["min-max mixture, judged on other prompts"]["max"] == pytest.approx(value, abs=0.1)
     scaled = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), np.array([1.0, 3.0]), resamples=10)
     assert scaled["mixture"][1] > report["mixture"][1]
+    # The factors are of the game: regrets stay in nats.
+    row = scaled["table"]["min-max mixture"]
+    np.testing.assert_allclose(row["regret"], regret[:, :2] @ scaled["mixture"])
+    assert row["max"] == pytest.approx(max(row["regret"])) and row["low"][1] <= row["regret"][1] <= row["high"][1]
+    assert row["weighted_max"] == pytest.approx(scaled["value"])
+    assert scaled["value"] == pytest.approx((np.array([1.0, 3.0]) * row["regret"]).max())
+    assert scaled["table"]["dpo"]["regret"] == pytest.approx(regret[:, 2])
 
 
 # One policy.
@@ -210,7 +217,7 @@ def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():
 
 
 def command(run, start, *more):
-    return ["--run", str(run), "--dataset_name", str(start / "prompts.jsonl"), "--max_new_tokens", "6",
+    return ["--run_dir", str(run), "--dataset_name", str(start / "prompts.jsonl"), "--max_new_tokens", "6",
             "--num_generations", "2", "--extra", f"start={start}", *more]  # fmt: skip
 
 
@@ -220,7 +227,7 @@ def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, st
     report = json.loads((folder / "aggregate.json").read_text())
     mixture = json.loads((copied / "mixture.json").read_text())
     assert mixture["weights"] == report["mixture"] and sum(mixture["weights"]) == pytest.approx(1)
-    assert report["policies"] == ["type-0", "type-1", "start", "distilled"]
+    assert report["policies"] == ["type-0", "type-1", "start", "base-model", "distilled"]
     assert "| distilled |" in (folder / "table.md").read_text() and "| distilled |" in capsys.readouterr().out
     assert (folder / "regret.svg").stat().st_size > 1000
     model = AutoModelForCausalLM.from_pretrained(folder / "distilled")
@@ -308,6 +315,22 @@ def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path
     )
     # Opposed annotators share no policy: one type cannot say more than chance, log 3! per ranking.
     assert one["log_likelihood_per_item"] < -1.7 and two["log_likelihood_per_item"] > one["log_likelihood_per_item"]
-    assert (tmp_path / "plot.svg").exists() and "| 2 |" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "a coin" in (tmp_path / "plot.svg").read_text() and "| 2 |" in text
+    # A coin: log 3! for each of 5 rankings.
+    assert report["coin_log_likelihood"] == pytest.approx(-5 * math.log(6))
+    assert one["gain_over_coin"]["mean"] == pytest.approx(one["log_likelihood"]["mean"] + 5 * math.log(6))
+    assert "| *a coin* | -8.959 |" in text and "No intervals: 2 held-out annotators are fewer than 5" in text
+    assert "[" not in text and two["gain_over_one_less"]["low"] is None
+    results = {k: json.loads((tmp_path / f"types-{k}/result.json").read_text()) for k in (1, 2)}
+    assert ("more about new annotators than a coin" in text) == (two["gain_over_coin"]["mean"] < 0)
+    for k, result in results.items():
+        many = {f"b{i}": -9.0 - k - i / 10 for i in range(6)}
+        result["held_out"] |= {"per_annotator": many, "coin": dict.fromkeys(many, -8.0)}
+        (tmp_path / f"types-{k}/result.json").write_text(json.dumps(result))
+    worse = choose_types.summarize(tmp_path, 2)
+    text = choose_types.table(worse)
+    assert "No number of types says more about new annotators than a coin" in text and "-2.250 [" in text
+    assert "Intervals from fewer than 20 held-out annotators (6) are too narrow" in text
     with pytest.raises(ValueError, match="too few to hold one out"):
         choose_types.held_out_annotators(["a", "b", "a"], 0.5, 0)

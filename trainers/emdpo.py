@@ -111,12 +111,14 @@ class EMDPOTrainer(TypePolicyTrainer):
         """Runs the rounds that are not done yet. `resume_from_checkpoint` is not needed: the folder says what is done.
 
         Raises:
-            ValueError: `output_dir` belongs to a run with other settings; the message names what differs.
+            ValueError: `output_dir` belongs to a run with other settings, and the message names what differs; or
+                policies that these rounds and restarts need were deleted when it went further.
         """
         folder = Path(self.args.output_dir)
         self._first_guess(0)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {self._kind_of_guess()}.")
-        self._save_start(folder / "start")
+        self._warn_of_strangers()
+        self._save_start(folder / tables.START)
         path, settings = folder / "emdpo.json", self._settings()
         self._release()
         self.processes.main(lambda: path.exists() or self._create(path, settings))
@@ -195,6 +197,15 @@ class EMDPOTrainer(TypePolicyTrainer):
         if kind == "dirichlet":
             return init.dirichlet(len(self.annotators), args.num_types, random)
         return getattr(init, kind)(self.rows, rows, args.num_types, random)
+
+    def _warn_of_strangers(self) -> None:
+        if self._kind_of_guess() != "given":
+            return
+        if names := init.strangers(self.args.initial_posterior, self.annotators):
+            self._warn(
+                f"initial_posterior has rows for {len(names)} annotators that train_dataset does not have, which are "
+                f"not used: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
+            )
 
     def _kind_of_guess(self) -> str:
         if self.args.init != "auto":
@@ -310,10 +321,16 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _write_mixture(self, path: Path, manifest: dict) -> None:
         """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
-        if path.exists() and tables.read_json(path)["policies"] == manifest["policies"]:
+        before = tables.read_json(path) if path.exists() else None
+        if before and before["policies"] == manifest["policies"]:
             return
+        if before and before["weights"] != before["prior"]:
+            self._warn(
+                f"{path} had weights ({before['weights_are']}) for the policies of an earlier round: they were set "
+                "back to the shares of the annotators. Call scripts/aggregate.py with a new --output for new ones."
+            )
         write_json(path, tables.plain({
-            "base": self._name,
+            "base": self._name if self._weights_of_start is None else tables.START,
             "model_init_kwargs": self._init_kwargs,
             "adapters": self._peft_config is not None,
             "policies": manifest["policies"],

@@ -5,14 +5,28 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import t as student
 
+FEWEST = 5  # values that a bootstrap interval needs: that of one value has no width, that of two or three hardly any
+FEW = 20  # with fewer values it is narrower than it says
 
-def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> dict:
+
+def about_intervals(count: int, what: str) -> str:
+    """What a caption says of bootstrap intervals over `count` values: why there are none, or that they are narrow."""
+    if count < FEWEST:
+        return f"No intervals: {count} {what} are fewer than {FEWEST}."
+    return f"Intervals from fewer than {FEW} {what} ({count}) are too narrow." if count < FEW else ""
+
+
+def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0,
+                       fewest: int = 1) -> dict:  # fmt: skip
     """Mean of values (N,), one per prompt, and its percentile bootstrap interval over prompts; NaN is left out.
 
-    Give per-prompt differences to get a paired interval.
+    Give per-prompt differences to get a paired interval. Fewer values than `fewest` have none: `low` and `high` are
+    None.
     """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
+    if len(values) < fewest:
+        return {"mean": float(values.mean()), "low": None, "high": None, "count": len(values)}
     draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}

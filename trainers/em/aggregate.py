@@ -18,10 +18,15 @@ from ..data import PreferenceCollator
 from ..loop.collect import collect_samples, model_fingerprint, open_folder
 from ..loop.processes import Processes, free_memory
 from ..loop.sampler import Sample, SamplingConfig, encode_prompts
+from ..loop.settings import digest
 from ..loop.start import load_start
-from .game import Solution, bootstrap_mixture, max_regret, min_max_regret, regret_matrix
+from ..statistics import FEWEST
+from .game import Solution, bootstrap_mixture, min_max_regret, regret_matrix
 from .scoring import PolicyScorer
-from .tables import MIXTURE, read_json
+from .tables import MIXTURE, base_of, read_json
+
+MIN_MAX, UNIFORM, SHARES, SINGLE = "min-max mixture", "uniform mixture", "shares of EM", "best single type"
+OTHER_PROMPTS = f"{MIN_MAX}, judged on other prompts"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ def refuse_sharding(distributed_type: DistributedType) -> None:
             f"the aggregation holds one whole policy per process and does not run under {distributed_type.value}: "
             "start it with plain python, or with accelerate launch and no DeepSpeed or FSDP in its configuration."
         )
+
+
+def identity(model: str | Path) -> str:
+    """What a policy is known by: its files, so that a folder may be moved; a hub id by its name."""
+    return model_fingerprint(str(model)) or str(model)
 
 
 class Arena:
@@ -66,29 +76,36 @@ class Arena:
         self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
         self.accelerator, self.processes = accelerator, Processes()
         self.mixture = read_json(self.run / MIXTURE)
+        self.base = base_of(self.run, self.mixture)
         self.tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         self.types = [Player(f"type-{k}", self.run / path) for k, path in enumerate(self.mixture["policies"])]
 
     def load(self, player: Player):
         """The policy of a player, on the device."""
         kwargs = self.mixture["model_init_kwargs"] or {}
-        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs).to(self.accelerator.device).eval()
+        return load_start(self.base, player.start, init_kwargs=kwargs).to(self.accelerator.device).eval()
 
     def samples(self, player: Player) -> list[list[Sample]]:
         """The answers of a player to each prompt."""
-        start = player.start or self.mixture["base"]
         settings = {
-            "policy": str(start),
-            "policy files": model_fingerprint(str(start)),
-            "prompts": [str(p) for p in self.prompts],
+            "policy files": identity(player.start or self.base),
+            "base files": identity(self.base),
+            "prompts": f"{len(self.prompts)} with digest {digest(self.prompts)[:16]}",
             **{n: getattr(self.config, n) for n in ("num_generations", "max_new_tokens", "seed")},
         }
-        folder = open_folder(self.folder / f"samples-{player.name}", settings, self.processes)
+        folder = open_folder(
+            self.samples_of(player), settings, self.processes,
+            ways_out=f"name another folder with --output, or remove {self.folder} to sample anew",
+        )  # fmt: skip
         found = collect_samples(
             folder, lambda: (self.load(player), self.tokenizer), self.prompts, self.config, accelerator=self.processes
         )
         free_memory()
         return found
+
+    def samples_of(self, player: Player) -> Path:
+        """The folder of a player's answers."""
+        return self.folder / f"samples-{player.name}"
 
     def gains(self, players: list[Player]) -> tuple[np.ndarray, list[list[list[Sample]]]]:
         """(T,P,prompts) mean log-ratio of each player's answers under each type's policy, and the answers."""
@@ -121,37 +138,46 @@ def compare(
         gains: (T,P,prompts), the first T columns the types' own policies.
         names: of the P columns.
         shares: (T,) mixture weights of EM.
-        weights: (T,) factors on the types' regrets.
+        weights: (T,) factors on the types' regrets, in the game only.
 
     Returns:
-        "regret" (T,P), "mixture" (T,) with "interval", "value", and "table": for each aggregate its regret per type
-        and the largest one, with 95 % bootstrap intervals over prompts. Regrets are in nats per response.
+        "regret" (T,P), "mixture" (T,) with "interval", "value", and "table": for each aggregate its regret per type,
+        the largest one ("max"), and the largest one after the factors ("weighted_max"), which the mixture minimises
+        and which "value" is. All but the last two are in nats per response. Intervals are 95 % bootstrap intervals
+        over prompts; fewer prompts than `statistics.FEWEST` give none, and "interval" is None.
     """
-    types = len(gains)
+    types, prompts = len(gains), gains.shape[-1]
     factors = np.ones(types) if weights is None else np.asarray(weights, dtype=float)
     regret = regret_matrix(gains.mean(-1))
     solution = min_max_regret(regret[:, :types], factors)
-    interval = bootstrap_mixture(gains[:, :types], weights=factors, resamples=resamples, seed=seed)
+    interval = None
+    if prompts >= FEWEST:
+        interval = bootstrap_mixture(gains[:, :types], weights=factors, resamples=resamples, seed=seed)
+        interval = {name: value.tolist() for name, value in interval.items()}
     single = int((factors[:, None] * regret[:, :types]).max(0).argmin())
 
     def pad(mixture) -> np.ndarray:
         return np.r_[np.asarray(mixture, dtype=float), np.zeros(len(names) - types)]
 
     mixtures = {
-        "min-max mixture": pad(solution.mixture),
-        "uniform mixture": pad(np.full(types, 1 / types)),
-        "shares of EM": pad(shares),
-        f"best single type ({names[single]})": pad(np.eye(types)[single]),
+        MIN_MAX: pad(solution.mixture),
+        UNIFORM: pad(np.full(types, 1 / types)),
+        SHARES: pad(shares),
+        f"{SINGLE} ({names[single]})": pad(np.eye(types)[single]),
         **{names[j]: np.eye(len(names))[j] for j in range(types, len(names))},
     }
-    table = {name: _row(gains, mixture, factors, resamples, seed) for name, mixture in mixtures.items()}
-    table["min-max mixture, judged on other prompts"] = _cross_fitted(gains, factors, pad)
+    table = {name: _row(regret @ mixture, factors) for name, mixture in mixtures.items()}
+    if interval is not None:
+        for name, mixture in mixtures.items():
+            table[name] |= _intervals(gains, mixture, resamples, seed)
+    if prompts > 1:
+        table[OTHER_PROMPTS] = _row(_cross_fitted(gains, factors, pad), factors)
     return {
         "policies": names,
-        "prompts": gains.shape[-1],
+        "prompts": prompts,
         "regret": regret.tolist(),
         "mixture": solution.mixture.tolist(),
-        "interval": {name: value.tolist() for name, value in interval.items()},
+        "interval": interval,
         "value": solution.value,
         "shares": np.asarray(shares).tolist(),
         "type_weights": factors.tolist(),
@@ -159,31 +185,28 @@ def compare(
     }
 
 
-def _row(gains: np.ndarray, mixture: np.ndarray, factors: np.ndarray, resamples: int, seed: int) -> dict:
-    random, prompts = np.random.default_rng(seed), gains.shape[-1]
-
-    def regrets(columns) -> np.ndarray:
-        return factors * (regret_matrix(gains[..., columns].mean(-1)) @ mixture)
-
-    drawn = np.array([regrets(random.integers(0, prompts, prompts)) for _ in range(resamples)])
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    worst = np.quantile(drawn.max(1), [0.025, 0.975])
-    values = regrets(slice(None))
+def _row(regrets: np.ndarray, factors: np.ndarray) -> dict:
     return {
-        "regret": values.tolist(), "low": low.tolist(), "high": high.tolist(),
-        "max": float(values.max()), "max_low": float(worst[0]), "max_high": float(worst[1]),
+        "regret": regrets.tolist(), "max": float(regrets.max()), "weighted_max": float((factors * regrets).max()),
     }  # fmt: skip
 
 
-def _cross_fitted(gains: np.ndarray, factors: np.ndarray, pad: Callable) -> dict:
-    """Weights of each half of the prompts judged on the other half, which does not favour them."""
+def _intervals(gains: np.ndarray, mixture: np.ndarray, resamples: int, seed: int) -> dict:
+    random, prompts = np.random.default_rng(seed), gains.shape[-1]
+    drawn = np.array([
+        regret_matrix(gains[..., random.integers(0, prompts, prompts)].mean(-1)) @ mixture for _ in range(resamples)
+    ])  # fmt: skip
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    worst = np.quantile(drawn.max(1), [0.025, 0.975])
+    return {"low": low.tolist(), "high": high.tolist(), "max_low": float(worst[0]), "max_high": float(worst[1])}
+
+
+def _cross_fitted(gains: np.ndarray, factors: np.ndarray, pad: Callable) -> np.ndarray:
+    """(T,) regrets: weights of each half of the prompts judged on the other half, which does not favour them."""
     half = np.arange(gains.shape[-1]) % 2
     found = []
     for side in (0, 1):
-        if not (half == side).any() or not (half != side).any():
-            return {}
         own = regret_matrix(gains[..., half == side].mean(-1))[:, : len(gains)]
         mixture: Solution = min_max_regret(own, factors)
-        found.append(factors * (regret_matrix(gains[..., half != side].mean(-1)) @ pad(mixture.mixture)))
-    values = np.mean(found, 0)
-    return {"regret": values.tolist(), "max": max_regret(values[:, None], np.ones(1), zero_row=False)}
+        found.append(regret_matrix(gains[..., half != side].mean(-1)) @ pad(mixture.mixture))
+    return np.mean(found, 0)

@@ -1,5 +1,6 @@
 """One policy from a mixture: supervised fine-tuning on answers of the mixture. An extension; the paper may differ."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,11 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
 
+from ..loop.journal import write_json
 from ..loop.processes import Processes
 from ..loop.sampler import Sample
+
+SETTINGS = "distillation.json"  # what a distilled policy was trained with; lies in its folder
 
 
 def mixture_samples(
@@ -33,12 +37,16 @@ def mixture_samples(
     return Dataset.from_list(rows)
 
 
-def distill(model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftConfig | None = None, **kwargs) -> None:
+def distill(
+    model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftConfig | None = None,
+    settings: dict | None = None, **kwargs,
+) -> None:  # fmt: skip
     """Fine-tunes `model` on the answers and saves a plain Hugging Face model, adapters merged, with its tokenizer.
 
     Args:
         model: path or model to start from.
         rows: of `mixture_samples`.
+        settings: written beside the model, for a later call to compare with.
         kwargs: of `trl.SFTConfig`, such as learning_rate, num_train_epochs, per_device_train_batch_size. Under DDP
             the last is per process.
     """
@@ -55,8 +63,12 @@ def distill(model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftC
     unfinished = folder.with_name(f"{folder.name}-unfinished")
 
     def save() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
         tuned.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if settings is not None:
+            write_json(unfinished / SETTINGS, settings)
+        shutil.rmtree(args.output_dir, ignore_errors=True)
         unfinished.rename(folder)
 
     Processes().main(save)

@@ -94,7 +94,7 @@ def given(table: dict | str, annotators: Annotators, types: int) -> np.ndarray:
     Raises:
         ValueError: an annotator is missing, or a row is no distribution over `types` types.
     """
-    known = {str(name): row for name, row in (_read(table) if isinstance(table, str) else table).items()}
+    known = _by_name(table)
     out = np.empty((len(annotators), types))
     for i, name in enumerate(annotators.names):
         row = known.get(str(name))
@@ -106,13 +106,23 @@ def given(table: dict | str, annotators: Annotators, types: int) -> np.ndarray:
                 f"initial_posterior of annotator {name!r} is {list(row)}: give {types} probabilities (num_types) that "
                 "sum to 1."
             )
-        out[i] = values / values.sum()
+        # What a run wrote stays as it is to the last bit; what was rounded is made to sum to 1.
+        out[i] = values if abs(values.sum() - 1) < 1e-12 else values / values.sum()
     return out
+
+
+def strangers(table: dict | str, annotators: Annotators) -> list[str]:
+    """Names in `table` that are none of the annotators': a misspelt one, or rows of a larger data set."""
+    return sorted(_by_name(table).keys() - set(map(str, annotators.names)))
 
 
 def is_uniform(start: np.ndarray) -> bool:
     """Whether all annotators have the same row, so that the types would train on the same data."""
     return start.shape[1] > 1 and bool((np.abs(start - start[:1]) < 1e-6).all())
+
+
+def _by_name(table: dict | str) -> dict[str, list[float]]:
+    return {str(name): row for name, row in (_read(table) if isinstance(table, str) else table).items()}
 
 
 def _read(path: str) -> dict[str, list[float]]:

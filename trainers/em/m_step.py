@@ -53,15 +53,16 @@ def m_step_rows(
         weights: (J,) of the rows themselves.
         reference: K reference log-probabilities per row.
         normalize: "batch": the posterior becomes a factor on the loss, and the mean is over the rows. "posterior": it
-            joins the column `weight`, which the mean divides by, and rows that weigh nothing are left out.
+            joins the column `weight`, which the mean divides by, and rows that weigh nothing are left out. If all
+            weigh nothing, they stay with a posterior of 0, and the policy stays where it starts.
     """
-    kept = ~np.isnan(gamma)
-    columns = {REFERENCE: reference}
-    if normalize == "batch":
-        columns[POSTERIOR] = gamma.tolist()
+    kept, total = ~np.isnan(gamma), np.nan_to_num(gamma) * weights
+    columns, largest = {REFERENCE: reference}, total.max(initial=0)
+    if not largest:
+        kept[:] = True
+    if normalize == "batch" or not largest:
+        columns[POSTERIOR] = np.nan_to_num(gamma).tolist()
     else:
-        total = gamma * weights
-        largest = np.nanmax(total)
         kept &= total > NEGLIGIBLE * largest
         columns["weight"] = (total / largest).tolist()
     for name, values in columns.items():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.special import log_softmax, logsumexp
+from scipy.special import logsumexp
 
 SMALLEST_PRIOR = 1e-12  # a type that is empty now can still win an annotator back
 SURE = 0.99  # a posterior above this is certain for all purposes
@@ -46,12 +46,14 @@ def posterior(log_likelihood: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
         (N,T) rows that sum to 1. Equal likelihoods give the prior back.
     """
     joint = np.asarray(log_prior, dtype=np.float64) + np.asarray(log_likelihood, dtype=np.float64)
-    return np.exp(log_softmax(joint, axis=1))
+    shares = np.exp(joint - joint.max(1, keepdims=True))
+    return shares / np.sort(shares, axis=1).sum(1, keepdims=True)  # sorted: the order of the types changes no bit
 
 
 def observed_log_likelihood(log_likelihood: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
     """(N,) log-likelihood of each annotator's items under the mixture, in nats. Arguments as in `posterior`."""
-    return logsumexp(np.asarray(log_prior, dtype=np.float64) + np.asarray(log_likelihood, dtype=np.float64), axis=1)
+    joint = np.asarray(log_prior, dtype=np.float64) + np.asarray(log_likelihood, dtype=np.float64)
+    return logsumexp(np.sort(joint, axis=1), axis=1)
 
 
 def mixture_weights(posterior: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from ..loop.start import train_into
 from .annotators import Annotators, halves
 from .config import EMDPOConfig
 from .init import is_uniform
+from .m_step import NEGLIGIBLE
 from .mixture import SURE, clamp_log_prior, e_step, mixture_weights, observed_log_likelihood, posterior
 from .scoring import item_logps
 from .tables import read_annotators, read_json, write_annotators
@@ -43,6 +44,11 @@ class Judged(NamedTuple):
     scores: list[list[float]]
     weights: np.ndarray  # (J,)
     reference: list[list[float]]
+
+    def items(self, scored: np.ndarray | None = None) -> np.ndarray:
+        """(N,) rows of each annotator that count: those with a weight, and of the `scored` ones if given."""
+        counted = self.weights > 0 if scored is None else scored & (self.weights > 0)
+        return np.bincount(self.owner[counted], minlength=len(self.annotators))
 
 
 class Round(NamedTuple):
@@ -85,8 +91,11 @@ class EM:
         """All rounds of all restarts; `best` picks one.
 
         Raises:
-            ValueError: `folder` went further before, and the policies that these settings end with were deleted.
+            ValueError: `folder` went further before, and the policies that these settings end with were deleted; or
+                they are needed to go on.
         """
+        for restart in range(self.args.restarts):
+            self._refuse_what_is_gone(restart)
         runs = [self._restart(restart) for restart in range(self.args.restarts)]
         gone = [policy for policy in best(runs)[-1].policies if not policy.exists()]
         if gone:
@@ -97,11 +106,37 @@ class EM:
         self._warn_of_a_fall(best(runs))
         return runs
 
+    def _refuse_what_is_gone(self, restart: int) -> None:
+        """Raises ValueError if further rounds would start from policies that were deleted, before any is trained."""
+        done = self._done(restart)
+        if self.args.start_from != "previous" or not done or len(done) == self._most or self._stopped(done):
+            return
+        gone = [policy for policy in done[-1].policies if not policy.exists()]
+        if gone:
+            raise ValueError(
+                f"{gone[0]} was deleted because another restart was likelier, and start_from='previous' would go on "
+                f"from it: set rounds to {len(done)} as it was, or choose another output_dir."
+            )
+
+    def _done(self, restart: int) -> list[Round]:
+        """The rounds of a restart that lie in the folder, as far as these settings go."""
+        done: list[Round] = []
+        for index in range(self._most):
+            folder = self.folder / f"restart-{restart}" / f"round-{index:02d}"
+            if not (folder / "manifest.json").exists() or self._stopped(done):
+                break
+            done.append(self._read(folder))
+        return done
+
+    @property
+    def _most(self) -> int:
+        return self.args.rounds if self.types > 1 else 1
+
     def _restart(self, restart: int) -> list[Round]:
         folder = self.folder / f"restart-{restart}"
         gamma = self._start(restart, folder / "start.csv")
         done: list[Round] = []
-        for index in range(self.args.rounds if self.types > 1 else 1):
+        for index in range(self._most):
             done.append(self._round(restart, index, folder / f"round-{index:02d}", gamma, done))
             gamma = done[-1].posterior
             if index:
@@ -114,9 +149,9 @@ class EM:
     def _start(self, restart: int, path: Path) -> np.ndarray:
         def write() -> None:
             gamma, annotators = self.starts(restart), self.rows.annotators
-            counts = np.bincount(self.rows.owner, minlength=len(annotators))
+            counts = self.rows.items()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_annotators(path, annotators.names, counts, gamma, np.zeros_like(gamma))
+            write_annotators(path, annotators.names, counts, gamma)
 
         # The main process alone looks: another one that looks later would find the file, and not wait for it.
         self.processes.main(lambda: path.exists() or write())
@@ -129,21 +164,41 @@ class EM:
         return gamma
 
     def _round(self, restart: int, index: int, folder: Path, gamma: np.ndarray, done: list[Round]) -> Round:
-        policies = [folder / f"type-{k}" / "policy" for k in range(self.types)]
-        manifest = folder / "manifest.json"
-        if not manifest.exists():
+        policies = self._policies(folder)
+        if not (folder / "manifest.json").exists():
             self.processes.say(f"\nEM round {index + 1} of at most {self.args.rounds}: {folder}")
             previous = done[-1].policies if done and self.args.start_from == "previous" else [None] * self.types
             for k in range(self.types):
                 if not policies[k].exists():
                     self.processes.say(f"M-step, type {k}")
+                self._warn_of_no_rows(gamma[self.rows.owner, k], k, index)
                 # The same for all types, so that they are exchangeable.
                 seed = self.args.seed + RESTART_SEED * restart + index
                 self._m_step(gamma[self.rows.owner, k], index, previous[k], policies[k], seed)
             self._e_step(restart, index, folder, gamma, policies, done[-1].policies if done else None)
-        found = read_json(manifest)
-        self.log(found)
-        return Round(read_annotators(folder / "annotators.csv")[1], found, policies)
+        found = self._read(folder)
+        self.log(found.manifest)
+        return found
+
+    def _policies(self, folder: Path) -> list[Path]:
+        return [folder / f"type-{k}" / "policy" for k in range(self.types)]
+
+    def _read(self, folder: Path) -> Round:
+        """A finished round."""
+        posterior = read_annotators(folder / "annotators.csv")[1]
+        return Round(posterior, read_json(folder / "manifest.json"), self._policies(folder))
+
+    def _warn_of_no_rows(self, gamma: np.ndarray, k: int, index: int) -> None:
+        """A type that has nothing to learn from stays where it starts, which its likelihood does not tell."""
+        weights = gamma * self.rows.weights
+        if self.half is not None:
+            weights = weights[self.half == index % 2]
+        if weights.max(initial=0) < NEGLIGIBLE:
+            half = " in the half that this round trains on" if self.half is not None else ""
+            self.warn(
+                f"Type {k} has no training row in round {index + 1}: no annotator with a row{half} has a posterior of "
+                f"{NEGLIGIBLE:g} or more for it. Its policy is no type: use fewer types, another init, or more rows."
+            )
 
     def _m_step(self, weights: np.ndarray, index: int, start: Path | None, policy: Path, seed: int) -> None:
         if self.half is not None:
@@ -161,9 +216,8 @@ class EM:
             logps = np.where(scored[:, None], logps, self._scores(previous)[0])
             scored[:] = True
         prior = mixture_weights(gamma)
-        owner, names = self.rows.owner[scored], self.rows.annotators.names
-        found = e_step(logps[scored], owner, prior, len(names))
-        items = np.bincount(owner, minlength=len(names))
+        names, items = self.rows.annotators.names, self.rows.items(scored)
+        found = e_step(logps[scored], self.rows.owner[scored], prior, len(names))
         manifest = {
             "restart": restart,
             "round": index,
@@ -171,7 +225,8 @@ class EM:
             "prior": found.prior.tolist(),
             "log_likelihood": found.observed,
             "log_likelihood_per_annotator": found.observed / len(names),
-            "log_likelihood_per_item": found.observed / max(1, int(scored.sum())),
+            "log_likelihood_per_item": found.observed / (self.rows.weights[scored].sum() or 1),
+            "rows_scored": int(items.sum()),
             **_certainty(found.posterior, gamma),
             "policies": [str(policy.relative_to(self.folder)) for policy in policies],
         }
@@ -182,8 +237,8 @@ class EM:
         def write() -> None:
             write_annotators(folder / "annotators.csv", names, items, found.posterior, found.log_likelihood)
             if after is not None:
-                count = np.bincount(self.held_out.owner, minlength=len(self.held_out.annotators))
-                write_annotators(folder / "held_out.csv", self.held_out.annotators.names, count, *after)
+                others = self.held_out
+                write_annotators(folder / "held_out.csv", others.annotators.names, others.items(), *after)
             write_json(folder / "manifest.json", manifest)
 
         self.processes.main(write)
@@ -212,9 +267,9 @@ class EM:
         return (posterior(total, log_prior), total), {
             "annotators": len(names),
             "known_annotators": sum(name in known for name in names),
-            "items": len(owner),
+            "items": int(self.held_out.items().sum()),
             "log_likelihood_per_annotator": float(observed.mean()),
-            "log_likelihood_per_item": float(observed.sum() / max(1, len(owner))),
+            "log_likelihood_per_item": float(observed.sum() / (self.held_out.weights.sum() or 1)),
             "per_annotator": dict(zip(map(str, names), observed.tolist(), strict=True)),
         }
 

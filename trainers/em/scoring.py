@@ -19,7 +19,7 @@ from ..forward.reference import Reference
 from ..forward.reference_pass import ReferenceTable
 from ..forward.run import Runner
 from ..likelihood import ordered_stages, ranking_logps
-from ..loop.processes import free_memory
+from ..loop.processes import Processes, free_memory
 
 NAME = "logps"  # of the file, which lies in the folder of its policy
 CHUNK = 4096  # rows whose likelihood is computed at a time
@@ -57,6 +57,8 @@ class PolicyScorer:
         if table.missing():
             self._fill(table, load(), title)
             free_memory()
+        # Also where a kill came after the last part: all entries are there, and what it left is of no use.
+        Processes().main(lambda: _tidy(cache))
         return [[[cache.entries[key] for key in keys] for keys in rows] for rows in self._keys]
 
     def _fill(self, table: ReferenceTable, model: torch.nn.Module, title: str) -> None:
@@ -81,6 +83,12 @@ class PolicyScorer:
         frozen = Reference(own=True, model=model)
         frozen.prepare(self.accelerator)
         return frozen.model
+
+
+def _tidy(cache: LogpsCache) -> None:
+    cache.finish()
+    for half_written in cache.path.parent.glob(f"{cache.path.name}.*.tmp"):
+        half_written.unlink()
 
 
 def item_logps(

@@ -57,8 +57,8 @@ def check_settings(manifest: Path, settings: dict, *, ways_out: str = OVERWRITE)
         )
 
 
-def open_folder(folder: str | Path, settings: dict, accelerator=None) -> Path:
-    """Creates or reopens the folder of a run; drops half-written last lines.
+def open_folder(folder: str | Path, settings: dict, accelerator=None, *, ways_out: str = OVERWRITE) -> Path:
+    """Creates or reopens the folder of a run; drops half-written last lines. `ways_out` is advice for the error.
 
     Raises:
         ValueError: the folder belongs to a run with other settings.
@@ -73,7 +73,7 @@ def open_folder(folder: str | Path, settings: dict, accelerator=None) -> Path:
         for path in journals:
             repair_journal(path)
     _barrier(accelerator)
-    check_settings(manifest, settings)
+    check_settings(manifest, settings, ways_out=ways_out)
     return folder
 
 
