@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ class Runner:
         if self._checked:
             return
         self._checked = True
-        with accelerator.autocast():
+        with accelerator.autocast(), without_dropout(model):
             limit = agreement(model)
             difference = check_first_batch(model, batch, shared=self.layout != "rows", flex=self._flex)
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
@@ -95,6 +96,19 @@ class Runner:
         logger.warning("The shared layout's %s. Training goes on with padded rows.", found)
         self.layout, self._checked = "rows", False
         self.check(model, batch, accelerator)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module as in evaluation, and then as it was, wrappers included."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
