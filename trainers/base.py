@@ -23,6 +23,7 @@ from .data.budget import budget_loader
 from .finite import check_finite
 from .forward import policy as policies
 from .forward.identity import start_of_run
+from .forward.layout import token_counts
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
@@ -100,6 +101,9 @@ class PreferenceTrainer(Trainer):
         self._start = start_of_run(model, ref_model, fresh_adapter=fresh_adapter, needs_reference=self.needs_reference)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args)
+        for rows, training in ((train_dataset, True), (eval_dataset, False)):
+            for part in rows.values() if isinstance(rows, dict) else [rows] if rows is not None else []:
+                self.check_rows(part, args, training=training)
 
         if args.precompute_ref_logps and not self.needs_reference:
             logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
@@ -146,6 +150,13 @@ class PreferenceTrainer(Trainer):
     def signal(self, batch: Batch) -> Tensor:
         """(B,) bool: which prompts carry a signal. By default all but all-tied ones; the rest is left out."""
         return scores_differ(batch["scores"], batch["mask"])
+
+    @classmethod
+    def check_rows(cls, rows: Dataset, args: PreferenceConfig, *, training: bool) -> None:
+        """Raises ValueError for tokenised rows, to train on or to evaluate on, that this method cannot use.
+
+        The constructor and `--dry_run` call it.
+        """
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
@@ -230,6 +241,12 @@ class PreferenceTrainer(Trainer):
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""
         signal = self.signal(batch).float()
         return signal * batch["weight"] if "weight" in batch else signal
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As the Trainer reckons, for `total_flos`: 6 operations per weight and token that is fed to the policy."""
+        rows, shared = token_counts(inputs)
+        tokens = shared if self.runner.shared(inputs) else rows
+        return 6 * tokens * policies.base_model(self.model).num_parameters(exclude_embeddings=True)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""
