@@ -13,14 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config
 
 from trainers import PreferenceCollator, PreferenceConfig, PreferenceTrainer
 from trainers.data.budget import Lengths, packed_tokens, token_lengths
 from trainers.data.drops import collected_reports
-from trainers.data.prepare import prepare_dataset
 from trainers.estimate import (
     Fed,
     ModelShape,
@@ -42,6 +43,7 @@ from trainers.estimate import (
 from trainers.forward import policy as policies
 from trainers.forward.attention import FLEX
 from trainers.forward.run import Runner
+from trainers.inputs import prepare_rows
 
 KNOWN_ATTENTION = ("sdpa", "eager", FLEX)
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -71,7 +73,9 @@ def describe(
     for name in ("train", "test"):
         with collected_reports() as found:
             raw = load(name) if planned is None else planned if name == "train" else None
-            splits[name] = None if raw is None else _tokenised(raw, tokenizer, args)
+            splits[name] = prepare_rows(raw, tokenizer, args)
+        if splits[name] is not None:
+            trainer_class.check_rows(splits[name], args, training=name == "train")
         for i, (title, report) in enumerate(found):
             if i == 0 or report.reasons or report.responses_dropped or report.notes:
                 reports.append(f"{name}, {title}: {report}")
@@ -111,7 +115,18 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
     options = {"trust_remote_code": False, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     dtype = options.pop("dtype", model_args.dtype)
     options.pop("attn_implementation", None)
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
+    adapter, name = None, model_args.model_name_or_path
+    try:
+        if find_adapter_config_file(name, revision=options["revision"] or "main") is not None:
+            adapter = PeftConfig.from_pretrained(name, revision=options["revision"])
+            adapter.inference_mode = False  # as saved, it would be frozen
+            name, options["revision"] = adapter.base_model_name_or_path, adapter.revision
+        config = AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={name!r}: its config cannot be read ({error}). A dry run needs config and tokenizer "
+            "of the model: give a local folder with these files, or fetch them to the cache with a network."
+        ) from error
     if dtype in (None, "auto"):
         dtype = config.get_text_config().dtype or "float32"
     if is_deepspeed_zero3_enabled():
@@ -126,6 +141,8 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan):
         if peft_config is not None:
             zero3 = plan.engine == "deepspeed" and plan.stage == 3 and bits(model_args) is None
             model = policies.add_adapter(model, peft_config, zero3=zero3)
+        elif adapter is not None:
+            model = policies.add_adapter(model, adapter, zero3=False)
     if args.disable_dropout:
         policies.disable_dropout(model)
     return model
@@ -135,18 +152,6 @@ def _refuse_engine(trainer_class: type[PreferenceTrainer], plan: Plan) -> None:
     engine = "zero3" if plan.engine == "deepspeed" and plan.stage == 3 else plan.engine
     if engine in trainer_class.unsupported_engines:
         raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
-
-
-def _tokenised(rows: Dataset, tokenizer, args: PreferenceConfig) -> Dataset:
-    return prepare_dataset(
-        rows,
-        tokenizer,
-        max_length=args.max_length,
-        invalid=args.invalid_rows,
-        as_chat=args.as_chat,
-        num_proc=args.dataset_num_proc,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
 
 
 def _collate(rows: Dataset, batch: list[int]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,13 @@ import yaml
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from dry_run import describe
+from config_files import check_keys, read_files
+from dry_run import build_model, describe
 from trainers import PreferenceConfig, PreferenceTrainer, load_preferences
-from trainers.checkpoints import last_checkpoint
-from trainers.forward.policy import load_tokenizer
+from trainers.checkpoints import last_checkpoint, refuse_other_settings, run_settings, was_loaded_alike
+from trainers.estimate import plan_from_environment
+from trainers.forward.policy import load_tokenizer, set_pad_token
+from trainers.inputs import prepare_rows
 from trainers.loop import enhance
 from trainers.loop.collect import model_fingerprint
 from trainers.loop.options import EnhanceOptions
@@ -57,9 +61,14 @@ class DataArguments:
         default=0.3, metadata={"help": "Share of that peak that training reaches, for the time in a dry run."}
     )
 
+    def __post_init__(self):
+        if self.max_train_rows is not None and self.max_train_rows < 1:
+            raise ValueError(f"max_train_rows={self.max_train_rows} must be positive: leave it out for all rows.")
+
 
 def main(argv: list[str]) -> None:
     trainer_class, data, args, model = parse(argv)
+    refuse_lost_processes(args.world_size, os.environ)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
@@ -75,15 +84,33 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelConfig]:
     """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
     flags, files = _split_files([part for argument in argv for part in _split_flag(argument)])
+    found = read_files(files)
     with tempfile.TemporaryDirectory() as folder:
-        argv = [*flags, *(["--config", _merge(files, folder)] if files else [])]
+        argv = [*flags, *(["--config", _write(found, folder)] if files else [])]
         parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
         first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
         trainer_class = find_trainer(first.trainer)
+        classes = (DataArguments, trainer_class.config_class, ModelConfig)
+        check_keys(found, classes)
         if first.dry_run:
             argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
-        parser = TrlParser((DataArguments, trainer_class.config_class, ModelConfig), allow_abbrev=False)
+        parser = TrlParser(classes, allow_abbrev=False)
         return trainer_class, *parser.parse_args_and_config(argv)
+
+
+def refuse_lost_processes(processes: int, environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and names a meeting point for two.
+
+    Raises:
+        ValueError: this is what happened.
+    """
+    asked = {"ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    if processes == 1 and asked and not {"RANK", "WORLD_SIZE"} & environment.keys():
+        raise ValueError(
+            "accelerate was told of several processes and started one: on CPUs it needs mpirun for more. Start with "
+            "`torchrun --nproc_per_node 2 scripts/train.py ... --use_cpu true`. For one process give --num_processes "
+            "1, and unset MASTER_ADDR."
+        )
 
 
 def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
@@ -99,7 +126,7 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
         return
     enhance.refuse_folder_of_rounds(args.output_dir)
     checkpoint = _checkpoint(args, trainer_class)
-    if checkpoint and _is_finished(args, checkpoint):
+    if checkpoint and _ended(args, checkpoint) and _is_same_run(trainer_class, args, model, splits, checkpoint):
         if args.process_index == 0:
             print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
         return
@@ -241,29 +268,14 @@ def _split_files(argv: list[str]) -> tuple[list[str], list[str]]:
     return flags, files
 
 
-def _merge(files: list[str], folder: str) -> str:
-    """One file with the keys of all; a later file wins.
-
-    Raises:
-        ValueError: a file is missing or is no YAML mapping.
-    """
-    merged: dict = {}
-    for path in files:
-        if not Path(path).is_file():
-            raise ValueError(f"--config {path} does not exist: name a YAML file.")
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {path} is no YAML of plain values: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"--config {path} is not a YAML mapping: write one `field: value` per line.")
-        merged |= content
-    one = Path(folder, "config.yaml")
-    one.write_text(yaml.safe_dump(merged, sort_keys=False))
-    return str(one)
+def _write(found: dict[str, tuple], folder: str) -> str:
+    """One file of all keys, as the parser wants it."""
+    path = Path(folder, "config.yaml")
+    path.write_text(yaml.safe_dump({key: value for key, (value, _) in found.items()}, sort_keys=False))
+    return str(path)
 
 
-def _is_finished(args, checkpoint: str) -> bool:
+def _ended(args, checkpoint: str) -> bool:
     """Whether the run was written to its end, the model card last, and `checkpoint` is that of its last step."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     if args.max_steps > 0:
@@ -271,6 +283,22 @@ def _is_finished(args, checkpoint: str) -> bool:
     else:
         trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
     return trained and (Path(args.output_dir) / "README.md").is_file()
+
+
+def _is_same_run(trainer_class, args, model: ModelConfig, splits: dict, checkpoint: str) -> bool:
+    """Whether a run that ended is this one, as far as can be told without its weights.
+
+    It is not where the model has another path or was loaded in another way: then the weights must be looked at.
+
+    Raises:
+        ValueError: method, settings, adapter or rows are others; the message names what differs.
+    """
+    policy = build_model(model, args, plan_from_environment(os.environ))
+    tokenizer = load_tokenizer(policy, args.model_init_kwargs)
+    set_pad_token(tokenizer, args.pad_token)
+    rows = prepare_rows(splits["train"], tokenizer, args)
+    refuse_other_settings(checkpoint, run_settings(args, policy, rows, trainer=trainer_class.__name__))
+    return was_loaded_alike(checkpoint, policy.config.name_or_path, args.model_init_kwargs)
 
 
 def _checkpoint(args, trainer_class: type[PreferenceTrainer]) -> str | None:

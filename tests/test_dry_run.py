@@ -61,9 +61,10 @@ def data(tmp_path_factory):
         for i, responses in enumerate(texts)
     ]  # fmt: skip
     plain = [
-        {"prompt": row["instruction"], "responses": responses, "scores": [float(k) for k in range(len(responses))]}
-        for row, responses in zip(rows, texts, strict=True)
-    ]
+        {"prompt": row["instruction"], "responses": responses, "scores": [float(k) for k in range(len(responses))],
+         "annotator": f"a{i % 6}"}
+        for i, (row, responses) in enumerate(zip(rows, texts, strict=True))
+    ]  # fmt: skip
     files = {"ultrafeedback": rows, "ultrafeedback_fine_grained": rows, None: plain}
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
@@ -194,7 +195,7 @@ def test_model_init_kwargs_are_a_mapping_or_json(recipe, capsys):
     assert "3 layers, hidden size 32" in capsys.readouterr().out
 
 
-def test_hours_are_operations_over_speed(recipe, capsys):
+def test_hours_are_operations_over_speed(recipe, data, capsys):
     def report(*flags, **changes):
         main(["--config", recipe(**changes), "--dry_run", *flags])
         text = capsys.readouterr().out
@@ -210,7 +211,8 @@ def test_hours_are_operations_over_speed(recipe, capsys):
     assert "1 forward pass(es)" in text and trained + 3 * scored == pytest.approx(hours, rel=1e-3)
     assert both == pytest.approx(trained + scored, rel=1e-3)
     # One M-step per type and round; the reference and each of their policies score all rows.
-    text, _ = report(*slow, trainer="EMDPOTrainer", num_types=2, rounds=4, num_train_epochs=1)
+    judged = {"dataset_name": data[None], "data_format": None}
+    text, _ = report(*slow, trainer="EMDPOTrainer", num_types=2, rounds=4, num_train_epochs=1, **judged)
     assert "training: 8 pass(es)" in text and "between: 9 forward pass(es)" in text
 
 
@@ -271,6 +273,19 @@ def test_a_later_file_wins_over_an_earlier_one_and_a_flag_over_both(recipe, tmp_
     (tmp_path / "two.yaml").write_text("- beta\n")
     with pytest.raises(ValueError, match="two.yaml is not a YAML mapping"):
         main(["--config", *files, "--dry_run"])
+
+
+def test_a_dry_run_stops_where_the_method_cannot_use_the_rows(recipe, data):
+    with pytest.raises(ValueError, match="train_dataset has no column 'annotator'"):
+        main(["--config", recipe(trainer="EMDPOTrainer"), "--dry_run"])
+    judged = {"trainer": "EMDPOTrainer", "dataset_name": data[None], "data_format": None}
+    with pytest.raises(ValueError, match="num_types=7 is more than the 6 annotators of train_dataset"):
+        main(["--config", recipe(**judged, num_types=7), "--dry_run"])
+
+
+def test_a_dry_run_without_the_model_names_it(recipe):
+    with pytest.raises(ValueError, match="(?s)model_name_or_path='lab/absent': .* needs config and tokenizer"):
+        main(["--config", recipe(model_name_or_path="lab/absent"), "--dry_run"])
 
 
 @pytest.mark.parametrize("argv", [["--config", "no/recipe.yaml"], ["--config=no/recipe.yaml"], ["--config"]])

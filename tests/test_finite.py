@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from helpers import build_tokenizer
+from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows, trainer
 from trainers.finite import check_finite
 
@@ -36,6 +36,34 @@ def test_the_step_and_the_rows_are_named_and_no_weight_is_touched(tmp_path, toke
     assert len(before) == step + 1
     for name, parameter in t.model.named_parameters():
         assert torch.equal(parameter, before[-1][name]) and parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared", "auto"])
+def test_weights_that_are_not_finite_are_not_blamed_on_the_layout(tmp_path, tokenizer, layout):
+    model = tiny_llama(len(tokenizer))
+    model.model.norm.weight.data[3] = float("nan")
+    t = trainer(tmp_path, tokenizer, model=model, eval_data=rows(4), layout=layout)
+    for run in (t.train, trainer(tmp_path, tokenizer, model=model, eval_data=rows(4), layout=layout).evaluate):
+        with pytest.raises(FloatingPointError, match="first batch are not finite: the weights hold NaN"):
+            run()
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer):
+    """As docs/distributed.md says: it is logged as it is, ends nothing, and is no best checkpoint."""
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3,
+              "load_best_model_at_end": True}  # fmt: skip
+    t = trainer(tmp_path, tokenizer, eval_data=rows(4), **fields)
+    loss = t.loss
+
+    def lose(batch, policy, reference):
+        losses, metrics = loss(batch, policy, reference)
+        return losses * (float("nan") if not t.model.training and t.state.global_step != 2 else 1), metrics
+
+    t.loss = lose
+    t.train()
+    found = [log["eval_loss"] for log in t.state.log_history if "eval_loss" in log]
+    assert [value == value for value in found] == [False, True, False]
+    assert t.state.best_model_checkpoint.endswith("checkpoint-2")
 
 
 def test_under_a_loss_scaler_it_is_a_warning(tokenizer, caplog):

@@ -56,9 +56,10 @@ def adapter(tmp_path_factory, tokenizer):
 def make(tmp_path, tokenizer, adapter):
     """`make(case, **changes)`: the trainer of a case, with its output in tmp_path / "out"."""
 
-    def build(case="SWEPO full", *, kind=None, data=None, callbacks=None, peft=LORA, name="default", **changes):
+    def build(case="SWEPO full", *, kind=None, data=None, callbacks=None, peft=LORA, name="default", model=None,
+              ref_model=None, **changes):  # fmt: skip
         method, tuning, *_ = case.split()
-        model = tiny_llama(len(tokenizer))
+        model = tiny_llama(len(tokenizer)) if model is None else model
         if tuning == "pretrained":
             model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, adapter_name=name)
         trainer_class = getattr(trainers, f"{method}Trainer")
@@ -70,7 +71,7 @@ def make(tmp_path, tokenizer, adapter):
         )  # fmt: skip
         args = trainer_class.config_class(**fields | CASES.get(case, {}) | changes)
         return (kind or (lambda c: c))(trainer_class)(
-            model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(data or rows(11)),
+            model, ref_model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(data or rows(11)),
             eval_dataset=Dataset.from_list(rows(5, seed=2)), callbacks=callbacks,
             peft_config=LoraConfig(**peft) if tuning == "lora" else None,
         )  # fmt: skip
@@ -125,6 +126,7 @@ def deadly(moment, step):
                     trainer_utils.shutil.rmtree = half_a_rotation
                 super()._save_checkpoint(*args, **kwargs)
 
+        Deadly.__name__ = trainer_class.__name__  # a checkpoint knows it
         return Deadly
 
     return wrap
@@ -287,6 +289,114 @@ def test_a_lost_optimizer_is_an_error(saved, make):
     (saved("SWEPO full") / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match="no optimizer state"):
         make().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "name, told", [("scheduler.pt", "learning rate would start anew"), ("rng_state.pth", "no random")]
+)
+def test_a_lost_part_of_the_state_is_an_error(name, told, saved, make):
+    (saved("SWEPO full") / name).unlink()
+    with pytest.raises(ValueError, match=told):
+        make().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "case, name", [("SWEPO full", "model.safetensors"), ("SWEPO lora", "adapter_model.safetensors")]
+)
+def test_a_cut_file_of_weights_is_named(case, name, saved, make):
+    path = saved(case) / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"weights of .*{name} cannot be read"):
+        make(case).train(resume_from_checkpoint=True)
+
+
+# What a run starts from. `other` is a model of other weights, `merged` one that an adapter was added to.
+
+
+def other(**config):
+    return tiny_llama(len(build_tokenizer()), seed=9, **config)
+
+
+def merged():
+    torch.manual_seed(4)
+    model = get_peft_model(tiny_llama(len(build_tokenizer())), LoraConfig(r=1, init_lora_weights=False))
+    return model.merge_and_unload().requires_grad_(True)
+
+
+START = {
+    "another method": ("SWEPO full", "NCA full", {}, "trainer was 'SWEPOTrainer' and is 'NCATrainer'"),
+    "another precision": ("SWEPO full", "SWEPO full", {"bf16": True}, "mixed_precision was 'no' and is 'bf16'"),
+    "another dtype": ("LIRE full", "LIRE full", {"model": lambda: tiny_llama(len(build_tokenizer())).bfloat16()},
+                      "dtype was 'float32' and is 'bfloat16'"),
+    "another start": ("SWEPO full", "SWEPO full", {"model": other}, "reference weights are others"),
+    "a start that was trained": ("SWEPO full", "SWEPO full", {"model": merged}, "reference weights are others"),
+    "a reference": ("SWEPO full", "SWEPO full", {"ref_model": other}, "reference weights are others"),
+    "a reference under an adapter": ("SWEPO lora", "SWEPO lora", {"ref_model": other}, "reference weights are others"),
+    "another base": ("SWEPO lora", "SWEPO lora", {"model": other}, "base weights are others; reference weights are"),
+    "another base without reference": ("LIRE lora", "LIRE lora", {"model": merged}, "base weights are others"),
+    "another base, cached": ("SWEPO lora", "SWEPO lora", {"model": other, "precompute_ref_logps": True},
+                             "base weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", START)
+def test_another_start_is_refused(name, saved, make):
+    before, after, changes, told = START[name]
+    saved(before)
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}
+    with pytest.raises(ValueError, match=told):
+        make(after, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_pretrained_adapter_is_the_reference_as_it_was(saved, make, adapter, tmp_path):
+    saved("SWEPO pretrained")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, changed / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(make("SWEPO full").model, str(changed), is_trainable=True)
+    with pytest.raises(ValueError, match="other settings: reference weights are others"):
+        make("SWEPO full", model=model).train(resume_from_checkpoint=True)
+
+
+def test_the_same_weights_may_lie_elsewhere(saved, make, tmp_path):
+    """Also the same reference given and not given, and a start that nothing depends on."""
+    saved("SWEPO lora")
+    model = make("SWEPO full").model
+    model.save_pretrained(tmp_path / "moved")
+    again = make("SWEPO lora", model=str(tmp_path / "moved"), ref_model=str(tmp_path / "moved"), max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    shutil.rmtree(tmp_path / "out")
+    checkpoint = saved("LIRE full")
+    again = make("LIRE full", model=str(checkpoint), max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_a_checkpoint_that_says_less_is_taken_as_it_is(saved, make, caplog):
+    path = saved("SWEPO full") / "run_settings.json"
+    found = json.loads(path.read_text())
+    for name in ("trainer", "mixed_precision", "dtype", "reference weights"):
+        del found["settings"][name]
+    path.write_text(json.dumps(found))
+    again = make("SWEPO full", max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert "does not say with what dtype, mixed_precision, reference weights, trainer it was written" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["SWEPO lora", "SWEPO pretrained"])
+def test_a_run_with_dropout_goes_on(case, saved, make):
+    dropout = {"disable_dropout": False, "peft": {**LORA, "lora_dropout": 0.2}}
+    saved(case, **dropout)
+    again = make(case, max_steps=4, **dropout)
+    if case.endswith("pretrained"):
+        for module in again.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
 
 
 @pytest.mark.parametrize(

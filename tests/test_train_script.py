@@ -2,9 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 import train
 from helpers import build_tokenizer, tiny_llama
@@ -62,3 +67,70 @@ def test_a_run_that_was_killed_before_its_model_was_saved_is_ended(inputs, tmp_p
     shutil.rmtree(tmp_path / "checkpoint-1")
     run(inputs, tmp_path, max_steps=4, resume_from_checkpoint=True)
     assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [({"learning_rate": 0.5}, "learning_rate was 0.01 and is 0.5"), ({"trainer": "NCATrainer"}, "trainer was"),
+     ({"dataset_train_split": "train[:7]"}, "training rows are others"), ({"lora_r": 8}, "peft_config.r was 4"),
+     ({"lora_target_modules": ".*k_proj"}, "target_modules was"), ({"bf16": True}, "mixed_precision was"),
+     ({"dtype": "bfloat16"}, "dtype was 'float32' and is 'bfloat16'"),
+     ({"model_name_or_path": "other"}, "base weights")],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_finished_run_of_other_settings_is_no_finished_run(changes, told, inputs, tmp_path, capsys):
+    tiny_llama(len(build_tokenizer()), seed=9).save_pretrained(inputs / "other")
+    build_tokenizer().save_pretrained(inputs / "other")
+    common = {"use_peft": True, "lora_r": 4, "lora_target_modules": ".*q_proj", "dtype": "float32"}
+    run(inputs, tmp_path, **common)
+    if "model_name_or_path" in changes:
+        changes = {"model_name_or_path": inputs / "other"}
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        run(inputs, tmp_path, resume_from_checkpoint=True, **common | changes)
+    assert contents(tmp_path) == before and "is finished" not in capsys.readouterr().out
+
+
+def test_a_finished_run_is_known_without_its_weights(inputs, tmp_path, capsys, monkeypatch):
+    common = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    run(inputs, tmp_path, **common)
+    monkeypatch.setattr("trainers.forward.policy.load_policy", None)
+    run(inputs, tmp_path, resume_from_checkpoint=True, **common)
+    assert "is finished: nothing is trained" in capsys.readouterr().out
+
+
+def test_an_adapter_folder_is_gone_on_with_and_described(inputs, tmp_path, capsys):
+    run(inputs, tmp_path / "first", use_peft=True, lora_r=4, lora_target_modules=".*q_proj")
+    common = {"model_name_or_path": tmp_path / "first"}
+    run(inputs, tmp_path / "dry", dry_run=True, **common)
+    weights = 2 * 2 * 4 * 32
+    assert f"trained: {weights:,} (" in capsys.readouterr().out
+    run(inputs, tmp_path / "second", **common)
+    before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    run(inputs, tmp_path / "second", resume_from_checkpoint=True, **common)
+    assert "is finished: nothing is trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "environment, lost",
+    [({}, False), ({"ACCELERATE_USE_CPU": "True"}, False), ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, False),
+     ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, True),
+     ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "a", "MASTER_PORT": "1", "WORLD_SIZE": "1"}, False)],
+)  # fmt: skip
+def test_processes_that_the_launcher_did_not_start_are_missed(environment, lost):
+    train.refuse_lost_processes(2, environment)
+    if lost:
+        with pytest.raises(ValueError, match="several processes and started one.*torchrun --nproc_per_node"):
+            train.refuse_lost_processes(1, environment)
+    else:
+        train.refuse_lost_processes(1, environment)
+
+
+def test_accelerate_with_two_cpu_processes_is_stopped(inputs, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    flags = ["--trainer", "LIRETrainer", "--model_name_or_path", inputs / "model", "--dataset_name",
+             inputs / "rows.jsonl", "--output_dir", tmp_path, "--report_to", "none"]  # fmt: skip
+    script = Path(__file__).parents[1] / "scripts/train.py"
+    done = subprocess.run([*launch, script, *flags], capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "several processes and started one" in done.stderr, done.stderr[-2000:]

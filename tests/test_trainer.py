@@ -63,7 +63,11 @@ def tokenizer():
 
 
 def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
-    extra = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "compute_metrics", "callbacks") if k in kwargs}
+    extra = {
+        k: kwargs.pop(k)
+        for k in ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers")
+        if k in kwargs
+    }
     model = model or tiny_llama(len(tokenizer))
     data = Dataset.from_list(data or rows())
     eval_data = Dataset.from_list(eval_data) if eval_data else None
@@ -352,6 +356,21 @@ def test_model_card_names_method_paper_and_data(tmp_path, tokenizer):
     card = (tmp_path / "README.md").read_text()
     for word in ("SWEPO", "2412.04628", "lab/preferences", "polypo"):
         assert word in card
+
+
+@pytest.mark.parametrize("layout", ["rows", "auto"])
+def test_the_first_batch_is_checked_without_dropout_and_nothing_else_is(tmp_path, tokenizer, layout):
+    """The check would fail by what dropout removes; training must go on with it, and with checkpointing."""
+    found = []
+    for dropout in (0.0, 0.3):
+        model = tiny_llama(len(tokenizer), attention_dropout=dropout)
+        t = trainer(
+            tmp_path, tokenizer, model=model, disable_dropout=False, activation_checkpointing=True, layout=layout
+        )
+        t.train()
+        found.append([log["loss"] for log in t.state.log_history if "loss" in log])
+        assert all(module.training for module in t.model.modules()) and t.model.is_activation_checkpointing
+    assert found[0] != pytest.approx(found[1], abs=1e-4)
 
 
 def test_an_untrained_policy_is_evaluated_in_the_precision_of_the_reference(tmp_path, tokenizer):

@@ -284,6 +284,7 @@ def test_without_bitsandbytes_qlora_names_the_package(trainer, inputs, tmp_path)
         ("train_sampling_strategy", "batch_rebalance", {}),
         ("train_sampling_strategy", "sequential", {"max_tokens_per_batch": 100}),
         ("auto_find_batch_size", True, {"max_tokens_per_batch": 100}),
+        ("dataloader_drop_last", True, {"max_tokens_per_batch": 100}),
         ("average_tokens_across_devices", False, {}),
         ("include_for_metrics", ["inputs"], {}),
         ("include_num_input_tokens_seen", "all", {}),

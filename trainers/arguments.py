@@ -45,6 +45,10 @@ def _rules(args) -> dict[str, tuple[bool, str]]:
             bool(args.auto_find_batch_size) and budget,
             "has no effect on batches by token budget: lower max_tokens_per_batch instead.",
         ),
+        "dataloader_drop_last": (
+            bool(args.dataloader_drop_last) and budget,
+            "has no effect on batches by token budget, which are dealt out evenly: set it to false.",
+        ),
         "average_tokens_across_devices": (
             not args.average_tokens_across_devices,
             "has no effect: the loss is the mean over the prompts of all processes. Leave it at true.",

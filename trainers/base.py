@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from .checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lo
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
-from .data.prepare import prepare_dataset
 from .finite import check_finite
 from .forward import policy as policies
+from .forward.identity import start_of_run
+from .forward.layout import token_counts
 from .forward.reference import make_reference
 from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
 from .forward.safe_files import refuse_pickled_code
+from .inputs import prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ class PreferenceTrainer(Trainer):
     """Fine-tunes a causal language model on prompts with K scored responses.
 
     Args:
-        model: path or hub id, model, or PeftModel. A PeftModel goes on training its adapter.
+        model: path or hub id of a model or of an adapter, model, or PeftModel. A PeftModel goes on training its
+            adapter, and so does a path to one.
         ref_model: the reference policy, a path or a model; by default the policy as it is now (a frozen copy, or the
             adapter off).
         args: the method's config (`config_class`).
@@ -89,11 +93,17 @@ class PreferenceTrainer(Trainer):
         model = policies.prepare_policy(model, args, quantization_config, peft_config)
         if isinstance(ref_model, str):
             ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
+        if optimizers[0] is not None:
+            policies.check_optimizer(optimizers[0], model)
         if processing_class is None:
             processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         policies.set_pad_token(processing_class, args.pad_token)
-        train_dataset = self._prepare_rows(train_dataset, processing_class, args)
-        eval_dataset = self._prepare_rows(eval_dataset, processing_class, args)
+        self._start = start_of_run(model, ref_model, fresh_adapter=fresh_adapter, needs_reference=self.needs_reference)
+        train_dataset = prepare_rows(train_dataset, processing_class, args)
+        eval_dataset = prepare_rows(eval_dataset, processing_class, args)
+        for rows, training in ((train_dataset, True), (eval_dataset, False)):
+            for part in rows.values() if isinstance(rows, dict) else [rows] if rows is not None else []:
+                self.check_rows(part, args, training=training)
 
         if args.precompute_ref_logps and not self.needs_reference:
             logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
@@ -140,6 +150,13 @@ class PreferenceTrainer(Trainer):
     def signal(self, batch: Batch) -> Tensor:
         """(B,) bool: which prompts carry a signal. By default all but all-tied ones; the rest is left out."""
         return scores_differ(batch["scores"], batch["mask"])
+
+    @classmethod
+    def check_rows(cls, rows: Dataset, args: PreferenceConfig, *, training: bool) -> None:
+        """Raises ValueError for tokenised rows, to train on or to evaluate on, that this method cannot use.
+
+        The constructor and `--dry_run` call it.
+        """
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
@@ -225,6 +242,12 @@ class PreferenceTrainer(Trainer):
         signal = self.signal(batch).float()
         return signal * batch["weight"] if "weight" in batch else signal
 
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As the Trainer reckons, for `total_flos`: 6 operations per weight and token that is fed to the policy."""
+        rows, shared = token_counts(inputs)
+        tokens = shared if self.runner.shared(inputs) else rows
+        return 6 * tokens * policies.base_model(self.model).num_parameters(exclude_embeddings=True)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -257,41 +280,15 @@ class PreferenceTrainer(Trainer):
             return super().get_train_dataloader()
         return budget_loader(self.train_dataset, self.data_collator, self.args)
 
-    def _prepare_rows(self, dataset, tokenizer, args: PreferenceConfig):
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {name: self._prepare_rows(d, tokenizer, args) for name, d in dataset.items()}
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "A stream cannot be trained on, as rows are counted, checked and numbered before the first step: load "
-                "the data set without streaming, or write it to a file with scripts/prepare_data.py first."
-            )
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"A data set of type {type(dataset).__name__} is not supported: give a datasets.Dataset, for example "
-                "Dataset.from_list(rows) or load_preferences(path)."
-            )
-        with args.main_process_first(desc="preparing the data set"):
-            return prepare_dataset(
-                dataset,
-                tokenizer,
-                max_length=args.max_length,
-                invalid=args.invalid_rows,
-                as_chat=args.as_chat,
-                num_proc=args.dataset_num_proc,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_rows(eval_dataset, self.processing_class, self.args)
+            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
-        test_dataset = self._prepare_rows(test_dataset, self.processing_class, self.args)
+        test_dataset = prepare_rows(test_dataset, self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def hyperparameter_search(self, *args, **kwargs):
@@ -364,8 +361,10 @@ class PreferenceTrainer(Trainer):
         """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
 
         Raises:
-            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`).
+            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`);
+                no weight of the policy is trainable.
         """
+        policies.refuse_frozen(self.model)
         self._settings = self.run_settings()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -381,7 +380,8 @@ class PreferenceTrainer(Trainer):
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""
-        return run_settings(self.args, self.model, self.train_dataset)
+        settings = run_settings(self.args, self.model, self.train_dataset, trainer=type(self).__name__)
+        return settings | broadcast_object_list([self._start])[0]
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
@@ -391,7 +391,9 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            begin_checkpoint(folder, self._settings, self.args)
+            begin_checkpoint(
+                folder, self._settings, self.args, model=policies.base_model(self.model).config.name_or_path
+            )
         super()._save_checkpoint(model, trial)
 
     def _issue_warnings_after_load(self, load_result):

@@ -6,6 +6,7 @@ optimizer where the saved one is missing. Here such a checkpoint is not taken, o
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -21,6 +22,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .forward.reference_pass import ROW
+from .forward.safe_files import refuse_cut_weights
+
+logger = logging.getLogger(__name__)
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
 ADAPTER, FULL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
@@ -36,6 +40,8 @@ FREE = (
     "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
     "ref_tokens_per_batch", "model_init_kwargs", "self_enhance",
 )  # fmt: skip
+# What is compared by hash.
+DIGESTS = ("training rows", "reference weights", "base weights")
 # Fields of an adapter's config that change no weight.
 FREE_OF_ADAPTER = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
@@ -86,26 +92,48 @@ def _saved(checkpoint: Path) -> dict | None:
 # What is in them.
 
 
-def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments) -> None:
-    """Write what the run depends on. An older checkpoint there is no longer whole, until this one is."""
+def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments, *, model: str) -> None:
+    """Write what the run depends on. An older checkpoint there is no longer whole, until this one is.
+
+    The path of the `model` and how it was loaded are written down and not compared: `settings` know its weights.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.save_on_each_node else args.world_size
     (folder / STATE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps({"processes": processes, "settings": settings}, indent=1))
+    loaded = {"model": model, "model_init_kwargs": _plain(args.model_init_kwargs)}
+    (folder / SETTINGS).write_text(json.dumps({"processes": processes, **loaded, "settings": settings}, indent=1))
 
 
-def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None) -> dict:
-    """What the weights of a run depend on, by name, as JSON can hold it."""
+def was_loaded_alike(checkpoint: str | Path, model: str, init_kwargs: dict | None) -> bool:
+    """Whether the run of a checkpoint read its model from this path with these keywords."""
+    saved = _saved(Path(checkpoint)) or {}
+    return saved.get("model") == model and saved.get("model_init_kwargs") == _plain(init_kwargs)
+
+
+def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None, *, trainer: str) -> dict:
+    """What the weights of a run depend on, but for those it starts from, by name, as JSON can hold it.
+
+    Args:
+        model: the policy; only the configuration of its adapter is read.
+        rows: tokenised.
+        trainer: name of the trainer's class.
+    """
     own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     values = args.to_dict()
     settings = {name: values.get(name) for name in sorted((own | set(COMPARED)) - set(FREE))}
     batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
     settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
+    settings |= {"trainer": trainer, "mixed_precision": args.mixed_precision}
     settings["training rows"] = None if rows is None else rows_digest(rows)
     if isinstance(model, PeftModel):
         adapter = model.peft_config[model.active_adapter].to_dict()
         settings |= {f"peft_config.{n}": v for n, v in adapter.items() if n not in FREE_OF_ADAPTER}
-    return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    return _plain(settings)
+
+
+def _plain(value):
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -139,8 +167,8 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
         engine: "deepspeed" or "fsdp", which keep weights in files of their own, or None.
 
     Raises:
-        ValueError: the folder is not a whole checkpoint, holds weights of another kind or no optimizer, or belongs to
-            a run with other settings.
+        ValueError: the folder is not a whole checkpoint, holds weights of another kind, lacks the state of optimizer,
+            learning rate or random numbers, or belongs to a run with other settings.
     """
     folder = Path(checkpoint)
     if not is_complete(folder):
@@ -148,24 +176,47 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
             f"resume_from_checkpoint: {folder} is not a whole checkpoint (a kill may have cut it short). Name another "
             "one, or true for the last whole one."
         )
+    refuse_cut_weights(folder, "**/*.safetensors")
     _check_weights(folder, model, whole=engine is None)
     if not list(folder.glob("latest" if engine == "deepspeed" else "optimizer*")):
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no optimizer state for this run (save_only_model leaves it out, "
             "and DeepSpeed keeps its own): go on under the same engine, or start a new run with it as the model."
         )
-    saved = (_saved(folder) or {}).get("settings", settings)
+    if engine != "deepspeed" and not (folder / "scheduler.pt").is_file():  # DeepSpeed may keep it in its own files
+        raise ValueError(
+            f"resume_from_checkpoint: {folder / 'scheduler.pt'} is missing, so the learning rate would start anew: "
+            "put the file back, or take another checkpoint."
+        )
+    if not any(folder.glob("rng_state*.pth")):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no random state (rng_state*.pth), so dropout, masks and samples "
+            "would be other ones: put the file back, or take another checkpoint."
+        )
+    refuse_other_settings(folder, settings)
+
+
+def refuse_other_settings(checkpoint: str | Path, settings: dict) -> None:
+    """Raises ValueError naming what differs where the checkpoint was written for other settings.
+
+    What an older version did not write down is taken as it is, and the log says so.
+    """
+    saved = (_saved(Path(checkpoint)) or {}).get("settings", {})
+    if unknown := sorted(settings.keys() - saved.keys()):
+        logger.warning(
+            "%s does not say with what %s it was written: taken as they are.", checkpoint, ", ".join(unknown)
+        )
     changed = sorted(name for name in saved.keys() & settings.keys() if saved[name] != settings[name])
     if changed:
         told = "; ".join(_told(name, saved[name], settings[name]) for name in changed)
         raise ValueError(
-            f"resume_from_checkpoint: {folder} was written with other settings: {told}. Set them back, or start a new "
-            "run with this folder as the model and another output_dir."
+            f"resume_from_checkpoint: {checkpoint} was written with other settings: {told}. Set them back, or start a "
+            "new run with this folder as the model and another output_dir."
         )
 
 
 def _told(name: str, before, now) -> str:
-    return f"{name} are others" if name == "training rows" else f"{name} was {before!r} and is {now!r}"
+    return f"{name} are others" if name in DIGESTS else f"{name} was {before!r} and is {now!r}"
 
 
 def _check_weights(folder: Path, model: nn.Module, *, whole: bool) -> None:

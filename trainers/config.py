@@ -11,6 +11,10 @@ from transformers import TrainingArguments
 
 from .arguments import refuse_unsupported
 
+POSITIVE = (
+    "max_tokens_per_batch", "ref_tokens_per_batch", "dataset_num_proc", "pad_to_multiple_of",
+    "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+)  # fmt: skip
 LAYOUTS = ("auto", "shared", "rows")
 
 
@@ -106,7 +110,7 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt and a response: use 2 or more."
             )
-        for name in ("max_tokens_per_batch", "ref_tokens_per_batch", "dataset_num_proc", "pad_to_multiple_of"):
+        for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.ref_cache_dir is None:

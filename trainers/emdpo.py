@@ -98,10 +98,6 @@ class EMDPOTrainer(TypePolicyTrainer):
         self.rows, judged = self._judged(self.train_dataset, "train_dataset")
         self.annotators, self._owner, self._weights_of_rows = judged
         self.held_out = None if self.eval_dataset is None else self._judged(self.eval_dataset, "eval_dataset")
-        if len(self.annotators) < self.args.num_types:
-            raise ValueError(
-                f"num_types={self.args.num_types} is more than the {len(self.annotators)} annotators of train_dataset."
-            )
         self.posterior: np.ndarray | None = None
         self.policies: list[Path] = []
 
@@ -249,12 +245,19 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     # The data.
 
+    @classmethod
+    def check_rows(cls, rows, args, *, training):
+        label = "train_dataset" if training else "eval_dataset"
+        annotators = Annotators.of(rows, label)
+        if not np.any(usable(list(rows["scores"]), args.top_q)):
+            raise ValueError(f"no row of {label} says who was best: the best scores of each row tie.")
+        if training and len(annotators) < args.num_types:
+            raise ValueError(f"num_types={args.num_types} is more than the {len(annotators)} annotators of {label}.")
+
     def _judged(self, dataset: Dataset, label: str) -> tuple[Dataset, tuple]:
         """Rows that say anything, and (all annotators, owner of each row, weight of each row)."""
         annotators = Annotators.of(dataset, label)
         kept = np.flatnonzero(usable(list(dataset["scores"]), self.args.top_q))
-        if not len(kept):
-            raise ValueError(f"no row of {label} says who was best: the best scores of each row tie.")
         if len(kept) < len(dataset):
             self._warn(
                 f"{label}: {len(dataset) - len(kept)} of {len(dataset)} rows have a tie for the best and say nothing "

@@ -110,7 +110,7 @@ def reference_fingerprint(
     """
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
-        with _whole(parameter):
+        with whole(parameter):
             data = parameter.detach()
             digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
             digest.update(data.contiguous().flatten().view(torch.uint8).cpu().numpy())
@@ -119,7 +119,7 @@ def reference_fingerprint(
     return digest.hexdigest()
 
 
-def _whole(parameter: nn.Parameter):
+def whole(parameter: nn.Parameter):
     """The parameter as a whole, also under ZeRO-3."""
     if hasattr(parameter, "ds_id"):
         import deepspeed

@@ -8,11 +8,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer import disable_dropout_in_model
 
-from .safe_files import SAFE, refuse_pickled_weights
+from .safe_files import SAFE, refuse_cut_weights, refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
+
+PLAIN_RATES = ("attention_dropout", "dropout")  # dropout rates that attention modules keep as plain numbers
 
 
 def load_policy(
@@ -29,6 +32,7 @@ def load_policy(
         kwargs = {**SAFE, **(init_kwargs or {})}
         if kwargs["use_safetensors"]:
             refuse_pickled_weights(model)
+        refuse_cut_weights(model)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         return _loaded(model, kwargs)
@@ -42,8 +46,8 @@ def _loaded(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The model with all of its weights: `from_pretrained` alone draws those at random that it does not find."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {path} cannot be read ({error}): copy the files anew.") from error
+    except SafetensorError as error:  # of the hub's cache: those of a folder have been looked at
+        raise ValueError(f"The weights of {path} cannot be read ({error}): fetch them anew.") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"The weights of {path} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
@@ -55,28 +59,83 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool)
     """Wrap a model in a fresh adapter.
 
     Raises:
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already, or the adapter is a prompt.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is a PeftModel already: omit peft_config to go on training its adapter, or merge it."
         )
+    refuse_prompt_learning(peft_config)
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters in one dtype (DeepSpeed issue 8072): float32 adapters on a bf16 base would fail.
     return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
 
 
+def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_config=None) -> PeftModel | None:
+    """The trainable adapter at a path or hub id on the base that it names; None where there is no adapter."""
+    kwargs = {**SAFE, **(init_kwargs or {})}
+    revision = kwargs.get("revision") or "main"
+    if find_adapter_config_file(path, revision=revision) is None:
+        return None
+    refuse_pickled_weights(path)
+    refuse_cut_weights(path)
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    kwargs["revision"] = config.revision or "main"  # the other one was that of the adapter
+    base = load_policy(config.base_model_name_or_path, init_kwargs=kwargs, quantization_config=quantization_config)
+    return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
+
+
+def refuse_prompt_learning(peft_config: PeftConfig) -> None:
+    """Raises ValueError for adapters that put virtual tokens before the prompt."""
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: {type(peft_config).__name__} puts virtual tokens before each row, which have no place in "
+            "the layouts of a batch: use LoraConfig or another adapter of weights."
+        )
+
+
 def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """The policy with its adapter and without dropout, as the trainer's `args` want it; see `load_policy`."""
-    model = load_policy(model, init_kwargs=args.model_init_kwargs, quantization_config=quantization_config)
+    """The policy with its adapter and without dropout, as the trainer's `args` want it; see `load_policy`.
+
+    A path to an adapter gives that adapter on its base, trainable, as a PeftModel does.
+    """
+    options = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+    model = isinstance(model, str) and load_adapter(model, **options) or load_policy(model, **options)
     zero3 = is_deepspeed_zero3_enabled()
     if peft_config is not None:
         model = add_adapter(model, peft_config, zero3=zero3)
-    if isinstance(model, PeftModel) and args.activation_checkpointing:
-        _fit_checkpointing_to_adapter(model, args, zero3=zero3)
+    if isinstance(model, PeftModel):
+        refuse_prompt_learning(model.active_peft_config)
+        if args.activation_checkpointing:
+            _fit_checkpointing_to_adapter(model, args, zero3=zero3)
     if args.disable_dropout:
+        if has_dropout(model):
+            logger.warning("Dropout of the model or its adapter (lora_dropout) is switched off: to keep it, set "
+                           "disable_dropout to false.")  # fmt: skip
         disable_dropout(model)
     return model
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raises ValueError for a policy of which no weight would be trained."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    fix = (
+        "load the adapter with PeftModel.from_pretrained(base, folder, is_trainable=True), or give its folder as model"
+        if isinstance(model, PeftModel)
+        else "call requires_grad_(True) on those that shall learn, or pass peft_config"
+    )
+    raise ValueError(f"No weight of the model is trainable, so nothing would be learned: {fix}.")
+
+
+def check_optimizer(optimizer, model: nn.Module) -> None:
+    """Raises ValueError for an optimizer that was made for another model."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters() if parameter.requires_grad):
+        raise ValueError(
+            "optimizers: the optimizer holds none of the model's trainable weights, so nothing would be learned. Load "
+            "the model first, add its adapter, and give this very model to the trainer; a path is loaded anew."
+        )
 
 
 def _fit_checkpointing_to_adapter(model: PeftModel, args, *, zero3: bool) -> None:
@@ -95,7 +154,7 @@ def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate to 0, also the rates that attention modules keep as plain numbers."""
     disable_dropout_in_model(model)
     for module in model.modules():
-        for name in ("attention_dropout", "dropout"):
+        for name in PLAIN_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 
@@ -105,8 +164,7 @@ def has_dropout(model: nn.Module) -> bool:
     return any(
         isinstance(module, nn.Dropout)
         and module.p > 0
-        or isinstance(getattr(module, "attention_dropout", None), float)
-        and module.attention_dropout > 0
+        or any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for name in PLAIN_RATES)
         for module in model.modules()
     )
 

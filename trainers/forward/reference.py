@@ -44,15 +44,16 @@ class Reference:
                 )
             yield self.model
         elif self.adapter is None:
-            with unwrapped.disable_adapter():
+            with _same_learning(unwrapped), unwrapped.disable_adapter():
                 yield policy
         else:
             trained = unwrapped.active_adapter
-            unwrapped.set_adapter(self.adapter, inference_mode=True)
-            try:
-                yield policy
-            finally:
-                unwrapped.set_adapter(trained)
+            with _same_learning(unwrapped):
+                unwrapped.set_adapter(self.adapter, inference_mode=True)
+                try:
+                    yield policy
+                finally:
+                    unwrapped.set_adapter(trained)
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Place and shard an own reference model like the policy. Call once, before the first forward."""
@@ -65,6 +66,18 @@ class Reference:
             self.model = prepare_fsdp(self.model, accelerator)
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+
+
+@contextmanager
+def _same_learning(model: nn.Module) -> Iterator[None]:
+    """The same weights are trainable at the end: PEFT makes those of an adapter trainable that it switches on."""
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != learning[name]:
+                parameter.requires_grad_(learning[name])
 
 
 def make_reference(

@@ -2,7 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -77,24 +79,47 @@ class Runner:
 
         Raises:
             LayoutError: they differ, and there is no other layout to go on with.
+            FloatingPointError: they are not finite.
         """
         if self._checked:
             return
         self._checked = True
-        with accelerator.autocast():
+        model = getattr(model, "_orig_mod", model)  # torch.compile would compile for these calls alone
+        with accelerator.autocast(), without_dropout(model):
             limit = agreement(model)
             difference = check_first_batch(model, batch, shared=self.layout != "rows", flex=self._flex)
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
         if difference <= limit:
             return
+        finite = math.isfinite(difference)
         found = (
             f"log-probabilities differ from the model's own logits by {difference:.2g} per token (limit {limit:.2g})"
+            if finite
+            else "log-probabilities are not finite"
         )
+        if self.layout != "auto" and not finite:
+            raise FloatingPointError(
+                "The log-probabilities of the first batch are not finite: the weights hold NaN or infinity, or the "
+                "precision is too low for them. Look at the model's weights; in place of float16 take bfloat16."
+            )
         if self.layout != "auto":
             raise LayoutError(f"The {found}: this model computes its logits in a way that is not supported.")
         logger.warning("The shared layout's %s. Training goes on with padded rows.", found)
         self.layout, self._checked = "rows", False
         self.check(model, batch, accelerator)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module as in evaluation, and then as it was, wrappers included."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:

@@ -7,6 +7,7 @@ to be trusted like a program.
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 # Keywords of every `from_pretrained`. A run may set them otherwise in its `model_init_kwargs`.
@@ -34,6 +35,20 @@ def refuse_pickled_weights(path: str | Path) -> None:
                     f"{found} is a pickle, which can run code when it is opened: convert the weights to safetensors, "
                     "for example with save_pretrained where you trust them."
                 )
+
+
+def refuse_cut_weights(path: str | Path, files: str = "*.safetensors") -> None:
+    """The safetensors of a local folder must be whole; only their headers are read.
+
+    Raises:
+        ValueError: one is not; the message names the file.
+    """
+    for file in sorted(Path(path).glob(files)):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The weights of {file} cannot be read ({error}): copy the file anew.") from error
 
 
 def refuse_pickled_code(checkpoint: str | Path) -> None:

@@ -1,0 +1,112 @@
+"""Which weights learn: dropout, frozen weights, adapters as they were given, optimizers of the user."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from helpers import build_tokenizer, tiny_llama
+from test_trainer import LORA, rows, trainer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def test_dropout_that_is_switched_off_is_said(tmp_path, tokenizer, caplog):
+    trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA))
+    assert "disable_dropout" not in caplog.text
+    t = trainer(tmp_path, tokenizer, peft_config=LoraConfig(**LORA, lora_dropout=0.2))
+    assert caplog.text.count("(lora_dropout) is switched off: to keep it, set disable_dropout to false") == 1
+    assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in t.model.modules())
+
+
+def test_a_policy_of_which_nothing_is_trainable_is_refused(tmp_path, tokenizer):
+    frozen = tiny_llama(len(tokenizer)).requires_grad_(False)
+    with pytest.raises(ValueError, match="No weight .*requires_grad_"):
+        trainer(tmp_path, tokenizer, model=frozen).train()
+    get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA, init_lora_weights=False)).save_pretrained(
+        tmp_path / "a"
+    )
+    model = PeftModel.from_pretrained(tiny_llama(len(tokenizer)), tmp_path / "a")
+    for precompute in (False, True):
+        t = trainer(tmp_path, tokenizer, model=model, eval_data=rows(4), precompute_ref_logps=precompute,
+                    ref_cache_dir=str(tmp_path / "cache"))  # fmt: skip
+        t.evaluate()  # looks at the reference, which must not make anything trainable
+        with pytest.raises(ValueError, match="No weight .*is_trainable=True"):
+            t.train()
+
+
+@pytest.mark.parametrize("kind", ["lora", "pretrained"])
+def test_what_is_frozen_by_hand_stays_so(tmp_path, tokenizer, kind):
+    model, kwargs = tiny_llama(len(tokenizer)), {"peft_config": LoraConfig(**LORA, init_lora_weights=False)}
+    if kind == "pretrained":
+        model, kwargs = get_peft_model(model, kwargs["peft_config"]), {}
+    t = trainer(tmp_path, tokenizer, model=model, learning_rate=0.5, **kwargs)
+    frozen = [name for name, p in t.model.named_parameters() if "lora_A.default" in name]
+    t.model.get_parameter(frozen[0]).requires_grad_(False)
+    norm = next(name for name, _ in t.model.named_parameters() if name.endswith("model.norm.weight"))
+    t.model.get_parameter(norm).requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
+    t.train()
+    moved = {name for name, p in t.model.named_parameters() if not torch.equal(p, before[name])}
+    assert norm in moved and frozen[0] not in moved and frozen[1] in moved
+
+
+@pytest.mark.parametrize("layout, tokens", [("rows", 2 * (3 + 2)), ("shared", 3 + 2 + 2)])
+def test_operations_are_counted_as_the_trainer_does(tmp_path, tokenizer, layout, tokens):
+    data = [{"prompt_ids": [5, 6, 7, 8], "response_ids": [[9, 2], [8, 2]], "scores": [1.0, 0.0]}]
+    t = trainer(tmp_path, tokenizer, data=data, layout=layout, max_steps=3)
+    t.train()
+    weights = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n)
+    assert t.state.total_flos == 3 * 6 * tokens * weights
+
+
+def test_a_path_to_an_adapter_goes_on_with_it(tmp_path, tokenizer):
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(5)
+    get_peft_model(base, LoraConfig(**LORA, init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    found = []
+    for model in (
+        str(tmp_path / "adapter"),
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
+        ),
+    ):
+        t = trainer(tmp_path / "out", tokenizer, model=model, eval_data=rows(4))
+        assert t.evaluate()["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+        t.train()
+        found.append([log["loss"] for log in t.state.log_history if "loss" in log])
+        assert t.evaluate()["eval_rewards/margins"] != pytest.approx(0, abs=1e-4)
+    assert found[0] == found[1]
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
+        trainer(tmp_path / "out", tokenizer, model=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_by_name(tmp_path, tokenizer, kind):
+    peft_config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=f"{kind.__name__} puts virtual tokens"):
+        trainer(tmp_path, tokenizer, peft_config=peft_config)
+    with pytest.raises(ValueError, match=f"{kind.__name__} puts virtual tokens"):
+        trainer(tmp_path, tokenizer, model=get_peft_model(tiny_llama(len(tokenizer)), peft_config))
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path, tokenizer):
+    model = tiny_llama(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="holds none of the model's trainable weights"):
+        trainer(tmp_path, tokenizer, model=str(tmp_path / "model"), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="holds none of the model's trainable weights"):
+        trainer(tmp_path, tokenizer, model=model, peft_config=LoraConfig(**LORA), optimizers=(optimizer, None))
+    model = tiny_llama(len(tokenizer))
+    before = model.lm_head.weight.detach().clone()
+    some = torch.optim.SGD([model.lm_head.weight], lr=0.1)
+    trainer(tmp_path, tokenizer, model=model, optimizers=(some, None)).train()
+    assert not torch.equal(model.lm_head.weight, before)
