@@ -10,6 +10,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture
+def exact_softmax(monkeypatch):
+    """Eager attention takes its softmax in float32 also in a float64 model, where the rounding of the sum depends on
+    the width of the batch and on the CPU. Here it stays in float64, so that exact values can be compared."""
+    import torch  # after the settings above
+
+    softmax = torch.nn.functional.softmax
+
+    def exact(values, dim=None, dtype=None, **kwargs):
+        return softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A folder with a tiny model and its tokenizer, for runs that read their start from disk."""

@@ -76,6 +76,7 @@ def pair(name, lora):
     return policy, reference
 
 
+@pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
 @pytest.mark.parametrize(
     "name, lora",

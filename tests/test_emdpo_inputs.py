@@ -6,9 +6,11 @@ import logging
 import numpy as np
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, groups, same, weights
+from emdpo_runs import LORA, em, groups, same, weights
 from trainers.em import init
 from trainers.em.annotators import Annotators
 from trainers.em.mixture import match_types
@@ -61,6 +63,13 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
         em(tmp_path, start, initial_posterior={f"a{i}": [0.5, 0.6] for i in range(6)}).train()
     with pytest.raises(ValueError, match="one policy per type"):
         em(tmp_path, start).predict(None)
+
+
+def test_an_adapter_as_the_model_is_refused(tmp_path, start):
+    base = AutoModelForCausalLM.from_pretrained(start)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter, but EM-DPO starts each type from a plain model"):
+        em(tmp_path / "out", tmp_path / "adapter")
 
 
 def test_ties_for_the_best_are_counted_and_left_out(tmp_path, start, caplog):

@@ -220,6 +220,13 @@ def test_other_settings_are_refused_by_name(inputs, finished):
     train.main(arguments(inputs, finished, logging_steps=7, options={"batch_size": 2}))  # these change no weight
 
 
+def test_an_adapter_as_the_model_is_refused_before_anything_is_sampled(inputs, finished_lora, tmp_path):
+    adapter = finished_lora / "round-00" / "checkpoint"
+    with pytest.raises(ValueError, match="is an adapter, and a run in several trainings starts from a whole model"):
+        train.main(arguments(inputs, tmp_path / "out", model_name_or_path=adapter))
+    assert not (tmp_path / "out" / "round-00" / "samples").exists()
+
+
 def test_finished_rounds_are_never_taken_back(inputs, finished):
     with pytest.raises(ValueError, match="rounds=1, but .* holds more: rounds can only be added"):
         train.main(arguments(inputs, finished, options={"rounds": 1}))

@@ -105,6 +105,7 @@ def gradients(model, batch, logps_of):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_values_and_gradients_equal_the_models_own_logits(name, shared):

@@ -173,7 +173,7 @@ def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer):
     from trl import DPOConfig, DPOTrainer
 
     pairs = [{"prompt": r["prompt"], "chosen": r["responses"][0], "rejected": r["responses"][1]} for r in rows(6)]
-    policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
+    policy, reference = tiny_llama(len(tokenizer)).double(), tiny_llama(len(tokenizer), seed=9).double()
     common = {
         "output_dir": str(tmp_path),
         "use_cpu": True,

@@ -89,6 +89,10 @@ class EMDPOTrainer(TypePolicyTrainer):
             model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
             processing_class=processing_class, quantization_config=quantization_config, peft_config=peft_config,
         )  # fmt: skip
+        if peft_config is None and isinstance(self.model, PeftModel):
+            raise ValueError(
+                f"model={model!r} is an adapter, but EM-DPO starts each type from a plain model: merge it."
+            )
         self._name, self._weights_of_start = model if isinstance(model, str) else None, None
         self._init_kwargs = self.args.model_init_kwargs
         self._ref_model, self._peft_config, self._callbacks = ref_model, peft_config, callbacks

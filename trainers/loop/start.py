@@ -15,7 +15,16 @@ from .processes import Processes, free_memory
 
 
 def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
-    """The policy where a round starts: `model`, or the full model or the adapter on `model` that lies in `start`."""
+    """The policy where a round starts: `model`, or the full model or the adapter on `model` that lies in `start`.
+
+    Raises:
+        ValueError: `model` is an adapter itself.
+    """
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path={model!r} is an adapter, and a run in several trainings starts from a whole model: "
+            "merge it into its base (merge_and_unload), and give the folder of that."
+        )
     keywords = {"init_kwargs": init_kwargs, "quantization_config": quantization_config}
     if start is None or not (start / "adapter_config.json").exists():
         return policies.load_policy(str(start or model), **keywords)
