@@ -16,6 +16,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.utils.hub import hf_api
 from trl import LogCompletionsCallback, RichProgressCallback
 
 import train
@@ -140,6 +141,7 @@ def hub(monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(hf_api(), "endpoint", address)  # one for the whole process, which may be older
     yield server
     server.shutdown()
     thread.join()
