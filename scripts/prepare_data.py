@@ -9,7 +9,6 @@ format, and digests. With `--streaming true` no copy of the source is kept.
 """
 
 import gzip
-import hashlib
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from transformers import HfArgumentParser
 
 from trainers.data import detect_format, load_preferences
 from trainers.data.drops import collected_reports
+from trainers.data.json_rows import file_digest
 from trainers.loop.journal import write_atomic
 
 ROWS_PER_GROUP = 1000
@@ -131,11 +131,6 @@ def source_facts(args: PrepareArguments) -> dict:
 def manifest_path(output: str | Path) -> Path:
     """No .json, which would be read as data where the folder of the output is."""
     return Path(f"{output}.manifest.yaml")
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Files.

@@ -5,9 +5,14 @@ from transformers import TrainingArguments
 
 def refuse_unsupported(args: TrainingArguments) -> None:
     """Raises ValueError for a field that cannot work; `args` is a config of this package before `__post_init__`."""
-    for name, (refused, reason) in _rules(args).items():
+    refuse(args, _rules(args))
+
+
+def refuse(args: TrainingArguments, rules: dict[str, tuple[bool, str]]) -> None:
+    """Raises ValueError for the first field that is refused; `rules` say for each whether it is, and why."""
+    for name, (refused, reason) in rules.items():
         if refused:
-            raise ValueError(f"{name}={getattr(args, name)!r} {reason}")
+            raise ValueError(f"{name}={plain_value(getattr(args, name))!r} {reason}")
 
 
 def _rules(args) -> dict[str, tuple[bool, str]]:
@@ -35,7 +40,7 @@ def _rules(args) -> dict[str, tuple[bool, str]]:
             "would replace the forward pass that gives log-probabilities without logits: set it to false.",
         ),
         "train_sampling_strategy": (
-            _value(args.train_sampling_strategy) not in (("random",) if budget else ("random", "sequential")),
+            plain_value(args.train_sampling_strategy) not in (("random",) if budget else ("random", "sequential")),
             "does not know how long prompts and responses are: use random, with max_tokens_per_batch for batches of "
             "rows of like length."
             if not budget
@@ -58,7 +63,7 @@ def _rules(args) -> dict[str, tuple[bool, str]]:
             "would look for input_ids, but a batch has prompts and responses: leave inputs out.",
         ),
         "include_num_input_tokens_seen": (
-            _value(args.include_num_input_tokens_seen) not in ("no", False, None, "False"),
+            plain_value(args.include_num_input_tokens_seen) not in ("no", False, None, "False"),
             "counts nothing, since a batch has prompts and responses: leave it at no.",
         ),
         "label_names": (bool(args.label_names), "has no effect: scores are the labels. Leave it out."),
@@ -69,6 +74,6 @@ def _rules(args) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _value(option):
+def plain_value(option):
     """The value of an option that may be an enum."""
     return getattr(option, "value", option)

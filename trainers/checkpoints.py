@@ -100,14 +100,14 @@ def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments, *, m
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.save_on_each_node else args.world_size
     (folder / STATE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = {"model": model, "model_init_kwargs": _plain(args.model_init_kwargs)}
+    loaded = {"model": model, "model_init_kwargs": plain(args.model_init_kwargs)}
     (folder / SETTINGS).write_text(json.dumps({"processes": processes, **loaded, "settings": settings}, indent=1))
 
 
 def was_loaded_alike(checkpoint: str | Path, model: str, init_kwargs: dict | None) -> bool:
     """Whether the run of a checkpoint read its model from this path with these keywords."""
     saved = _saved(Path(checkpoint)) or {}
-    return saved.get("model") == model and saved.get("model_init_kwargs") == _plain(init_kwargs)
+    return saved.get("model") == model and saved.get("model_init_kwargs") == plain(init_kwargs)
 
 
 def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None, *, trainer: str) -> dict:
@@ -128,11 +128,11 @@ def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None
     if isinstance(model, PeftModel):
         adapter = model.peft_config[model.active_adapter].to_dict()
         settings |= {f"peft_config.{n}": v for n, v in adapter.items() if n not in FREE_OF_ADAPTER}
-    return _plain(settings)
+    return plain(settings)
 
 
-def _plain(value):
-    """As JSON gives it back."""
+def plain(value):
+    """As JSON gives it back, so that it compares equal with what was read from a file."""
     return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from .checkpoints import last_checkpoint
+from .checkpoints import last_checkpoint, plain
 from .em import init, tables
 from .em.annotators import Annotators
 from .em.config import EMDPOConfig
@@ -303,7 +303,7 @@ class EMDPOTrainer(TypePolicyTrainer):
             "training rows": digest([self._hashed(self.rows), list(map(str, self.annotators.names))]),
             "held-out rows": digest([self._hashed(self.held_out[0])] if self.held_out else []),
         }
-        return tables.plain(settings)
+        return plain(settings)
 
     def _hashed(self, rows: Dataset) -> list:
         return [[row[c] for c in ("prompt_ids", "response_ids", "scores", "annotator")] for row in rows]
@@ -336,7 +336,7 @@ class EMDPOTrainer(TypePolicyTrainer):
                 f"{path} had weights ({before['weights_are']}) for the policies of an earlier round: they were set "
                 "back to the shares of the annotators. Call scripts/aggregate.py with a new --output for new ones."
             )
-        write_json(path, tables.plain({
+        write_json(path, plain({
             "base": self._name if self._weights_of_start is None else tables.START,
             "model_init_kwargs": self._init_kwargs,
             "adapters": self._peft_config is not None,

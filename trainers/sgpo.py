@@ -30,6 +30,8 @@ from .loop.enhance import refuse_unsupported
 from .loop.start import load_start
 from .metrics import best_and_worst
 
+HELD_OUT = "their prompts are held out"
+
 __all__ = [
     "SGPOConfig", "SGPOTrainer", "filter_statistic", "improver_prompt", "iqr_keep", "reviser_prompt", "sgpo_loss",
 ]  # fmt: skip
@@ -81,6 +83,7 @@ class SGPOTrainer(DPOTrainer):
     config_class = SGPOConfig
     method = "SGPO"
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
+    unsupported_engines = ("fsdp", "zero3")
 
     def __init__(self, model, ref_model=None, args: SGPOConfig | None = None, *more, **kwargs):
         if isinstance(args, SGPOConfig):
@@ -121,8 +124,6 @@ class SGPOTrainer(DPOTrainer):
                 f"Before the first step the policy differs from its reference by {difference:.2g} per token, so the "
                 "reference is not the checkpoint that the policy starts from."
             )
-
-    unsupported_engines = ("fsdp", "zero3")
 
     @classmethod
     def planned_rows(cls, args: SGPOConfig, data) -> tuple[Dataset, list[str]]:
@@ -195,9 +196,6 @@ def _refuse_stages(args: SGPOConfig, ref_model) -> None:
         )
     if args.ref == "initial" and ref_model is None:
         raise ValueError("ref='initial' has no effect without ref_model: hand over the model before all rounds.")
-
-
-HELD_OUT = "their prompts are held out"
 
 
 def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dict], list[dict] | None]:

@@ -133,10 +133,12 @@ def _read_json(
 
 def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, kwargs: dict) -> Dataset | IterableDataset:
     names = {name: [glob.escape(str(file)) for file in some] for name, some in files.items() if some}
-    digests = [file_digest(file) for some in files.values() for file in some]
-    with explained(path):
+    name = None
+    if not kwargs.get("streaming"):
         # A configuration of another name has a cache of its own: `datasets` knows a file by its size and date only.
-        name = "rows-" + hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        digests = "".join(file_digest(file) for some in files.values() for file in some)
+        name = "rows-" + hashlib.sha256(digests.encode()).hexdigest()[:16]
+    with explained(path):
         return load_dataset("parquet", name, data_files=names, split=split, **kwargs)
 
 

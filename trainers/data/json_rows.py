@@ -92,7 +92,7 @@ class _Columns:
 
     def __init__(self, strict: Collection[str] | None):
         self.strict, self.types, self.texts = strict, {}, {}
-        self._large: dict[str, str] = {}  # where a column has its first integer that a float cannot hold
+        self._large: set[str] = set()  # columns with an integer that a float cannot hold
 
     def features(self) -> Features:
         for name, why in self.texts.items():
@@ -115,7 +115,7 @@ class _Columns:
         values, before = [row.get(name) for row in chunk], self.types.get(name, pyarrow.null())
         try:
             self.types[name] = _wider(before, values)
-            self._note_large(path, name, values, start)
+            self._refuse_rounding(name, values)
             if _keys(self.types[name]) > MOST_KEYS:
                 raise pyarrow.ArrowInvalid("too many keys")
         except MISFITS as error:
@@ -127,14 +127,13 @@ class _Columns:
                 raise _misfit(path, name, before, chunk, start) from error
             self.texts[name] = f"has more than {MOST_KEYS} different keys" if many else "mixes types"
 
-    def _note_large(self, path: Path, name: str, values: list, start: int) -> None:
-        """Refuses integers that would be rounded, because other rows of the column hold floats."""
-        if "int64" in str(pyarrow.array(values).type) and name not in self._large:
-            for index, value in enumerate(values, start):
-                if any(abs(item) > EXACT for item in _leaves(value) if isinstance(item, int)):
-                    self._large[name] = f"row {index} of {path.name!r}"
-                    break
-        if name in self._large and "double" in str(self.types[name]):
+    def _refuse_rounding(self, name: str, values: list) -> None:
+        """Raises ArrowInvalid for integers that would be rounded, because other rows of the column hold floats."""
+        kind = str(self.types[name])
+        if ("int64" in kind or "double" in kind) and name not in self._large:
+            if any(isinstance(leaf, int) and abs(leaf) > EXACT for value in values for leaf in _leaves(value)):
+                self._large.add(name)
+        if name in self._large and "double" in kind:
             raise pyarrow.ArrowInvalid("large integers among floats")
 
 

@@ -68,11 +68,6 @@ def base_of(run: Path, mixture: dict) -> str:
     return str(inside) if mixture["base"] == START and inside.is_dir() else mixture["base"]
 
 
-def plain(content: dict) -> dict:
-    """As it reads back from a file, so that it compares equal with one."""
-    return json.loads(json.dumps(content, default=_sorted))
-
-
 def copy_if_there(source: Path, target: Path) -> None:
     if source.exists():
         write_atomic(target, source.read_bytes())
@@ -80,7 +75,3 @@ def copy_if_there(source: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sorted(value):
-    return sorted(value) if isinstance(value, set) else str(value)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from ..arguments import plain_value, refuse
 from ..loop.scorer import DOTTED_PATH, check_scorer
 from .config import DATA_KEYS, SGPOConfig
 from .improver import sft_config
@@ -20,9 +21,7 @@ HUB = {"hub_model_id": None, "hub_private_repo": None, "hub_always_push": False,
 
 def refuse_options(args: SGPOConfig) -> None:
     """Raises ValueError for an option that the stages would ignore or break on; the message names it and the fix."""
-    for name, (refused, reason) in _rules(args).items():
-        if refused:
-            raise ValueError(f"{name}={_value(getattr(args, name))!r} {reason}")
+    refuse(args, _rules(args))
     for name in ("improver", "sft"):
         options = {key: value for key, value in (getattr(args, name) or {}).items() if key not in DATA_KEYS}
         try:
@@ -34,17 +33,17 @@ def refuse_options(args: SGPOConfig) -> None:
 def _rules(args: SGPOConfig) -> dict[str, tuple[bool, str]]:
     """Field -> (whether its value is refused, why and what to do)."""
     fix = NO_EVALUATION + "Set it to false."
-    hub = {name: (_value(getattr(args, name)) != default, NO_HUB) for name, default in HUB.items()}
+    hub = {name: (plain_value(getattr(args, name)) != default, NO_HUB) for name, default in HUB.items()}
     return hub | {
         "eval_strategy": (
-            _value(args.eval_strategy) != "no", NO_EVALUATION + 'Set it to "no", in quotes in a YAML file.'
+            plain_value(args.eval_strategy) != "no", NO_EVALUATION + 'Set it to "no", in quotes in a YAML file.'
         ),
         "do_eval": (args.do_eval, fix),
         "do_predict": (args.do_predict, fix),
         "eval_on_start": (args.eval_on_start, fix),
         "load_best_model_at_end": (args.load_best_model_at_end, fix),
         "metric_for_best_model": (args.metric_for_best_model is not None, NO_EVALUATION + "Leave it out."),
-        "save_strategy": (_value(args.save_strategy) == "best", NO_EVALUATION + "Set it to steps, epoch or no."),
+        "save_strategy": (plain_value(args.save_strategy) == "best", NO_EVALUATION + "Set it to steps, epoch or no."),
         "save_only_model": (
             args.save_only_model, "leaves out what a killed stage needs to go on to the same weights: set it to false."
         ),
@@ -93,8 +92,3 @@ def _check_model(option: str, name: str) -> None:
         raise ValueError(
             f"{option}={name!r} cannot be read: name a folder with a model, or a hub id. {str(error).splitlines()[0]}"
         ) from error
-
-
-def _value(option):
-    """The value of an option that may be an enum."""
-    return getattr(option, "value", option)
