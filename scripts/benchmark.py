@@ -36,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     machine = run_script("benchmark_rows.py", {})
     if args.preset != "cpu" and machine["gpu"] is None:
         sys.exit("error: this preset needs a CUDA device, and torch sees none.")
-    jobs = cpu_jobs(args, output) if args.preset == "cpu" else gpu_jobs(args, output)
+    fast, why = machine["fast"]
+    args.dtype = fast if args.dtype == "fast" else args.dtype
+    print(f"dtype: {args.dtype}; the fast one here is {fast}, because {why}", flush=True)
+    defaults = fast == "bfloat16"  # in which TRL's defaults compute
+    jobs = cpu_jobs(args, output, defaults=defaults) if args.preset == "cpu" else gpu_jobs(args, output)
     results = {
         "preset": args.preset,
         "date": datetime.date.today().isoformat(),
@@ -77,7 +81,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="leave out what would take longer than this in all")
     parser.add_argument("--turns", type=int, default=3, help="how often the variants take turns")
     parser.add_argument("--max-response", type=int, default=400, help="responses are cut to this, cpu only")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights, except with TRL's defaults")
+    parser.add_argument(
+        "--dtype", default="fast", help="of the weights, except with TRL's defaults; fast goes by machine"
+    )
     parser.add_argument("--only", default="", help="run only settings whose name contains this, gpu-7b only")
     parser.add_argument("--micro-trl", type=int, default=1, help="prompts whose pairs TRL is fed at once, cpu only")
     parser.add_argument("--output", default=str(ROOT / "runs/benchmark"), help="folder for the JSON")
@@ -95,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # What is measured.
 
 
-def cpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
+def cpu_jobs(args: argparse.Namespace, output: Path, *, defaults: bool) -> list[dict]:
     """All jobs, the most important first: what is compared, growth, what is measured once, further turns."""
     files = [output / f"rows-{turn}.json" for turn in range(args.turns)]
     common = {"model": args.model, "dtype": args.dtype, "device": "cpu", "lora": False, "checkpointing": False}
@@ -109,7 +115,7 @@ def cpu_jobs(args: argparse.Namespace, output: Path) -> list[dict]:
         for turn in range(args.turns)
         for variant in COMPARED
     ]  # fmt: skip
-    once = [{**main_jobs[0], "variant": variant} for variant in ONCE]
+    once = [{**main_jobs[0], "variant": v} for v in ONCE if defaults or not v.endswith("_default")]
     recomputed = {**main_jobs[0], "setting": "With gradient checkpointing", "checkpointing": True}
     once += [{**recomputed, "variant": variant} for variant in ("shared", "rows_full_logits")]
     vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]

@@ -261,8 +261,11 @@ def section(result: dict) -> str:
 def conditions(result: dict) -> str:
     """Machine, versions, model and command."""
     machine, run = result["machine"], result["runs"][0]
+    fast, why = machine["fast"]
     rows = [
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / GIB:.0f} GiB"],
+        ["instruction set", machine["instructions"]],
+        ["fast dtype", f"{fast}: {why}" + ("" if fast == "bfloat16" else "; so TRL's defaults are not measured")],
         ["GPU", f"{machine['gpu']}, {machine['gpu_memory'] / GIB:.0f} GiB" if machine["gpu"] else "none"],
         ["versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())],
         ["model", f"{run['model']}, {run['dtype']}, {'LoRA' if run['lora'] else 'full fine-tuning'}"],

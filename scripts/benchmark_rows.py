@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from trainers import load_preferences
 from trainers.data import tokenize_row
+from trainers.precision import FAST, instructions, settle_dtype
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
@@ -30,6 +31,8 @@ def machine() -> dict:
     cuda = torch.cuda.is_available()
     return {
         "cpu": names[0] if names else platform.machine(),
+        "instructions": instructions(),
+        "fast": settle_dtype(FAST, torch.device("cuda" if cuda else "cpu")),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": psutil.virtual_memory().total,

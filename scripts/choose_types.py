@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config, get_quantization_config
 
 import train
 from trainers import EMDPOTrainer
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict:
     options, rest = own.parse_known_args(argv)
     if options.max_types < 1 or not 0 < options.held_out < 1:
         raise ValueError("--max_types must be at least 1 and --held_out a share between 0 and 1.")
-    parser = TrlParser((train.DataArguments, EMDPOTrainer.config_class, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((train.DataArguments, EMDPOTrainer.config_class, train.ModelArguments), allow_abbrev=False)
     data, args, model = parser.parse_args_and_config(rest)
     if args.initial_posterior is not None:
         raise ValueError("initial_posterior is for one number of types: use another init to compare several.")

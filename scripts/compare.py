@@ -23,12 +23,12 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config, get_quantization_config
 
 from compare_data import SCALES, cut_rows, split_rows
 from compare_report import BASE, write_report
 from compare_samples import SampleOptions, sample_and_measure, sum_logps
-from train import find_trainer
+from train import ModelArguments, find_trainer, set_model_options
 from trainers import load_preferences
 from trainers.data.budget import packed_tokens, token_lengths
 from trainers.data.prepare import prepare_dataset
@@ -98,7 +98,7 @@ class Run:
     settings: dict
     trainer: type | None
     args: Any
-    model: ModelConfig
+    model: ModelArguments
 
     @property
     def done(self) -> bool:
@@ -221,13 +221,14 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
     for seed in arguments.seeds:
         for name, own in arguments.methods.items():
             folder = data.folder / slugs[name] / f"seed-{seed}"
-            settings = {**fixed, **{f"{name}.{option}": value for option, value in own.items()}, "seed": seed}
             trainer, args, model = parse_method(arguments.base, own, seed, folder)
+            fixed["base.dtype"] = model.dtype  # the one that "fast" is here
+            settings = {**fixed, **{f"{name}.{option}": value for option, value in own.items()}, "seed": seed}
             runs.append(Run(name, seed, folder, settings, trainer, args, model))
     return [Run(BASE, None, data.folder / "base", fixed, None, runs[0].args, runs[0].model), *runs]
 
 
-def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, Any, ModelConfig]:
+def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, Any, ModelArguments]:
     """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
     own = dict(own)
     trainer = find_trainer(own.pop("trainer"))
@@ -235,14 +236,9 @@ def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config | {"output_dir": str(folder)}, sort_keys=False))
-    parser = TrlParser((trainer.config_class, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((trainer.config_class, ModelArguments), allow_abbrev=False)
     args, model = parser.parse_args_and_config(["--config", str(path)])
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
+    set_model_options(args, model)
     return trainer, args, model
 
 

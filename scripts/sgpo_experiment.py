@@ -31,6 +31,7 @@ from trainers.loop.logps import collect_logps
 from trainers.loop.processes import Processes
 from trainers.loop.rewards import rouge_l
 from trainers.loop.start import load_start, train_into
+from trainers.precision import settle_dtype
 from trainers.statistics import bootstrap_interval
 
 RECIPE = Path("configs/sgpo/alpaca.yaml")
@@ -111,7 +112,7 @@ class Experiment:
         self.model, self.base, self.folder = recipe["model_name_or_path"], base, base.with_name("measured")
         known = {f.name for f in dataclasses.fields(SGPOConfig)}
         self.args = SGPOConfig(**{k: v for k, v in recipe.items() if k in known})
-        self.init_kwargs = {"dtype": recipe["dtype"]}
+        self.init_kwargs = {"dtype": settle_dtype(recipe["dtype"], self.args.device)[0]}
         self.held_out = read_rows(base / "round-00/before/rows.jsonl.gz")
         self.sampler = Sampler(self.args, self.model, Processes())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from transformers.utils import logging
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from masks_page import Heatmap, render
-from train import DataArguments, load_split
+from train import DataArguments, ModelArguments, load_split
 from trainers import SparsePOConfig, SparsePOTrainer
 from trainers.checkpoints import last_checkpoint
 from trainers.forward import policy as policies
@@ -26,6 +26,7 @@ from trainers.loop.journal import write_atomic
 from trainers.loop.start import load_start
 from trainers.masks.learned import read_heads
 from trainers.metrics import best_and_worst
+from trainers.precision import settle_dtype
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ShowArguments:
 
 
 def main(argv: list[str]) -> Path:
-    parser = TrlParser((ShowArguments, DataArguments, SparsePOConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((ShowArguments, DataArguments, SparsePOConfig, ModelArguments), allow_abbrev=False)
     show, data, args, model = parser.parse_args_and_config(argv)
     folder = Path(show.checkpoint)
     if not folder.is_dir():
@@ -67,9 +68,9 @@ def main(argv: list[str]) -> Path:
     return page
 
 
-def load_trainer(args: SparsePOConfig, model: ModelConfig, folder: Path, rows) -> SparsePOTrainer:
+def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows) -> SparsePOTrainer:
     """A trainer with the policy and the masks of `folder`, and the model that the run started from as reference."""
-    init_kwargs = {"revision": model.model_revision, "dtype": model.dtype}
+    init_kwargs = {"revision": model.model_revision, "dtype": settle_dtype(model.dtype, args.device)[0]}
     reference = policies.load_policy(model.model_name_or_path, init_kwargs=init_kwargs)
     trainer = SparsePOTrainer(
         load_start(model.model_name_or_path, folder, init_kwargs=init_kwargs),

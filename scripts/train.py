@@ -1,6 +1,6 @@
 """Train with any method: accelerate launch scripts/train.py --config configs/swepo/demo.yaml [--any_field value]
 
-The YAML is flat: a key is a field of the method's config, of `DataArguments` below or of TRL's `ModelConfig`, and a
+The YAML is flat: a key is a field of the method's config, of `DataArguments` or of `ModelArguments` below, and a
 flag of the same name on the command line wins. `--config` takes several files, of which a later one wins. `trainer`
 is a class of `trainers` or any dotted import path.
 """
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -31,6 +32,7 @@ from trainers.loop.collect import model_fingerprint
 from trainers.loop.options import EnhanceOptions
 from trainers.loop.scorer import check_scorer
 from trainers.loop.start import load_for_sampling, load_start
+from trainers.precision import FAST, settle_dtype
 
 
 @dataclass
@@ -66,6 +68,20 @@ class DataArguments:
             raise ValueError(f"max_train_rows={self.max_train_rows} must be positive: leave it out for all rows.")
 
 
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's options of the model, with a dtype that goes by the machine."""
+
+    dtype: str | None = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, "
+            "and float32 elsewhere.",
+            "choices": ["auto", FAST, "bfloat16", "float16", "float32"],
+        },
+    )
+
+
 def main(argv: list[str]) -> None:
     trainer_class, data, args, model = parse(argv)
     refuse_lost_processes(args.world_size, os.environ)
@@ -73,6 +89,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
         raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
+    set_model_options(args, model)
     if data.dry_run:
         report = describe(trainer_class, data, args, model, load=lambda name: load_split(data, args, name))
         if args.process_index == 0:
@@ -81,7 +98,7 @@ def main(argv: list[str]) -> None:
     train(trainer_class, data, args, model)
 
 
-def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelConfig]:
+def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:
     """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
     flags, files = _split_files([part for argument in argv for part in _split_flag(argument)])
     found = read_files(files)
@@ -90,7 +107,7 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
         parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
         first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
         trainer_class = find_trainer(first.trainer)
-        classes = (DataArguments, trainer_class.config_class, ModelConfig)
+        classes = (DataArguments, trainer_class.config_class, ModelArguments)
         check_keys(found, classes)
         if first.dry_run:
             argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
@@ -113,9 +130,8 @@ def refuse_lost_processes(processes: int, environment: Mapping[str, str]) -> Non
         )
 
 
-def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelConfig) -> None:
+def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelArguments) -> None:
     """Load, train, evaluate and save model, tokenizer, config, metrics and model card; in rounds if that is asked."""
-    set_model_options(args, model)
     if run_stages := getattr(trainer_class, "run_stages", None):  # a method whose recipe is more than one training
         own = {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
         run_stages(args, data, model, fit=lambda trainer, checkpoint: fit(trainer, data, checkpoint), **own)
@@ -141,14 +157,24 @@ def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, mod
     fit(trainer, data, checkpoint)
 
 
-def set_model_options(args, model: ModelConfig) -> None:
-    """The model's options of the command line become keywords of `from_pretrained`."""
+def set_model_options(args, model: ModelArguments) -> None:
+    """The model's options of the command line become keywords of `from_pretrained`, and its dtype a real one."""
+    asked = model.dtype
+    model.dtype, why = settle_dtype(asked, args.device)
+    if model.dtype != asked and args.process_index == 0:
+        _say_once(f"dtype: {model.dtype}, because {why}.")
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Several runs of one process have it in common."""
+    print(line, flush=True)
 
 
 def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None) -> None:
@@ -167,7 +193,7 @@ def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None)
         trainer.push_to_hub(dataset=data.dataset_name)
 
 
-def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelConfig, splits: dict) -> None:
+def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelArguments, splits: dict) -> None:
     """Self-enhancement: `fit` once per round on scored samples of the policy that the round before left.
 
     A method with a reference takes the policy at the start of the round for it.
@@ -285,7 +311,7 @@ def _ended(args, checkpoint: str) -> bool:
     return trained and (Path(args.output_dir) / "README.md").is_file()
 
 
-def _is_same_run(trainer_class, args, model: ModelConfig, splits: dict, checkpoint: str) -> bool:
+def _is_same_run(trainer_class, args, model: ModelArguments, splits: dict, checkpoint: str) -> bool:
     """Whether a run that ended is this one, as far as can be told without its weights.
 
     It is not where the model has another path or was loaded in another way: then the weights must be looked at.

@@ -227,6 +227,7 @@ def results(**changes):
         steps = run(variant, seconds)["steps"] * 2
         runs.append(run(variant, seconds, setting="growth", steps=steps))
     machine = {"cpu": "Old CPU", "cores": 2, "memory": 24 * 2**30, "gpu": None, "versions": {"trl": "1.2.3"}}
+    machine |= {"instructions": "AVX2", "fast": ["float32", "bfloat16 is slow"]}
     return {
         "preset": "cpu",
         "date": "2020-02-02",

@@ -30,6 +30,7 @@ from .forward.run import Forward, Runner
 from .forward.safe_files import refuse_pickled_code
 from .inputs import prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
+from .precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class PreferenceTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported: start with `accelerate launch`.")
+        warn_if_emulated(self.compute_dtype, self.accelerator.device)
         # The Trainer would otherwise look for labels and rescale the loss by their number.
         self.model_accepts_loss_kwargs = False
         if self.reference is not None:
