@@ -72,6 +72,7 @@ def sample_and_measure(
     flat = [sample for row in samples for sample in row]
     found = {
         "tokens": [len(sample.token_ids) for sample in flat],
+        "truncated": [sample.truncated for sample in flat],
         "truncated_share": sum(sample.truncated for sample in flat) / len(flat),
         "logratios": log_ratios(model, name, start, tokenizer, prompts, samples, init_kwargs),
         "texts": [sample.text for sample in flat],

@@ -3,43 +3,57 @@
     python scripts/demo.py
 
 Everything runs on the CPU and lands in runs/; runs/demo/report.html needs no network. Each prompt is sampled with the
-same random streams before and after training, so the two samples differ only by what was learned.
+same random streams by every policy, so samples differ only by what was learned. Checkpoints of the training answer
+prompts that are held out for it, and show what each further step costs; the test prompts are for the end alone.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
+from trl import get_peft_config
 
+import train
 from answers import Answer, compare_answers, matched_gain
-from trainers import SWEPOConfig, SWEPOTrainer
+from compare_samples import SampleOptions, sample_and_measure, sum_logps
 from trainers.data.prepare import prepare_dataset
+from trainers.forward.policy import base_model
+from trainers.forward.run import Runner
 from trainers.loop.journal import read_rows, write_json, write_rows
-from trainers.loop.sampler import SamplingConfig, sample_responses
+from trainers.loop.sampler import sample_responses
 from trainers.loop.scorer import load_scorer
 from trainers.metrics import pairwise_accuracy
+from trainers.precision import instructions
 from trainers.statistics import bootstrap_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/swepo/demo.yaml")
-PROMPTS, PREFERENCES = Path("data/demo/prompts.jsonl"), Path("data/demo/preferences.jsonl.gz")
+PREFERENCES = Path("data/demo/preferences.jsonl.gz")
 TRAIN = ["accelerate", "launch", "--cpu", "--num_processes", "1", "scripts/train.py", "--config", str(CONFIG)]
 SCORER = "trainers.loop.rewards.vader_sentiment"
-SAMPLING = SamplingConfig(num_generations=3, max_new_tokens=64, batch_size=48, seed=1)
+# In float32: CPUs generate several times faster in it than in bfloat16.
+SAMPLING = SampleOptions(
+    prompts=60, num_generations=2, max_new_tokens=64, temperature=0.8, top_p=0.95, batch_size=60, seed=1,
+    dtype="float32", scorer=SCORER,
+)  # fmt: skip
+COURSE = replace(SAMPLING, prompts=30)
+LONGEST = SAMPLING.max_new_tokens  # the given answers were cut there too
 PACKAGES = ("polypo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vaderSentiment")
 
 # Offline, one thread per core, and without the libraries' start-up notices, which would bury the progress bars.
@@ -73,35 +87,48 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     disable_progress_bars()
-    config, stage = yaml.safe_load(CONFIG.read_text()), Stages(6)
-    output = Path(config["output_dir"])
+    config, stage = yaml.safe_load(CONFIG.read_text()), Stages(7)
+    output, model = Path(config["output_dir"]), config["model_name_or_path"]
 
     with stage("Getting the model and the data"):
-        get_model_and_data(config)
-    prompts = [row["prompt"] for row in read_rows(PROMPTS) if row["split"] == "test"]
-    with stage(f"Before training: sampling {SAMPLING.num_generations} answers to each of {len(prompts)} new prompts"):
-        before = answer(config, prompts)
+        rows = get_model_and_data(config)
+    prompts = {name: [row["prompt"] for row in part] for name, part in rows.items()}
+    with stage("Timing a step, to tell how long all of it will take"):
+        dtype, estimate = foresee(config, prompts["test"])
+        print(estimate, flush=True)
+    with stage("Before training: answers to prompts that are not trained on"):
+        before = sample(model, None, prompts["test"], SAMPLING)[0]
+        course = [measure(0, *sample(model, None, prompts["held-out"], COURSE))]
     with stage(f"Training: {' '.join(TRAIN)}"):
-        train(output)
-    with stage("After training: the same prompts with the same random streams"):
-        after = answer(config, prompts, adapter=output)
-    with stage("Ranking the held-out answers, and comparing with the base model"):
-        ranking, drift = judge(config, prompts, after)
-        matched = matched_gain(before, after, load_scorer(SCORER))
+        run_training(output)
+    with stage("The course of the training: the checkpoints answer held-out prompts"):
+        for folder in sorted(output.glob("checkpoint-*"), key=step_of):
+            found = sample(model, folder, prompts["held-out"], COURSE)
+            course.append(measure(step_of(folder), *found, course[0]["answers"]))
+    with stage("After training: the test prompts, and the ranking of given answers to them"):
+        after, logratios = sample(model, output, prompts["test"], SAMPLING)
+        ranking = rank(config, dtype, rows["test"])
     with stage("Writing the report"):
+        matched = matched_gain(before, after, load_scorer(SCORER))
         results = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "train_command": " ".join(TRAIN),
-            "config": config,
-            "sampling": asdict(SAMPLING) | {"scorer": SCORER},
+            "config": config | {"dtype": dtype},
+            "sampling": asdict(SAMPLING),
+            "machine": {"instruction set": instructions(), "threads": torch.get_num_threads()},
             "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
             "seconds": {name: round(seconds, 1) for name, seconds in stage.seconds.items()},
+            "estimate": estimate,
+            "course": [{name: value for name, value in point.items() if name != "answers"} for point in course],
             "generation": compare_answers(before, after),
             "ranking": ranking,
-            "checks": {"gain in reward at equal length": matched} | drift,
+            "checks": {
+                "gain in reward at equal length": matched,
+                "KL to the base model, nats per answer": bootstrap_interval(logratios.mean(-1).numpy()),
+            },
             "answers": [
                 {"prompt": prompt[-1]["content"], "before": first, "after": second}
-                for prompt, first, second in zip(prompts, before, after, strict=True)
+                for prompt, first, second in zip(prompts["test"], before, after, strict=True)
             ],
         }
         write_json(output / "results.json", results)
@@ -109,20 +136,89 @@ def main() -> None:
     print(summary(results))
 
 
-def get_model_and_data(config: dict) -> None:
-    """Makes the model folder, and one file per split so that training never reads a held-out prompt."""
-    model = ["scripts/get_smollm2.py", "--output", config["model_name_or_path"]]
-    subprocess.run([sys.executable, *model], check=True)
-    folder, rows = Path(config["dataset_name"]), read_rows(PREFERENCES)
+def get_model_and_data(config: dict) -> dict[str, list[dict]]:
+    """Makes the model folder, and one file per split, so that training reads no prompt that is sampled later."""
+    model = config["model_name_or_path"]
+    subprocess.run([sys.executable, "scripts/get_smollm2.py", "--output", model], check=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given = read_rows(PREFERENCES)
+    train_rows = [row for row in given if row["split"] == "train"]
+    rows = {
+        "train": [finished_first(row, tokenizer) for i, row in enumerate(train_rows) if i % 6],
+        "held-out": train_rows[::6],
+        "test": [row for row in given if row["split"] == "test"],
+    }
+    folder = Path(config["dataset_name"])
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        part = [row for row in rows if row["split"] == split]
-        write_rows(folder / f"{split}.jsonl.gz", part)
-        print(f"{folder}/{split}.jsonl.gz: {len(part)} prompts, {sum(len(row['responses']) for row in part)} answers")
+    for name, part in rows.items():
+        write_rows(folder / f"{name}.jsonl.gz", part)
+        print(f"{folder}/{name}.jsonl.gz: {len(part)} prompts, {sum(len(row['responses']) for row in part)} answers")
+    return rows
 
 
-def train(output: Path) -> None:
+def finished_first(row: dict, tokenizer) -> dict:
+    """The row with the lowest score for answers that were cut off: length alone would be learned otherwise."""
+    cut = [len(tokenizer(text)["input_ids"]) >= LONGEST - 1 for text in row["responses"]]
+    return row | {"scores": [-1.0 if c else score for c, score in zip(cut, row["scores"], strict=True)]}
+
+
+def foresee(config: dict, prompts: list) -> tuple[str, str]:
+    """The dtype of the training, and how long all of it will take, from a timed step and a few sampled tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"output_dir": folder, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        trainer_class, data, args, model = train.parse(["--config", str(CONFIG), *given])
+        train.set_model_options(args, model)
+        rows, watch = train.load_split(data, args, "train"), StepTimes()
+        args.logging_strategy = "no"
+        trainer = trainer_class(
+            model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model),
+            callbacks=[watch],
+        )  # fmt: skip
+        trainer.train()
+    steps = ceil(len(rows) / args.per_device_train_batch_size)
+    step = watch.seconds[-1]  # the first one has the check of the first batch in it
+    checkpoints = steps // config["save_steps"]
+    few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
+    batch = few + (LONGEST - 2) * (more - few) / 8
+    sampled = SAMPLING.num_generations * (2 * SAMPLING.prompts + (1 + checkpoints) * COURSE.prompts)
+    # A step is four forwards' worth, of which the ranking needs two on every four test prompts.
+    ranking = len(prompts) / args.per_device_train_batch_size * step / 2
+    seconds = steps * step + sampled / SAMPLING.batch_size * batch + ranking
+    return model.dtype, (
+        f"From here about {ceil(seconds / 60)} minutes on this machine: {steps} steps of {step:.1f} s, {sampled} "
+        f"answers, {SAMPLING.batch_size} of them in {batch:.0f} s or less, and {ranking:.0f} s for the ranking."
+    )
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every training step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.monotonic() - self.begin)
+
+
+def time_sampling(config: dict, prompts: list, tokens: int) -> float:
+    """Seconds in which one batch of answers of so many tokens is sampled."""
+    name = config["model_name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=SAMPLING.dtype)
+    sampling = replace(SAMPLING.sampling(), num_generations=1, max_new_tokens=tokens)
+    begin = time.monotonic()
+    sample_responses(model, tokenizer, prompts[: SAMPLING.batch_size], sampling, progress=False)
+    return time.monotonic() - begin
+
+
+def run_training(output: Path) -> None:
     """Runs the launcher. Its progress bar goes to the terminal, its log lines to train.log."""
+    for old in output.glob("checkpoint-*"):
+        shutil.rmtree(old)
     output.mkdir(parents=True, exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     log = output / "train.log"
@@ -131,84 +227,55 @@ def train(output: Path) -> None:
         subprocess.run(TRAIN, check=True, stdout=file, env=os.environ | {"PATH": path})
 
 
-def load_policy(config: dict, adapter: Path | None = None, dtype: torch.dtype = torch.float32):
-    """The base model, or the one with a trained adapter."""
-    model = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"], dtype=dtype)
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def answer(config: dict, prompts: list, adapter: Path | None = None) -> list[list[Answer]]:
-    """Samples and scores answers, in float32: these CPUs generate several times faster in it than in bfloat16."""
-    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
-    model = load_policy(config, adapter)
-    samples = sample_responses(model.merge_and_unload() if adapter else model, tokenizer, prompts, SAMPLING)
-    scorer = load_scorer(SCORER)
-    rows = []
-    for prompt, row in zip(prompts, samples, strict=True):
-        completions = [[{"role": "assistant", "content": sample.text}] for sample in row]
-        scores = scorer(prompts=[prompt] * len(row), completions=completions)
-        pairs = zip(row, scores, strict=True)
-        rows.append(
-            [{"text": s.text, "score": x, "tokens": len(s.token_ids), "truncated": s.truncated} for s, x in pairs]
-        )
-    return rows
+def sample(model: str, start: Path | None, prompts: list, options: SampleOptions) -> tuple[list, torch.Tensor]:
+    """Scored answers (N rows of n) of the policy in `start`, and their log-ratios (N,n) to the base model."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = sample_and_measure(model, start, tokenizer, prompts, options, device="cpu", init_kwargs={})
+    fields = zip(found["texts"], found["rewards"], found["tokens"], found["truncated"], strict=True)
+    answers = [dict(zip(("text", "score", "tokens", "truncated"), values, strict=True)) for values in fields]
+    n = options.num_generations
+    return [answers[i : i + n] for i in range(0, len(answers), n)], torch.tensor(found["logratios"]).view(-1, n)
 
 
-def judge(config: dict, prompts: list, after: list[list[Answer]]) -> tuple[dict, dict]:
-    """Ranking accuracy on the held-out rows, and how far the trained model's own answers are from the base model."""
-    dtype = getattr(torch, config["dtype"])
-    policy, reference = load_policy(config, config["output_dir"], dtype), load_policy(config, dtype=dtype)
-    args = SWEPOConfig(
-        output_dir=config["output_dir"],
-        max_length=config["max_length"],
-        per_device_eval_batch_size=4,
-        use_cpu=True,
-        report_to="none",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
-    trainer = SWEPOTrainer(policy, reference, args, processing_class=tokenizer)
-    ranking = rank(trainer, read_rows(Path(config["dataset_name"]) / "test.jsonl.gz"))
-    # One answer per prompt is enough for the mean drift; two make a row.
-    rows = [
-        {"prompt": prompt, "responses": [a["text"] for a in row[:2]], "scores": [a["score"] for a in row[:2]]}
-        for prompt, row in zip(prompts, after, strict=True)
-    ]
-    return ranking, measure_drift(trainer, rows)
+def measure(step: int, answers: list[list[Answer]], logratios: torch.Tensor, before: list | None = None) -> dict:
+    """One point of the course: how far the policy is from the base model, and what that gave."""
+    compared = compare_answers(before or answers, answers)
+    point = {name: row["after"] for name, row in compared.items()}
+    matched = matched_gain(before or answers, answers, load_scorer(SCORER))
+    kl = bootstrap_interval(logratios.mean(-1).numpy())
+    print(
+        f"step {step}: reward {point['reward']['mean']:.2f}, at equal length {matched['mean']:+.2f}, KL "
+        f"{kl['mean']:.1f} nats, {point['share cut off at the limit']['mean']:.0%} cut off", flush=True,
+    )  # fmt: skip
+    return {"step": step, "KL": kl, "gain at equal length": matched, **point, "answers": answers}
 
 
-def predict(trainer: SWEPOTrainer, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Log-probabilities of policy and reference, lengths, scores and mask of the rows, each (N,K)."""
-    columns = [{name: row[name] for name in ("prompt", "responses", "scores")} for row in rows]
-    tokens = prepare_dataset(Dataset.from_list(columns), trainer.processing_class, max_length=trainer.args.max_length)
-    output = trainer.predict(tokens)
-    scores, mask = output.label_ids
-    lengths = np.zeros_like(scores)
-    for i, responses in enumerate(tokens["response_ids"]):
-        lengths[i, : len(responses)] = [len(ids) for ids in responses]
-    arrays = {"policy": output.predictions[0], "reference": output.predictions[1], "lengths": lengths}
-    return {name: torch.as_tensor(a) for name, a in (arrays | {"scores": scores, "mask": mask.astype(bool)}).items()}
-
-
-def rank(trainer: SWEPOTrainer, rows: list[dict]) -> dict[str, dict]:
-    """Pairwise ranking accuracy of the policy, and of what could explain it without any learning."""
-    found = predict(trainer, rows)
+@torch.no_grad()
+def rank(config: dict, dtype: str, rows: list[dict]) -> dict[str, dict]:
+    """Pairwise ranking accuracy of the trained policy, and of what could explain it without any learning."""
+    name = config["model_name_or_path"]
+    tokenizer, base = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = PeftModel.from_pretrained(base, config["output_dir"]).eval()
+    given = Dataset.from_list([{column: row[column] for column in ("prompt", "responses", "scores")} for row in rows])
+    tokens = prepare_dataset(given, tokenizer, max_length=config["max_length"])
+    runner, args = Runner([base_model(model)], "auto"), (model, list(tokens), tokenizer.pad_token_id)
+    policy = torch.tensor(sum_logps(runner, *args))
+    with model.disable_adapter():
+        reference = torch.tensor(sum_logps(runner, *args))
+    lengths = torch.tensor([[len(ids) for ids in row["response_ids"]] for row in tokens], dtype=torch.float)
     rankings = {
-        "after": found["policy"] - found["reference"],
-        "before": torch.zeros_like(found["policy"]),
-        "base model's log-probability": found["reference"],
-        "base model's log-probability per token": found["reference"] / found["lengths"].clamp(min=1),
-        "longer answer first": found["lengths"],
+        "after": policy - reference,
+        "before": torch.zeros_like(policy),
+        "base model's log-probability": reference,
+        "base model's log-probability per token": reference / lengths,
+        "longer answer first": lengths,
     }
-    accuracies = {n: pairwise_accuracy(r, found["scores"], found["mask"]).numpy() for n, r in rankings.items()}
-    return {name: bootstrap_interval(values) for name, values in accuracies.items()}
-
-
-def measure_drift(trainer: SWEPOTrainer, rows: list[dict]) -> dict[str, dict]:
-    """How unlike the base model the trained model's answers are: an estimate of KL(policy || base) per answer."""
-    found = predict(trainer, rows)
-    logratios = (found["policy"] - found["reference"]) * found["mask"]
-    means = logratios.sum(-1) / found["mask"].sum(-1)
-    return {"KL to the base model, nats per answer": bootstrap_interval(means.numpy())}
+    scores, mask = torch.tensor(tokens["scores"]), torch.ones_like(policy, dtype=torch.bool)
+    return {n: bootstrap_interval(pairwise_accuracy(r, scores, mask).numpy()) for n, r in rankings.items()}
 
 
 def summary(results: dict) -> str:
@@ -225,6 +292,8 @@ def summary(results: dict) -> str:
     for name, value in results["ranking"].items():
         lines.append(f"  {names.get(name, name):42}{_with_interval(value, '.3f'):>22}")
     lines += ["", *(f"{name}: {_with_interval(value, '.2f')}" for name, value in results["checks"].items())]
+    machine = results["machine"]
+    lines.append(f"Trained in {results['config']['dtype']} on a CPU with {machine['instruction set']}.")
     report = Path(results["config"]["output_dir"]) / "report.html"
     return "\n".join([*lines, f"\nOpen {report} in a browser."])
 

@@ -93,6 +93,8 @@ def render(results: dict, history: list[dict]) -> str:
         explanations(results),
         "<h2>Answers to prompts that were not trained on</h2>",
         figures([reward_figure(results), gain_figure(results), length_figure(results)]),
+        "<h2>When to stop</h2>",
+        course(results["course"]),
         "<h2>Training</h2>",
         figures([curve_figure(history, *curve) for curve in CURVES]),
         "<h2>Side by side</h2>",
@@ -155,6 +157,51 @@ def explanations(results: dict) -> str:
     )
 
 
+def course(points: list[dict]) -> str:
+    """What every further step gave and cost, on prompts that are held out for this."""
+    columns = {
+        "reward": ("Reward", ".2f"),
+        "gain at equal length": ("Gain at equal length", "+.2f"),
+        "KL": ("KL, nats", ".1f"),
+        "length in tokens": ("Tokens", ".0f"),
+        "share cut off at the limit": ("Cut off", ".0%"),
+    }
+    rows = [
+        [
+            str(p["step"]),
+            *(f"{p[name]['mean']:{form}} {interval(p[name], form)}" for name, (_, form) in columns.items()),
+        ]
+        for p in points
+    ]
+    return (
+        "<p>Checkpoints of the training answer prompts that are neither trained on nor used above. KL is the mean "
+        "log-ratio of these answers to the base model: what the policy has moved. Where the reward grows more slowly "
+        "than KL, and answers are cut off, more training stops paying.</p>"
+        + figures([course_figure(points)])
+        + table(["Step", *(title for title, _ in columns.values())], rows)
+    )
+
+
+def course_figure(points: list[dict]) -> str:
+    """Reward, and gain at equal length, against KL."""
+    title = "Reward against distance from the base model"
+    figure, axes = new_figure(title, "KL to the base model, nats per answer")
+    steps, kl = [p["step"] for p in points], [p["KL"]["mean"] for p in points]
+    for name, label, colour in (("reward", "reward", AFTER), ("gain at equal length", "gain at equal length", BEFORE)):
+        means = [p[name]["mean"] for p in points]
+        spread = [
+            [p[name]["mean"] - p[name]["low"] for p in points],
+            [p[name]["high"] - p[name]["mean"] for p in points],
+        ]
+        axes.errorbar(kl, means, yerr=spread, fmt="o-", color=colour, capsize=4, label=label)
+    for step, x, point in zip(steps, kl, points, strict=True):
+        axes.annotate(
+            f"step {step}", (x, point["reward"]["mean"]), textcoords="offset points", xytext=(5, 6), fontsize=8
+        )
+    axes.legend(frameon=False, fontsize=9)
+    return to_svg(figure, title)
+
+
 def side_by_side(answers: list[dict]) -> str:
     """Samples picked by a rule, so that they are no advertisement."""
     pairs = [(row["prompt"], row["before"][0], row["after"][0]) for row in answers]
@@ -190,9 +237,10 @@ def settings(results: dict) -> str:
     seconds = {name: f"{value:.0f} s" for name, value in results["seconds"].items()}
     return (
         f"<p>Made {escape(results['created'])} by <code>make demo</code>; training ran <code>"
-        f"{escape(results['train_command'])}</code></p>"
+        f"{escape(results['train_command'])}</code></p><p>{escape(results['estimate'])}</p>"
         f"<h3>Training</h3>{items(results['config'])}<h3>Sampling and scoring</h3>{items(results['sampling'])}"
-        f"<h3>Time of each stage</h3>{items(seconds)}<h3>Versions</h3>{items(results['versions'])}"
+        f"<h3>Time of each stage</h3>{items(seconds)}<h3>Machine and versions</h3>"
+        f"{items(results['machine'] | results['versions'])}"
     )
 
 

@@ -33,12 +33,20 @@ def results():
     before, after = answers(0.0), answers(0.25)
     before[2][0]["text"] = HOSTILE
     one = {"mean": 0.61, "low": 0.55, "high": 0.67, "count": 7}
+    with_interval = ("reward", "gain at equal length", "KL", "length in tokens", "share cut off at the limit")
+    course = [
+        {"step": step} | dict.fromkeys(with_interval, one | {"mean": step / 8, "low": 0, "high": 4})
+        for step in (0, 24)
+    ]
     return {
         "created": "2020-02-03T04:05:06+00:00",
         "train_command": "accelerate launch scripts/train.py",
-        "config": {"model_name_or_path": "runs/models/tiny", "output_dir": "runs/demo", "beta": 0.1},
+        "config": {"model_name_or_path": "runs/models/tiny", "output_dir": "runs/demo", "dtype": "float32"},
         "sampling": {"num_generations": 3, "max_new_tokens": 16, "seed": 5},
+        "machine": {"instruction set": "AVX7"},
         "versions": {"torch": "1.2.3"},
+        "estimate": "about 5 minutes",
+        "course": course,
         "seconds": {"Training: it": 12.4},
         "generation": compare_answers(before, after),
         "ranking": {"after": one, "before": one | {"mean": 0.5}, "longer answer first": one},
@@ -176,10 +184,16 @@ def test_page_escapes_prompts_and_answers(html):
 def test_page_shows_figures_curves_and_settings(html):
     page = Page(html)
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
-    assert len(labels) == 6 and "Loss" in labels and "Pairwise ranking accuracy" in labels
+    assert (
+        len(labels) == 7
+        and "Reward against distance from the base model" in labels
+        and "Loss" in labels
+        and "Pairwise ranking accuracy" in labels
+    )
     assert all("width" not in attributes for tag, attributes in page.tags if tag == "svg")
     for shown in ("-0.08 → 0.17", "+0.25", "clear of zero", "0.610", "[0.55, 0.67]", "accelerate launch", "1.2.3",
-                  "held-out", "2020-02-03", "12 s"):  # fmt: skip
+                  "held-out", "2020-02-03", "12 s", "step 24", "+3.00 [+0.00, +4.00]", "AVX7",
+                  "about 5 minutes"):  # fmt: skip
         assert shown in page.text, shown
 
 
@@ -198,6 +212,7 @@ def test_missing_results_are_named(tmp_path):
 def test_summary_prints_gain_and_interval():
     text = summary(results())
     assert "On 11 prompts" in text and "+0.250 [+0.250, +0.250]" in text and "0.610 [0.550, 0.670]" in text
+    assert "Trained in float32 on a CPU with AVX7." in text
 
 
 def write_round(folder, texts, *, name="held-out", pool_mean=0.5):
