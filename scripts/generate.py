@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trainers.data.tokenization import UNFINISHED
 from trainers.forward.safe_files import SAFE, refuse_pickled_weights
 from trainers.loop.collect import (
     check_settings,
@@ -37,7 +38,7 @@ from trainers.loop.journal import read_rows, write_json, write_rows
 from trainers.loop.sampler import SamplingConfig
 from trainers.loop.scorer import check_scorer, load_scorer
 
-REPLACED_COLUMNS = ("prompt", "responses", "scores", "chosen", "rejected")
+REPLACED_COLUMNS = ("prompt", "responses", "scores", "chosen", "rejected", UNFINISHED)
 
 
 @dataclass
@@ -178,8 +179,10 @@ def generate(args: GenerateArguments, accelerator: Accelerator) -> dict:
     statistics = summarize(samples, scores)
     if accelerator.is_main_process:
         kept = [{k: v for k, v in row.items() if k not in REPLACED_COLUMNS} for row in rows]
-        answers = zip(prompts, responses, scores, kept, strict=True)
-        write_rows(args.output, ({"prompt": p, "responses": r, "scores": s, **rest} for p, r, s, rest in answers))
+        cut = [[sample.truncated for sample in row] for row in samples]
+        answers = zip(prompts, responses, scores, cut, kept, strict=True)
+        names = ("prompt", "responses", "scores", UNFINISHED)
+        write_rows(args.output, (dict(zip(names, parts, strict=True)) | rest for *parts, rest in answers))
         manifest = {"settings": settings, "hash": settings_hash(settings), "statistics": statistics}
         write_json(manifest_path(args.output), {**manifest, "made_with": provenance(args)})
         shutil.rmtree(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
@@ -121,7 +122,13 @@ def test_weights_scale_the_likelihood_and_zero_removes_a_row(tmp_path, start):
 
 
 def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
-    trainer = em(tmp_path, start, score_on="heldout_half", rounds=2, learning_rate=0.01)
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    trainer = em(tmp_path, start, score_on="heldout_half", rounds=2, learning_rate=0.01, callbacks=[Count()])
     trainer.train()
     counts = [
         [int(row["items"]) for row in csv.DictReader((round_folder(trainer, i) / "annotators.csv").open())]
@@ -130,8 +137,8 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
     assert set(counts[0]) == {2, 3} and counts[1] == [5] * 6
     rounds = list(csv.DictReader((tmp_path / "rounds.csv").open()))
     assert [int(row["rows_scored"]) for row in rounds] == [sum(counts[0]), 30]
-    steps = [json.loads((p / "trainer_state.json").read_text())["global_step"] for p in trainer.policies]
-    assert steps == [-(-sum(counts[0]) // 4)] * 2  # the second round trains on what the first one scored
+    # The second round trains on what the first one scored, and what is published on everything.
+    assert steps == [-(-(30 - sum(counts[0])) // 4)] * 2 + [-(-sum(counts[0]) // 4)] * 2 + [-(-30 // 4)] * 2
     # Each row counts as it was scored by policies that had not seen it: half 1 in the first round, half 0 in the next.
     half, score = halves(trainer._owner, trainer.args.seed), trainer._scorer()
     expected = np.zeros((6, 2))
@@ -142,6 +149,70 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
             np.add.at(expected[:, k], trainer._owner, np.where(half != index, rows, 0))
     found = read_annotators(round_folder(trainer, 1) / "annotators.csv")[2]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_posterior(tmp_path, start, peft):
+    options = {"learning_rate": 0.01, "seed": 3, "eval_rows": opposed_rows(seed=1), "peft": peft}
+    trainer = em(tmp_path / "halves", start, score_on="heldout_half", rounds=2, **options)
+    trainer.train()
+    # One round from its posterior, with the seed that a third round would have.
+    final = dict(zip(trainer.annotators.names, trainer.posterior.tolist(), strict=True))
+    whole = em(tmp_path / "whole", start, initial_posterior=final, rounds=1, **options | {"seed": 5})
+    whole.train()
+    mixture = json.loads((tmp_path / "halves/mixture.json").read_text())
+    for path, expected in zip(mixture["policies"], whole.policies, strict=True):
+        same(weights(tmp_path / "halves" / path), weights(expected))
+    assert mixture["prior"] == trainer.posterior.mean(0).tolist()
+    # The held-out rows are judged by what is published.
+    found, expected = (read_annotators(tmp_path / name / "held_out.csv")[2] for name in ("halves", "whole"))
+    np.testing.assert_array_equal(found, expected)
+    known = np.log(np.maximum(trainer.posterior, 1e-12))
+    order = [trainer.annotators.names.index(name) for name in read_annotators(tmp_path / "whole/held_out.csv")[0]]
+    mean = np.logaddexp.reduce(known[order] + found, 1).mean()
+    assert trainer.evaluate()["eval_log_likelihood_per_annotator"] == pytest.approx(mean)
+    assert len(list(tmp_path.glob("halves/**/policy"))) == 2
+
+
+def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_rounds(tmp_path, start):
+    options = {"score_on": "heldout_half", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 3}
+    whole = em(tmp_path / "whole", start, rounds=2, **options)
+    whole.train()
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if "final/type-1" in args.output_dir and state.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        em(tmp_path / "cut", start, rounds=2, callbacks=[Die()], **options).train()
+    assert (tmp_path / "cut/restart-0/round-01/final/type-1/training/checkpoint-3").is_dir()
+    again = em(tmp_path / "cut", start, rounds=2, **options)
+    again.train()
+    for found, expected in zip(again.policies, whole.policies, strict=True):
+        same(weights(found), weights(expected))
+    em(tmp_path / "longer", start, rounds=1, **options).train()
+    longer = em(tmp_path / "longer", start, rounds=2, **options)
+    longer.train()
+    np.testing.assert_array_equal(longer.posterior, whole.posterior)
+    for found, expected in zip(longer.policies, whole.policies, strict=True):
+        same(weights(found), weights(expected))
+    assert len(list((tmp_path / "longer").glob("**/policy"))) == 2
+
+
+def test_one_type_of_halves_is_trained_on_all_rows(tmp_path, start):
+    halved, whole = (
+        em(tmp_path / name, start, num_types=1, seed=seed, score_on=name)
+        for name, seed in (("heldout_half", 3), ("train", 4))
+    )
+    halved.train()
+    whole.train()
+    same(weights(halved.policies[0]), weights(whole.policies[0]))
+
+
+def test_halves_do_not_start_from_policies_that_have_seen_them(tmp_path):
+    with pytest.raises(ValueError, match="start_from='previous' starts from a policy .* set start_from to 'reference'"):
+        em_config(tmp_path, start_from="previous", score_on="heldout_half")
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):

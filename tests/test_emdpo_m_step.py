@@ -148,7 +148,7 @@ def test_one_policy_is_in_memory_at_a_time(tmp_path, start, peft):
     before = {id(thing) for thing in gc.get_objects() if isinstance(thing, LlamaForCausalLM)}
     assert len(before) == 1
     trainer.train()
-    assert alive == [1] * 8  # two rounds of two types with two steps each
+    assert alive == [1] * 12  # two rounds and the training on all rows, of two types with two steps each
 
 
 def test_a_loaded_model_is_saved_once_and_gives_the_same_run(tmp_path, start):

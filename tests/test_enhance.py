@@ -140,9 +140,44 @@ def test_a_pool_holds_own_responses_and_samples_of_the_rounds_policy_all_scored(
             assert row["prompt"] == source["prompt"] and row["topic"] == source["topic"]
             assert texts(row) == [*texts(source), *(sample.text for sample in drawn)]
             assert row["sampled_in_round"] == [-1] * own + [index] * K
+            assert row["unfinished_responses"] == [False] * own + [sample.truncated for sample in drawn]
             completions = [[{"role": "assistant", "content": text}] for text in texts(row)]
             assert row["scores"] == vowels(None, completions, topic=[row["topic"]] * len(completions))
     assert texts(pool(finished, 0)[0])[2:] != texts(pool(finished, 1)[0])[2:]
+
+
+def test_samples_that_were_cut_train_no_end(inputs, tmp_path, monkeypatch):
+    """And the data set's own responses, where it says so of them, as a file of scripts/generate.py does."""
+    seen = {}
+    original = LIRETrainer.train
+
+    def watched(self, *arguments, **keywords):
+        seen[self.args.output_dir] = list(self.train_dataset)
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LIRETrainer, "train", watched)
+    marked = [row | {"unfinished_responses": [True] + [False] * (len(row["responses"]) - 1)} for row in ROWS]
+    Dataset.from_list(marked).to_json(tmp_path / "rows.jsonl")
+    options = {"keep_old": True, "max_new_tokens": 5, "held_out_generations": 0}
+    train.main(arguments(inputs, tmp_path / "out", options=options, dataset_name=tmp_path / "rows.jsonl",
+                         num_train_epochs=1))  # fmt: skip
+    tokenizer = family_tokenizer("llama3")
+    journals = [
+        {(r["prompt"], r["index"]): r for r in map(json.loads, (path / "samples-00000.jsonl").open())}
+        for path in (tmp_path / "out/round-00/samples", tmp_path / "out/round-01/samples")
+    ]
+    assert list(seen) == [str(tmp_path / f"out/round-0{i}/training") for i in (0, 1)]
+    cut = 0
+    for index, rows in enumerate(seen.values()):
+        for i, row in enumerate(rows):
+            samples = [journal[i, j] for journal in journals[: index + 1] for j in range(K)]
+            expected = [True] + [False] * (len(ROWS[i]["responses"]) - 1) + [s["truncated"] for s in samples]
+            ends = [ids[-1] != tokenizer.eos_token_id for ids in row["response_ids"]]
+            written = [text for text in texts(pool(tmp_path / "out", index)[i])]
+            kept = [bool(text.strip()) for text in written]  # a blank response is dropped
+            assert ends == [mark for mark, good in zip(expected, kept, strict=True) if good]
+            cut += sum(ends[len(ROWS[i]["responses"]) :])
+    assert cut > 20
 
 
 def test_a_round_starts_from_the_weights_of_the_round_before(inputs, finished):

@@ -81,6 +81,7 @@ def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
     config = SamplingConfig(num_generations=K, max_new_tokens=10, temperature=1.0)
     expected = sample_responses(model, tokenizer, [row["prompt"] for row in ROWS], config, progress=False)
     assert [row["responses"] for row in rows] == [[sample.text for sample in samples] for samples in expected]
+    assert [row["unfinished_responses"] for row in rows] == [[s.truncated for s in samples] for samples in expected]
     for row in rows:
         assert row["scores"] == [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
     assert statistics == summarize(expected, [row["scores"] for row in rows])

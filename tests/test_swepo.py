@@ -3,10 +3,12 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.metrics import ranking_metrics
 from trainers.swepo import score_split, swepo_loss
 
@@ -207,3 +209,34 @@ def test_metrics_of_the_default_example():
     metrics = ranking_metrics(case["options"]["beta"] * logratios.detach(), scores, mask)
     close(metrics["rewards/margins"][0], expected["margin_best_worst"])
     close(metrics["rewards/accuracies"][0], expected["accuracy_best_worst"])
+
+
+@pytest.mark.parametrize("weighting", ["absolute", "signed"])
+def test_no_gradient_passes_through_the_scores(weighting):
+    logratios, scores, mask = tensors(next(case for case in SWEPO_CASES if case["id"] == "A2"))
+    losses = swepo_loss(logratios, scores.requires_grad_(), mask, beta=0.1, alpha=0.25, weighting=weighting)
+    losses.sum().backward()
+    assert scores.grad is None and logratios.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "options, weights",
+    [
+        ({}, [2.5535894581, 1.5488302986, 1.3668379412, 2.8935959442]),
+        ({"gamma": 2.0}, [2.5535894581, 1.5488302986, 2 * 1.3668379412, 2 * 2.8935959442]),
+        ({"alpha_inside_beta": True}, [math.exp(0.025 * d) for d in (3.75, 1.75, 1.25, 4.25)]),
+        ({"alpha_inside_beta": True, "gamma": 2.0}, [math.exp(0.025 * 3.75), math.exp(0.025 * 1.75),
+                                                     2 * math.exp(0.025 * 1.25), 2 * math.exp(0.025 * 4.25)]),
+    ],
+)  # fmt: skip
+def test_the_metrics_show_the_weights_of_the_loss(tmp_path, options, weights):
+    trainer = SWEPOTrainer.__new__(SWEPOTrainer)
+    trainer.args = SWEPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.1, alpha=0.25, **options)
+    logratios, scores, mask = tensors(next(case for case in SWEPO_CASES if case["id"] == "A2"))
+    batch = {"scores": scores, "mask": mask}
+    policy, reference = (SimpleNamespace(logps=x.unsqueeze(-1)) for x in (logratios, torch.zeros_like(logratios)))
+    losses, metrics = trainer.loss(batch, policy, reference)
+    terms = [w * math.exp(0.1 * x) for w, x in zip(weights, logratios[0].tolist(), strict=True)]
+    close(losses, [-math.log((terms[0] + terms[1]) / sum(terms))])
+    close(metrics["swepo/max_weight"], [max(weights)])
+    close(metrics["swepo/effective_responses"], [sum(terms) ** 2 / sum(term**2 for term in terms)])

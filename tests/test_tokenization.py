@@ -129,6 +129,39 @@ def test_template_that_renders_the_prompt_differently_is_cut_and_named(caplog):
     assert "'<think>'" in caplog.text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_response_that_was_cut_gets_no_end(family):
+    tokenizer = family_tokenizer(family)
+    row = chat_row("the dog", "a lazy fox", " Par\ufffd")
+    marked = tokenize_row(row | {"unfinished_responses": [False, True, True]}, tokenizer)
+    plain = tokenize_row(row, tokenizer)
+    assert set(marked) == set(plain) and marked["prompt_ids"] == plain["prompt_ids"]
+    assert marked["response_ids"][0] == plain["response_ids"][0]
+    # As the policy wrote it after the prompt: the template adds nothing before it and nothing after it.
+    assert [tokenizer.decode(ids) for ids in marked["response_ids"][1:]] == ["a lazy fox", " Par"]
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    assert [end in ids for ids in marked["response_ids"]] == [True, False, False]
+    text = {"prompt": "say", "responses": [" kind", " kind to\ufffd", " kind"], "scores": [0.0, 1.0, 2.0]}
+    ids = tokenize_row(text | {"unfinished_responses": [False, True, True]}, tokenizer)["response_ids"]
+    assert [tokenizer.decode(part) for part in ids] == [f" kind{tokenizer.eos_token}", " kind to", " kind"]
+    assert ids[0] == [*ids[2], tokenizer.eos_token_id]
+
+
+def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_path):
+    tokenizer = family_tokenizer("qwen")
+    rows = [chat_row("the dog", "", "a fox", prompt="p") | {"unfinished_responses": [True, False, False]},
+            chat_row("a day", "it rains") | {"unfinished_responses": [False, True]}]  # fmt: skip
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    tokens = tokenize_dataset(load_preferences(str(tmp_path / "rows.jsonl")), tokenizer)[0]
+    found = [[tokenizer.decode(ids) for ids in row] for row in tokens["response_ids"]]
+    assert found == [["the dog", "a fox<|im_end|>\n"], ["a day<|im_end|>\n", "it rains"]]
+    assert sorted(tokens.column_names) == ["prompt", "prompt_ids", "response_ids", "scores"]
+    turns = chat_row("the dog", "a fox") | {"unfinished_responses": [True, False]}
+    turns["responses"][0] += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "it"}]
+    with pytest.raises(ValueError, match="unfinished_responses marks a response of several messages"):
+        tokenize_row(turns, tokenizer)
+
+
 def test_truncation_is_per_response_and_counted():
     tokenizer = build_tokenizer()
     full = tokenize_row(PLAIN, tokenizer)

@@ -110,17 +110,18 @@ def swepo_loss(
     _check_options(beta, alpha, weighting, power, positives, top_m, mean_over, gamma)
     assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     split = score_split(scores, mask, positives=positives, top_m=top_m, mean_over=mean_over)
-    exponents = alpha * _weight_exponents(split.deviations, weighting, power).to(logratios.dtype)
-    x = beta * logratios + (beta * exponents if alpha_inside_beta else exponents)
-    x = x + split.negative.to(x.dtype) * math.log(gamma)
-    return _log_share(x, split.positive, split.negative)
+    weights = _log_weights(split, beta, alpha, weighting, power, gamma, alpha_inside_beta)
+    return _log_share(beta * logratios + weights.to(logratios.dtype), split.positive, split.negative)
 
 
 def score_split(
     scores: Tensor, mask: Tensor, *, positives: str = "above_mean", top_m: int = 1, mean_over: str = "kept"
 ) -> Split:
-    """Positives, negatives and score deviations of each prompt; both sets are empty where nothing can be learned."""
-    mask = mask.bool()
+    """Positives, negatives and score deviations of each prompt; both sets are empty where nothing can be learned.
+
+    They are constants: no gradient passes through the scores.
+    """
+    scores, mask = scores.detach(), mask.bool()
     # Measured from the lowest score, so that a large common offset costs no precision.
     lowest = scores.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
     d = torch.where(mask, (scores - lowest).double(), 0.0)
@@ -156,11 +157,15 @@ def _top_and_bottom(d: Tensor, mask: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return mask & (best_rank < m), mask & (worst_rank < m)
 
 
-def _weight_exponents(deviations: Tensor, weighting: str, power: float) -> Tensor:
-    if weighting == "none" or power == 0:  # also for `signed`, where sign(d)|d|^0 would still tell the sides apart
-        return torch.zeros_like(deviations)
+def _log_weights(split: Split, beta, alpha, weighting, power, gamma, alpha_inside_beta) -> Tensor:
+    """(B,K) logarithm of the factor of each response in the sums of the loss: its weight, times gamma if negative."""
+    deviations = split.deviations
     size = deviations.abs() ** power
-    return size if weighting == "absolute" else deviations.sign() * size
+    if weighting == "none" or power == 0:  # also for `signed`, where sign(d)|d|^0 would still tell the sides apart
+        size = torch.zeros_like(deviations)
+    exponents = alpha * (deviations.sign() * size if weighting == "signed" else size)
+    exponents = beta * exponents if alpha_inside_beta else exponents
+    return exponents + split.negative.to(exponents.dtype) * math.log(gamma)
 
 
 def _log_share(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -232,20 +237,23 @@ class SWEPOTrainer(PreferenceTrainer):
         )
 
     def _set_metrics(self, batch, rewards: Tensor) -> dict[str, Tensor]:
-        """Mean reward of each side and the size of the positive set, NaN for prompts without a signal."""
+        """Mean reward of each side, and how the sums of the loss are weighted; NaN for prompts without a signal."""
         split = self._split(batch)
         used = split.positive.any(-1)
         sizes = split.positive.sum(-1).to(rewards.dtype), split.negative.sum(-1).to(rewards.dtype)
         positive = (rewards * split.positive).sum(-1) / sizes[0].clamp(min=1)
         negative = (rewards * split.negative).sum(-1) / sizes[1].clamp(min=1)
-        exponents = self.args.alpha * _weight_exponents(split.deviations, self.args.weighting, self.args.power)
+        args = self.args
+        weights = _log_weights(
+            split, args.beta, args.alpha, args.weighting, args.power, args.gamma, args.alpha_inside_beta
+        )
         contrasted = split.positive | split.negative
-        share = torch.softmax((rewards + exponents).masked_fill(~contrasted, -1e30), -1)
+        share = torch.softmax((rewards + weights).masked_fill(~contrasted, -1e30), -1)
         values = {
             "rewards/positive": positive,
             "rewards/negative": negative,
             "swepo/positives": sizes[0],
-            "swepo/max_weight": exponents.exp().masked_fill(~contrasted, 0).amax(-1),
+            "swepo/max_weight": weights.exp().masked_fill(~contrasted, 0).amax(-1),
             "swepo/effective_responses": 1 / share.square().sum(-1),
         }
         return {name: value.masked_fill(~used, math.nan) for name, value in values.items()}

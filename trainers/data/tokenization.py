@@ -28,6 +28,7 @@ from .rows import LARGEST_SCORE, MIN_RESPONSES, Row, is_per_token, take_response
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "unfinished_responses"  # column: which of the K responses stopped at a limit, and not at their end
 CUT = "_cut_text"
 CUT_NOTE = "prompts whose end is counted to the responses, because it is no token prefix"
 CUT_WARNING = (
@@ -59,7 +60,7 @@ def tokenize_row(
         logger.warning(CUT_WARNING, cut)
     if out is None:
         raise ValueError("; ".join(reasons))
-    return {name: value for name, value in out.items() if name != "responses"}
+    return {name: value for name, value in out.items() if name not in ("responses", UNFINISHED)}
 
 
 def tokenize_dataset(
@@ -75,7 +76,8 @@ def tokenize_dataset(
 
     Messages go through the chat template, which writes its own BOS and end-of-turn tokens; nothing is added to what it
     gives. Special tokens inside the text of a message become what they say, as at inference; such rows are counted.
-    Text is tokenised as it is, and EOS is added unless the response ends with it. Each response is truncated to
+    Text is tokenised as it is, and EOS is added unless the response ends with it. Responses which the column
+    `unfinished_responses` (K bools) marks get neither EOS nor the end of a turn. Each response is truncated to
     `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
     tokenised and only truncated, together with their per-token columns (K lists as long as the responses). Scalar
     columns, lists of numbers and the prompt's text are carried over, other columns are not.
@@ -88,7 +90,7 @@ def tokenize_dataset(
 
     Raises:
         ValueError: if messages are given and the tokenizer has no chat template, if text is given and it has no EOS
-            token, or naming the row.
+            token, if an unfinished response has several messages, or naming the row.
     """
     check_invalid(invalid)
     if max_length is not None and max_length < 2:
@@ -124,6 +126,24 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def unfinished(row: Row) -> list[bool]:
+    """Which of a row's K responses stopped at a limit."""
+    return row.get(UNFINISHED) or [False] * len(row["responses"])
+
+
+def _without_end(row: Row, prompt_ids: list[int], k: int, tokenizer) -> list[int]:
+    """The ids of prompt and response k without what ends a response, so that no stop is learned where none was."""
+    response = row["responses"][k]
+    if isinstance(response, list) and len(response) > 1:
+        raise ValueError(f"{UNFINISHED} marks a response of several messages: mark those of one message only.")
+    text = response if isinstance(response, str) else response[0]["content"]
+    text = text.rstrip("\ufffd")  # what a limit leaves of a character of several tokens
+    if isinstance(response, str):
+        return _encode_text([{"prompt": row["prompt"], "responses": [text]}], tokenizer)[0][1][0][:-1]
+    # What a template writes after a message cannot be told from the message, so this one goes without the template.
+    return [*prompt_ids, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def _check_columns(dataset: Dataset) -> None:
     names = set(dataset.column_names)
     if not ({"prompt", "responses", "scores"} <= names or {"prompt_ids", "response_ids", "scores"} <= names):
@@ -146,7 +166,7 @@ def _token_features(dataset: Dataset) -> dict[str, Any]:
     carried = {
         name: feature
         for name, feature in dataset.features.items()
-        if name == "prompt" or name != "responses" and (is_scalar(feature) or is_numbers(feature))
+        if name == "prompt" or name not in ("responses", UNFINISHED) and (is_scalar(feature) or is_numbers(feature))
     }
     return {
         **carried,
@@ -197,6 +217,10 @@ def _tokenize_rows(
         encoded = _encode_chat(rows, tokenizer, template_kwargs, first_index)
     results = []
     for row, (prompt_ids, full_ids) in zip(rows, encoded, strict=True):
+        full_ids = [
+            _without_end(row, prompt_ids, k, tokenizer) if cut else ids
+            for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row), strict=True))
+        ]
         n = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
         tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
         out, reasons = _fit(tokenised, max_length)

@@ -60,7 +60,8 @@ class EMDPOConfig(PreferenceConfig):
         metadata={
             "help": "train: the E-step scores the rows that were trained on. heldout_half: policies train on one half "
             "of each annotator's rows and score the other; the halves swap every round, and each row counts as it was "
-            "scored when it was last held out. Use it when the first E-step is sure of everything.",
+            "scored when it was last held out; at the end each type trains once more, on all rows. Use it when the "
+            "first E-step is sure of everything.",
             "choices": list(CHOICES["score_on"]),
         },
     )
@@ -102,6 +103,11 @@ class EMDPOConfig(PreferenceConfig):
             raise ValueError("init='given' and initial_posterior belong together: set both, or leave init at 'auto'.")
         if self.restarts > 1 and self.initial_posterior is not None:
             raise ValueError("restarts > 1 would begin with the same initial_posterior each time: set it to 1.")
+        if (self.start_from, self.score_on) == ("previous", "heldout_half"):
+            raise ValueError(
+                "start_from='previous' starts from a policy that was trained on the half that score_on='heldout_half' "
+                "holds out next: set start_from to 'reference', or score_on to 'train'."
+            )
         for name in ("load_best_model_at_end", "push_to_hub"):
             if getattr(self, name):
                 raise ValueError(f"{name} does not work with EM-DPO, which has several policies: set it to false.")
@@ -110,4 +116,6 @@ class EMDPOConfig(PreferenceConfig):
     def demands(self) -> Demands:
         """One type needs one round. All rows are scored by the reference and, in each round, by each type's policy."""
         m_steps = self.restarts * self.num_types * (self.rounds if self.num_types > 1 else 1)
-        return Demands(trainings=m_steps * (0.5 if self.score_on == "heldout_half" else 1), scorings=1 + m_steps)
+        if self.score_on == "heldout_half":  # and once more on all rows
+            return Demands(trainings=0.5 * m_steps + self.num_types, scorings=1 + m_steps + self.num_types)
+        return Demands(trainings=m_steps, scorings=1 + m_steps)

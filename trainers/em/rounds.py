@@ -7,6 +7,8 @@
     restart-0/round-00/type-0/logps.parquet  its log-probabilities of all responses
     restart-0/round-00/annotators.csv        posterior and log-likelihood of each annotator
     restart-0/round-00/manifest.json         what came out, written last
+    restart-0/round-04/final/                after the last round of `heldout_half`, whose policies have seen half of
+                                             the rows: the same files, of policies that are trained on all of them
 
 A killed run goes on where it stopped and ends with the same posterior and the same weights: an M-step depends on
 nothing but the files of the round before. Policies of earlier rounds are deleted once a round is done.
@@ -29,9 +31,10 @@ from .init import is_uniform
 from .m_step import NEGLIGIBLE
 from .mixture import SURE, clamp_log_prior, e_step, mixture_weights, observed_log_likelihood, posterior
 from .scoring import item_logps
-from .tables import read_annotators, read_json, write_annotators
+from .tables import copy_if_there, read_annotators, read_json, write_annotators
 
 RESTART_SEED = 1000  # distance of the seeds of two restarts
+FINAL = "final"
 
 Score = Callable[[Path, Path, str], list[list[list[float]]]]
 
@@ -88,7 +91,7 @@ class EM:
         self.half = halves(self.rows.owner, self.args.seed) if self.args.score_on == "heldout_half" else None
 
     def run(self) -> list[list[Round]]:
-        """All rounds of all restarts; `best` picks one.
+        """All rounds of all restarts; `best` picks one, whose last round holds the policies of the run.
 
         Raises:
             ValueError: `folder` went further before, and the policies that these settings end with were deleted; or
@@ -97,13 +100,16 @@ class EM:
         for restart in range(self.args.restarts):
             self._refuse_what_is_gone(restart)
         runs = [self._restart(restart) for restart in range(self.args.restarts)]
-        gone = [policy for policy in best(runs)[-1].policies if not policy.exists()]
+        rounds = best(runs)
+        if self.half is not None:
+            rounds[-1] = self._final(rounds[-1])
+        gone = [policy for policy in rounds[-1].policies if not policy.exists()]
         if gone:
             raise ValueError(
                 f"{gone[0]} was deleted when this run went further than rounds, restarts and stop_change now ask: set "
                 "them as they were, or choose another output_dir."
             )
-        self._warn_of_a_fall(best(runs))
+        self._warn_of_a_fall(rounds)
         return runs
 
     def _refuse_what_is_gone(self, restart: int) -> None:
@@ -172,9 +178,10 @@ class EM:
                 if not policies[k].exists():
                     self.processes.say(f"M-step, type {k}")
                 self._warn_of_no_rows(gamma[self.rows.owner, k], k, index)
-                # The same for all types, so that they are exchangeable.
-                seed = self.args.seed + RESTART_SEED * restart + index
-                self._m_step(gamma[self.rows.owner, k], index, previous[k], policies[k], seed)
+                weights = gamma[self.rows.owner, k]
+                if self.half is not None:
+                    weights = np.where(self.half == index % 2, weights, np.nan)  # the other half takes no part
+                self._m_step(weights, restart, index, previous[k], policies[k])
             self._e_step(restart, index, folder, gamma, policies, done[-1].policies if done else None)
         found = self._read(folder)
         self.log(found.manifest)
@@ -200,10 +207,26 @@ class EM:
                 f"{NEGLIGIBLE:g} or more for it. Its policy is no type: use fewer types, another init, or more rows."
             )
 
-    def _m_step(self, weights: np.ndarray, index: int, start: Path | None, policy: Path, seed: int) -> None:
-        if self.half is not None:
-            weights = np.where(self.half == index % 2, weights, np.nan)  # rows of the other half take no part
+    def _m_step(self, weights: np.ndarray, restart: int, index: int, start: Path | None, policy: Path) -> None:
+        seed = self.args.seed + RESTART_SEED * restart + index  # the same for all types: they are exchangeable
         train_into(policy, lambda training: self.train(weights, start, training, seed), self.processes)
+
+    def _final(self, last: Round) -> Round:
+        """What `last` found, with policies that are trained on all rows by its posterior."""
+        folder = last.policies[0].parents[1] / FINAL
+        policies, manifest = self._policies(folder), dict(last.manifest)
+        if not (folder / "manifest.json").exists():
+            for k, policy in enumerate(policies):
+                self.processes.say(f"Training on all rows, type {k}")
+                weights = last.posterior[self.rows.owner, k]
+                self._m_step(weights, manifest["restart"], manifest["round"] + 1, None, policy)
+            manifest["policies"] = [str(policy.relative_to(self.folder)) for policy in policies]
+            self.processes.main(lambda: copy_if_there(folder.parent / "annotators.csv", folder / "annotators.csv"))
+            held_out = None if self.held_out is None else self._scores(policies)[1]
+            self._write(folder, manifest, last.posterior, held_out)
+        stale = [path for path in self.folder.glob(f"restart-*/round-*/{FINAL}") if path != folder]
+        self.processes.main(lambda: self._prune([*last.policies, *stale]))
+        return self._read(folder)
 
     def _e_step(
         self, restart: int, index: int, folder: Path, gamma: np.ndarray, policies: list[Path],
@@ -230,13 +253,18 @@ class EM:
             **_certainty(found.posterior, gamma),
             "policies": [str(policy.relative_to(self.folder)) for policy in policies],
         }
-        after = None
-        if self.held_out is not None:
-            after, manifest["held_out"] = self._held_out(held_out, found.posterior, found.prior)
+        self.processes.main(
+            lambda: write_annotators(folder / "annotators.csv", names, items, found.posterior, found.log_likelihood)
+        )
+        self._write(folder, manifest, found.posterior, held_out)
+
+    def _write(self, folder: Path, manifest: dict, gamma: np.ndarray, held_out: np.ndarray | None) -> None:
+        """The files that end a round; `held_out` are the (rows,T) log-likelihoods of its policies."""
+        if held_out is not None:
+            after, manifest["held_out"] = self._held_out(held_out, gamma, np.array(manifest["prior"]))
 
         def write() -> None:
-            write_annotators(folder / "annotators.csv", names, items, found.posterior, found.log_likelihood)
-            if after is not None:
+            if held_out is not None:
                 others = self.held_out
                 write_annotators(folder / "held_out.csv", others.annotators.names, others.items(), *after)
             write_json(folder / "manifest.json", manifest)

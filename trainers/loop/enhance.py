@@ -25,6 +25,7 @@ from pathlib import Path
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..data.tokenization import UNFINISHED, unfinished
 from ..statistics import bootstrap_interval
 from .collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
 from .journal import read_rows, write_json, write_rows
@@ -116,7 +117,7 @@ class Loop:
         pools = [self._candidates(i, index, samples[i], old and old[i]) for i in range(len(prompts))]
         known = [_scored(old[i]) if old else {} for i in range(len(prompts))]
         # A text is scored once in the whole run.
-        new = [list(dict.fromkeys(t for t, _ in pool if t not in k)) for pool, k in zip(pools, known, strict=True)]
+        new = [list(dict.fromkeys(t for t, *_ in pool if t not in k)) for pool, k in zip(pools, known, strict=True)]
         scores = self._score(folder / "scores", self.rows, new, index)
         for known_row, texts, values in zip(known, new, scores, strict=True):
             known_row.update(zip(texts, values, strict=True))
@@ -125,29 +126,33 @@ class Loop:
         statistics = summarize(samples, fresh)
         if statistics["truncated_share"] > MANY_TRUNCATED:
             self.processes.say(
-                f"WARNING: {statistics['truncated_share']:.0%} of the samples were cut at max_new_tokens, and "
-                "training takes them for complete answers: raise max_new_tokens."
+                f"WARNING: {statistics['truncated_share']:.0%} of the samples were cut at max_new_tokens. They are "
+                "trained on without an end, and say nothing of how to stop: raise max_new_tokens."
             )
         pooled = [value for row in rows for value in row["scores"]]
         return rows, statistics | {"pool_responses": len(pooled), "pool_mean_score": sum(pooled) / len(pooled)}
 
-    def _candidates(self, i: int, index: int, samples: list[Sample], old: dict | None) -> list[tuple[str, int]]:
-        """Texts of a prompt's pool, each with its origin."""
-        own = [(completion_text(r), OWN) for r in self.rows[i]["responses"]] if self.options.own_responses else []
-        kept = []
+    def _candidates(self, i: int, index: int, samples: list[Sample], old: dict | None) -> list[tuple[str, int, bool]]:
+        """Texts of a prompt's pool, each with its origin and whether it was cut."""
+        own, kept = [], []
+        if self.options.own_responses:
+            row = self.rows[i]
+            own = [(completion_text(r), OWN, cut) for r, cut in zip(row["responses"], unfinished(row), strict=True)]
         if self.options.keep_old and old:
-            kept = [(completion_text(r), o) for r, o in zip(old["responses"], old[ORIGIN], strict=True) if o != OWN]
-        return [*own, *kept, *((sample.text, index) for sample in samples)]
+            parts = zip(old["responses"], old[ORIGIN], unfinished(old), strict=True)
+            kept = [(completion_text(r), origin, cut) for r, origin, cut in parts if origin != OWN]
+        return [*own, *kept, *((sample.text, index, sample.truncated) for sample in samples)]
 
-    def _row(self, row: dict, prompt, pool: list[tuple[str, int]], scores: dict[str, float]) -> dict:
-        texts = [text for text, _ in pool]
+    def _row(self, row: dict, prompt, pool: list[tuple[str, int, bool]], scores: dict[str, float]) -> dict:
+        texts, origins, cut = (list(part) for part in zip(*pool, strict=True))
         responses = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
         rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores")}
         return {
             "prompt": prompt,
             "responses": responses,
             "scores": [scores[text] for text in texts],
-            ORIGIN: [origin for _, origin in pool],
+            ORIGIN: origins,
+            UNFINISHED: cut,
             # Lists may belong to the data set's own responses, which are not the responses of this row.
             **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
         }
