@@ -211,7 +211,7 @@ def test_one_type_of_halves_is_trained_on_all_rows(tmp_path, start):
 
 
 def test_halves_do_not_start_from_policies_that_have_seen_them(tmp_path):
-    with pytest.raises(ValueError, match="start_from='previous' starts from a policy .* set start_from to 'reference'"):
+    with pytest.raises(ValueError, match="start_from='previous' starts from .* set start_from to 'reference'"):
         em_config(tmp_path, start_from="previous", score_on="heldout_half")
 
 
