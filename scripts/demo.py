@@ -33,6 +33,7 @@ import train
 from answers import Answer, compare_answers, matched_gain
 from compare_samples import SampleOptions, sample_and_measure, sum_logps
 from trainers.data.prepare import prepare_dataset
+from trainers.data.tokenization import UNFINISHED
 from trainers.forward.policy import base_model
 from trainers.forward.run import Runner
 from trainers.loop.journal import read_rows, write_json, write_rows
@@ -53,7 +54,6 @@ SAMPLING = SampleOptions(
     dtype="float32", scorer=SCORER,
 )  # fmt: skip
 COURSE = replace(SAMPLING, prompts=30)
-LONGEST = SAMPLING.max_new_tokens  # the given answers were cut there too
 PACKAGES = ("polypo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vaderSentiment")
 
 # Offline, one thread per core, and without the libraries' start-up notices, which would bury the progress bars.
@@ -98,12 +98,12 @@ def main() -> None:
         print(estimate, flush=True)
     with stage("Before training: answers to prompts that are not trained on"):
         before = sample(model, None, prompts["test"], SAMPLING)[0]
-        course = [measure(0, *sample(model, None, prompts["held-out"], COURSE))]
+        course = [measure(0, *sample(model, None, prompts["validation"], COURSE))]
     with stage(f"Training: {' '.join(TRAIN)}"):
         run_training(output)
     with stage("The course of the training: the checkpoints answer held-out prompts"):
         for folder in sorted(output.glob("checkpoint-*"), key=step_of):
-            found = sample(model, folder, prompts["held-out"], COURSE)
+            found = sample(model, folder, prompts["validation"], COURSE)
             course.append(measure(step_of(folder), *found, course[0]["answers"]))
     with stage("After training: the test prompts, and the ranking of given answers to them"):
         after, logratios = sample(model, output, prompts["test"], SAMPLING)
@@ -140,12 +140,11 @@ def get_model_and_data(config: dict) -> dict[str, list[dict]]:
     """Makes the model folder, and one file per split, so that training reads no prompt that is sampled later."""
     model = config["model_name_or_path"]
     subprocess.run([sys.executable, "scripts/get_smollm2.py", "--output", model], check=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     given = read_rows(PREFERENCES)
     train_rows = [row for row in given if row["split"] == "train"]
     rows = {
-        "train": [finished_first(row, tokenizer) for i, row in enumerate(train_rows) if i % 6],
-        "held-out": train_rows[::6],
+        "train": [finished_first(row) for i, row in enumerate(train_rows) if i % 6],
+        "validation": train_rows[::6],
         "test": [row for row in given if row["split"] == "test"],
     }
     folder = Path(config["dataset_name"])
@@ -156,10 +155,9 @@ def get_model_and_data(config: dict) -> dict[str, list[dict]]:
     return rows
 
 
-def finished_first(row: dict, tokenizer) -> dict:
-    """The row with the lowest score for answers that were cut off: length alone would be learned otherwise."""
-    cut = [len(tokenizer(text)["input_ids"]) >= LONGEST - 1 for text in row["responses"]]
-    return row | {"scores": [-1.0 if c else score for c, score in zip(cut, row["scores"], strict=True)]}
+def finished_first(row: dict) -> dict:
+    """The row with the lowest score for answers that were cut off, or length would be learned before kindness."""
+    return row | {"scores": [-1.0 if c else s for c, s in zip(row[UNFINISHED], row["scores"], strict=True)]}
 
 
 def foresee(config: dict, prompts: list) -> tuple[str, str]:
@@ -176,11 +174,11 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
             callbacks=[watch],
         )  # fmt: skip
         trainer.train()
-    steps = ceil(len(rows) / args.per_device_train_batch_size)
+    steps = config["max_steps"]
     step = watch.seconds[-1]  # the first one has the check of the first batch in it
     checkpoints = steps // config["save_steps"]
     few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
-    batch = few + (LONGEST - 2) * (more - few) / 8
+    batch = few + (SAMPLING.max_new_tokens - 2) * (more - few) / 8
     sampled = SAMPLING.num_generations * (2 * SAMPLING.prompts + (1 + checkpoints) * COURSE.prompts)
     # A step is four forwards' worth, of which the ranking needs two on every four test prompts.
     ranking = len(prompts) / args.per_device_train_batch_size * step / 2
