@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parent / "distributed_steps.py"
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 TOLERANCE, FLOOR = 1e-4, 0.1  # a difference is relative to the number, or to 0.1 where that is larger
 RESUMED = 1e-6  # largest difference of a run that goes on from a checkpoint to one that was not cut; 0 on one process
-SILENCE = 180  # seconds without a finished cell after which a launch counts as hung
+SILENCE = 600  # seconds without a finished cell after which a launch counts as hung; a start alone can take minutes
 
 MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "reward_l1": 0.01, "mask_learning_rate": 0.02}
 TRAINERS = {
@@ -60,6 +60,9 @@ MORE = {
         "peft": ["q_proj", "lm_head"],
         "settings": {**MASKS, "ranking": "plackett_luce"},
     },
+    "SWEPO, pretrained LoRA on the LM head": {"pretrained": ["q_proj", "lm_head"]},
+    "SWEPO, LoRA and a whole LM head": {"peft": ["q_proj"], "whole": ["lm_head"]},
+    "SWEPO, LoRA on the LM head, tied embeddings": {"peft": ["q_proj", "lm_head"], "tied": True},
     "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2}},
 }
 

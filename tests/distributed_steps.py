@@ -81,17 +81,17 @@ def check_engine(trainer, engine: str) -> None:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel)
 
 
-def adapter(wanted: bool | list[str] | None) -> LoraConfig | None:
+def adapter(wanted: bool | list[str] | None, **options) -> LoraConfig | None:
     """LoRA on all linear layers, or on those that are named."""
     targets = {"target_modules": wanted} if isinstance(wanted, list) else {}
-    return LoraConfig(**LORA | targets) if wanted else None
+    return LoraConfig(**LORA | targets | options) if wanted else None
 
 
-def saved_model(folder: Path, vocabulary: int, args) -> str:
+def saved_model(folder: Path, vocabulary: int, args, *, tied: bool = False) -> str:
     """The path of the tiny model: ZeRO-3 reads references and M-steps read starts from disk."""
-    path = folder / "model"
+    path = folder / ("tied" if tied else "model")
     if int(os.environ.get("RANK", "0")) == 0 and not path.exists():
-        tiny_llama(vocabulary).save_pretrained(path)
+        tiny_llama(vocabulary, tie_word_embeddings=tied).save_pretrained(path)
     args.distributed_state.wait_for_everyone()
     args.model_init_kwargs = {"dtype": "float32"}
     return str(path)
@@ -117,8 +117,9 @@ def numbers(logs: dict, prefix: str = "") -> dict[str, float]:
 def build(cell: dict, engine: str, folder: Path, **changes):
     """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
 
-    Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`,
-    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget` and `settings` (of the config).
+    Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `whole` (layers that train whole
+    beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `batch` of all processes
+    together, `accumulation`, `budget` and `settings` (of the config).
     """
     tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(
@@ -135,14 +136,19 @@ def build(cell: dict, engine: str, folder: Path, **changes):
     )  # fmt: skip
     args = trainer_class.config_class(**fields | cell.get("settings", {}) | changes)
     prepare(args, engine)
-    model = saved_model(folder, len(tokenizer), args) if engine == "zero3" else tiny_llama(len(tokenizer))
+    size, tied = len(tokenizer), cell.get("tied", False)
+    if engine == "zero3":
+        model = saved_model(folder, size, args, tied=tied)
+    else:
+        model = tiny_llama(size, tie_word_embeddings=tied)
     if cell.get("pretrained"):
         args.model_init_kwargs = None
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
         torch.manual_seed(7)
-        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+        model = get_peft_model(model, adapter(cell["pretrained"], init_lora_weights=False))
     return trainer_class(
-        model, args=args, processing_class=tokenizer, callbacks=[Numbers()], peft_config=adapter(cell.get("peft")),
+        model, args=args, processing_class=tokenizer, callbacks=[Numbers()],
+        peft_config=adapter(cell.get("peft"), modules_to_save=cell.get("whole")),
         train_dataset=Dataset.from_list(rows(cell.get("rows", 11))), eval_dataset=Dataset.from_list(rows(7, seed=2)),
     )  # fmt: skip
 
@@ -250,6 +256,9 @@ def main(options: dict) -> None:
     if engine.startswith("zero"):
         import deepspeed
 
+        # Only inference calls this operator, which DeepSpeed would compile now: minutes on a busy machine, and a
+        # build that was killed leaves a lock that every later process waits for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # On GPUs accelerate does this; with use_cpu it opens plain gloo, which DeepSpeed does not see.
         deepspeed.init_distributed("gloo")
     for cell in options["cells"]:

@@ -19,6 +19,7 @@ CHOSEN = {
     "fsdp2": [
         "SWEPO, 9 rows",
         "SparsePO, full",
+        "SparsePO, LoRA on the LM head",
         "InfoNCA, LoRA, checkpointing",
         "EMDPO, full",
         "SparsePO, LoRA, gone on",

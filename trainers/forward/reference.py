@@ -71,13 +71,16 @@ class Reference:
 @contextmanager
 def _same_learning(model: nn.Module) -> Iterator[None]:
     """The same weights are trainable at the end: PEFT makes those of an adapter trainable that it switches on."""
-    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    learning = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
     try:
         yield
     finally:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad != learning[name]:
-                parameter.requires_grad_(learning[name])
+            before, learns = learning[name]
+            # FSDP2 may leave gathered weights in the place of their shards, which come back with flags of their own.
+            for either in (before, parameter):
+                if either.requires_grad != learns:
+                    either.requires_grad_(learns)
 
 
 def make_reference(
