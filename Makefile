@@ -6,6 +6,7 @@ MATRIX_ARGS ?=
 BENCHMARK_ARGS ?=
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -17,7 +18,7 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo benchmark test test-distributed test-all check style clean
+.PHONY: help setup demo benchmark test test-lowest test-distributed test-all check style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
 test: $(READY)  ## run the tests, offline (PYTEST_ARGS="-k word" narrows them)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (20 minutes)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
@@ -53,22 +57,22 @@ style: $(READY)  ## fix what ruff can fix, and format
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "PolyPO needs Python 3.11 or newer, but $(PYTHON) is '$$($(PYTHON) --version 2>&1)'." \
 	       "Name a newer one: make setup PYTHON=python3.11" >&2; exit 1; }
 	@echo "[1/3] creating $(VENV) ($$($(PYTHON) --version))"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "[2/3] installing torch (CPU build, about 200 MB)"
-	@$(PIP) install --no-deps -c constraints.txt torch 2>$(VENV)/torch.log || { \
+	@$(PIP) install --no-deps -c $(CONSTRAINTS) torch 2>$(VENV)/torch.log || { \
 	  echo "      not in the default package index; taking it from $(TORCH_CPU_INDEX)"; \
-	  $(PIP) install --no-deps -c constraints.txt --index-url $(TORCH_CPU_INDEX) torch || { \
-	    echo "The torch of constraints.txt was found in neither place. The default index said:" >&2; \
+	  $(PIP) install --no-deps -c $(CONSTRAINTS) --index-url $(TORCH_CPU_INDEX) torch || { \
+	    echo "The torch of $(CONSTRAINTS) was found in neither place. The default index said:" >&2; \
 	    cat $(VENV)/torch.log >&2; exit 1; }; }
 	@echo "[3/3] installing polypo and its pinned dependencies (a minute or two)"
-	@$(PIP) install -c constraints.txt -e ".[demo,dev]"
+	@$(PIP) install -c $(CONSTRAINTS) -e ".[demo,dev]"
 	@touch $@
 	@echo "$(VENV) is ready"

@@ -164,13 +164,13 @@ def _collate(rows: Dataset, batch: list[int]) -> dict[str, torch.Tensor]:
 
 def run_facts(trainer_class: type[PreferenceTrainer], args: PreferenceConfig, shape: ModelShape, plan: Plan) -> Run:
     """What the arithmetic needs of the training arguments."""
-    options = args.activation_checkpointing_kwargs or {}
+    options = args.gradient_checkpointing_kwargs or {}
     every = options.get("every_n_layers", 1)
     synced = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
     optimizer = getattr(args.optim, "value", str(args.optim))
     return Run(
         half=args.bf16 or args.fp16 or plan.mixed_precision in ("bf16", "fp16"),
-        checkpointed=math.ceil(shape.layers / every) if args.activation_checkpointing or plan.recompute else 0,
+        checkpointed=math.ceil(shape.layers / every) if args.gradient_checkpointing or plan.recompute else 0,
         offload_checkpoints=bool(options.get("offload", False)),
         whole_gradients=plan.engine == "fsdp" and args.gradient_accumulation_steps > 1 and not synced,
         moments=next((states for name, states in STATES.items() if name in optimizer), 2),

@@ -129,7 +129,7 @@ def build(cell: dict, engine: str, folder: Path, **changes):
         per_device_train_batch_size=cell.get("batch", 4) // PROCESSES, per_device_eval_batch_size=2,
         # A budget sets the size of a micro-batch, so one process needs two of them where two processes have one each.
         gradient_accumulation_steps=2 // PROCESSES if "budget" in cell else cell.get("accumulation", 1),
-        save_strategy="no", disable_tqdm=True, activation_checkpointing=cell.get("checkpointing", False),
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=cell.get("checkpointing", False),
         layout=cell.get("layout", "shared"), precompute_ref_logps=cell.get("precompute", False),
         ref_cache_dir=str(folder / cell["name"] / "cache"), max_tokens_per_batch=cell.get("budget"),
         **engine_arguments(engine),
@@ -158,7 +158,7 @@ def steps(cell: dict, engine: str, folder: Path) -> dict:
     trainer = build(cell, engine, folder)
     trainer.train()
     check_engine(trainer, engine)
-    assert trainer.model.is_activation_checkpointing == cell.get("checkpointing", False)
+    assert trainer.model.is_gradient_checkpointing == cell.get("checkpointing", False)
     return {"found": results(trainer)}
 
 
@@ -218,7 +218,7 @@ def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
     out = folder / cell["name"]
     fields = dict(
         per_device_train_batch_size=4 // PROCESSES, ref_tokens_per_batch=60, optim="adamw_torch", max_steps=5,
-        logging_steps=1, rounds=1, adam_epsilon=EPSILON, activation_checkpointing=cell.get("checkpointing", False),
+        logging_steps=1, rounds=1, adam_epsilon=EPSILON, gradient_checkpointing=cell.get("checkpointing", False),
         **engine_arguments(engine, gather=cell.get("gather", True)),
     )  # fmt: skip
     args = em_config(out, **fields | cell.get("settings", {}))

@@ -230,9 +230,7 @@ def test_recomputing_and_sharding_need_less(recipe, capsys):
         return float(re.search(r"activations +\(?([\d.]+)", report)[1]), report
 
     whole, _ = needs("--model_init_kwargs", '{"num_hidden_layers": 40}')
-    recomputed, report = needs(
-        "--model_init_kwargs", '{"num_hidden_layers": 40}', "--activation_checkpointing", "true"
-    )
+    recomputed, report = needs("--model_init_kwargs", '{"num_hidden_layers": 40}', "--gradient_checkpointing", "true")
     assert recomputed < whole / 5
     assert "40 of 40 layers recomputed" in report
 

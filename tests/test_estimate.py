@@ -26,7 +26,7 @@ def build(widths, *, layers=4, dtype=torch.float32, lora=False, recompute=False,
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model = add_adapter(model, LoraConfig(**LORA), zero3=False) if lora else model
     if recompute:
-        base_model(model).activation_checkpointing_enable({"use_reentrant": False})
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model
 

@@ -44,8 +44,8 @@ def step_of(cls, widths, folder, *, lora, vocabulary=1500, layers=4, **options):
     )  # fmt: skip
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(2)]))
     trainer.model.train()
-    if args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step():
         trainer.compute_loss(trainer.model, batch).backward()
@@ -99,7 +99,7 @@ ONES, TWO_MASKS = {"mask": "ones"}, {"independent": True}
     ],
 )
 def test_peak_of_a_step_of_each_method(cls, options, lora, recompute, vocabulary, tmp_path):
-    options = {**options, "activation_checkpointing": recompute}
+    options = {**options, "gradient_checkpointing": recompute}
     trainer, step = step_of(cls, WIDE, tmp_path, lora=lora, vocabulary=vocabulary, **options)
     shape, batch, run = estimated(trainer)
     items = memory(shape, batch, Plan(), run)
@@ -119,9 +119,7 @@ def models(trainer):
 @pytest.mark.parametrize("lora", [False, True])
 def test_peak_of_a_kl_through_a_head_that_is_not_plain(lora, tmp_path, monkeypatch):
     monkeypatch.setattr(divergence, "is_plain", lambda head, rule: False)  # FSDP and quantisation make such heads
-    trainer, step = step_of(
-        SPARSEPO, WIDE, tmp_path, lora=lora, vocabulary=12000, activation_checkpointing=True, **ONES
-    )
+    trainer, step = step_of(SPARSEPO, WIDE, tmp_path, lora=lora, vocabulary=12000, gradient_checkpointing=True, **ONES)
     shape, batch, run = estimated(trainer)
     items = memory(dataclasses.replace(shape, plain_head=False), batch, Plan(), run)
     there = sum(item.size for item in items if item.name in STATES)
@@ -156,7 +154,7 @@ ATTENTION_ON_CPU = {
 )
 def test_operations_are_those_that_torch_counts(cls, options, lora, recompute, layout, tmp_path):
     trainer, step = step_of(
-        cls, WIDE, tmp_path, lora=lora, vocabulary=5000, activation_checkpointing=recompute, layout=layout, **options
+        cls, WIDE, tmp_path, lora=lora, vocabulary=5000, gradient_checkpointing=recompute, layout=layout, **options
     )
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         step()

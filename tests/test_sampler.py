@@ -226,7 +226,7 @@ def test_training_mode_and_checkpointing_are_put_back(policy):
     model = tiny_llama(len(tokenizer), attention_dropout=0.5)
     model.train()
     model.model.layers[1].eval()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     before = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
     during = []
     model.model.register_forward_pre_hook(

@@ -279,7 +279,7 @@ def test_ranked_responses_and_gradient_checkpointing(tmp_path, tokenizer):
     data = [row for row in rows(9) if len(set(row["scores"])) > 1]
     for ranking in ("best_worst", "plackett_luce"):
         for adapter in (None, LoraConfig(**LORA)):
-            t = trainer(tmp_path, tokenizer, data=data, ranking=ranking, activation_checkpointing=True,
+            t = trainer(tmp_path, tokenizer, data=data, ranking=ranking, gradient_checkpointing=True,
                         peft_config=adapter)  # fmt: skip
             t.train()
             assert t.evaluate()["eval_rewards/margins"] > 0

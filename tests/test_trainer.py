@@ -365,11 +365,11 @@ def test_the_first_batch_is_checked_without_dropout_and_nothing_else_is(tmp_path
     for dropout in (0.0, 0.3):
         model = tiny_llama(len(tokenizer), attention_dropout=dropout)
         t = trainer(
-            tmp_path, tokenizer, model=model, disable_dropout=False, activation_checkpointing=True, layout=layout
+            tmp_path, tokenizer, model=model, disable_dropout=False, gradient_checkpointing=True, layout=layout
         )
         t.train()
         found.append([log["loss"] for log in t.state.log_history if "loss" in log])
-        assert all(module.training for module in t.model.modules()) and t.model.is_activation_checkpointing
+        assert all(module.training for module in t.model.modules()) and t.model.is_gradient_checkpointing
     assert found[0] != pytest.approx(found[1], abs=1e-4)
 
 

@@ -65,9 +65,6 @@ class PreferenceTrainer(Trainer):
     resumes_by_itself: bool = False  # whether `train` goes on from output_dir without being told of a checkpoint
     unsupported_engines: tuple[str, ...] = ()  # of "fsdp" and "zero3": where a run is refused
 
-    # `compute_loss` divides by the prompts of the whole accumulation window itself.
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -135,8 +132,8 @@ class PreferenceTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported: start with `accelerate launch`.")
         warn_if_emulated(self.compute_dtype, self.accelerator.device)
-        # The Trainer would otherwise look for labels and rescale the loss by their number.
-        self.model_accepts_loss_kwargs = False
+        # `compute_loss` divides by the prompts of the accumulation window; else the Trainer would divide by its steps.
+        self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
         if self.table is not None:

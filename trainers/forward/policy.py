@@ -106,7 +106,7 @@ def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | N
         model = add_adapter(model, peft_config, zero3=zero3)
     if isinstance(model, PeftModel):
         refuse_prompt_learning(model.active_peft_config)
-        if args.activation_checkpointing:
+        if args.gradient_checkpointing:
             _fit_checkpointing_to_adapter(model, args, zero3=zero3)
     if args.disable_dropout:
         if has_dropout(model):
@@ -142,7 +142,8 @@ def _fit_checkpointing_to_adapter(model: PeftModel, args, *, zero3: bool) -> Non
     """Gradient checkpointing under an adapter needs gradients at the input of the frozen base."""
     model.enable_input_require_grads()
     if zero3:  # DeepSpeed partitions adapters in the recomputed forward unless checkpointing is reentrant (#8130).
-        args.activation_checkpointing_kwargs = {**(args.activation_checkpointing_kwargs or {}), "use_reentrant": True}
+        options = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+        args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = options  # the old and the new name
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
