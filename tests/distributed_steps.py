@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
 from emdpo_rows import em_config, opposed_rows  # noqa: E402
-from helpers import build_tokenizer, leave_processes, tiny_llama  # noqa: E402
+from helpers import build_tokenizer, leave_processes, tiny_gemma3, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -118,7 +118,8 @@ def build(cell: dict, engine: str, folder: Path, **changes):
     """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`,
-    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget` and `settings` (of the config).
+    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget`, `tower` (a model with one for images) and
+    `settings` (of the config).
     """
     tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(
@@ -136,6 +137,8 @@ def build(cell: dict, engine: str, folder: Path, **changes):
     args = trainer_class.config_class(**fields | cell.get("settings", {}) | changes)
     prepare(args, engine)
     model = saved_model(folder, len(tokenizer), args) if engine == "zero3" else tiny_llama(len(tokenizer))
+    if cell.get("tower"):
+        model = tiny_gemma3(len(tokenizer))
     if cell.get("pretrained"):
         args.model_init_kwargs = None
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
