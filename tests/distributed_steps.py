@@ -118,8 +118,8 @@ def build(cell: dict, engine: str, folder: Path, **changes):
     """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `checkpointing`, `layout`,
-    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget`, `tower` (a model with one for images) and
-    `settings` (of the config).
+    `precompute`, `rows`, `batch` of all processes together, `accumulation`, `budget`, `tower` (a model with
+    one for images) and `settings` (of the config).
     """
     tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(

@@ -80,7 +80,10 @@ def test_sizes_of_tables():
     assert sizes(OPTConfig(**opt, num_hidden_layers=1, max_position_embeddings=POSITIONS)) == (61, POSITIONS)
     assert table_sizes(tiny_llama(61, max_position_embeddings=POSITIONS)) == (61, None)
     targets = ["embed_tokens", "lm_head"]
-    for adapter in (LoraConfig(target_modules=targets), LoraConfig(modules_to_save=targets, target_modules=["q_proj"])):
+    for adapter in (
+        LoraConfig(target_modules=targets),
+        LoraConfig(modules_to_save=targets, target_modules=["q_proj"]),
+    ):
         assert table_sizes(get_peft_model(tiny_llama(61), adapter).get_base_model()) == (61, None)
     assert table_sizes(tiny_gemma3(61)) == (64, None)
 
@@ -135,7 +138,9 @@ def test_a_processor_gives_its_tokenizer(tmp_path, tokenizer):
 def test_a_model_with_towers_trains_on_text_in_both_layouts(tmp_path, tokenizer):
     losses = []
     for layout in ("rows", "shared"):
-        t = trainer(tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), layout=layout, activation_checkpointing=True)
+        t = trainer(
+            tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), layout=layout, activation_checkpointing=True
+        )
         assert t.args.ddp_find_unused_parameters  # text leaves the tower without gradients
         t.train()
         losses.append([log["loss"] for log in t.state.log_history if "loss" in log])
