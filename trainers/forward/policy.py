@@ -225,10 +225,10 @@ def table_sizes(model: PreTrainedModel) -> tuple[int, int | None]:
     # A layer under an adapter names its rows as one of its sizes; the weights of a sharded one are empty.
     rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or len(tokens.weight)
     decoder, longest = model.get_decoder(), getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    sizes = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    sizes += [len(buffer) for buffer in decoder.buffers() if buffer.dim() == 2]
-    # OPT's table begins with two rows that stand for no position. Rotary positions have no table.
-    has_table = longest is not None and any(size in (longest, longest + 2) for size in sizes)
+    learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    fixed = [len(buffer) for buffer in decoder.buffers() if buffer.dim() == 2]
+    # OPT's table begins with two rows that stand for no position. Most models compute positions and have no table.
+    has_table = longest is not None and (longest in [*learned, *fixed] or longest + 2 in learned)
     return min(rows, head_rows(model.get_output_embeddings())), longest if has_table else None
 
 
