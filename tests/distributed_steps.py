@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
 from emdpo_rows import em_config, opposed_rows  # noqa: E402
-from helpers import build_tokenizer, leave_processes, tiny_llama  # noqa: E402
+from helpers import build_tokenizer, leave_processes, tiny_gemma3, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,7 +119,7 @@ def build(cell: dict, engine: str, folder: Path, **changes):
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `whole` (layers that train whole
     beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `batch` of all processes
-    together, `accumulation`, `budget` and `settings` (of the config).
+    together, `accumulation`, `budget`, `tower` (a model with one for images) and `settings` (of the config).
     """
     tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(
@@ -140,7 +140,7 @@ def build(cell: dict, engine: str, folder: Path, **changes):
     if engine == "zero3":
         model = saved_model(folder, size, args, tied=tied)
     else:
-        model = tiny_llama(size, tie_word_embeddings=tied)
+        model = tiny_gemma3(size) if cell.get("tower") else tiny_llama(size, tie_word_embeddings=tied)
     if cell.get("pretrained"):
         args.model_init_kwargs = None
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model

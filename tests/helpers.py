@@ -6,7 +6,13 @@ import sys
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
@@ -105,6 +111,20 @@ def tiny_llama(vocab_size: int, *, seed: int = 0, **kwargs) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def tiny_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
+    """A randomly initialised Gemma 3 with a tower for images, in float32."""
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {**size, "vocab_size": vocab_size + 3, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma3Config(
+        text_config=text, vision_config={**size, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=vocab_size, boi_token_index=vocab_size + 1,
+        eoi_token_index=vocab_size + 2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma3ForConditionalGeneration(config).float()
 
 
 def leave_processes() -> None:

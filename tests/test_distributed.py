@@ -77,6 +77,15 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_numbers(engine,
     assert matrix.difference(lines["again"]["found"], lines["whole"]["whole"]) <= 1e-6
 
 
+@pytest.mark.distributed
+def test_text_alone_trains_a_multimodal_model_under_ddp_with_checkpointing(tmp_path):
+    cell = {"name": "unused tower", "trainer": "DPOTrainer", "tower": True, "checkpointing": True,
+            "settings": {"ddp_find_unused_parameters": None, "max_steps": 3}}  # fmt: skip
+    alone, found = (matrix.run_engine(engine, [cell], tmp_path)[cell["name"]] for engine in ("single", "ddp"))
+    text, good = matrix.verdict(found, alone, "ddp")
+    assert good, found.get("failed", text)
+
+
 def test_differences_are_seen():
     expected = {"loss": 2.0, "margin": 1e-3}
     assert matrix.difference(expected, expected) == 0

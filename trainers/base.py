@@ -28,7 +28,7 @@ from .forward.reference import make_reference
 from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
 from .forward.safe_files import refuse_pickled_code
-from .inputs import prepare_rows
+from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
 
@@ -48,7 +48,7 @@ class PreferenceTrainer(Trainer):
             adapter off).
         args: the method's config (`config_class`).
         train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict.
-        processing_class: tokenizer; by default the one beside the model.
+        processing_class: tokenizer, or processor whose tokenizer is taken; by default the one beside the model.
         peft_config, quantization_config: train a fresh adapter, on a quantised base if both are given.
         compute_metrics: called with predictions (policy logps, reference logps), each (prompts,K) sums over tokens,
             and label_ids (scores, mask); a slot holds a response where mask is 1, all else in it is padding.
@@ -95,6 +95,7 @@ class PreferenceTrainer(Trainer):
             policies.check_optimizer(optimizers[0], model)
         if processing_class is None:
             processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
+        processing_class = policies.text_tokenizer(processing_class)
         policies.set_pad_token(processing_class, args.pad_token)
         self._start = start_of_run(model, ref_model, fresh_adapter=fresh_adapter, needs_reference=self.needs_reference)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
@@ -116,7 +117,10 @@ class PreferenceTrainer(Trainer):
             copy_policy = self.table is None or bool(self.table.missing())
             self.reference = make_reference(model, ref_model, fresh_adapter=fresh_adapter, copy_policy=copy_policy)
             models += [self.reference.model] if self.reference.model is not None else []
-        self.runner = Runner([policies.base_model(m) for m in models], args.layout)
+        models = [policies.base_model(m) for m in models]
+        self.runner = Runner(models, args.layout)
+        for rows in (train_dataset, eval_dataset):
+            check_ranges(rows, models)
 
         super().__init__(
             model=model,
@@ -193,6 +197,9 @@ class PreferenceTrainer(Trainer):
             policy = self.policy_forward(model, batch, reference)
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
+        if policy.aux_loss is not None:  # per prompt, so that batches of a window weigh as their prompts do
+            losses = losses + self.runner.router.coefficient * policy.aux_loss.to(losses)
+            metrics = metrics | {"aux_loss": policy.aux_loss}
         weights = self._weights(batch)
         self._record(batch, losses, weights, metrics | self._common_metrics(batch, policy))
         return losses, weights, policy, reference
@@ -283,11 +290,13 @@ class PreferenceTrainer(Trainer):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args)
+            check_ranges(eval_dataset, [policies.base_model(self.model)])
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
         test_dataset = prepare_rows(test_dataset, self.processing_class, self.args)
+        check_ranges(test_dataset, [policies.base_model(self.model)])
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def hyperparameter_search(self, *args, **kwargs):

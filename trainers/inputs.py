@@ -1,10 +1,12 @@
 """The data sets that a trainer is given, as tokenised rows."""
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig
 from .data.prepare import prepare_dataset
+from .forward.policy import table_sizes
 
 
 def prepare_rows(
@@ -39,3 +41,47 @@ def prepare_rows(
             num_proc=args.dataset_num_proc,
             chat_template_kwargs=args.chat_template_kwargs,
         )
+
+
+def check_ranges(dataset: Dataset | dict[str, Dataset] | None, models: list[PreTrainedModel]) -> None:
+    """Compare the token ids and the lengths of tokenised rows with the tables of the models that they will be fed to.
+
+    Raises:
+        ValueError: a row holds a token or a position that a model has no entry for.
+    """
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for part in dataset.values():
+            check_ranges(part, models)
+        return
+    lowest, highest, longest = _extremes(dataset)
+    for model in models:
+        tokens, positions = table_sizes(model)
+        if lowest < 0 or highest >= tokens:
+            raise ValueError(
+                f"The rows hold token ids from {lowest} to {highest}, but {type(model).__name__} knows 0 to "
+                f"{tokens - 1}: take the tokenizer of the model, or call "
+                "model.resize_token_embeddings(len(tokenizer)) first."
+            )
+        # the last token of a response is never fed
+        if positions is not None and longest - 1 > positions:
+            raise ValueError(
+                f"The longest row has {longest} tokens, but {type(model).__name__} has a table of {positions} "
+                f"positions: set max_length to {positions}."
+            )
+
+
+def _extremes(dataset: Dataset) -> tuple[int, int, int]:
+    """Lowest and highest token id of tokenised rows, and the tokens of the longest prompt with one response."""
+    ids, longest = [0], 0
+    for table in dataset.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
+        prompts, groups = (table[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
+        responses = groups.flatten()
+        lengths = pc.add(
+            pc.list_value_length(prompts).take(pc.list_parent_indices(groups)), pc.list_value_length(responses)
+        )
+        longest = max(longest, pc.max(lengths).as_py())
+        for tokens in (prompts.flatten(), responses.flatten()):
+            ids += pc.min_max(tokens).as_py().values()
+    return min(ids), max(ids), longest

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .router import router_loss
+
 # Logits of one chunk (tokens x vocabulary): 256 MiB in float32 on an accelerator, less on CPUs with small caches.
 CHUNK_ELEMENTS = 2**26
 CPU_CHUNK_ELEMENTS = 2**24
@@ -78,15 +80,26 @@ def read_logps(this: Pass) -> dict[str, Tensor]:
 def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) -> None:
     """Let `model(..., positions=, targets=, reading=)` return what the reading says instead of logits.
 
-    Without `positions` the model's own forward runs, so that generation and `transformers.pipeline` see no difference.
+    A mixture of experts whose config asks for it also gives "aux_loss", the scalar loss of its router over the tokens
+    that `fed` marks. Without `positions` the model's own forward runs, so that generation and `transformers.pipeline`
+    see no difference.
 
     Raises:
-        ValueError: the model has no language-model head.
+        ValueError: the model is no causal language model: it has an encoder, no head, or no body apart from the head.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has an encoder, which sees the whole response: only decoders can be trained here."
+        )
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM.")
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} has no body that can be run without its LM head (its base_model is itself): load "
+            "it with AutoModelForCausalLM, or take a model whose base_model_prefix names its body."
+        )
     original = model.forward
-    rule = logit_rule(model.config)
+    rule, router = logit_rule(model.config), router_loss(model.config)
 
     @wraps(original.__func__ if isinstance(original, MethodType) else original)
     def forward(
@@ -95,12 +108,20 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         positions: Tensor | None = None,
         targets: Tensor | None = None,
         reading: Reading = read_logps,
+        fed: Tensor | None = None,
         **kwargs,
     ):
         if positions is None:
             return original(*args, **kwargs)
-        body = partial(self.base_model, *args, use_cache=False, **kwargs)
-        return reading(Pass(self, body, positions, targets, rule, chunk_elements))
+        options, aux = {"use_cache": False} | ({} if router is None else {"output_router_logits": True}), {}
+
+        def body(**more):
+            output = self.base_model(*args, **kwargs, **options, **more)
+            if router is not None:
+                aux["aux_loss"] = router(output.router_logits, fed)
+            return output
+
+        return reading(Pass(self, body, positions, targets, rule, chunk_elements)) | aux
 
     model.forward = MethodType(forward, model)
 

@@ -49,6 +49,7 @@ class ModelInputs(NamedTuple):
     positions: Tensor  # (N,) index into the flattened rows
     targets: Tensor  # (N,) token ids
     branches: Branches | None = None
+    fed: Tensor | None = None  # (rows,L) bool: which tokens are no padding, None for all
 
 
 def rows_layout(batch: dict[str, Tensor]) -> ModelInputs:
@@ -65,7 +66,7 @@ def rows_layout(batch: dict[str, Tensor]) -> ModelInputs:
     steps = torch.arange(responses.size(1), device=prefix.device)
     first = torch.arange(len(owner), device=prefix.device) * at.size(1) + prefix - 1
     positions = (first.unsqueeze(1) + steps)[steps < lengths.unsqueeze(1)]
-    return ModelInputs(input_ids, None, positions, batch["response_ids"][batch["response_mask"]])
+    return ModelInputs(input_ids, None, positions, batch["response_ids"][batch["response_mask"]], fed=fed)
 
 
 def shared_layout(batch: dict[str, Tensor]) -> ModelInputs:

@@ -6,11 +6,20 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer import disable_dropout_in_model
 
+from .head import head_rows
+from .router import router_loss
 from .safe_files import SAFE, refuse_cut_weights, refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
@@ -113,7 +122,26 @@ def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | N
             logger.warning("Dropout of the model or its adapter (lora_dropout) is switched off: to keep it, set "
                            "disable_dropout to false.")  # fmt: skip
         disable_dropout(model)
+    _fit_arguments(args, base_model(model).config)
     return model
+
+
+def _fit_arguments(args, config: PretrainedConfig) -> None:
+    """Settings that a kind of model needs.
+
+    Raises:
+        ValueError: the loss of a router would have no gradient.
+    """
+    reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.activation_checkpointing and reentrant and router_loss(config) is not None:
+        raise ValueError(
+            "Reentrant activation checkpointing runs the layers without gradients, so the loss of the router would "
+            "change nothing: leave use_reentrant out of activation_checkpointing_kwargs (with an adapter under ZeRO-3 "
+            "set activation_checkpointing to false), or set output_router_logits in the model's config to false."
+        )
+    # Text leaves the towers of a multimodal model without gradients, for which DDP would wait.
+    if args.ddp_find_unused_parameters is None and config.get_text_config() is not config and not reentrant:
+        args.ddp_find_unused_parameters = True
 
 
 def refuse_frozen(model: nn.Module) -> None:
@@ -185,6 +213,24 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(
         path, revision=kwargs.get("revision") or "main", trust_remote_code=kwargs.get("trust_remote_code", False)
     )
+
+
+def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a multimodal processor, or the tokenizer itself: training is on text."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def table_sizes(model: PreTrainedModel) -> tuple[int, int | None]:
+    """How many token ids a model can be fed and can predict, and how many positions where it has a table of them."""
+    tokens = model.get_input_embeddings()
+    # A layer under an adapter names its rows as one of its sizes; the weights of a sharded one are empty.
+    rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or len(tokens.weight)
+    decoder, longest = model.get_decoder(), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    fixed = [len(buffer) for buffer in decoder.buffers() if buffer.dim() == 2]
+    # OPT's table begins with two rows that stand for no position. Most models compute positions and have no table.
+    has_table = longest is not None and (longest in [*learned, *fixed] or longest + 2 in learned)
+    return min(rows, head_rows(model.get_output_embeddings())), longest if has_table else None
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> None:

@@ -17,6 +17,7 @@ from .attention import FLEX, SHARED_SDPA, flex_mask
 from .head import Reading, add_logps_head, read_logps
 from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
 from .policy import has_dropout
+from .router import RouterLoss, router_loss
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,12 @@ class Forward(NamedTuple):
     `logps` is (B,K,R), float32 or wider: the log-probability of each response token, 0 elsewhere. Cached reference
     values are (B,K,1), the sums over the tokens, unless the method asks for tokens; `logps.sum(-1)` is right for both.
     `values` is what else the method's reading gave, for the N response tokens in the order of `response_mask`.
+    `aux_loss` is the loss of the router, a scalar, where the model is a mixture of experts that is trained with it.
     """
 
     logps: Tensor
     values: Mapping[str, Tensor] = MappingProxyType({})
+    aux_loss: Tensor | None = None
 
 
 class LayoutError(RuntimeError):
@@ -63,6 +66,7 @@ class Runner:
             logger.warning("Prompts are not shared between responses: %s. Training goes on with padded rows.", reason)
         self.layout = "rows" if reason else layout
         self._window = min((w for w in map(sliding_window, models) if w is not None), default=None)
+        self.router = router_loss(models[0].config)
         self._flex = models[0].config._attn_implementation == FLEX
         self._checked = False
 
@@ -80,6 +84,7 @@ class Runner:
         Raises:
             LayoutError: they differ, and there is no other layout to go on with.
             FloatingPointError: they are not finite.
+            ValueError: the loss of the router is not the model's own.
         """
         if self._checked:
             return
@@ -87,7 +92,8 @@ class Runner:
         model = getattr(model, "_orig_mod", model)  # torch.compile would compile for these calls alone
         with accelerator.autocast(), without_dropout(model):
             limit = agreement(model)
-            difference = check_first_batch(model, batch, shared=self.layout != "rows", flex=self._flex)
+            shared = self.layout != "rows"
+            difference = check_first_batch(model, batch, shared=shared, flex=self._flex, router=self.router)
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
         if difference <= limit:
             return
@@ -150,11 +156,17 @@ def run(
     logps = values.pop("logps")
     if logps.dtype in (torch.float16, torch.bfloat16):
         logps = logps.float()
-    return Forward(to_responses(logps, batch["response_mask"]), values)
+    aux_loss = values.pop("aux_loss", None)
+    return Forward(to_responses(logps, batch["response_mask"]), values, aux_loss)
 
 
 def _keywords(inputs: ModelInputs, flex: bool) -> dict:
-    keywords = {"input_ids": inputs.input_ids, "positions": inputs.positions, "targets": inputs.targets}
+    keywords = {
+        "input_ids": inputs.input_ids,
+        "positions": inputs.positions,
+        "targets": inputs.targets,
+        "fed": inputs.fed,
+    }
     if inputs.branches is None:
         return keywords
     keywords["position_ids"] = inputs.position_ids
@@ -210,13 +222,22 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
     return None
 
 
-def check_first_batch(model: nn.Module, batch: dict[str, Tensor], *, shared: bool, flex: bool = False) -> float:
+def check_first_batch(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    shared: bool,
+    flex: bool = False,
+    router: RouterLoss | None = None,
+) -> float:
     """Mean difference per token between `run` and the model's own logits, on a part of the first prompt's group."""
     group = _small_group(batch)
     inputs = rows_layout(group)
     with torch.no_grad():
-        logits = model(input_ids=inputs.input_ids).logits
-        logits = logits.flatten(0, 1).index_select(0, inputs.positions)
+        own = model(input_ids=inputs.input_ids, **({} if router is None else {"output_router_logits": True}))
+        if router is not None:
+            router.check(own)
+        logits = own.logits.flatten(0, 1).index_select(0, inputs.positions)
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         expected = wide.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
         found = run(model, group, shared=shared, flex=flex).logps[group["response_mask"]]

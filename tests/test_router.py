@@ -1,0 +1,192 @@
+"""The loss of a mixture's router: the model's own value and gradient, in both layouts, and its weight in a step."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import DogeConfig, DogeForCausalLM, JetMoeConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from batches import RAGGED, make_batch
+from helpers import build_tokenizer
+from test_trainer import LORA, config, rows
+from trainers import SWEPOTrainer
+from trainers.forward.layout import rows_layout
+from trainers.forward.router import router_loss
+from trainers.forward.run import prepare_forward, run
+
+VOCAB = 61
+
+
+def mixtral(vocab=VOCAB, coefficient=100.0):
+    settings = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+        "router_aux_loss_coef": coefficient,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**settings))
+
+
+def own_loss(model, batch):
+    """What the model itself gives for padded rows that end before the last token."""
+    inputs = rows_layout(batch)
+    lengths = batch["prompt_mask"].sum(1, keepdim=True) + batch["response_mask"].sum(2) - 1
+    at = torch.arange(inputs.input_ids.size(1))
+    mask = (at < lengths[batch["mask"]].unsqueeze(1)).long()
+    return model(input_ids=inputs.input_ids, attention_mask=mask).aux_loss
+
+
+def own_loss_of_shared_prompts(model, batch):
+    """Mixtral's loss of the router logits that the model has for each response alone, a trunk taken once."""
+    layers = [[] for _ in range(model.config.num_hidden_layers)]
+    for i in range(len(batch["mask"])):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
+        for j in batch["mask"][i].nonzero().flatten().tolist():
+            response = batch["response_ids"][i, j][batch["response_mask"][i, j]]
+            found = model(input_ids=torch.cat([prompt, response[:-1]])[None]).router_logits
+            for layer, logits in zip(layers, found, strict=True):
+                layer.append(logits[0 if j == 0 else len(prompt) - 1 :])
+    return load_balancing_loss_func(tuple(map(torch.cat, layers)), 4, 2)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared, own", [(False, own_loss), (True, own_loss_of_shared_prompts)])
+def test_the_loss_and_its_gradient_are_the_models_own(shared, own, checkpointing):
+    model, batch = mixtral(), make_batch(RAGGED, VOCAB)
+    expected = own(model, batch)
+    expected_gradients = gradients(model, expected)
+    assert prepare_forward(model, share=shared) is None
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    found = run(model, batch, shared=shared)
+    assert not found.values  # the loss is no value of a token
+    torch.testing.assert_close(found.aux_loss, expected, rtol=1e-5, atol=0)
+    found_gradients = gradients(model, found.aux_loss)
+    assert expected_gradients["model.layers.1.mlp.gate.weight"].abs().max() > 1e-3
+    for name, value in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+
+
+def test_layouts_differ_in_the_tokens_that_are_counted():
+    model, batch = mixtral(), make_batch([(20, [2, 2, 2])], VOCAB)
+    prepare_forward(model, share=True)
+    padded, packed = (run(model, batch, shared=shared).aux_loss for shared in (False, True))
+    assert (padded - packed).abs() > 1e-3
+
+
+def step(tmp_path, coefficient, batch, accumulation, **keywords):
+    """One step: what is logged, the gradients of the optimiser's step, the micro-batches and the trainer."""
+    gradient, batches, tokenizer = {}, [], build_tokenizer()
+
+    class Grab(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            gradient.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    extra = {name: keywords.pop(name) for name in ("peft_config", "eval_dataset") if name in keywords}
+    args = config(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
+                  learning_rate=0.0, **keywords)  # fmt: skip
+    data = [row for row in rows() if len(set(row["scores"])) > 1][:6]
+    t = SWEPOTrainer(mixtral(len(tokenizer), coefficient), args=args, train_dataset=Dataset.from_list(data),
+                     processing_class=tokenizer, callbacks=[Grab()], **extra)  # fmt: skip
+    loss = t.loss
+
+    def seen(inputs, policy, reference):
+        batches.append(inputs)
+        return loss(inputs, policy, reference)
+
+    t.loss = seen
+    t.train()
+    return t.state.log_history[0], gradient, batches, t
+
+
+@pytest.mark.parametrize("layout, own", [("rows", own_loss), ("shared", own_loss_of_shared_prompts)])
+@pytest.mark.parametrize("batch, accumulation", [(6, 1), (2, 3)])
+def test_a_step_adds_the_mean_over_its_micro_batches(tmp_path, layout, own, batch, accumulation):
+    without, plain, _, _ = step(tmp_path, 0.0, batch, accumulation, layout=layout)
+    logged, found, batches, t = step(tmp_path, 100.0, batch, accumulation, layout=layout)
+    assert len(batches) == accumulation
+    mean = sum(own(t.model, micro) for micro in batches) / accumulation
+    assert "aux_loss" not in without
+    assert logged["aux_loss"] == pytest.approx(float(mean), rel=1e-5)
+    assert logged["loss"] == pytest.approx(without["loss"] + 100 * float(mean), rel=1e-5)
+    expected = gradients(t.model, 100 * mean)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name] - plain[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+    name = "model.layers.0.mlp.gate.weight"
+    assert expected[name].abs().max() > 0.1
+
+
+def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path):
+    """A micro-batch weighs as its prompts do, so one of a prompt that is left out counts for nothing."""
+    tokenizer = build_tokenizer()
+    t = SWEPOTrainer(mixtral(len(tokenizer)), args=config(tmp_path), train_dataset=Dataset.from_list(rows()),
+                     processing_class=tokenizer)  # fmt: skip
+    batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in (2, 3)]))
+    aux = own_loss_of_shared_prompts(t.model, batch) if t.runner.shared(batch) else own_loss(t.model, batch)
+    rest = t.compute_loss(t.model, batch) - 100 * aux
+    t.runner.router = t.runner.router._replace(coefficient=0.0)
+    torch.testing.assert_close(rest, t.compute_loss(t.model, batch), rtol=0, atol=1e-3)
+
+
+def test_evaluation_counts_it_too_and_an_adapter_has_it(tmp_path):
+    data = Dataset.from_list([row for row in rows() if len(set(row["scores"])) > 1][:4])
+    keywords = {"peft_config": LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]}), "eval_dataset": data}
+    _, plain, _, t = step(tmp_path, 0.0, 6, 1, **copy.deepcopy(keywords))
+    without = t.evaluate()
+    _, found, batches, t = step(tmp_path, 100.0, 6, 1, **keywords)
+    batches.clear()
+    metrics = t.evaluate()
+    aux = float(own_loss_of_shared_prompts(t.model.get_base_model(), batches[0]))
+    assert "eval_aux_loss" not in without
+    assert metrics["eval_aux_loss"] == pytest.approx(aux, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(without["eval_loss"] + 100 * aux, rel=1e-5)
+    assert max((found[name] - plain[name]).abs().max() for name in found) > 0.1
+
+
+def test_reentrant_checkpointing_is_refused_as_the_router_would_not_learn(tmp_path):
+    model, batch = mixtral(), make_batch(RAGGED, VOCAB)
+    prepare_forward(model, share=False)
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    assert not run(model, batch, shared=False).aux_loss.requires_grad
+    with pytest.raises(ValueError, match="use_reentrant.*output_router_logits"):
+        step(tmp_path, 1.0, 2, 1, activation_checkpointing=True,
+             activation_checkpointing_kwargs={"use_reentrant": True})  # fmt: skip
+
+
+def test_a_loss_that_is_not_mixtrals_is_refused_at_the_first_batch(tmp_path):
+    tokenizer = build_tokenizer()
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4,
+                "output_router_logits": True}  # fmt: skip
+    model = DogeForCausalLM(DogeConfig(vocab_size=len(tokenizer), **settings))
+    t = SWEPOTrainer(model, args=config(tmp_path), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="another one than Mixtral's.*output_router_logits"):
+        t.train()
+
+
+def test_a_config_that_does_not_say_how_much_it_weighs_is_refused():
+    asked = JetMoeConfig(output_router_logits=True)
+    with pytest.raises(ValueError, match="router_aux_loss_coef is missing"):
+        router_loss(asked)
+    asked.router_aux_loss_coef = 0.5
+    assert router_loss(asked) == (2, 0.5)
+    asked.output_router_logits = False
+    assert router_loss(asked) is None
