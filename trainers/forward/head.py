@@ -24,6 +24,7 @@ CHUNK_ELEMENTS = 2**26
 CPU_CHUNK_ELEMENTS = 2**24
 # Elements of the weight's gradient that a CPU works on at once: a product that fits in its cache is cheap to widen.
 CPU_BLOCK_ELEMENTS = 2**21
+PLAIN = "_forward_to_logits"  # attribute of a prepared model: its own forward
 
 
 class LogitRule(NamedTuple):
@@ -85,8 +86,9 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
     """
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM.")
-    original = model.forward
-    rule = logit_rule(model.config)
+    if PLAIN not in vars(model):
+        vars(model)[PLAIN] = model.forward  # not in a closure, so that a copy of the model gets its own
+    original, rule = vars(model)[PLAIN], logit_rule(model.config)
 
     @wraps(original.__func__ if isinstance(original, MethodType) else original)
     def forward(
@@ -98,7 +100,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         **kwargs,
     ):
         if positions is None:
-            return original(*args, **kwargs)
+            return vars(self)[PLAIN](*args, **kwargs)
         body = partial(self.base_model, *args, use_cache=False, **kwargs)
         return reading(Pass(self, body, positions, targets, rule, chunk_elements))
 
