@@ -363,10 +363,8 @@ class PreferenceTrainer(Trainer):
         return output
 
     def log(self, logs, start_time=None):
-        if {
-            "loss",
-            "total_flos",
-        } & logs.keys():  # of training: the model's mode says nothing, a callback may change it
+        # What training logs; the mode of the model does not tell, because a callback may leave it in another one.
+        if "loss" in logs or "total_flos" in logs:
             metrics = self._meters["train"].compute(self.accelerator)
             self._meters["train"].reset()
             if metrics.get("prompts/without_signal") == 1:
