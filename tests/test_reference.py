@@ -200,7 +200,9 @@ def test_a_second_trainer_starts_from_where_the_first_one_ended(adapters, tokeni
     assert torch.equal(predicted(second)[1], before)
 
 
-@pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"peft_config": LoraConfig(**LORA)}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"bf16": True}, {"peft_config": LoraConfig(**LORA)}], ids=["full", "bf16", "lora"]
+)
 def test_a_copy_of_the_trained_model_runs_its_own_weights(tmp_path, tokenizer, fields):
     t = trainer(tmp_path, tokenizer, **copy.deepcopy(fields))
     t.train()
