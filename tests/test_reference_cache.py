@@ -17,6 +17,7 @@ from test_trainer import LORA, config, rows
 from trainers import SWEPOTrainer
 from trainers.forward.cache import LogpsCache, response_keys
 from trainers.forward.reference_pass import StaleCacheError
+from trainers.inputs import prepare_rows
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,58 @@ def test_new_rows_after_the_reference_is_gone_are_refused_with_the_fix(tmp_path,
     t.train()
     with pytest.raises(ValueError, match="eval_dataset"):
         t.evaluate(Dataset.from_list(rows(3, seed=11)))
+
+
+def prepared(t, n, seed):
+    """Further rows for a trainer that is there already."""
+    return t._number_rows(prepare_rows(Dataset.from_list(rows(n, seed=seed)), t.processing_class, t.args))
+
+
+def test_a_second_training_keeps_the_cached_reference(tmp_path, tokenizer):
+    """The policy is at step 0 again, but is not its reference any more."""
+    t = make(tmp_path, tokenizer, learning_rate=0.5)
+    t.train()
+    cached = dict(t.table.cache.entries)
+    first = [log["loss"] for log in t.state.log_history if "loss" in log]
+    t.train()
+    second = [log["loss"] for log in t.state.log_history if "loss" in log]
+    online = make(tmp_path, tokenizer, learning_rate=0.5, precompute_ref_logps=False)
+    for losses in (first, second):
+        online.train()
+        assert losses == pytest.approx([log["loss"] for log in online.state.log_history if "loss" in log], rel=1e-4)
+    assert t.table.cache.entries == cached and second[0] != pytest.approx(first[0], abs=1e-3)
+    t.train_dataset = prepared(t, 5, seed=9)
+    with pytest.raises(ValueError, match="train_dataset or eval_dataset at the start"):
+        t.train()
+    assert t.table.cache.entries == cached
+
+
+def test_rows_of_a_second_training_are_scored_with_the_reference_that_is_left(tmp_path, tokenizer):
+    t = make(tmp_path, tokenizer, learning_rate=0.5, peft_config=LoraConfig(**LORA))
+    t.train()
+    t.train_dataset = prepared(t, 5, seed=9)
+    t.train()
+    fresh = make(tmp_path, tokenizer, data=rows(5, seed=9), ref_cache_dir=str(tmp_path / "fresh"))
+    fresh.train()
+    expected = fresh.table.cache.entries
+    assert t.scored == len(expected) and expected.items() != t.table.cache.entries.items()
+    assert {key: t.table.cache.entries[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_that_was_cut_before_its_first_step_can_be_called_again(tmp_path, tokenizer):
+    class Cut(TrainerCallback):
+        calls = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+
+    t = make(tmp_path, tokenizer, ref_model=tiny_llama(len(tokenizer), seed=9), callbacks=[Cut()])
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    t.train()  # the policy is untouched, and not the reference that was given
+    assert t.state.global_step == 2
 
 
 def test_per_token_values_are_the_tokens_of_the_reference(tmp_path, tokenizer):

@@ -123,6 +123,17 @@ def test_a_stale_reference_is_found_before_the_first_step(tmp_path):
     trainer.train()  # a reference of one's own may be any model
 
 
+def test_a_trained_policy_may_be_trained_again(tmp_path):
+    """Step 0 of a second training is not the start, also where the first one went on from a checkpoint."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.3}
+    dpo_trainer(tmp_path, **options).train()
+    trainer = dpo_trainer(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 2 and abs(losses[0] - LN_2) > 1e-2
+
+
 def test_a_pretrained_adapter_with_dropout_starts_at_ln_2(tmp_path):
     """The reference is a copy of the adapter, and its dropout is off like the policy's."""
     tokenizer = family_tokenizer("llama3")

@@ -257,6 +257,30 @@ def test_saved_model_generates_the_same_text_through_a_pipeline(tmp_path, tokeni
         assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
+def test_a_callback_may_leave_the_model_in_evaluation_mode(tmp_path, tokenizer):
+    class Eval(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.eval()
+
+    logs = []
+    for callbacks in ([], [Eval()]):
+        t = trainer(tmp_path, tokenizer, eval_data=rows(4), eval_strategy="steps", eval_steps=1, callbacks=callbacks)
+        t.train()
+        timed = ("_runtime", "_per_second")
+        logs.append([{n: v for n, v in log.items() if not n.endswith(timed)} for log in t.state.log_history])
+    assert logs[0] == logs[1]
+    for log in logs[1]:
+        assert ("rewards/accuracies" in log, "logps/chosen" in log) == ("loss" in log,) * 2
+
+
+def test_rows_that_fill_no_batch_are_an_error(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="dataloader_drop_last .* 3 rows .* batch of 4 .*1 process"):
+        trainer(tmp_path, tokenizer, data=rows(3), dataloader_drop_last=True).train()
+    t = trainer(tmp_path, tokenizer, data=rows(4), dataloader_drop_last=True)
+    t.train()
+    assert t.state.global_step == 2
+
+
 def test_compute_metrics_sees_sums_scores_and_which_slots_are_real(tmp_path, tokenizer):
     seen = {}
 

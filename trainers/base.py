@@ -24,7 +24,7 @@ from .finite import check_finite
 from .forward import policy as policies
 from .forward.identity import start_of_run
 from .forward.layout import token_counts
-from .forward.reference import make_reference
+from .forward.reference import changes_nothing_yet, make_reference, reference_adapter
 from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
 from .forward.safe_files import refuse_pickled_code
@@ -45,7 +45,7 @@ class PreferenceTrainer(Trainer):
         model: path or hub id of a model or of an adapter, model, or PeftModel. A PeftModel goes on training its
             adapter, and so does a path to one.
         ref_model: the reference policy, a path or a model; by default the policy as it is now (a frozen copy, or the
-            adapter off).
+            adapter off), or the adapter called "reference" of a PeftModel that trains another.
         args: the method's config (`config_class`).
         train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict.
         processing_class: tokenizer, or processor whose tokenizer is taken; by default the one beside the model.
@@ -87,7 +87,6 @@ class PreferenceTrainer(Trainer):
         if ref_model is not None and not self.needs_reference:
             raise ValueError(f"ref_model has no effect: {self.method} needs no reference.")
         set_seed(args.seed)  # before the adapter draws its weights
-        fresh_adapter = peft_config is not None
         model = policies.prepare_policy(model, args, quantization_config, peft_config)
         if isinstance(ref_model, str):
             ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
@@ -97,7 +96,12 @@ class PreferenceTrainer(Trainer):
             processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         processing_class = policies.text_tokenizer(processing_class)
         policies.set_pad_token(processing_class, args.pad_token)
-        self._start = start_of_run(model, ref_model, fresh_adapter=fresh_adapter, needs_reference=self.needs_reference)
+        if ref_model is None:
+            inert = peft_config is not None and changes_nothing_yet(peft_config)
+            source, adapter = model, reference_adapter(model, inert_adapter=inert)
+        else:
+            source, adapter = ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
+        self._start = start_of_run(model, source if self.needs_reference else None, adapter)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args)
         for rows, training in ((train_dataset, True), (eval_dataset, False)):
@@ -108,14 +112,13 @@ class PreferenceTrainer(Trainer):
             logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
         self.table, self.reference, models = None, None, [model]
         if self.needs_reference and args.precompute_ref_logps:
-            self.table = reference_table(
-                model if ref_model is None else ref_model, args, fresh_adapter=fresh_adapter,
-                per_token=self.reference_per_token,
-            )  # fmt: skip
+            self.table = reference_table(source, args, adapter=adapter, per_token=self.reference_per_token)
             train_dataset, eval_dataset = self._number_rows(train_dataset), self._number_rows(eval_dataset)
         if self.needs_reference:
             copy_policy = self.table is None or bool(self.table.missing())
-            self.reference = make_reference(model, ref_model, fresh_adapter=fresh_adapter, copy_policy=copy_policy)
+            self.reference = make_reference(
+                model, ref_model, adapter=adapter, copy_policy=copy_policy, init_kwargs=args.model_init_kwargs
+            )
             models += [self.reference.model] if self.reference.model is not None else []
         models = [policies.base_model(m) for m in models]
         self.runner = Runner(models, args.layout)
@@ -140,8 +143,8 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        if self.table is not None:
-            self.add_callback(_PrecomputeReference(self))
+        self._untouched = True  # whether the policy is as it was given
+        self.add_callback(_Beginning(self))
         self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
 
     # What a method writes or overrides.
@@ -215,19 +218,24 @@ class PreferenceTrainer(Trainer):
         """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.
 
         Runs by itself when training begins, because only then is the policy inside its engine.
+
+        Raises:
+            ValueError: rows are missing, and neither the reference nor the policy as it was given is left.
+            StaleCacheError: a cached value is not what the reference says.
         """
+        stands_in = self._untouched and not self.reference.given  # the policy for its reference
 
         def score(rows: list[dict]) -> Tensor:
             batch = self._prepare_inputs(self.data_collator(rows))
             self.runner.check(self.model_wrapped, batch, self.accelerator)
-            if self.reference.in_memory:
+            if self.reference.in_memory or not stands_in:
                 return self._reference_forward(self.model_wrapped, batch).logps
-            with torch.no_grad(), self.accelerator.autocast():  # before its first step the policy is the reference
+            with torch.no_grad(), self.accelerator.autocast():
                 return self.forward(self.model_wrapped, batch).logps
 
         scored = self.table.fill(score, self.accelerator, budget=self.args.ref_tokens_per_batch)
         logger.info("Reference cache %s: %d responses scored now.", self.table.cache.path, scored)
-        if self.reference.in_memory or self.state.global_step == 0:
+        if self.reference.in_memory or stands_in:
             self.table.verify(score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
         if self.reference.own:
             self.reference.model = None
@@ -281,10 +289,21 @@ class PreferenceTrainer(Trainer):
     # Data.
 
     def get_train_dataloader(self):
-        """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens."""
-        if self.args.max_tokens_per_batch is None:
-            return super().get_train_dataloader()
-        return budget_loader(self.train_dataset, self.data_collator, self.args)
+        """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens.
+
+        Raises:
+            ValueError: it has no batch.
+        """
+        if self.args.max_tokens_per_batch is not None:
+            return budget_loader(self.train_dataset, self.data_collator, self.args)
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise ValueError(
+                f"dataloader_drop_last leaves nothing to train on: the {len(self.train_dataset)} rows do not fill one "
+                f"batch of {self._train_batch_size} on each of {self.accelerator.num_processes} process(es). Set it "
+                "to false, or lower per_device_train_batch_size."
+            )
+        return loader
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
@@ -352,7 +371,8 @@ class PreferenceTrainer(Trainer):
         return output
 
     def log(self, logs, start_time=None):
-        if self.model.training:
+        # What training logs; the mode of the model does not tell, because a callback may leave it in another one.
+        if "loss" in logs or "total_flos" in logs:
             metrics = self._meters["train"].compute(self.accelerator)
             self._meters["train"].reset()
             if metrics.get("prompts/without_signal") == 1:
@@ -384,6 +404,7 @@ class PreferenceTrainer(Trainer):
         if resume_from_checkpoint:
             refuse_pickled_code(resume_from_checkpoint)
             self.check_checkpoint(resume_from_checkpoint)
+            self._untouched = False
         return super().train(resume_from_checkpoint or None, *arguments, **keywords)
 
     def run_settings(self) -> dict:
@@ -428,9 +449,15 @@ class PreferenceTrainer(Trainer):
         card.save(path)
 
 
-class _PrecomputeReference(TrainerCallback):
+class _Beginning(TrainerCallback):
+    """Precomputes the reference before the first step, and notes that step."""
+
     def __init__(self, trainer: PreferenceTrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.precompute_reference()
+        if self._trainer.table is not None:
+            self._trainer.precompute_reference()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer._untouched = False

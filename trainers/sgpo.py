@@ -89,7 +89,7 @@ class SGPOTrainer(DPOTrainer):
         if isinstance(args, SGPOConfig):
             _refuse_stages(args, ref_model)
         super().__init__(model, ref_model, args, *more, **kwargs)
-        self._starts_at_reference = ref_model is None
+        self._starts_at_reference = not self.reference.given
 
     def loss(self, batch, policy, reference):
         args, scores, mask = self.args, batch["scores"], batch["mask"]
@@ -115,7 +115,7 @@ class SGPOTrainer(DPOTrainer):
         Raises:
             RuntimeError: it is not.
         """
-        if not self._starts_at_reference or self.state.global_step or not self.model.training:
+        if not (self._starts_at_reference and self._untouched and self.model.training):
             return
         self._starts_at_reference = False  # once is enough
         difference = float((logratios.abs() / lengths.clamp(min=1)).max())

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -128,22 +129,31 @@ def whole(parameter: nn.Parameter):
     return torch.no_grad()
 
 
-def reference_parameters(model: nn.Module, *, adapter: str | None, has_adapters: bool) -> dict[str, nn.Parameter]:
+def reference_parameters(model: nn.Module, *, adapter: str | None) -> dict[str, nn.Parameter]:
     """Weights of a reference under the names of the bare model; `adapter` is the one that counts, None for none.
 
     A base model under an adapter and the same model without one get the same names, so that they share a cache.
     """
+    if not isinstance(model, PeftModel):
+        return dict(model.named_parameters())
+    belongs = owners(model)
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if belongs.get(name) in (None, adapter)
+    }
+
+
+def owners(model: PeftModel) -> dict[str, str]:
+    """Which adapter a weight belongs to, by the weight's name; those of the base are not in it.
+
+    PEFT keeps the weights of all kinds of adapters in dicts of modules or parameters, by the adapter's name.
+    """
     found = {}
-    for name, parameter in model.named_parameters():
-        if has_adapters:
-            base, is_adapter = _bare_name(name)
-            if is_adapter and (adapter is None or f".{adapter}." not in f"{name}."):
-                continue
-            name = base
-        found[name] = parameter
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict):
+            for name, _ in module.named_parameters(remove_duplicate=False):
+                adapter = name.partition(".")[0]
+                if adapter in model.peft_config:
+                    found[f"{path}.{name}"] = adapter
     return found
-
-
-def _bare_name(name: str) -> tuple[str, bool]:
-    is_adapter = any(part in name for part in (".lora_", "lora_magnitude", ".modules_to_save."))
-    return name.removeprefix("base_model.model.").replace(".base_layer.", "."), is_adapter

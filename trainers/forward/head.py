@@ -26,6 +26,7 @@ CHUNK_ELEMENTS = 2**26
 CPU_CHUNK_ELEMENTS = 2**24
 # Elements of the weight's gradient that a CPU works on at once: a product that fits in its cache is cheap to widen.
 CPU_BLOCK_ELEMENTS = 2**21
+PLAIN = "_forward_to_logits"  # attribute of a prepared model: its own forward
 
 
 class LogitRule(NamedTuple):
@@ -98,8 +99,9 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
             f"{type(model).__name__} has no body that can be run without its LM head (its base_model is itself): load "
             "it with AutoModelForCausalLM, or take a model whose base_model_prefix names its body."
         )
-    original = model.forward
-    rule, router = logit_rule(model.config), router_loss(model.config)
+    if PLAIN not in vars(model):
+        vars(model)[PLAIN] = model.forward  # not in a closure, so that a copy of the model gets its own
+    original, rule, router = vars(model)[PLAIN], logit_rule(model.config), router_loss(model.config)
 
     @wraps(original.__func__ if isinstance(original, MethodType) else original)
     def forward(
@@ -112,7 +114,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         **kwargs,
     ):
         if positions is None:
-            return original(*args, **kwargs)
+            return vars(self)[PLAIN](*args, **kwargs)
         options, aux = {"use_cache": False} | ({} if router is None else {"output_router_logits": True}), {}
 
         def body(**more):

@@ -17,33 +17,26 @@ from .policy import base_model
 SAMPLED = 4096  # numbers of each weight
 
 
-def start_of_run(
-    policy: nn.Module, ref_model: nn.Module | None, *, fresh_adapter: bool, needs_reference: bool
-) -> dict[str, str]:
+def start_of_run(policy: nn.Module, reference: nn.Module | None, adapter: str | None) -> dict[str, str]:
     """Dtype of the policy and digests of what stays as it is while the policy is trained, by name.
 
     Every process must call this before an engine wraps the models: ZeRO-3 gathers the weights one by one. Under FSDP
     only the first process is sure to hold weights, so its answer counts.
 
     Args:
-        ref_model: the reference if it was given; otherwise it is the policy as it is now, without a fresh adapter.
+        reference: the reference as it is now, under `adapter`; None where none is needed.
     """
-    adapted = isinstance(policy, PeftModel)
     found = {"dtype": str(base_model(policy).dtype).removeprefix("torch.")}
-    if adapted:
+    if isinstance(policy, PeftModel):
         found["base weights"] = weights_digest(policy, adapter=None)
-    if needs_reference and ref_model is None and fresh_adapter:
-        found["reference weights"] = found["base weights"]
-    elif needs_reference:
-        source = policy if ref_model is None else ref_model
-        adapter = source.active_adapter if isinstance(source, PeftModel) else None
-        found["reference weights"] = weights_digest(source, adapter=adapter)
+    if reference is not None:
+        found["reference weights"] = weights_digest(reference, adapter=adapter)
     return found
 
 
 def weights_digest(model: nn.Module, *, adapter: str | None) -> str:
     """Hash of samples of all weights under the names of the bare model; of adapters, `adapter` alone counts."""
-    return _digest(reference_parameters(model, adapter=adapter, has_adapters=isinstance(model, PeftModel)).items())
+    return _digest(reference_parameters(model, adapter=adapter).items())
 
 
 def _digest(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:

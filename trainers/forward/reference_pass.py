@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -154,14 +153,12 @@ def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
         yield batch
 
 
-def reference_table(source: nn.Module, args, *, fresh_adapter: bool, per_token: bool) -> ReferenceTable:
-    """The table over the cache of a reference, which is `source` as it is now, or its base under a fresh adapter."""
-    has_adapters = isinstance(source, PeftModel)
-    adapter = source.active_adapter if has_adapters and not fresh_adapter else None
+def reference_table(source: nn.Module, args, *, adapter: str | None, per_token: bool) -> ReferenceTable:
+    """The table over the cache of a reference, which is `source` as it is now under `adapter`."""
     base = base_model(source)
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
     fingerprint = reference_fingerprint(
-        reference_parameters(source, adapter=adapter, has_adapters=has_adapters).items(),
+        reference_parameters(source, adapter=adapter).items(),
         base.config.to_dict(),
         compute_dtype=f"{base.dtype}, autocast {autocast}",
         per_token=per_token,
