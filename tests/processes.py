@@ -28,7 +28,7 @@ def start(target: Callable, *arguments, log: Path | str, count: int = 1) -> list
     for rank in range(count):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         own = {name: str(value) for name, value in own.items()} | meet if count > 1 else {}
-        process = _template.Process(target=_work, args=(target, arguments, own, str(log)))
+        process = _template.Process(target=_work, args=(target, arguments, {**os.environ, **own}, str(log)))
         # The template is started with the first process, and finds modules as this process does.
         with _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), DS_ACCELERATOR="cpu"):
             process.start()
