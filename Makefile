@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 BENCHMARK_ARGS ?=
+# One worker per core; the tests of a file stay together, as they share what was trained for them.
+PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,14 +36,14 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
 
-test: $(READY)  ## run the tests, offline (PYTEST_ARGS="-k word" narrows them)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(READY)  ## run the tests, offline, on all cores (PYTEST_ARGS="-k word" narrows them, "-n0" is one process)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (20 minutes)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)
-	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 check: $(READY)  ## lint and check the format, changing nothing
