@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 BENCHMARK_ARGS ?=
+# One worker per core; the tests of a file stay together, as they share what was trained for them.
+PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -35,8 +37,8 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
 
-test: $(READY)  ## run the tests, offline (PYTEST_ARGS="-k word" narrows them)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(READY)  ## run the tests, offline, on all cores (PYTEST_ARGS="-k word" narrows them, "-n0" is one process)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
@@ -45,7 +47,7 @@ test-distributed: $(READY)  ## compare all trainers under all engines on 2 proce
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)
-	$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 check: $(READY)  ## lint and check the format, changing nothing

@@ -9,7 +9,9 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,6 +113,8 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
         check_keys(found, classes)
         if first.dry_run:
             argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
+        elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or {"deepspeed", "--deepspeed"} & {*found, *flags}:
+            refuse_missing_compiler()  # before the arguments, which may start the engine
         parser = TrlParser(classes, allow_abbrev=False)
         return trainer_class, *parser.parse_args_and_config(argv)
 
@@ -127,6 +131,27 @@ def refuse_lost_processes(processes: int, environment: Mapping[str, str]) -> Non
             "accelerate was told of several processes and started one: on CPUs it needs mpirun for more. Start with "
             "`torchrun --nproc_per_node 2 scripts/train.py ... --use_cpu true`. For one process give --num_processes "
             "1, and unset MASTER_ADDR."
+        )
+
+
+def refuse_missing_compiler() -> None:
+    """On CPUs DeepSpeed compiles an operator when it starts, and takes minutes to fail where it cannot.
+
+    Raises:
+        ValueError: there is no GPU, and something that compiling needs is missing.
+    """
+    from deepspeed.accelerator import get_accelerator  # seconds, which other runs need not wait
+
+    if get_accelerator().device_name() != "cpu":
+        return
+    commands = {os.environ.get("CXX", "c++"): "a C++ compiler", "ninja": "ninja"}
+    missing = [f"{what} ({name})" for name, what in commands.items() if shutil.which(name) is None]
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python's headers (Python.h)")
+    if missing:
+        raise ValueError(
+            f"ZeRO on CPUs compiles an operator of DeepSpeed, and this machine has not {', '.join(missing)}. Install "
+            "it, on Debian and Ubuntu with `sudo apt install g++ ninja-build python3-dev`, or run without DeepSpeed."
         )
 
 

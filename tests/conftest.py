@@ -2,12 +2,20 @@
 
 import os
 
+import psutil
 import pytest
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other cost seconds on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """As many workers as cores that this process may use, and 2 GiB of memory for each with its processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores, psutil.virtual_memory().total // 2**31))
 
 
 @pytest.fixture

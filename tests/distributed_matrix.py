@@ -10,16 +10,13 @@ again. The exit code is 1 if a cell disagrees or fails.
 import argparse
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent / "distributed_steps.py"
+import processes
+
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 TOLERANCE, FLOOR = 1e-4, 0.1  # a difference is relative to the number, or to 0.1 where that is larger
 RESUMED = 1e-6  # largest difference of a run that goes on from a checkpoint to one that was not cut; 0 on one process
@@ -106,39 +103,28 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 def _launch(engine: str, cells: list[dict], folder: Path) -> str | None:
     """Runs the worker; returns why it ended before its last cell, or None."""
-    options = json.dumps({"engine": engine, "folder": str(folder), "cells": cells})
-    command = [*([sys.executable] if engine == "single" else torchrun()), str(SCRIPT), options]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as log:
-        worker = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        hung = _wait(worker, folder / "results.jsonl")
-        log.seek(0)
-        text = log.read()
+    options = {"engine": engine, "folder": str(folder), "cells": cells}
+    started, results, log = time.time(), folder / "results.jsonl", folder / "log"
+    log.unlink(missing_ok=True)
+    workers = processes.start(work, options, log=log, count=1 if engine == "single" else 2)
+    last = lambda: max(started, results.stat().st_mtime if results.exists() else 0)  # noqa: E731
+    hung = processes.wait(workers, lambda: time.time() - last() > SILENCE)
     if hung:
-        return f"hung: no result in {SILENCE} s\n{text[-2000:]}"
-    return f"crashed\n{text[-6000:]}" if worker.returncode else None
+        return f"hung: no result in {SILENCE} s\n{log.read_text()[-2000:]}"
+    return f"crashed\n{log.read_text()[-6000:]}" if any(worker.exitcode for worker in workers) else None
+
+
+def work(options: dict) -> None:
+    import distributed_steps  # everything, torch included
+
+    distributed_steps.main(options)
+    distributed_steps.leave_processes()
 
 
 def torchrun() -> list[str]:
     """The beginning of a command that runs a script on two processes of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    options = ["--nproc_per_node", "2", "--standalone", "--local_addr", "127.0.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *options]
-
-
-def _wait(worker: subprocess.Popen, results: Path) -> bool:
-    """Waits for the worker; one that is silent for too long is killed with its processes, and counts as hung."""
-    started = time.time()
-    while worker.poll() is None:
-        last = max(started, results.stat().st_mtime if results.exists() else 0)
-        if time.time() - last > SILENCE:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def difference(found: dict[str, float], expected: dict[str, float]) -> float:

@@ -255,10 +255,16 @@ def main(options: dict) -> None:
     folder, engine = Path(options["folder"]), options["engine"]
     if engine.startswith("zero"):
         import deepspeed
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-        # Only inference calls this operator, which DeepSpeed would compile now: minutes on a busy machine, and a
-        # build that was killed leaves a lock that every later process waits for.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        class Uncompiled(CPU_Accelerator):
+            """Without the operator for inference that DeepSpeed would compile first: not everyone has a compiler."""
+
+            def create_op_builder(self, name):
+                return None if name == "ShareMemCommBuilder" else super().create_op_builder(name)
+
+        set_accelerator(Uncompiled())
         # On GPUs accelerate does this; with use_cpu it opens plain gloo, which DeepSpeed does not see.
         deepspeed.init_distributed("gloo")
     for cell in options["cells"]:

@@ -1,21 +1,19 @@
 """EM-DPO through the launcher, and killed with signal 9 at any moment."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from datasets import Dataset
 
+import processes
 import train
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import same, weights
-
-ROOT = Path(__file__).resolve().parents[1]
+from trainers.forward import cache, reference_pass
 
 
 def arguments(start, output, **changes):
@@ -58,39 +56,19 @@ def test_a_run_goes_on_by_itself_and_takes_no_checkpoint(start, launched, capsys
         train.main(arguments(start, launched, resume_from_checkpoint=policy.parent))
 
 
-# Kills its own process with signal 9, after so many training steps or written parts of a score file.
-DRIVER = """
-import os, signal, sys
-import transformers
-import train
-from trainers.forward import cache, reference_pass
-
-phase, count = sys.argv[1], int(sys.argv[2])
-
-def die_after(function):
-    left = [count]
-    def wrapped(*args, **kwargs):
-        result = function(*args, **kwargs)
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return wrapped
-
-if phase == "m-step":
-    transformers.Trainer.training_step = die_after(transformers.Trainer.training_step)
-else:
-    reference_pass.WRITE_EVERY = 1
-    cache._write = die_after(cache._write)
-train.main(sys.argv[3:])
-"""
+def die_and_train(phase, count, argv):
+    """Train until so many training steps or written parts of a score file."""
+    if phase == "m-step":
+        transformers.Trainer.training_step = processes.die_after(transformers.Trainer.training_step, count)
+    else:
+        reference_pass.WRITE_EVERY = 1
+        cache._write = processes.die_after(cache._write, count)
+    train.main(argv)
 
 
 def run_and_die(argv, phase, count):
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
-    done = subprocess.run([sys.executable, "-c", DRIVER, phase, str(count), *argv], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": paths}, timeout=200)  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    codes, output = processes.run(die_and_train, phase, count, argv)
+    assert codes == [-signal.SIGKILL], output
 
 
 def assert_same_run(found, expected):

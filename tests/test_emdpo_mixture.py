@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import aggregate
 import choose_types
+import processes
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from helpers import build_tokenizer, tiny_llama
 from test_emdpo_parts import CASES, close
@@ -27,6 +25,8 @@ from trainers.em.aggregate import Arena, Player, compare
 from trainers.em.distill import mixture_samples
 from trainers.em.game import min_max_regret, regret_matrix
 from trainers.em.serve import mixture_logps
+from trainers.forward import cache
+from trainers.loop import collect
 from trainers.loop.sampler import Sample, SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,39 +246,20 @@ def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, st
     assert json.loads((copied / "mixture.json").read_text())["weights"] == report["mixture"]
 
 
-# Kills its own process with signal 9, after so many writes of samples or scores.
-DRIVER = """
-import os, signal, sys
-import aggregate
-from trainers.forward import cache
-from trainers.loop import collect
-
-phase, left = sys.argv[1], [int(sys.argv[2])]
-module, name = {"samples": (collect, "append_records"), "scores": (cache, "_write")}[phase]
-write = getattr(module, name)
-
-def write_and_die(*args):
-    write(*args)
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-setattr(module, name, write_and_die)
-aggregate.main(sys.argv[3:])
-"""
+def die_and_aggregate(phase, argv):
+    """Aggregate until two writes of samples or scores."""
+    module, name = {"samples": (collect, "append_records"), "scores": (cache, "_write")}[phase]
+    setattr(module, name, processes.die_after(getattr(module, name), 2))
+    aggregate.main(argv)
 
 
 @pytest.mark.parametrize("run", ["full"], indirect=True)
 def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
     whole = Path(shutil.copytree(copied, tmp_path / "whole"))
     aggregate.main(command(whole, start))
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts")))
-    for phase, count in (("samples", 2), ("scores", 2)):
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, phase, str(count), *command(copied, start)], capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": paths}, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    for phase in ("samples", "scores"):
+        codes, output = processes.run(die_and_aggregate, phase, command(copied, start))
+        assert codes == [-signal.SIGKILL], output
         assert not (copied / "aggregate/aggregate.json").exists()
     aggregate.main(command(copied, start))
     found, expected = (json.loads((f / "aggregate/aggregate.json").read_text()) for f in (copied, whole))

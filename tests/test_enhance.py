@@ -5,21 +5,22 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 
+import processes
 import train
+from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
 from trainers import LIREConfig, LIRETrainer
 from trainers.checkpoints import last_checkpoint
-from trainers.loop import enhance
+from trainers.loop import collect, enhance
 from trainers.loop.options import EnhanceOptions
 from trainers.loop.sampler import SamplingConfig, sample_responses
 from trainers.loop.start import load_for_sampling
@@ -359,46 +360,20 @@ def test_only_complete_checkpoints_are_resumed(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-# Kills its own process with signal 9, after so many training steps or writes to a journal.
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
-import transformers
-import train
-from trainers.loop import collect
-
-phase, count = sys.argv[1], int(sys.argv[2])
-
-def die_after(function, matches):
-    left = [count]
-    def wrapped(*args, **kwargs):
-        result = function(*args, **kwargs)
-        left[0] -= matches(*args)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return wrapped
-
-if phase == "training":
-    step = transformers.Trainer.training_step
-    transformers.Trainer.training_step = die_after(step, lambda *args: True)
-else:
-    name = {"sampling": "samples", "scoring": "scores"}[phase]
-    collect.append_records = die_after(collect.append_records, lambda path, _: Path(path).name.startswith(name))
-train.main(sys.argv[3:])
-"""
+def die_and_train(phase, count, argv):
+    """Train until so many training steps, or writes to a journal of samples or scores."""
+    if phase == "training":
+        transformers.Trainer.training_step = processes.die_after(transformers.Trainer.training_step, count)
+    else:
+        name = {"sampling": "samples", "scoring": "scores"}[phase]
+        append = collect.append_records
+        collect.append_records = processes.die_after(append, count, lambda path, _: Path(path).name.startswith(name))
+    train.main(argv)
 
 
 def run_and_die(argv, phase, count):
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, phase, str(count), *argv],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    codes, output = processes.run(die_and_train, phase, count, argv)
+    assert codes == [-signal.SIGKILL], output
 
 
 def tear(journal):
@@ -444,11 +419,7 @@ def test_survives_kill_9_in_every_phase_of_one_run(inputs, finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_sample_and_train_together(inputs, finished, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-               str(ROOT / "scripts" / "train.py"), *arguments(inputs, tmp_path)]  # fmt: skip
+    command = [*torchrun(), str(ROOT / "scripts" / "train.py"), *arguments(inputs, tmp_path)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

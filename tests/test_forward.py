@@ -1,6 +1,7 @@
 """Log-probabilities without logits, in both layouts, against the model's own logits: values and gradients."""
 
 import copy
+import shutil
 from functools import partial
 
 import pytest
@@ -33,6 +34,7 @@ from trainers.forward.run import (
 )
 
 VOCAB = 61
+compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles a kernel, and there is no C++ compiler")
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -184,7 +186,8 @@ def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(shared
     assert (logps.double() - exact).abs()[batch["response_mask"]].mean() < 1.5 * theirs
 
 
-@pytest.mark.slow  # compiles a kernel with the C++ compiler of the machine
+@pytest.mark.slow
+@compiles
 def test_flex_attention_gives_the_same_values():
     model = build("llama", dtype=torch.float32)
     batch, expected = make_batch(RAGGED, VOCAB), None
@@ -196,7 +199,8 @@ def test_flex_attention_gives_the_same_values():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.slow  # compiles a kernel with the C++ compiler of the machine
+@pytest.mark.slow
+@compiles
 def test_flex_attention_is_not_compiled_again_for_each_new_length():
     model = build("llama", dtype=torch.float32, attn_implementation="flex_attention").eval()
     prepare_forward(model, share=True)

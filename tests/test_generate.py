@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import processes
+from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
 from scripts import generate, get_smollm2
 from trainers.loop import journal
@@ -146,21 +147,14 @@ def test_finished_samples_are_not_made_again(parts, tmp_path):
 
 def test_survives_kill_9_while_sampling(inputs, parts, tmp_path):
     args = arguments(inputs, tmp_path / "out.jsonl", batch_size=1)
-    flags = ["model", "prompts", "output", "num_generations", "max_new_tokens", "temperature", "batch_size"]
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--scorer", *args.scorer]
-    for name in flags:
-        command += [f"--{name}", str(getattr(args, name))]
     samples = tmp_path / "out.jsonl.parts" / "samples-00000.jsonl"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths})
-    try:
-        while process.poll() is None and not (samples.exists() and samples.read_bytes().count(b"\n") >= 2):
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
+    [process] = processes.start(run, args, log=tmp_path / "log")
+    while process.is_alive() and not (samples.exists() and samples.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     # A fast machine may finish first; then there is nothing to resume, and a log that says why.
-    assert process.wait() in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
+    assert process.exitcode in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
     run(args)
     assert (tmp_path / "out.jsonl").read_bytes() == parts[1]
 
@@ -276,8 +270,7 @@ def test_journal_ignores_an_unfinished_line_and_refuses_a_broken_one(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_write_the_file_of_one(inputs, parts, tmp_path):
     args = arguments(inputs, tmp_path / "out.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "generate.py"), "--scorer", *args.scorer]
+    command = [*torchrun(), str(ROOT / "scripts" / "generate.py"), "--scorer", *args.scorer]
     for name in ("model", "prompts", "output", "num_generations", "max_new_tokens", "temperature", "batch_size"):
         command += [f"--{name}", str(getattr(args, name))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -128,7 +128,9 @@ def test_a_cut_gzip_file_is_named(cut, streaming, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("content", [LINES, b"\x1f\x8b", b"\x1f\x8b" + bytes(100), gzip.compress(b""), b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "content", [LINES, b"\x1f\x8b", b"\x1f\x8b" + bytes(100), gzip.compress(b"", mtime=0), b"PK\x03\x04"]
+)
 def test_what_is_no_gzip_file_is_named(content, streaming, tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(content)
@@ -145,7 +147,7 @@ def test_a_cut_parquet_file_is_named(name, cut, streaming, parquet, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
-@pytest.mark.parametrize("content", [b"PAR1PAR1", b"PAR1" + bytes(64) + b"PAR1", LINES, gzip.compress(LINES)])
+@pytest.mark.parametrize("content", [b"PAR1PAR1", b"PAR1" + bytes(64) + b"PAR1", LINES, gzip.compress(LINES, mtime=0)])
 def test_what_is_no_parquet_file_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name)

@@ -1,17 +1,16 @@
 """Ranking metrics against plain Python, scipy and hand-worked numbers; the meter on one and two processes."""
 
+import json
 import math
-import os
 import random
-import subprocess
-import sys
 from itertools import combinations, permutations
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from scipy.stats import kendalltau
 
+import processes
 from trainers.metrics import MetricMeter, best_worst, kendall_tau, ndcg, pairwise_accuracy, ranking_metrics
 
 NAMES = {
@@ -263,37 +262,24 @@ def test_meter_holds_no_graph():
     assert meter.compute() == {"a": 2.0}
 
 
-WORKER = """
-import json, sys
-import torch
-from accelerate import Accelerator
-from trainers.metrics import MetricMeter
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-meter = MetricMeter()
-empty = meter.compute(accelerator)
-if accelerator.process_index == 0:
-    meter.update({"both": torch.tensor([1.0, 2.0, float("nan")]), "zero": torch.tensor(5.0)})
-else:
-    meter.update({"one": torch.tensor([7.0, 9.0]), "both": torch.tensor([6.0])})
-with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
-    json.dump([empty, meter.compute(accelerator)], file)
-accelerator.end_training()
-"""
+def meter_on_processes(folder):
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    meter = MetricMeter()
+    empty = meter.compute(accelerator)
+    if accelerator.process_index == 0:
+        meter.update({"both": torch.tensor([1.0, 2.0, float("nan")]), "zero": torch.tensor(5.0)})
+    else:
+        meter.update({"one": torch.tensor([7.0, 9.0]), "both": torch.tensor([6.0])})
+    with open(folder / f"{accelerator.process_index}.json", "w") as file:
+        json.dump([empty, meter.compute(accelerator)], file)
+    accelerator.end_training()
 
 
 @pytest.mark.distributed
 def test_meter_reduces_over_processes_that_hold_different_names(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    root = Path(__file__).resolve().parents[1]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
+    codes, output = processes.run(meter_on_processes, tmp_path, count=2)
+    assert codes == [0, 0], output
     for rank in range(2):
         text = (tmp_path / f"{rank}.json").read_text()
         assert text == '[{}, {"both": 3.0, "one": 8.0, "zero": 5.0}]'

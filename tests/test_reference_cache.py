@@ -1,18 +1,17 @@
 """The reference cache: same numbers as online, and recomputed exactly when something that matters changed."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from helpers import build_tokenizer, tiny_llama
+import processes
+from helpers import build_tokenizer, leave_processes, tiny_llama
 from test_trainer import LORA, config, rows
 from trainers import SWEPOTrainer
 from trainers.forward.cache import LogpsCache, response_keys
@@ -332,20 +331,15 @@ def test_keys_depend_on_prompt_response_and_their_boundary():
     assert len(set(keys)) == 2 and LogpsCache("nowhere", "x").entries == {}
 
 
-NODES = """
-import os, sys
-from accelerate import PartialState
-from trainers.forward.cache import LogpsCache
-from helpers import leave_processes
-PartialState(cpu=True)
-for folder in ("same", os.environ["RANK"]):
-    try:
-        LogpsCache(f"{sys.argv[1]}/{folder}", "reference").check_same_everywhere()
-        print("OK", flush=True)
-    except ValueError as error:
-        print("ERROR", error, flush=True)
-leave_processes()
-"""
+def check_nodes(folder):
+    PartialState(cpu=True)
+    for name in ("same", os.environ["RANK"]):
+        try:
+            LogpsCache(folder / name, "reference").check_same_everywhere()
+            print("OK", flush=True)
+        except ValueError as error:
+            print("ERROR", error, flush=True)
+    leave_processes()
 
 
 @pytest.mark.distributed
@@ -354,12 +348,6 @@ def test_nodes_that_share_no_folder_are_told(tmp_path):
         cache = LogpsCache(tmp_path / folder, "reference")
         cache.add(dict.fromkeys(keys, -1.0), write=True)
         cache.finish()
-    (tmp_path / "nodes.py").write_text(NODES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
-    done = subprocess.run(
-        [*torchrun, tmp_path / "nodes.py", tmp_path], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.stdout.count("OK") == 2, done.stderr[-2000:]
-    assert done.stdout.count("holds different entries on different processes (1, 1)") == 2
+    _, output = processes.run(check_nodes, tmp_path, count=2)
+    assert output.count("OK") == 2, output
+    assert output.count("holds different entries on different processes (1, 1)") == 2

@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 
 import train
+from distributed_matrix import torchrun
+from processes import die_after
 from sgpo_rows import command, finished_run, history, manifest, rows, same, weights
 from trainers.forward import cache, reference_pass
 from trainers.improve import revisers
@@ -36,19 +36,6 @@ def finished(tmp_path_factory):
 
 
 # Resuming.
-
-
-def die_after(function, count, matches):
-    left = [count]
-
-    def wrapped(*args, **kwargs):
-        result = function(*args, **kwargs)
-        left[0] -= bool(matches(*args))
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    return wrapped
 
 
 def run_and_die(argv, patch):
@@ -167,15 +154,11 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
     """Samples, targets and filter do not depend on the number of processes; training sees other batches."""
     single, double = tmp_path / "single", tmp_path / "double"
     train.main(command(inputs, single, sft=None))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import sys, train\nfrom helpers import leave_processes\ntrain.main(sys.argv[1:])\nleave_processes()\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-              str(worker), *command(inputs, double, sft=None)]  # fmt: skip
+    launch = [*torchrun(), str(worker), *command(inputs, double, sft=None)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
     done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
