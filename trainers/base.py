@@ -59,6 +59,7 @@ class PreferenceTrainer(Trainer):
     config_class: type[PreferenceConfig] = PreferenceConfig
     method: str = "preferences"
     paper: tuple[str, str] | None = None  # title, arXiv number
+    columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
     resumes_by_itself: bool = False  # whether `train` goes on from output_dir without being told of a checkpoint
@@ -100,7 +101,7 @@ class PreferenceTrainer(Trainer):
         policies.set_pad_token(processing_class, args.pad_token)
         self._start = start_of_run(model, ref_model, fresh_adapter=fresh_adapter, needs_reference=self.needs_reference)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
-        eval_dataset = prepare_rows(eval_dataset, processing_class, args)
+        eval_dataset = prepare_rows(eval_dataset, processing_class, args, several=True)
         for rows, training in ((train_dataset, True), (eval_dataset, False)):
             for part in rows.values() if isinstance(rows, dict) else [rows] if rows is not None else []:
                 self.check_rows(part, args, training=training)
@@ -125,7 +126,11 @@ class PreferenceTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=PreferenceCollator(
+                processing_class.pad_token_id,
+                args.pad_to_multiple_of,
+                columns=self.columns if self.table is None else (*self.columns, ROW),
+            ),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -276,14 +281,14 @@ class PreferenceTrainer(Trainer):
 
     def get_train_dataloader(self):
         """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens."""
-        if self.args.max_tokens_per_batch is None:
+        if self.args.max_tokens_per_batch is None or self.train_dataset is None:
             return super().get_train_dataloader()
         return budget_loader(self.train_dataset, self.data_collator, self.args)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args)
+            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args, several=True)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):

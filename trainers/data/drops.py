@@ -111,6 +111,11 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
     return (dataset if len(kept) == len(mapped) else dataset.select(kept)), report
 
 
+def without_format(dataset: Dataset) -> Dataset:
+    """Its values as Python has them, whatever they were set to come as; a transform of one's own is kept."""
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+
+
 def batch_to_rows(batch: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
