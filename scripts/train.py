@@ -55,7 +55,9 @@ class DataArguments:
         default=None,
         metadata={"help": "Configuration of a data set with several. This and what follows: one for all, or each."},
     )
-    dataset_train_split: list[str] = field(default="train", metadata={"help": "Split to train on, slices included."})
+    dataset_train_split: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
+    )
     dataset_test_split: list[str] | None = field(
         default=None, metadata={"help": "Split to evaluate on; none without it."}
     )

@@ -24,6 +24,7 @@ from .drops import (
     refuse,
     source_digest,
     split_off_drops,
+    unsigned,
     with_event_columns,
     without_format,
 )
@@ -257,7 +258,8 @@ def _canonical_batch(
     )
     weighed = (_weighed(result, columns, invalid) for result in results)
     marked = [_marked(result, columns, f"row {index}") for index, result in zip(indices, weighed, strict=True)]
-    return {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
+    out = {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
+    return out | {name: unsigned(out[name], out[KEPT], kind) for name, kind in columns.items()}
 
 
 def _grouped_events(dataset: Dataset, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:

@@ -23,6 +23,7 @@ from .drops import (
     refuse,
     source_digest,
     split_off_drops,
+    unsigned,
     with_event_columns,
     without_format,
 )
@@ -180,13 +181,13 @@ def _tokenize_batch(
         faults = [reason for reason in reasons if not reason.startswith("note: ")]
         if faults and invalid == "error":
             refuse(f"row {index}", faults[0])
-        kept = packed({name: row[name] if row else None for name in columns}, columns)
+        values = packed({name: row[name] if row else None for name in columns}, columns)
         for name in columns:
-            out[name].append(kept[name])
+            out[name].append(values[name])
         out[EVENTS].append(reasons)
         out[KEPT].append(row is not None)
         out[CUT].append(cut)
-    return out
+    return out | {name: unsigned(out[name], out[KEPT], kind) for name, kind in columns.items()}
 
 
 def _tokenize_rows(
