@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from trainers import load_preferences
+from trainers.data.rows import refuse_template_options
 from trainers.em.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, SINGLE, UNIFORM, Arena, Player, compare, identity
 from trainers.em.distill import SETTINGS, distill, mixture_samples
 from trainers.em.figures import regret_bars
@@ -157,6 +158,7 @@ def read_prompts(args: AggregateArguments) -> list:
     for row in rows:
         if "prompt" not in row:
             raise ValueError(f"a row of {args.dataset_name} has no 'prompt': it has {sorted(row)}.")
+        refuse_template_options(row)
         found.setdefault(str(row["prompt"]), plain(row["prompt"]))
         if len(found) == args.max_prompts:
             break

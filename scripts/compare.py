@@ -32,6 +32,7 @@ from train import ModelArguments, find_trainer, set_model_options
 from trainers import load_preferences
 from trainers.data.budget import packed_tokens, token_lengths
 from trainers.data.prepare import prepare_dataset
+from trainers.data.rows import refuse_template_options
 from trainers.forward import policy as policies
 from trainers.forward.run import Runner
 from trainers.loop.collect import check_settings, model_fingerprint
@@ -166,6 +167,8 @@ class Data:
             data_format=arguments.data_format,
             as_chat=base.get("as_chat", False),
         )
+        for row in rows:
+            refuse_template_options(row)
         kept, dropped = cut_rows(
             list(rows),
             lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]),

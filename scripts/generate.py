@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from trainers.data.rows import refuse_template_options
 from trainers.data.tokenization import UNFINISHED
 from trainers.forward.safe_files import SAFE, refuse_pickled_weights
 from trainers.loop.collect import (
@@ -89,6 +90,7 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
             raise ValueError(f"--prompts: row {i} needs a `prompt`, text or messages; it has {sorted(row)}.")
         if args.as_chat and isinstance(prompt, str):
             row["prompt"] = [{"role": "user", "content": prompt}]
+        refuse_template_options(row)
     return rows
 
 

@@ -20,9 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow
 import yaml
-from datasets import Features
+from datasets import Dataset, Features
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow.parquet import ParquetWriter
@@ -32,6 +31,7 @@ from transformers import HfArgumentParser
 from trainers.data import detect_format, load_preferences
 from trainers.data.drops import collected_reports
 from trainers.data.json_rows import file_digest
+from trainers.data.structured import packed
 from trainers.loop.journal import write_atomic
 
 ROWS_PER_GROUP = 1000
@@ -163,8 +163,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
     count, rows = 0, iter(rows)
     with ParquetWriter(file, features.arrow_schema) as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
+        while group := [packed(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
+            writer.write_table(Dataset.from_list(group, features=features).with_format("arrow")[:])
             count += len(group)
     return count
 

@@ -8,6 +8,7 @@ is a class of `trainers` or any dotted import path.
 import copy
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,8 @@ from config_files import check_keys, read_files
 from dry_run import build_model, describe
 from trainers import PreferenceConfig, PreferenceTrainer, load_preferences
 from trainers.checkpoints import last_checkpoint, refuse_other_settings, run_settings, was_loaded_alike
+from trainers.data.mixture import mix
+from trainers.data.rows import refuse_template_options
 from trainers.estimate import plan_from_environment
 from trainers.forward.policy import load_tokenizer, set_pad_token
 from trainers.inputs import prepare_rows
@@ -36,16 +39,33 @@ from trainers.loop.scorer import check_scorer
 from trainers.loop.start import load_for_sampling, load_start
 from trainers.precision import FAST, settle_dtype
 
+PER_DATA_SET = ("dataset_config", "dataset_train_split", "dataset_test_split", "data_format")
+
 
 @dataclass
 class DataArguments:
     """What to train with and on."""
 
     trainer: str = field(default="SWEPOTrainer", metadata={"help": "Class of `trainers`, or a dotted import path."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, file or folder of preference rows."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, slices included."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none without it."})
-    data_format: str | None = field(
+    # Of these, a list with one item becomes the item.
+    dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Hub id, file or folder of preference rows; several are mixed."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Which share of the training rows of each data set is taken: 0.5 half, 2 each row twice."},
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of a data set with several. This and what follows: one for all, or each."},
+    )
+    dataset_train_split: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
+    )
+    dataset_test_split: list[str] | None = field(
+        default=None, metadata={"help": "Split to evaluate on; none without it."}
+    )
+    data_format: list[str] | None = field(
         default=None,
         metadata={"help": "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."},
     )
@@ -68,6 +88,36 @@ class DataArguments:
     def __post_init__(self):
         if self.max_train_rows is not None and self.max_train_rows < 1:
             raise ValueError(f"max_train_rows={self.max_train_rows} must be positive: leave it out for all rows.")
+        for name in ("dataset_name", *PER_DATA_SET):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(self, name, value[0])
+        names = self.names
+        for name in ("dataset_weights", *PER_DATA_SET):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(names):
+                raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
+        if self.dataset_weights is not None:
+            self.dataset_weights = [_weight(value) for value in self.dataset_weights]
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets."""
+        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name]
+
+    def each(self, name: str) -> list:
+        """The value of a field for each data set."""
+        value = getattr(self, name)
+        return value if isinstance(value, list) else [value] * len(self.names)
+
+
+def _weight(value) -> float:
+    try:
+        if 0 < (weight := float(value)) < math.inf:
+            return weight
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"dataset_weights has {value!r}: give positive numbers.")
 
 
 @dataclass
@@ -228,6 +278,8 @@ def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelArgume
     check_scorer(options.scorer)  # before anything is sampled for it
     name, quantization = model.model_name_or_path, get_quantization_config(model)
     rows, held_out = (list(splits[split] or []) for split in ("train", "test"))
+    for row in [*rows, *held_out]:
+        refuse_template_options(row)
 
     def load(start: Path | None) -> tuple:
         return load_for_sampling(name, start, args, dtype=options.dtype, quantization_config=quantization)
@@ -263,19 +315,31 @@ def round_arguments(args, iterations: int, index: int, folder: Path):
 
 def load_split(data: DataArguments, args, name: str) -> Dataset | None:
     """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
-    split = data.dataset_train_split if name == "train" else data.dataset_test_split
-    if not split:
-        return None
+    training = name == "train"
+    splits = data.each("dataset_train_split" if training else "dataset_test_split")
+    formats, configs = data.each("data_format"), data.each("dataset_config")
+    weights = data.dataset_weights if training else None
+    limit = data.max_train_rows if training else None
+    chosen = [i for i, split in enumerate(splits) if split]
+    alone = len(chosen) == 1 and weights is None
     with args.main_process_first(desc=f"reading {data.dataset_name}"):
-        return load_preferences(
-            data.dataset_name,
-            split=split,
-            data_format=data.data_format,
-            as_chat=args.as_chat,
-            invalid_rows=args.invalid_rows,
-            num_proc=args.dataset_num_proc,
-            max_rows=data.max_train_rows if name == "train" else None,
-        )
+        parts = [
+            load_preferences(
+                data.names[i],
+                split=splits[i],
+                data_format=formats[i],
+                as_chat=args.as_chat,
+                invalid_rows=args.invalid_rows,
+                num_proc=args.dataset_num_proc,
+                max_rows=limit if alone else None,
+                **({"name": configs[i]} if configs[i] else {}),
+            )
+            for i in chosen
+        ]
+        if alone or not parts:
+            return parts[0] if parts else None
+        names, weights = ([values[i] for i in chosen] if values else None for values in (data.names, weights))
+        return mix(parts, names, weights, seed=args.seed, max_rows=limit)
 
 
 def find_trainer(name: str) -> type[PreferenceTrainer]:

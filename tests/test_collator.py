@@ -90,12 +90,12 @@ def test_pad_to_multiple_of_rounds_prompt_and_response_lengths_only():
     ids=["int", "float", "bool", "missing", "per response", "per token"],
 )
 def test_further_columns(values, expected):
-    assert_equal(collate(with_column("extra", values))["extra"], expected)
+    assert_equal(collate(with_column("extra", values), columns=("extra",))["extra"], expected)
 
 
 @pytest.mark.parametrize("values", [["anna", "bert"], [None, "bert"], [None, None], [["m", "n"], ["o", "p", "q"]]])
 def test_text_is_left_out(values):
-    assert "annotator" not in collate(with_column("annotator", values))
+    assert "annotator" not in collate(with_column("annotator", values), columns=("annotator",))
 
 
 def test_tensor_rows_give_the_same_batch():
@@ -134,14 +134,23 @@ def test_row_that_does_not_fit_is_named(change, message):
 @pytest.mark.parametrize("values", [[[1.0, 2.0], [1.0, 2.0]], [[[1.0], [2.0]], [[1.0], [1.0], [1.0]]]])
 def test_column_that_fits_neither_responses_nor_tokens_is_refused(values):
     with pytest.raises(ValueError, match="column 'extra' holds lists that fit neither"):
-        collate(with_column("extra", values))
+        collate(with_column("extra", values), columns=("extra",))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("repeated", [0, 0]), ("mask", [1, 2]), ("input_ids", [[1], [2, 3]]), ("id", [2**64 - 1, 5]), ("at", [1.5, 2])],
+    ids=["repeated", "mask", "input_ids", "id", "at"],
+)
+def test_columns_that_no_method_declares_are_not_looked_at(name, values):
+    assert list(collate(with_column(name, values), columns=("extra",))) == list(collate(rows()))
 
 
 def test_rows_that_are_not_tokenised_or_use_a_mask_name_are_refused():
     with pytest.raises(ValueError, match="row 0: no column 'prompt_ids'; tokenise"):
         collate([{"prompt": "a", "responses": ["b", "c"], "scores": [1.0, 0.0]}])
     with pytest.raises(ValueError, match="column 'mask' has the name of a mask"):
-        collate(with_column("mask", [1, 2]))
+        collate(with_column("mask", [1, 2]), columns=("mask",))
 
 
 def test_docstring_example_holds():

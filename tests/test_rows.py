@@ -100,6 +100,39 @@ def test_pair_without_a_recognisable_prompt_is_dropped(chosen, rejected):
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [{"question": "capital?"}, {"instruction": "q", "system": "be brief"}, {"input": "q"}, {"messages": [user("q")]}],
+    ids=lambda asked: next(iter(asked)),
+)
+@pytest.mark.parametrize("answers", ["text", "messages"])
+def test_a_prompt_in_a_column_of_another_name_is_not_guessed(asked, answers):
+    pair = {"chosen": "The capital is Paris", "rejected": "The capital is Rome"}
+    pair = pair if answers == "text" else {side: [assistant(text)] for side, text in pair.items()}
+    name = next(iter(asked))
+    with pytest.raises(ValueError, match=rf"missing column 'prompt' .* there is '{name}': rename it .*'{name}'"):
+        to_canonical({**asked, **pair})
+    assert to_canonical({**asked, "prompt": "Hi", **pair})["prompt"] in ("Hi", [user("Hi")])
+
+
+def test_whole_conversations_beside_messages_hold_their_prompt():
+    row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")], "messages": [user("q")]}
+    assert to_canonical(row)["prompt"] == [user("q")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "end"),
+    [("The capital is Paris", "The city is Rome", "The c"), ("Q: cats", "Q: cat", None),
+     ("Q: cats!", "Q: cat!", "cat"), ("\n\nAssistant: This", "\n\nAssistant: That", "Th"),
+     ("首都是巴黎", "首都是伦敦", "首都是")],
+    ids=["words", "beginning", "plural", "dialogue", "chinese"],
+)  # fmt: skip
+def test_a_prompt_that_would_end_inside_a_word_is_refused(chosen, rejected, end):
+    kind = Drop if end is None else ValueError
+    with pytest.raises(kind, match="told apart" if end is None else rf"inside a word: '.*{end}'. Give the prompt in"):
+        to_canonical({"chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"scores": [1, 2]}, "'responses' has 3 items but 'scores' has 2"),

@@ -223,7 +223,7 @@ def test_token_ids_are_accepted_and_truncated_with_their_per_token_columns():
         ),
     ]
     assert report.responses_dropped == {"no tokens": 1}
-    batch = PreferenceCollator(0)(dataset.to_list())
+    batch = PreferenceCollator(0, columns=("weights", "ref"))(dataset.to_list())
     assert batch["weights"].shape == (2, 2, 2) and batch["ref"].shape == (2, 2)
 
 

@@ -60,6 +60,7 @@ class PreferenceTrainer(Trainer):
     config_class: type[PreferenceConfig] = PreferenceConfig
     method: str = "preferences"
     paper: tuple[str, str] | None = None  # title, arXiv number
+    columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
     resumes_by_itself: bool = False  # whether `train` goes on from output_dir without being told of a checkpoint
@@ -103,7 +104,7 @@ class PreferenceTrainer(Trainer):
             source, adapter = ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
         self._start = start_of_run(model, source if self.needs_reference else None, adapter)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
-        eval_dataset = prepare_rows(eval_dataset, processing_class, args)
+        eval_dataset = prepare_rows(eval_dataset, processing_class, args, several=True)
         for rows, training in ((train_dataset, True), (eval_dataset, False)):
             for part in rows.values() if isinstance(rows, dict) else [rows] if rows is not None else []:
                 self.check_rows(part, args, training=training)
@@ -130,7 +131,11 @@ class PreferenceTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=PreferenceCollator(
+                processing_class.pad_token_id,
+                args.pad_to_multiple_of,
+                columns=self.columns if self.table is None else (*self.columns, ROW),
+            ),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -294,7 +299,7 @@ class PreferenceTrainer(Trainer):
         Raises:
             ValueError: it has no batch.
         """
-        if self.args.max_tokens_per_batch is not None:
+        if self.args.max_tokens_per_batch is not None and self.train_dataset is not None:
             return budget_loader(self.train_dataset, self.data_collator, self.args)
         loader = super().get_train_dataloader()
         if not len(loader):
@@ -308,7 +313,7 @@ class PreferenceTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args)
+            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args, several=True)
             check_ranges(eval_dataset, [policies.base_model(self.model)])
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

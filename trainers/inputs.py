@@ -10,16 +10,25 @@ from .forward.policy import table_sizes
 
 
 def prepare_rows(
-    dataset: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
+    dataset: Dataset | dict[str, Dataset] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferenceConfig,
+    *,
+    several: bool = False,
 ) -> Dataset | dict[str, Dataset] | None:
-    """Canonical rows, TRL pairs or tokenised rows -> tokenised rows, as `args` want them; a dict by name.
+    """Canonical rows, TRL pairs or tokenised rows -> tokenised rows as `args` want them; of `several`, a dict by name.
 
     Raises:
-        ValueError: it is no data set that can be held, or a row in it cannot be used.
+        ValueError: it is no data set that can be held, or several where one is needed, or a row cannot be used.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
+        if not several:
+            raise ValueError(
+                f"A {type(dataset).__name__} of {', '.join(map(repr, dataset))} is no data set of rows: pass one of "
+                "its splits, such as data['train']."
+            )
         return {name: prepare_rows(part, tokenizer, args) for name, part in dataset.items()}
     if isinstance(dataset, IterableDataset):
         raise ValueError(

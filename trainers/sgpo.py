@@ -201,7 +201,9 @@ def _refuse_stages(args: SGPOConfig, ref_model) -> None:
 def _read_data(args: SGPOConfig, data) -> tuple[list[dict], list[dict], list[dict], list[dict] | None]:
     """Rows of the improver, of the pairs, to measure on, and for supervised fine-tuning; no prompt in two of them."""
     source = {"source": args.sft_target_source, "as_chat": args.as_chat, "invalid": args.invalid_rows}
-    own = source | {"data_format": data.data_format}  # of dataset_name
+    if len(data.names) > 1 or data.dataset_weights is not None:
+        raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
+    own = source | {"data_format": data.data_format, "config": data.dataset_config}  # of dataset_name
     with args.main_process_first(desc="reading the data"):
         held_out = []
         if data.dataset_test_split:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from .drops import (
@@ -24,9 +24,12 @@ from .drops import (
     refuse,
     source_digest,
     split_off_drops,
+    unsigned,
     with_event_columns,
+    without_format,
 )
 from .rows import NO_WEIGHT, Row, chat_row, clean_row, describe, response_faults, to_canonical
+from .structured import TEMPLATE, TEXT, blanked, packed, padded_columns, with_json, without_padding
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +64,10 @@ def canonicalize(
     check_invalid(invalid)
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    features = _features(_results(dataset, **options), dataset.features)
+    dataset = without_format(dataset)
+    padded = padded_columns(dataset.features)
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat, "padded": padded}
+    features = _features(_results(dataset, **options), dataset.features, passed=adapter is None)
     keywords = {**options, "columns": features, "code": source_digest(adapter)}
     if inspect.isgeneratorfunction(adapter):
         try:
@@ -98,9 +103,10 @@ def canonical_stream(
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
     check_invalid(invalid)
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat, "padded": padded_columns(source.features)}
     report = DropReport()
-    features = _features(_counted(_results(source, **options), report), source.features or {})
+    results = _counted(_results(source, **options), report)
+    features = _features(results, source.features or {}, passed=adapter is None)
     if not report.rows_out:
         raise ValueError(f"no usable row is left.\n{report}")
     keywords = {"source": source, "columns": features, "title": title, **options}
@@ -142,7 +148,10 @@ def _counted(results: Iterable[Result], report: DropReport) -> Iterator[Result]:
 # Rows.
 
 
-def _results(rows: Iterable[Row], adapter: Adapter | None, invalid: str, as_chat: bool) -> Iterator[Result]:
+def _results(
+    rows: Iterable[Row], adapter: Adapter | None, invalid: str, as_chat: bool, padded: dict[str, Any]
+) -> Iterator[Result]:
+    rows = (without_padding(row, padded) for row in rows)
     if inspect.isgeneratorfunction(adapter):
         yield from _grouped(rows, adapter, invalid, as_chat)
         return
@@ -239,16 +248,18 @@ def _canonical_batch(
     adapter,
     invalid: str,
     as_chat: bool,
+    padded: dict[str, Any],
     columns: dict[str, Any],
     code: str,
 ) -> dict[str, list]:
     results = (
-        _read_row(index, source, adapter, invalid, as_chat)
+        _read_row(index, without_padding(source, padded), adapter, invalid, as_chat)
         for index, source in zip(indices, batch_to_rows(batch), strict=True)
     )
     weighed = (_weighed(result, columns, invalid) for result in results)
     marked = [_marked(result, columns, f"row {index}") for index, result in zip(indices, weighed, strict=True)]
-    return {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
+    out = {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
+    return out | {name: unsigned(out[name], out[KEPT], kind) for name, kind in columns.items()}
 
 
 def _grouped_events(dataset: Dataset, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
@@ -278,7 +289,7 @@ def _in_columns(row: Row, columns: dict[str, Any], where: str) -> Row:
     for name, value in row.items():
         if not _fits(value, columns[name]):
             raise ValueError(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")
-    return {name: row.get(name) for name in columns}
+    return packed({name: row.get(name) for name in columns}, columns)
 
 
 def _fits(value: Any, feature: Any) -> bool:
@@ -287,6 +298,8 @@ def _fits(value: Any, feature: Any) -> bool:
         return True
     if isinstance(feature, List):
         return isinstance(value, list) and all(_fits(item, feature.feature) for item in value)
+    if isinstance(feature, Json):
+        return True
     if isinstance(feature, dict):
         return isinstance(value, dict) and all(
             item is None or (name in feature and _fits(item, feature[name])) for name, item in value.items()
@@ -296,18 +309,19 @@ def _fits(value: Any, feature: Any) -> bool:
     return isinstance(value, expected) and (expected is bool or expected is object or not isinstance(value, bool))
 
 
-def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, Any]:
+def _features(results: Iterable[Result], source: dict[str, Any], *, passed: bool) -> dict[str, Any]:
     """Column types of the result. Fixed before the pass, because inference batch by batch fails on columns that happen
-    to be all None in the first batch."""
+    to be all None in the first batch. `passed`: further columns are those of the source, and so are their types."""
     kept = (row for row, _ in results if row is not None)
     sample = list(islice(kept, FEATURE_SAMPLE))
     if not sample:
         return {"prompt": Value("string"), "responses": List(Value("string")), "scores": List(Value("float64"))}
-    inferred = _types(sample)
+    own = ("prompt", "responses", "scores", "weight", *TEMPLATE)
+    known = {name: kind for name, kind in source.items() if passed and name not in own}
+    inferred = _types(sample, known)
     if "null" in repr(inferred):  # some value is missing in all of them
-        inferred = _types([*sample, *islice(kept, LONG_SAMPLE - FEATURE_SAMPLE)])
+        inferred = _types([*sample, *islice(kept, LONG_SAMPLE - FEATURE_SAMPLE)], known)
     features = _without_null(inferred, _message_fields(source))
-    own = ("prompt", "responses", "scores", "weight")
     for name in features.keys() & source.keys() - set(own):
         if inferred[name] == Value("null") or _alike(inferred[name], source[name]):
             features[name] = source[name]
@@ -317,14 +331,17 @@ def _features(results: Iterable[Result], source: dict[str, Any]) -> dict[str, An
     return features
 
 
-def _types(sample: list[Row]) -> dict[str, Any]:
+def _types(sample: list[Row], known: dict[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys(name for row in sample for name in row)
-    return {name: _inferred(name, [row.get(name) for row in sample]) for name in names}
+    return {name: known.get(name) or _inferred(name, [row.get(name) for row in sample]) for name in names}
 
 
 def _inferred(name: str, values: list) -> Any:
+    if name in TEMPLATE:
+        return Json()
+    keys = set()
     try:
-        return Dataset.from_dict({name: values}).features[name]
+        return with_json(Dataset.from_dict({name: blanked(values, keys)}).features[name], keys)
     except Exception as error:  # whatever Arrow, or the values' own code, raises
         raise ValueError(
             f"column {name!r} of the first rows fits into no table ({error}); give plain values of one type."
@@ -345,6 +362,7 @@ def _message_fields(features: dict[str, Any]) -> dict[str, Any]:
         while isinstance(feature, List):
             feature = feature.feature
         for field, kind in feature.items() if isinstance(feature, dict) else ():
+            kind = kind if isinstance(kind, Value) or field in TEXT else Json()
             fields[field] = kind if fields.get(field, Value("null")) == Value("null") else fields[field]
     return fields
 

@@ -26,19 +26,22 @@ class PreferenceCollator:
     | `response_ids`, `response_mask` | (B, K, R) | int64, bool |
     | `mask` | (B, K) | bool |
     | `scores` | (B, K) | float32, 0 in empty slots |
+    | `weight`, where rows have it | (B,) | float32 |
     | a scalar column | (B,) | int64, bool or float32; None becomes NaN, in a float32 column |
     | a column with one number per response | (B, K) | float32, 0 in empty slots |
     | a column with one number per response token | (B, K, R) | float32, 0 where there is no token |
 
-    Text cannot be a tensor: a column of strings, such as a string `annotator`, is left out of the batch, and so is a
-    column that is None in every row of the batch.
+    Of further columns only those named in `columns` are read. Text cannot be a tensor: a column of strings is left out
+    of the batch, and so is a column that is None in every row of the batch.
 
     Args:
         pad_token_id: token to pad with.
         pad_to_multiple_of: round P and R up to a multiple of this.
+        columns: further columns that the method reads.
 
     Raises:
-        ValueError: if there is no pad token, or if the lists of a row do not fit together.
+        ValueError: if there is no pad token, if a further column has the name of a mask, or if the lists of a row do
+            not fit together.
 
     Example:
 
@@ -68,6 +71,7 @@ class PreferenceCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.pad_token_id is None:
@@ -75,9 +79,12 @@ class PreferenceCollator:
                 "the tokenizer has no pad token; set one before training, for example tokenizer.pad_token = "
                 "tokenizer.eos_token."
             )
+        if clash := sorted({*self.columns} & {*RESERVED}):
+            raise ValueError(f"column {clash[0]!r} has the name of a mask that the collator makes; rename it.")
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
+        read = {*OWN, "weight", *self.columns}
+        rows = [{name: _plain(value) for name, value in row.items() if name in read} for row in rows]
         for index, row in enumerate(rows):
             _check_row(row, index, set(rows[0]))
         lengths = [[len(ids) for ids in row["response_ids"]] for row in rows]
@@ -171,9 +178,6 @@ def _check_row(row: Row, index: int, names: set[str]) -> None:
     odd = sorted(set(row) ^ names)
     if odd:
         raise ValueError(f"row {index}: column {odd[0]!r} is not in every row of the batch; give it in all or none.")
-    clash = sorted(names & set(RESERVED))
-    if clash:
-        raise ValueError(f"column {clash[0]!r} has the name of a mask that the collator makes; rename it.")
     missing = [name for name in OWN if name not in row]
     if missing:
         raise ValueError(f"row {index}: no column {missing[0]!r}; tokenise the data with tokenize_dataset first.")

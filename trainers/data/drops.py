@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
@@ -109,6 +110,18 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
         raise ValueError(f"no usable row is left.\n{report}")
     dataset = mapped.remove_columns([EVENTS, KEPT])
     return (dataset if len(kept) == len(mapped) else dataset.select(kept)), report
+
+
+def without_format(dataset: Dataset) -> Dataset:
+    """Its values as Python has them, whatever they were set to come as; a transform of one's own is kept."""
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+
+
+def unsigned(values: list, kept: list[bool], feature: Any) -> list | np.ndarray:
+    """A column as `datasets` takes it: integers from 2**63 on as an array only. Rows that go may hold anything."""
+    if feature != Value("uint64") or any(keep and v is None for v, keep in zip(values, kept, strict=True)):
+        return values
+    return np.array([value or 0 for value in values], dtype=np.uint64)
 
 
 def batch_to_rows(batch: dict[str, list]) -> list[dict[str, Any]]:

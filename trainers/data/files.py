@@ -22,7 +22,7 @@ from datasets import (
     load_from_disk,
 )
 
-from .drops import is_first_process
+from .drops import is_first_process, without_format
 from .faults import explained
 from .json_rows import file_digest, json_dataset, json_stream
 
@@ -72,10 +72,12 @@ def read_folder(
     if any(letter in str(path) for letter in "*?["):
         raise ValueError(f"{str(path)!r} reads as a pattern of several names: rename the folder without *, ? and [.")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if strange := sorted(set(kwargs) - {"streaming"}):
+            raise ValueError(f"the saved data set {path.name!r} takes no {strange[0]}; leave it out.")
         with explained(path):
             saved = load_from_disk(str(path))
         found = in_split(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
-        return found.to_iterable_dataset() if streaming else found
+        return without_format(found).to_iterable_dataset() if streaming else found
     if strange := sorted(set(kwargs) - {"streaming", *OF_FOLDERS}):
         raise ValueError(f"the folder {path.name!r} takes no {strange[0]}; leave it out.")
     with explained(path):

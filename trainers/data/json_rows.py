@@ -3,7 +3,7 @@
 The reader of `datasets` works block by block and casts later blocks to the types of the first, and it reads dates and
 mixed columns into other values: the text "007" may come back as 7, a list of messages as text. Here Python's own
 reader is used, and every column must have one type in all rows of all files. Numbers may be whole in some rows and not
-in others, and a value may be missing.
+in others, and a value may be missing. What messages hold beside text may differ (`structured`).
 """
 
 import gzip
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json
 from tqdm.auto import tqdm
 
 from .drops import is_first_process
 from .faults import explained
 from .rows import Row, describe, to_canonical
+from .structured import TEMPLATE, blanked, packed, with_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,8 @@ def json_dataset(paths: list[Path], strict: Collection[str] | None = None) -> Da
     files = {"paths": tuple(map(str, paths)), "digests": tuple(digests)}
     with explained(paths[0]):
         features = columns.features()
-        return Dataset.from_generator(
-            _typed_rows, features=features, gen_kwargs={**files, "texts": tuple(columns.texts)}
-        )
+        gen_kwargs = {**files, "texts": tuple(columns.texts), "columns": dict(features)}
+        return Dataset.from_generator(_typed_rows, features=features, gen_kwargs=gen_kwargs)
 
 
 def json_stream(paths: list[Path]) -> IterableDataset:
@@ -73,10 +73,12 @@ def _all_rows(paths: tuple[str, ...]) -> Iterator[Row]:
             yield from _rows(path)
 
 
-def _typed_rows(paths: tuple[str, ...], digests: tuple[str, ...], texts: tuple[str, ...]) -> Iterator[Row]:
+def _typed_rows(
+    paths: tuple[str, ...], digests: tuple[str, ...], texts: tuple[str, ...], columns: dict[str, Any]
+) -> Iterator[Row]:
     """`digests` of the files are there for the cache of `datasets`, which must not mistake a changed file."""
     for row in _all_rows(paths):
-        yield row | {name: _as_text(row[name]) for name in texts if row.get(name) is not None}
+        yield packed(row, columns) | {name: _as_text(row[name]) for name in texts if row.get(name) is not None}
 
 
 def _as_text(value: Any) -> str:
@@ -93,13 +95,17 @@ class _Columns:
     def __init__(self, strict: Collection[str] | None):
         self.strict, self.types, self.texts = strict, {}, {}
         self._large: set[str] = set()  # columns with an integer that a float cannot hold
+        self._records: set[str] = set()  # keys of messages that hold records
 
     def features(self) -> Features:
         for name, why in self.texts.items():
             self.types[name] = pyarrow.string()
             if is_first_process():
                 logger.warning("Column %r %s: it is carried along as JSON text, and nothing reads it.", name, why)
-        return Features.from_arrow_schema(pyarrow.schema(self.types))
+        features = Features.from_arrow_schema(pyarrow.schema(self.types))
+        return Features({
+            name: Json() if name in TEMPLATE else with_json(part, self._records) for name, part in features.items()
+        })  # fmt: skip
 
     def add(self, path: Path) -> None:
         """Raises ValueError for a row that does not fit."""
@@ -113,6 +119,7 @@ class _Columns:
 
     def _add_values(self, path: Path, name: str, chunk: list[Row], start: int) -> None:
         values, before = [row.get(name) for row in chunk], self.types.get(name, pyarrow.null())
+        values = [None] * len(chunk) if name in TEMPLATE else blanked(values, self._records)
         try:
             self.types[name] = _wider(before, values)
             self._refuse_rounding(name, values)
@@ -124,7 +131,7 @@ class _Columns:
                 if many:
                     message = f"column {name!r} of {path.name!r} has records with more than {MOST_KEYS} different keys"
                     raise ValueError(f"{message}; make them a list, or remove the column.") from error
-                raise _misfit(path, name, before, chunk, start) from error
+                raise _misfit(path, name, before, chunk, values, start) from error
             self.texts[name] = f"has more than {MOST_KEYS} different keys" if many else "mixes types"
 
     def _refuse_rounding(self, name: str, values: list) -> None:
@@ -174,11 +181,11 @@ def _keys(kind: pyarrow.DataType) -> int:
     return max([own, *map(_keys, inner)])
 
 
-def _misfit(path: Path, name: str, before: pyarrow.DataType, chunk: list[Row], start: int) -> ValueError:
+def _misfit(path: Path, name: str, before: pyarrow.DataType, chunk: list[Row], values: list, start: int) -> ValueError:
     """What is wrong with the first row of the chunk whose value does not fit."""
-    for index, row in enumerate(chunk, start):
+    for index, (row, value) in enumerate(zip(chunk, values, strict=True), start):
         try:
-            before = _wider(before, [row.get(name)])
+            before = _wider(before, [value])
         except MISFITS:
             return ValueError(f"row {index} of {path.name!r}: {_fault(row, name)}")
     return ValueError(f"column {name!r} of {path.name!r} mixes types, or large integers and floats; give one type.")

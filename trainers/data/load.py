@@ -12,11 +12,12 @@ from .canonical import Adapter, canonical_stream, canonicalize
 from .drops import is_first_process
 from .files import SUFFIXES, read_file, read_folder
 from .formats import FORMATS, known_formats, recognise
+from .structured import TEMPLATE, mixes_types
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-OPTIONAL = ("weight", "annotator")
+OPTIONAL = ("weight", "annotator", *TEMPLATE)
 # Columns of canonical rows and of pairs.
 OWN = {"prompt", "responses", "scores", "chosen", "rejected", *OPTIONAL}
 
@@ -118,7 +119,7 @@ def read_dataset(
 def _refuse_mixed(found: Dataset | IterableDataset, name: str, strict: Collection[str] | None) -> None:
     """`datasets` keeps a column whose types differ as raw JSON, which turns the text "2" into a number."""
     for column, feature in (found.features or {}).items():
-        if "Json(" in repr(feature) and (strict is None or column in strict):
+        if mixes_types(feature, column) and (strict is None or column in strict):
             raise ValueError(f"column {column!r} of {name} mixes types; give the same type in every row.")
 
 

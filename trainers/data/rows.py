@@ -1,14 +1,16 @@
 """The canonical row and what makes it valid.
 
 A canonical row is `{"prompt": str | messages, "responses": [K str | messages], "scores": [K floats]}` where a higher
-score is better, with optional `annotator` (str or int) and `weight` (float). Every other column is passed through; a
-list column with K items is taken to belong to the responses and follows them when one is dropped.
+score is better, with optional `annotator` (str or int), `weight` (float), and for messages `tools` (list of JSON
+schemas) and `chat_template_kwargs` (dict). Every other column is passed through; a list column with K items is taken
+to belong to the responses and follows them when one is dropped.
 
 There are two kinds of fault. A row that is built wrongly (a missing column, two lists of different length, a string
 where a number belongs) raises `ValueError`: no setting can repair it. A row with unusable content (an empty response,
 a missing score) is dropped and counted, or refused with `invalid="error"`.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -18,11 +20,16 @@ import numpy as np
 from trl import extract_prompt
 
 from .drops import Drop
+from .structured import TEMPLATE
 
 Row = dict[str, Any]
 
 MIN_RESPONSES = 2
 NO_WEIGHT = "weight is missing or not finite"
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+ASKED = (
+    "question", "instruction", "input", "query", "system", "history", "messages", "conversation", "conversations"
+)  # fmt: skip
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
 
@@ -62,6 +69,10 @@ def to_canonical(row: Row) -> Row:
         out["weight"] = checked_number(row["weight"], "weight")
     if row.get("annotator") is not None:
         checked_annotator(row["annotator"])
+    out |= {name: _checked_template_option(row[name], name) for name in TEMPLATE if name in row}
+    for name in NOT_TEXT:
+        if row.get(name) is not None and row[name] != []:
+            raise ValueError(f"{name!r} cannot be used: only text is trained on. Leave such rows out, or the column.")
     return out
 
 
@@ -80,6 +91,12 @@ def pair_to_row(row: Row) -> Row:
     prompt = row.get("prompt")
     chat_with_prompt = isinstance(chosen, list) and bool(chosen) and chosen[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and chat_with_prompt):
+        asked = [name for name in ASKED if row.get(name)]
+        if asked and not chat_with_prompt:
+            raise ValueError(
+                f"missing column 'prompt' beside 'chosen' and 'rejected', but there is {asked[0]!r}: rename it with "
+                f"dataset.rename_column({asked[0]!r}, 'prompt'), or make a prompt of it in a data_format of your own."
+            )
         prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
     rest = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
     return {"prompt": prompt, "responses": [chosen, rejected], "scores": [1.0, 0.0], **rest}
@@ -127,7 +144,7 @@ def clean_row(row: Row) -> tuple[Row | None, list[str]]:
 def take_responses(row: Row, keep: list[int]) -> Row:
     """Keep the responses with these indices, together with every list column that has one item per response."""
     k = len(row["scores"])
-    whole = ("prompt", "prompt_ids")
+    whole = ("prompt", "prompt_ids", *TEMPLATE)
     return {
         name: [value[i] for i in keep] if isinstance(value, list) and len(value) == k and name not in whole else value
         for name, value in row.items()
@@ -174,6 +191,27 @@ def checked_text(value, name: str):
     return messages
 
 
+def refuse_template_options(row: Row) -> None:
+    """Raises ValueError for a row with options of the chat template, where answers are sampled without them."""
+    if found := [name for name in TEMPLATE if row.get(name)]:
+        raise ValueError(f"{found[0]!r} cannot be used where answers are sampled: remove the column.")
+
+
+def _checked_template_option(value, name: str) -> list[dict] | dict | None:
+    """`tools` or `chat_template_kwargs`, as such or as JSON text."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        found = value
+    if name == "tools" and isinstance(found, list) and all(isinstance(tool, dict) for tool in found):
+        return found
+    if found is None or name != "tools" and isinstance(found, dict):
+        return found
+    raise ValueError(
+        f"{name!r} is {describe(value)}; give {'a list of JSON schemas' if name == 'tools' else 'a dict'}."
+    )
+
+
 def checked_number(value, name: str) -> float | None:
     if value is None:
         return None
@@ -214,7 +252,16 @@ def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and (chosen.startswith(rejected) or rejected.startswith(chosen)):
         raise Drop("chosen begins like the whole of rejected (or the reverse), so the prompt cannot be told apart")
     split = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if isinstance(chosen, str) and any(_is_inside_word(text, len(split["prompt"])) for text in (chosen, rejected)):
+        raise ValueError(
+            f"there is no 'prompt', and what 'chosen' and 'rejected' share ends inside a word: "
+            f"{split['prompt'][-20:]!r}. Give the prompt in a column 'prompt', or name the data_format."
+        )
     return split["prompt"], split["chosen"], split["rejected"]
+
+
+def _is_inside_word(text: str, at: int) -> bool:
+    return text[at - 1 : at].isalnum() and text[at : at + 1].isalnum()
 
 
 def _as_messages(prompt, responses: list) -> tuple[list, list]:

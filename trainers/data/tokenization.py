@@ -6,6 +6,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 
 import logging
 import re
+from itertools import groupby
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -22,9 +23,12 @@ from .drops import (
     refuse,
     source_digest,
     split_off_drops,
+    unsigned,
     with_event_columns,
+    without_format,
 )
 from .rows import LARGEST_SCORE, MIN_RESPONSES, Row, is_per_token, take_responses
+from .structured import TEMPLATE, packed, padded_columns, without_padding
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,8 @@ def tokenize_dataset(
     """Tokenise canonical rows, and count what is dropped or truncated.
 
     Messages go through the chat template, which writes its own BOS and end-of-turn tokens; nothing is added to what it
-    gives. Special tokens inside the text of a message become what they say, as at inference; such rows are counted.
+    gives. It is given the row's `tools` and `chat_template_kwargs`, which win over those of all rows. Special tokens
+    inside the text of a message become what they say, as at inference; such rows are counted.
     Text is tokenised as it is, and EOS is added unless the response ends with it. Responses which the column
     `unfinished_responses` (K bools) marks get neither EOS nor the end of a turn. Each response is truncated to
     `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
@@ -89,13 +94,15 @@ def tokenize_dataset(
         chat_template_kwargs: further arguments of the chat template.
 
     Raises:
-        ValueError: if messages are given and the tokenizer has no chat template, if text is given and it has no EOS
-            token, if an unfinished response has several messages, or naming the row.
+        ValueError: if messages are given and the tokenizer has no chat template, or one that writes no tools where a
+            row has some, if text is given and it has no EOS token, if an unfinished response has several messages, or
+            naming the row.
     """
     check_invalid(invalid)
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}; a prompt and a response need at least 2 tokens.")
     _check_columns(dataset)
+    dataset = without_format(dataset)
     features = _token_features(dataset)
     mapped = dataset.map(
         _tokenize_batch,
@@ -109,7 +116,8 @@ def tokenize_dataset(
             "max_length": max_length,
             "invalid": invalid,
             "template_kwargs": chat_template_kwargs or {},
-            "columns": list(features),
+            "columns": features,
+            "padded": padded_columns(dataset.features),
             "code": source_digest(),
         },
         desc="Tokenising",
@@ -183,22 +191,24 @@ def _tokenize_batch(
     max_length: int | None,
     invalid: str,
     template_kwargs: dict[str, Any],
-    columns: list[str],
+    columns: dict[str, Any],
+    padded: dict[str, Any],
     code: str,
 ) -> dict[str, list]:
-    rows = batch_to_rows(batch)
+    rows = [without_padding(row, padded) for row in batch_to_rows(batch)]
     out = {name: [] for name in [*columns, EVENTS, KEPT, CUT]}
     results = _tokenize_rows(rows, tokenizer, max_length, template_kwargs, first_index=indices[0])
     for index, (row, reasons, cut) in zip(indices, results, strict=True):
         faults = [reason for reason in reasons if not reason.startswith("note: ")]
         if faults and invalid == "error":
             refuse(f"row {index}", faults[0])
+        values = packed({name: row[name] if row else None for name in columns}, columns)
         for name in columns:
-            out[name].append(row[name] if row else None)
+            out[name].append(values[name])
         out[EVENTS].append(reasons)
         out[KEPT].append(row is not None)
         out[CUT].append(cut)
-    return out
+    return out | {name: unsigned(out[name], out[KEPT], kind) for name, kind in columns.items()}
 
 
 def _tokenize_rows(
@@ -211,6 +221,7 @@ def _tokenize_rows(
         return [(*_fit(row, max_length), None) for row in rows]
     control = None
     if isinstance(rows[0]["prompt"], str):
+        _refuse_options_of_text(rows, first_index)
         encoded = _encode_text(rows, tokenizer)
     else:
         control = _control_tokens(tokenizer)
@@ -262,6 +273,25 @@ def _encode_chat(rows: list[Row], tokenizer, template_kwargs: dict, first_index:
             "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
             "set tokenizer.chat_template, or give prompts and responses as text."
         )
+    encoded = []
+    for options, group in groupby(rows, lambda row: _template_options(row, template_kwargs)):
+        encoded += _encode_alike(list(group), tokenizer, options, first_index + len(encoded))
+    return encoded
+
+
+def _template_options(row: Row, template_kwargs: dict) -> dict[str, Any]:
+    own = {"tools": row["tools"]} if row.get("tools") else {}
+    return template_kwargs | own | (row.get("chat_template_kwargs") or {})
+
+
+def _encode_alike(rows: list[Row], tokenizer, options: dict[str, Any], first_index: int):
+    """Rows with the same options of the chat template."""
+    tools, template = options.get("tools"), options.get("chat_template")
+    if tools and "tools" not in tokenizer.get_chat_template(template, tools):
+        raise ValueError(
+            f"row {first_index}: it has 'tools', which the chat template does not write: use the tokenizer of a model "
+            "that calls tools, or remove the column."
+        )
     prompts = [_without_none(row["prompt"]) for row in rows]
     chats = [
         prompt + _without_none(response)
@@ -270,14 +300,23 @@ def _encode_chat(rows: list[Row], tokenizer, template_kwargs: dict, first_index:
     ]
     apply = tokenizer.apply_chat_template
     try:
-        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **template_kwargs)["input_ids"]
-        full_ids = iter(apply(chats, return_dict=True, **template_kwargs)["input_ids"])
+        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+        full_ids = iter(apply(chats, return_dict=True, **options)["input_ids"])
     except TemplateError as error:
         if len(rows) == 1:
             raise ValueError(f"row {first_index}: the chat template refuses these messages: {error}.") from error
         # one by one, to find the row
-        return [_encode_chat([row], tokenizer, template_kwargs, first_index + i)[0] for i, row in enumerate(rows)]
+        return [_encode_alike([row], tokenizer, options, first_index + i)[0] for i, row in enumerate(rows)]
     return [(ids, [next(full_ids) for _ in row["responses"]]) for ids, row in zip(prompt_ids, rows, strict=True)]
+
+
+def _refuse_options_of_text(rows: list[Row], first_index: int) -> None:
+    for index, row in enumerate(rows, first_index):
+        if found := [name for name in TEMPLATE if row.get(name)]:
+            raise ValueError(
+                f"row {index}: {found[0]!r} is for the chat template, and the prompt is text: give messages, set "
+                "as_chat, or remove the column."
+            )
 
 
 def _without_none(messages: list[dict]) -> list[dict]:

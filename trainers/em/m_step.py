@@ -26,6 +26,7 @@ class TypePolicyTrainer(PreferenceTrainer):
         "2405.15065",
     )
     needs_reference = False
+    columns = (POSTERIOR, REFERENCE)
 
     def loss(self, batch, policy, reference):
         rewards = self.args.beta * (policy.logps.sum(-1) - batch[REFERENCE])
@@ -65,7 +66,7 @@ def m_step_rows(
     else:
         kept &= total > NEGLIGIBLE * largest
         columns["weight"] = (total / largest).tolist()
+    rows = rows.remove_columns([name for name in {POSTERIOR, *columns} if name in rows.column_names])
     for name, values in columns.items():
-        rows = rows.remove_columns(name) if name in rows.column_names else rows
         rows = rows.add_column(name, values)
     return rows if kept.all() else rows.select(np.flatnonzero(kept))

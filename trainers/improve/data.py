@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from ..data.drops import DropReport, refuse
 from ..data.load import load_preferences, read_dataset
+from ..data.rows import refuse_template_options
 from ..loop.enhance import plain
 from ..loop.sampler import Prompt
 from .text import turns
@@ -18,7 +19,8 @@ MESSAGES = "messages"
 
 
 def read_rows(
-    name: str, split: str | None, *, source: str, data_format: str | None = None, as_chat: bool = False,
+    name: str, split: str | None, *, source: str, data_format: str | None = None, config: str | None = None,
+    as_chat: bool = False,
     limit: int | None = None, needs_reference: bool = True, repeats: bool = False, invalid: str = "drop",
 ) -> list[dict]:  # fmt: skip
     """Rows of `prompt` and `reference` (None where there is none and none is needed); drops are counted and logged.
@@ -28,6 +30,7 @@ def read_rows(
             last turn is the reference, the turns before it are the prompt. A column `messages` is taken without
             being named.
         data_format: of `load_preferences`; its rows have responses and scores, so `source` is `best`.
+        config: configuration of a data set that has several.
         as_chat: make text prompts user messages.
         repeats: keep several rows of one prompt. Else the first one stays, whatever `invalid` says: a repeated prompt
             is no fault.
@@ -40,14 +43,16 @@ def read_rows(
     if data_format is not None and source != BEST:
         raise ValueError(f"sft_target_source={source!r} does not go with data_format: set it to {BEST!r}.")
     strict = {"prompt", "responses", "scores", MESSAGES, source}
-    dataset = None if data_format is not None else read_dataset(name, split or "train", strict=strict)
+    options = {"name": config} if config else {}
+    dataset = None if data_format is not None else read_dataset(name, split or "train", options, strict)
     if dataset is None or (source == BEST and {"responses", "scores"} <= set(dataset.column_names)):
-        dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid)
+        dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid, **options)
     elif limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     column = _reference_column(dataset, source, needs_reference, name)
     for index, row in enumerate(dataset):
+        refuse_template_options(row)
         prompt, reference = _split(row, column)
         reason = _fault(prompt, reference if needs_reference else "-")
         if reason is not None and invalid == "error":

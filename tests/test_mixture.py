@@ -1,0 +1,122 @@
+"""Several data sets as one: from the command line and in a file, with shares, configurations and formats."""
+
+import json
+from collections import Counter
+
+import pytest
+import yaml
+from datasets import Dataset
+
+import train
+from trainers.data import load_preferences
+from trainers.data.mixture import mix
+from trainers.sgpo import _read_data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(name, count, **more):
+    return [{"prompt": f"{name}{i} ", "chosen": "good", "rejected": "bad", **more} for i in range(count)]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def arguments(tmp_path, *flags, **keys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output_dir": "runs/x", "use_cpu": True, **keys}))
+    return train.parse(["--config", str(tmp_path / "run.yaml"), *flags])[1:3]
+
+
+def read(tmp_path, *flags, split="train", **keys):
+    found = train.load_split(*arguments(tmp_path, *flags, **keys), split)
+    return None if found is None else [row["prompt"].strip() for row in found]
+
+
+def test_several_data_sets_from_flags_and_from_a_file(tmp_path):
+    names = [write(tmp_path / "a.jsonl", rows("a", 3)), write(tmp_path / "b.jsonl", rows("b", 2))]
+    expected = ["a0", "a1", "a2", "b0", "b1"]
+    assert read(tmp_path, "--dataset_name", *names) == read(tmp_path, dataset_name=names) == expected
+    assert read(tmp_path, "--dataset_name", names[1]) == read(tmp_path, dataset_name=[names[1]]) == ["b0", "b1"]
+    assert read(tmp_path, dataset_name=names, split="test") is None
+    assert read(tmp_path, dataset_name=names, dataset_test_split=[None, "train[:1]"], split="test") == ["b0"]
+    assert read(tmp_path, dataset_name=names, dataset_train_split="train[1:]") == ["a1", "a2", "b1"]
+
+
+def test_shares_of_the_training_rows(tmp_path):
+    names = [write(tmp_path / "a.jsonl", rows("a", 8)), write(tmp_path / "b.jsonl", rows("b", 2))]
+    flags = ["--dataset_name", *names, "--dataset_weights", "0.5", "2.5"]
+    found = Counter(read(tmp_path, *flags))
+    assert sorted(found[f"a{i}"] for i in range(8)) == [0] * 4 + [1] * 4
+    assert sorted((found["b0"], found["b1"])) == [2, 3]
+    assert found == Counter(read(tmp_path, *flags)) != Counter(read(tmp_path, *flags, "--seed", "1"))
+    assert len(read(tmp_path, *flags, "--dataset_test_split", "train", split="test")) == 10
+    cut = read(tmp_path, *flags, "--max_train_rows", "6")
+    assert len(cut) == 6 and not Counter(cut) - found and {text[0] for text in cut} == {"a", "b"}
+    assert len(read(tmp_path, "--dataset_name", names[0], "--dataset_weights", "0.25")) == 2
+
+
+def test_a_configuration_of_a_data_set(tmp_path):
+    for name in ("easy", "hard"):
+        Dataset.from_list(rows(name, 2)).to_parquet(tmp_path / f"hub/{name}/train-0.parquet")
+    configs = [{"config_name": n, "data_files": [{"split": "train", "path": f"{n}/*"}]} for n in ("easy", "hard")]
+    (tmp_path / "hub/README.md").write_text("---\n" + yaml.safe_dump({"configs": configs}) + "---\n")
+    hub, other = str(tmp_path / "hub"), write(tmp_path / "a.jsonl", rows("a", 1))
+    assert read(tmp_path, "--dataset_name", hub, "--dataset_config", "hard") == ["hard0", "hard1"]
+    both = read(tmp_path, "--dataset_name", hub, hub, "--dataset_config", "hard", "easy")
+    assert both == ["hard0", "hard1", "easy0", "easy1"]
+    assert read(tmp_path, dataset_name=[other, hub], dataset_config=[None, "easy"]) == ["a0", "easy0", "easy1"]
+    with pytest.raises(ValueError, match="'a.jsonl' takes no name"):
+        read(tmp_path, "--dataset_name", other, "--dataset_config", "hard")
+    Dataset.from_list(rows("s", 1)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="'saved' takes no name"):
+        read(tmp_path, "--dataset_name", str(tmp_path / "saved"), "--dataset_config", "hard")
+
+
+def test_each_data_set_has_its_format(tmp_path):
+    row = {"instruction": "q", "source": "s", "completions": [
+        {"response": text, "overall_score": 1.0 + i} for i, text in enumerate("ab")
+    ]}  # fmt: skip
+    names = [write(tmp_path / "a.jsonl", rows("a", 1)), write(tmp_path / "b.jsonl", [row])]
+    data, args = arguments(tmp_path, dataset_name=names, data_format=["pairs", "ultrafeedback"], as_chat=True)
+    found = train.load_split(data, args, "train")
+    assert found["scores"][:] == [[1.0, 0.0], [1.0, 2.0]]
+    assert [prompt[0]["content"] for prompt in found["prompt"]] == ["a0 ", "q"]
+    with pytest.raises(ValueError, match="b.jsonl differs from the data sets before it .* With as_chat"):
+        read(tmp_path, dataset_name=names, data_format=["pairs", "ultrafeedback"])
+
+
+def test_columns_of_a_mixture(tmp_path):
+    parts = [rows("a", 1, id=7, note="x", weight=2), rows("b", 1, id="u", note="y", annotator="eve")]
+    parts = [load_preferences(write(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate(parts)]
+    common = {"responses": ["good", "bad"], "scores": [1.0, 0.0]}
+    assert mix(parts, ["a", "b"]).to_list() == [
+        {"prompt": "a0 ", **common, "note": "x", "weight": 2.0, "annotator": None},
+        {"prompt": "b0 ", **common, "note": "y", "weight": 1.0, "annotator": "eve"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_weights": [1]}, "dataset_weights has 1 items for 2 data sets"),
+        ({"dataset_weights": [1, 0]}, "dataset_weights has 0: give positive numbers"),
+        ({"dataset_weights": [1, "much"]}, "dataset_weights has 'much': give positive numbers"),
+        ({"dataset_config": ["x", "y", "z"]}, "dataset_config has 3 items for 2 data sets"),
+    ],
+    ids=["few", "zero", "text", "many"],
+)
+def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, dataset_name=["a", "b"], **change)
+
+
+def test_a_method_that_reads_one_data_set_says_so(tmp_path):
+    data, args = arguments(tmp_path, "--trainer", "SGPOTrainer", dataset_name=["a", "b"])
+    with pytest.raises(ValueError, match="SGPO reads one data set"):
+        _read_data(args, data)
