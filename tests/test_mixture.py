@@ -101,6 +101,12 @@ def test_columns_of_a_mixture(tmp_path):
     ]
 
 
+def test_a_mixture_keeps_which_responses_are_unfinished():
+    plain = {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0]}
+    parts = [Dataset.from_list([plain]), Dataset.from_list([plain | {"unfinished_responses": [False, True]}])]
+    assert mix(parts, ["a", "b"])["unfinished_responses"][:] == [None, [False, True]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

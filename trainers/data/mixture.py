@@ -7,8 +7,9 @@ import pyarrow
 from datasets import Dataset, Features, concatenate_datasets
 
 from .structured import TEMPLATE
+from .tokenization import UNFINISHED
 
-OWN = ("prompt", "responses", "scores", "weight", "annotator", *TEMPLATE)
+OWN = ("prompt", "responses", "scores", "weight", "annotator", UNFINISHED, *TEMPLATE)
 
 
 def mix(
