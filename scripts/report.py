@@ -177,27 +177,29 @@ def course(points: list[dict]) -> str:
         "<p>Checkpoints of the training answer prompts that are neither trained on nor used above. KL is the mean "
         "log-ratio of these answers to the base model: what the policy has moved. Where the reward grows more slowly "
         "than KL, and answers are cut off, more training stops paying.</p>"
-        + figures([course_figure(points)])
+        + figures(
+            [
+                course_figure(
+                    points, "Reward against distance from the base model", ("reward", "gain at equal length")
+                ),
+                course_figure(points, "Answers cut off at the limit", ("share cut off at the limit",)),
+            ]
+        )
         + table(["Step", *(title for title, _ in columns.values())], rows)
     )
 
 
-def course_figure(points: list[dict]) -> str:
-    """Reward, and gain at equal length, against KL."""
-    title = "Reward against distance from the base model"
+def course_figure(points: list[dict], title: str, names: tuple[str, ...]) -> str:
+    """Measures of the checkpoints against KL."""
     figure, axes = new_figure(title, "KL to the base model, nats per answer")
-    steps, kl = [p["step"] for p in points], [p["KL"]["mean"] for p in points]
-    for name, label, colour in (("reward", "reward", AFTER), ("gain at equal length", "gain at equal length", BEFORE)):
+    kl = [p["KL"]["mean"] for p in points]
+    for name, colour in zip(names, (AFTER, BEFORE), strict=False):
         means = [p[name]["mean"] for p in points]
-        spread = [
-            [p[name]["mean"] - p[name]["low"] for p in points],
-            [p[name]["high"] - p[name]["mean"] for p in points],
-        ]
-        axes.errorbar(kl, means, yerr=spread, fmt="o-", color=colour, capsize=4, label=label)
-    for step, x, point in zip(steps, kl, points, strict=True):
-        axes.annotate(
-            f"step {step}", (x, point["reward"]["mean"]), textcoords="offset points", xytext=(5, 6), fontsize=8
-        )
+        spread = [[abs(p[name]["mean"] - p[name][side]) for p in points] for side in ("low", "high")]
+        axes.errorbar(kl, means, yerr=spread, fmt="o-", color=colour, capsize=4, label=name)
+    for x, p in zip(kl, points, strict=True):
+        place = {"textcoords": "offset points", "xytext": (5, 6), "fontsize": 8}
+        axes.annotate(f"step {p['step']}", (x, p[names[0]]["mean"]), **place)
     axes.legend(frameon=False, fontsize=9)
     return to_svg(figure, title)
 

@@ -145,6 +145,7 @@ def test_one_policy_is_in_memory_at_a_time(tmp_path, start, peft):
             alive.append(sum(isinstance(thing, LlamaForCausalLM) for thing in gc.get_objects()))
 
     trainer = em(tmp_path, start, peft=peft, callbacks=[Count()], rounds=2, score_on="heldout_half", max_steps=2)
+    gc.collect()  # what other tests left
     before = {id(thing) for thing in gc.get_objects() if isinstance(thing, LlamaForCausalLM)}
     assert len(before) == 1
     trainer.train()

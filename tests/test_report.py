@@ -185,7 +185,7 @@ def test_page_shows_figures_curves_and_settings(html):
     page = Page(html)
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert (
-        len(labels) == 7
+        len(labels) == 8
         and "Reward against distance from the base model" in labels
         and "Loss" in labels
         and "Pairwise ranking accuracy" in labels

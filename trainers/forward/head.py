@@ -118,7 +118,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         options, aux = {"use_cache": False} | ({} if router is None else {"output_router_logits": True}), {}
 
         def body(**more):
-            output = self.base_model(*args, **kwargs, **options, **more)
+            output = self.base_model(*args, **(kwargs | options | more))  # PEFT names all options itself
             if router is not None:
                 aux["aux_loss"] = router(output.router_logits, fed)
             return output
