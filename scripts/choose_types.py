@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from trl import TrlParser, get_peft_config, get_quantization_config
 
-import train
+from arguments import DataArguments, ModelArguments, load_split, set_model_options
 from trainers import EMDPOTrainer
 from trainers.em.figures import COLOURS, to_svg
 from trainers.em.mixture import annotator_log_likelihood
@@ -33,12 +33,12 @@ def main(argv: list[str]) -> dict:
     options, rest = own.parse_known_args(argv)
     if options.max_types < 1 or not 0 < options.held_out < 1:
         raise ValueError("--max_types must be at least 1 and --held_out a share between 0 and 1.")
-    parser = TrlParser((train.DataArguments, EMDPOTrainer.config_class, train.ModelArguments), allow_abbrev=False)
+    parser = TrlParser((DataArguments, EMDPOTrainer.config_class, ModelArguments), allow_abbrev=False)
     data, args, model = parser.parse_args_and_config(rest)
     if args.initial_posterior is not None:
         raise ValueError("initial_posterior is for one number of types: use another init to compare several.")
-    train.set_model_options(args, model)
-    rows = train.load_split(data, args, "train")
+    set_model_options(args, model)
+    rows = load_split(data, args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
     inside = np.array([name in held_out for name in rows["annotator"]])
     splits = rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))

@@ -25,10 +25,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser, get_peft_config, get_quantization_config
 
+from arguments import ModelArguments, set_model_options
 from compare_data import SCALES, cut_rows, split_rows
 from compare_report import BASE, write_report
 from compare_samples import SampleOptions, sample_and_measure, sum_logps
-from train import ModelArguments, find_trainer, set_model_options
+from train import find_trainer
 from trainers import load_preferences
 from trainers.data.budget import packed_tokens, token_lengths
 from trainers.data.prepare import prepare_dataset
@@ -39,6 +40,7 @@ from trainers.loop.collect import check_settings, model_fingerprint
 from trainers.loop.enhance import plain
 from trainers.loop.journal import write_json, write_rows
 from trainers.loop.start import load_start
+from trainers.precision import instructions
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
 # What makes methods comparable; a method that set it for itself would have another model or another budget.
@@ -138,6 +140,7 @@ def compare(arguments: CompareArguments) -> dict:
     report = {
         "config": dataclasses.asdict(arguments),
         "data": data.facts,
+        "machine": f"{runs[0].model.dtype}, CPU instructions up to {instructions()}",
         "scores": data.scores,
         "lengths": data.lengths,
         "runs": [

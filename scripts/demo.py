@@ -31,6 +31,7 @@ from trl import get_peft_config
 
 import train
 from answers import Answer, compare_answers, matched_gain
+from arguments import load_split, set_model_options
 from compare_samples import SampleOptions, sample_and_measure, sum_logps
 from trainers.data.prepare import prepare_dataset
 from trainers.data.tokenization import UNFINISHED
@@ -166,8 +167,8 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
         flags = {"output_dir": folder, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
         given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         trainer_class, data, args, model = train.parse(["--config", str(CONFIG), *given])
-        train.set_model_options(args, model)
-        rows, watch = train.load_split(data, args, "train"), StepTimes()
+        set_model_options(args, model)
+        rows, watch = load_split(data, args, "train"), StepTimes()
         args.logging_strategy = "no"
         trainer = trainer_class(
             model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model),

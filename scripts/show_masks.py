@@ -17,8 +17,8 @@ import torch
 from transformers.utils import logging
 from trl import TrlParser
 
+from arguments import DataArguments, ModelArguments, load_split
 from masks_page import Heatmap, render
-from train import DataArguments, ModelArguments, load_split
 from trainers import SparsePOConfig, SparsePOTrainer
 from trainers.checkpoints import last_checkpoint
 from trainers.forward import policy as policies

@@ -284,7 +284,7 @@ def test_aggregate_on_numbers_worked_by_hand():
     run = {"name": "A", "steps": 4, "train_seconds": 10.0, "seconds": 12.0, "needs_reference": True,
            "own_rewards": {"pairwise_accuracy": 0.75, "ndcg": 0.9}}  # fmt: skip
     report = {
-        "config": {}, "data": {},
+        "config": {}, "data": {}, "machine": "float32",
         "scores": [[0.1, 0.5, 0.9], [2.0, 1.0]],
         "lengths": [[3, 2, 2], [5, 1]],
         "runs": [base, {**run, "seed": 1, "logps": [[-3.0, -1.0, 0.0], [-4.0, -1.0]]},
