@@ -89,7 +89,8 @@ def aggregate(report: dict) -> dict:
             "steps": sorted({run["steps"] for run in runs}),
             "needs_reference": runs[0]["needs_reference"],
         }
-    return {"methods": methods, "baselines": baselines, **{name: report[name] for name in ("data", "config", "machine")}}
+    same = {name: report[name] for name in ("data", "config", "machine")}
+    return {"methods": methods, "baselines": baselines, **same}
 
 
 def _sampled(runs: list[dict]) -> dict:
@@ -143,7 +144,8 @@ def notes(figures: dict) -> list[str]:
     drawn = f"temperature {samples['temperature']}, top-p {samples['top_p']}"
     left_out = ", ".join(f"{n} ({reason})" for reason, n in data["rows_left_out"].items()) or "none"
     lines = [
-        f"- Every run: {figures['machine']}; {data['train_rows']} training rows, {' or '.join(map(str, steps))} steps, "
+        f"- Every run: {figures['machine']}; {data['train_rows']} training rows, "
+        f"{' or '.join(map(str, steps))} steps, "
         f"{data['tokens_per_epoch']:,} tokens per epoch (each prompt counted once); {data['test_rows']} held-out "
         f"rows. Scores rescaled inside each row: {config['score_scale']}. Rows left out: {left_out}.",
         f"- Means over seeds ({seeds}) with 95 % t intervals over seeds, which say how much training varies and not "
