@@ -54,7 +54,8 @@ SAMPLING = SampleOptions(
     prompts=60, num_generations=2, max_new_tokens=64, temperature=0.8, top_p=0.95, batch_size=60, seed=1,
     dtype="float32", scorer=SCORER,
 )  # fmt: skip
-COURSE = replace(SAMPLING, prompts=30)
+COURSE = replace(SAMPLING, prompts=20, batch_size=40)
+RANKED = 30  # test prompts whose given answers are ranked
 PACKAGES = ("polypo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vaderSentiment")
 
 # Offline, one thread per core, and without the libraries' start-up notices, which would bury the progress bars.
@@ -108,7 +109,7 @@ def main() -> None:
             course.append(measure(step_of(folder), *found, course[0]["answers"]))
     with stage("After training: the test prompts, and the ranking of given answers to them"):
         after, logratios = sample(model, output, prompts["test"], SAMPLING)
-        ranking = rank(config, dtype, rows["test"])
+        ranking = rank(config, dtype, rows["test"][:RANKED])
     with stage("Writing the report"):
         matched = matched_gain(before, after, load_scorer(SCORER))
         results = {
@@ -181,9 +182,10 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
     few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
     batch = few + (SAMPLING.max_new_tokens - 2) * (more - few) / 8
     sampled = SAMPLING.num_generations * (2 * SAMPLING.prompts + (1 + checkpoints) * COURSE.prompts)
-    # A step is four forwards' worth, of which the ranking needs two on every four test prompts.
-    ranking = len(prompts) / args.per_device_train_batch_size * step / 2
-    seconds = steps * step + sampled / SAMPLING.batch_size * batch + ranking
+    # A step is four forwards' worth, of which the ranking needs two on every four prompts.
+    ranking = RANKED / args.per_device_train_batch_size * step / 2
+    # A quarter more: loading models, and comparing the answers with the base model.
+    seconds = 1.25 * (steps * step + sampled / SAMPLING.batch_size * batch + ranking)
     return model.dtype, (
         f"From here about {ceil(seconds / 60)} minutes on this machine: {steps} steps of {step:.1f} s, {sampled} "
         f"answers, {SAMPLING.batch_size} of them in {batch:.0f} s or less, and {ranking:.0f} s for the ranking."
