@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cache
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import ModelConfig
 
@@ -65,6 +66,8 @@ class DataArguments:
             if isinstance(value, list) and len(value) == 1:
                 setattr(self, name, value[0])
         names = self.names
+        if isinstance(self.dataset_weights, int | float):  # a YAML file may say so for one data set
+            self.dataset_weights = [self.dataset_weights]
         for name in ("dataset_weights", *PER_DATA_SET):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(names):
@@ -109,7 +112,8 @@ class ModelArguments(ModelConfig):
 def set_model_options(args, model: ModelArguments) -> None:
     """The model's options of the command line become keywords of `from_pretrained`, and its dtype a real one."""
     asked = model.dtype
-    model.dtype, why = settle_dtype(asked, args.device)
+    # One answer for all processes: their measurements may differ.
+    model.dtype, why = broadcast_object_list([settle_dtype(asked, args.device)])[0]
     if model.dtype != asked and args.process_index == 0:
         _say_once(f"dtype: {model.dtype}, because {why}.")
     args.model_init_kwargs = {

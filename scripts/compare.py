@@ -137,10 +137,11 @@ def compare(arguments: CompareArguments) -> dict:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / "results.json", {"settings": run.settings, **results, "seconds": seconds})
     results = [(run, json.loads((run.folder / "results.json").read_text())) for run in runs]
+    device = runs[0].args.device.type
     report = {
         "config": dataclasses.asdict(arguments),
         "data": data.facts,
-        "machine": f"{runs[0].model.dtype}, CPU instructions up to {instructions()}",
+        "machine": f"{runs[0].model.dtype} on {device}{f' with {instructions()}' if device == 'cpu' else ''}",
         "scores": data.scores,
         "lengths": data.lengths,
         "runs": [

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 from scipy.stats import rankdata
 
+from trainers.data.tokenization import UNFINISHED, unfinished
 from trainers.loop.rewards import completion_text
 
 SCALES = ("none", "rank", "zscore")
@@ -66,11 +67,13 @@ def cut_rows(
         if reason:
             dropped[reason] += 1
             continue
-        rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores")}
+        own = ("prompt", "responses", "scores", UNFINISHED)
+        rest = {name: value for name, value in row.items() if name not in own}
         kept.append({
             "prompt": row["prompt"],
             "responses": [row["responses"][k] for k in drawn],
             "scores": scores,
+            UNFINISHED: [unfinished(row)[k] for k in drawn],
             **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
         })  # fmt: skip
     return kept, dropped

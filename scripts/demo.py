@@ -47,6 +47,7 @@ from trainers.statistics import bootstrap_interval
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/swepo/demo.yaml")
 PREFERENCES = Path("data/demo/preferences.jsonl.gz")
+ALL_ROWS = Path("runs/data/demo")  # the same rows as they are, by split: other recipes read them
 TRAIN = ["accelerate", "launch", "--cpu", "--num_processes", "1", "scripts/train.py", "--config", str(CONFIG)]
 SCORER = "trainers.loop.rewards.vader_sentiment"
 # In float32: CPUs generate several times faster in it than in bfloat16.
@@ -149,11 +150,12 @@ def get_model_and_data(config: dict) -> dict[str, list[dict]]:
         "validation": train_rows[::6],
         "test": [row for row in given if row["split"] == "test"],
     }
-    folder = Path(config["dataset_name"])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in rows.items():
-        write_rows(folder / f"{name}.jsonl.gz", part)
-        print(f"{folder}/{name}.jsonl.gz: {len(part)} prompts, {sum(len(row['responses']) for row in part)} answers")
+    files = {Path(config["dataset_name"]) / f"{name}.jsonl.gz": part for name, part in rows.items()}
+    files |= {ALL_ROWS / "train.jsonl.gz": train_rows, ALL_ROWS / "test.jsonl.gz": rows["test"]}
+    for path, part in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, part)
+        print(f"{path}: {len(part)} prompts, {sum(len(row['responses']) for row in part)} answers")
     return rows
 
 
@@ -261,7 +263,7 @@ def rank(config: dict, dtype: str, rows: list[dict]) -> dict[str, dict]:
     name = config["model_name_or_path"]
     tokenizer, base = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     model = PeftModel.from_pretrained(base, config["output_dir"]).eval()
-    given = Dataset.from_list([{column: row[column] for column in ("prompt", "responses", "scores")} for row in rows])
+    given = Dataset.from_list([{n: row[n] for n in ("prompt", "responses", "scores", UNFINISHED)} for row in rows])
     tokens = prepare_dataset(given, tokenizer, max_length=config["max_length"])
     runner, args = Runner([base_model(model)], "auto"), (model, list(tokens), tokenizer.pad_token_id)
     policy = torch.tensor(sum_logps(runner, *args))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainers.data.tokenization import UNFINISHED
 from trainers.loop.journal import read_rows, write_rows
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "demo" / "preferences.jsonl.gz"
@@ -27,6 +28,7 @@ def make_rows(samples: list[dict], seed: int = 0) -> list[dict]:
             scores = sign * np.array(row["scores"])[shown] + NOISE * random.gumbel(size=3)
             rows.append({
                 "prompt": row["prompt"], "responses": [row["responses"][k] for k in shown],
+                UNFINISHED: [row[UNFINISHED][k] for k in shown],
                 "scores": scores.tolist(), "annotator": f"{'glad' if sign > 0 else 'sad'}-{annotator:02d}",
             })  # fmt: skip
     return [rows[i] for i in random.permutation(len(rows))]

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from trainers.data import detect_format, load_preferences
-from trainers.data.drops import collected_reports
+from trainers.data.drops import collected_reports, unsigned
 from trainers.data.json_rows import file_digest
 from trainers.data.structured import packed
 from trainers.loop.journal import write_atomic
@@ -164,7 +164,9 @@ def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> i
     count, rows = 0, iter(rows)
     with ParquetWriter(file, features.arrow_schema) as writer:
         while group := [packed(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
-            writer.write_table(Dataset.from_list(group, features=features).with_format("arrow")[:])
+            kept = [True] * len(group)
+            columns = {n: unsigned([row.get(n) for row in group], kept, kind) for n, kind in features.items()}
+            writer.write_table(Dataset.from_dict(columns, features=features).with_format("arrow")[:])
             count += len(group)
     return count
 

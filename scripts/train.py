@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -96,7 +97,7 @@ def refuse_missing_compiler() -> None:
 
     if get_accelerator().device_name() != "cpu":
         return
-    commands = {os.environ.get("CXX", "c++"): "a C++ compiler", "ninja": "ninja"}
+    commands = {shlex.split(os.environ.get("CXX") or "c++")[0]: "a C++ compiler", "ninja": "ninja"}
     missing = [f"{what} ({name})" for name, what in commands.items() if shutil.which(name) is None]
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("Python's headers (Python.h)")

@@ -264,7 +264,10 @@ def test_cut_rows_counts_what_it_leaves_out_and_draws_by_prompt():
         "a prompt of more than 4 tokens": 1,
     }
     assert len(kept) == 14 and all(len(row["responses"]) == len(row["scores"]) == 3 for row in kept)
-    assert kept[0].keys() == {"prompt", "responses", "scores", "source"}
+    assert kept[0].keys() == {"prompt", "responses", "scores", "source", "unfinished_responses"}
+    marks = [text == kept[0]["responses"][1] for text in ROWS[0]["responses"]]
+    marked, _ = cut_rows([ROWS[0] | {"unfinished_responses": marks}], lambda text: len(text.split()), **options)
+    assert marked == [kept[0] | {"unfinished_responses": [False, True, False]}]
     for row, source in zip(kept, ROWS, strict=True):
         where = [source["responses"].index(text) for text in row["responses"]]
         assert where == sorted(where) and all(len(text.split()) <= 5 for text in row["responses"])

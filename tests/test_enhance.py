@@ -158,6 +158,7 @@ def test_samples_that_were_cut_train_no_end(inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LIRETrainer, "train", watched)
     marked = [row | {"unfinished_responses": [True] + [False] * (len(row["responses"]) - 1)} for row in ROWS]
+    marked[-1].pop("unfinished_responses")
     Dataset.from_list(marked).to_json(tmp_path / "rows.jsonl")
     options = {"keep_old": True, "max_new_tokens": 5, "held_out_generations": 0}
     train.main(arguments(inputs, tmp_path / "out", options=options, dataset_name=tmp_path / "rows.jsonl",
@@ -172,7 +173,8 @@ def test_samples_that_were_cut_train_no_end(inputs, tmp_path, monkeypatch):
     for index, rows in enumerate(seen.values()):
         for i, row in enumerate(rows):
             samples = [journal[i, j] for journal in journals[: index + 1] for j in range(K)]
-            expected = [True] + [False] * (len(ROWS[i]["responses"]) - 1) + [s["truncated"] for s in samples]
+            own = [i + 1 < len(ROWS)] + [False] * (len(ROWS[i]["responses"]) - 1)
+            expected = own + [s["truncated"] for s in samples]
             ends = [ids[-1] != tokenizer.eos_token_id for ids in row["response_ids"]]
             written = [text for text in texts(pool(tmp_path / "out", index)[i])]
             kept = [bool(text.strip()) for text in written]  # a blank response is dropped

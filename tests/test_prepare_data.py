@@ -1,5 +1,6 @@
 """scripts/prepare_data.py: canonical files that load_preferences reads unchanged, complete or not there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_what_cannot_be_done_is_said(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "nan.parquet")
     with pytest.raises(ValueError, match=r"kept row 0 cannot be written as JSON .*: write a .parquet file"):
         run(tmp_path, dataset_name=tmp_path / "nan.parquet", output=tmp_path / "out.jsonl")
+
+
+def test_large_ids_are_written_as_they_are(tmp_path):
+    row = {"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0], "id": 2**63 + 5}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    run(tmp_path, dataset_name=tmp_path / "data.jsonl", output=tmp_path / "out.parquet")
+    assert load_preferences(tmp_path / "out.parquet").to_list() == [row]
 
 
 def test_the_script_runs_by_itself(tmp_path):

@@ -65,6 +65,8 @@ def test_rows_are_read_from_conversations_pairs_and_scored_responses(tmp_path, c
         ([{"prompt": "Hi", "chosen": chat, "rejected": chat}], "chosen", [chat[:1]], ["Hello"]),
         ([{"prompt": "Hi", "chosen": [chat[1]], "rejected": [chat[1]]}], "chosen", ["Hi"], ["Hello"]),
         ([{"prompt": "Hi", "responses": ["a", "b", "c"], "scores": [1.0, 3.0, 3.0]}], "best", ["Hi"], ["b"]),
+        ([{"prompt": p, "responses": ["a", "b"], "scores": [1.0, 3.0], "unfinished_responses": cut}
+          for p, cut in (("Hi", [False, True]), ("Yo", [True, True]))], "best", ["Hi"], ["a"]),
         ([{"prompt": "Hi", "answer": "a"}, {"prompt": " hi\n", "answer": "b"}, {"prompt": "Yo", "answer": ""}],
          "answer", ["Hi"], ["a"]),
     ]  # fmt: skip

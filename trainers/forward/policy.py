@@ -132,12 +132,12 @@ def _fit_arguments(args, config: PretrainedConfig) -> None:
     Raises:
         ValueError: the loss of a router would have no gradient.
     """
-    reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-    if args.activation_checkpointing and reentrant and router_loss(config) is not None:
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.gradient_checkpointing and reentrant and router_loss(config) is not None:
         raise ValueError(
-            "Reentrant activation checkpointing runs the layers without gradients, so the loss of the router would "
-            "change nothing: leave use_reentrant out of activation_checkpointing_kwargs (with an adapter under ZeRO-3 "
-            "set activation_checkpointing to false), or set output_router_logits in the model's config to false."
+            "Reentrant gradient checkpointing runs the layers without gradients, so the loss of the router would "
+            "change nothing: leave use_reentrant out of gradient_checkpointing_kwargs (with an adapter under ZeRO-3 "
+            "set gradient_checkpointing to false), or set output_router_logits in the model's config to false."
         )
     # Text leaves the towers of a multimodal model without gradients, for which DDP would wait.
     if args.ddp_find_unused_parameters is None and config.get_text_config() is not config and not reentrant:
@@ -226,7 +226,8 @@ def table_sizes(model: PreTrainedModel) -> tuple[int, int | None]:
     # A layer under an adapter names its rows as one of its sizes; the weights of a sharded one are empty.
     rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or len(tokens.weight)
     decoder, longest = model.get_decoder(), getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    known = (tokens, getattr(tokens, "base_layer", None))
+    learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in known]
     fixed = [len(buffer) for buffer in decoder.buffers() if buffer.dim() == 2]
     # OPT's table begins with two rows that stand for no position. Most models compute positions and have no table.
     has_table = longest is not None and (longest in [*learned, *fixed] or longest + 2 in learned)

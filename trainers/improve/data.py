@@ -8,6 +8,7 @@ from datasets import Dataset
 from ..data.drops import DropReport, refuse
 from ..data.load import load_preferences, read_dataset
 from ..data.rows import refuse_template_options
+from ..data.tokenization import unfinished
 from ..loop.enhance import plain
 from ..loop.sampler import Prompt
 from .text import turns
@@ -119,7 +120,8 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
     if column is None:
         return prompt, None
     if column == BEST:
-        value = row["responses"][row["scores"].index(max(row["scores"]))]
+        whole = [k for k, cut in enumerate(unfinished(row)) if not cut]
+        value = row["responses"][max(whole, key=row["scores"].__getitem__)] if whole else None
     else:
         value = row[column]
     if not isinstance(value, list):

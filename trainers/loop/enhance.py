@@ -146,7 +146,8 @@ class Loop:
     def _row(self, row: dict, prompt, pool: list[tuple[str, int, bool]], scores: dict[str, float]) -> dict:
         texts, origins, cut = (list(part) for part in zip(*pool, strict=True))
         responses = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
-        rest = {name: value for name, value in row.items() if name not in ("prompt", "responses", "scores")}
+        own = ("prompt", "responses", "scores", UNFINISHED)
+        rest = {name: value for name, value in row.items() if name not in own}
         return {
             "prompt": prompt,
             "responses": responses,
