@@ -20,8 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow
 import yaml
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow.parquet import ParquetWriter
@@ -29,12 +30,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from trainers.data import detect_format, load_preferences
-from trainers.data.drops import collected_reports, unsigned
+from trainers.data.drops import collected_reports
 from trainers.data.json_rows import file_digest
 from trainers.data.structured import packed
 from trainers.loop.journal import write_atomic
 
 ROWS_PER_GROUP = 1000
+UNSIGNED = Value("uint64")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
@@ -164,9 +166,11 @@ def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> i
     count, rows = 0, iter(rows)
     with ParquetWriter(file, features.arrow_schema) as writer:
         while group := [packed(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
-            kept = [True] * len(group)
-            columns = {n: unsigned([row.get(n) for row in group], kept, kind) for n, kind in features.items()}
-            writer.write_table(Dataset.from_dict(columns, features=features).with_format("arrow")[:])
+            plain = Features({name: kind for name, kind in features.items() if kind != UNSIGNED})
+            table = Dataset.from_list([{n: row[n] for n in plain} for row in group], plain).with_format("arrow")[:]
+            for name in features.keys() - plain.keys():  # `datasets` takes no integers from 2**63 on
+                table = table.append_column(name, pyarrow.array([row[name] for row in group], pyarrow.uint64()))
+            writer.write_table(table.select(list(features)).cast(features.arrow_schema))
             count += len(group)
     return count
 

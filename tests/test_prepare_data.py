@@ -1,11 +1,12 @@
 """scripts/prepare_data.py: canonical files that load_preferences reads unchanged, complete or not there."""
 
-import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
 from datasets import Dataset
+from pyarrow import parquet
 
 import prepare_data
 from test_formats import CASES, write
@@ -89,8 +90,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
 
 def test_large_ids_are_written_as_they_are(tmp_path):
     row = {"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0], "id": 2**63 + 5}
-    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
-    run(tmp_path, dataset_name=tmp_path / "data.jsonl", output=tmp_path / "out.parquet")
+    columns = {name: [value] for name, value in row.items()} | {"id": pyarrow.array([row["id"]], pyarrow.uint64())}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+    run(tmp_path, dataset_name=tmp_path / "data.parquet", output=tmp_path / "out.parquet")
     assert load_preferences(tmp_path / "out.parquet").to_list() == [row]
 
 

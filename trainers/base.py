@@ -35,6 +35,7 @@ from .precision import warn_if_emulated
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
 REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
 
 
@@ -410,6 +411,10 @@ class PreferenceTrainer(Trainer):
             refuse_pickled_code(resume_from_checkpoint)
             self.check_checkpoint(resume_from_checkpoint)
             self._untouched = False
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
+                # The Trainer of older releases passes over this one of several adapters.
+                self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
         return super().train(resume_from_checkpoint or None, *arguments, **keywords)
 
     def run_settings(self) -> dict:
