@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 BENCHMARK_ARGS ?=
-# One worker per core; the tests of a file stay together, as they share what was trained for them.
+# The tests of a file stay together, as they share what was trained for them.
 PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv

@@ -13,9 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """As many workers as cores that this process may use, and 2 GiB of memory for each with its processes."""
+    """One worker more than cores, as some always wait for their processes, and 2 GiB of memory for each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, psutil.virtual_memory().total // 2**31))
+    return max(1, min(cores + 1, psutil.virtual_memory().total // 2**31))
 
 
 @pytest.fixture
