@@ -149,8 +149,8 @@ def explanations(results: dict) -> str:
         "<p>A higher score could come from answers that are only longer, cut off, repetitive or full of exclamation "
         "marks.</p>"
         + table(["Mean over prompts", "Before", "After", "Change, 95 % interval"], rows)
-        + f"<p>Share of pairs of given answers to {results['ranking']['after']['count']} of these prompts that are put in "
-        "the order of their scores, ranked by:</p>"
+        + f"<p>Share of pairs of given answers to {results['ranking']['after']['count']} of these prompts that are "
+        "put in the order of their scores, ranked by:</p>"
         + table(["Ranking by", "Accuracy", "95 % interval"], ranked)
         + "<p>The gain with both answers of a pair cut to the length of the shorter one, and how far the trained "
         "model's answers are from the base model's language:</p>"
