@@ -19,6 +19,7 @@ KINDS = {
     "dora": LoraConfig(**TWO, use_dora=True, init_lora_weights=False),
     "whole modules": LoraConfig(**TWO, modules_to_save=["embed_tokens", "lm_head"]),
     "tokens": LoraConfig(**TWO, trainable_token_indices=[5, 6, 7, 8]),
+    "no bias there": LoraConfig(**TWO, bias="all"),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
     "norms": LNTuningConfig(target_modules=["input_layernorm"]),
     "adalora": AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1),

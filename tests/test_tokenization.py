@@ -147,6 +147,13 @@ def test_a_response_that_was_cut_gets_no_end(family):
     assert ids[0] == [*ids[2], tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("marks", [["true", "false"], [0.7, 0.2], [True], [True, False, False], True])
+def test_marks_of_unfinished_responses_are_booleans_one_for_each(marks):
+    rows = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0, 0.0], "unfinished_responses": marks}]
+    with pytest.raises(ValueError, match="row 0: 'unfinished_responses' is .* true or false for each of 2 responses"):
+        tokenize_dataset(Dataset.from_list(rows), build_tokenizer())
+
+
 def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_path):
     tokenizer = family_tokenizer("qwen")
     rows = [chat_row("the dog", "", "a fox", prompt="p") | {"unfinished_responses": [True, False, False]},

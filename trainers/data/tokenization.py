@@ -134,9 +134,18 @@ def common_prefix_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def unfinished(row: Row) -> list[bool]:
-    """Which of a row's K responses stopped at a limit."""
-    return row.get(UNFINISHED) or [False] * len(row["responses"])
+def unfinished(row: Row, where: str = "a row") -> list[bool]:
+    """Which of a row's K responses stopped at a limit.
+
+    Raises:
+        ValueError: the row has other marks than K booleans.
+    """
+    marks, count = row.get(UNFINISHED), len(row["responses"])
+    if marks is None:
+        return [False] * count
+    if not isinstance(marks, list) or len(marks) != count or not all(isinstance(mark, bool) for mark in marks):
+        raise ValueError(f"{where}: {UNFINISHED!r} is {marks!r}: give true or false for each of {count} responses.")
+    return marks
 
 
 def _without_end(row: Row, prompt_ids: list[int], k: int, tokenizer) -> list[int]:
@@ -227,10 +236,10 @@ def _tokenize_rows(
         control = _control_tokens(tokenizer)
         encoded = _encode_chat(rows, tokenizer, template_kwargs, first_index)
     results = []
-    for row, (prompt_ids, full_ids) in zip(rows, encoded, strict=True):
+    for index, (row, (prompt_ids, full_ids)) in enumerate(zip(rows, encoded, strict=True), first_index):
         full_ids = [
             _without_end(row, prompt_ids, k, tokenizer) if cut else ids
-            for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row), strict=True))
+            for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row, f"row {index}"), strict=True))
         ]
         n = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
         tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}

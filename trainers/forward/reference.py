@@ -178,6 +178,8 @@ def _copy_adapter(policy: PeftModel, trained: str) -> str:
     vars(config).update(dict.fromkeys(_initialisations(config), False), inference_mode=True, reference_copy=True)
     if getattr(config, "layer_replication", None):
         config.layer_replication = None  # of the base, and done
+    if getattr(config, "bias", "none") != "none":
+        config.bias = "none"  # no bias is trained here (`_refuse_shared`), and PEFT takes one such adapter only
     with _same_learning(policy):
         policy.add_adapter(copied, config, autocast_adapter_dtype=False)
         for module in policy.modules():  # PEFT keeps weights and settings of adapters in dicts, by adapter
