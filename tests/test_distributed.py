@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import transformers
+from packaging.version import Version
 
 import distributed_matrix as matrix
 
@@ -25,6 +27,9 @@ CHOSEN = {
         "SparsePO, LoRA, gone on",
     ],
 }
+# Not with older releases of transformers: their Trainer cannot go on in several processes on CPUs, and they lack a
+# name that PEFT wants of them when an adapter is loaded in several processes.
+NEWER = {("ddp", "SWEPO, full, gone on"), ("zero3", "EMDPO, LoRA")}
 CASES = [(engine, name) for engine, names in CHOSEN.items() for name in names]
 
 
@@ -45,6 +50,8 @@ def results(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine, name", CASES)
 def test_two_processes_give_the_numbers_of_one(engine, name, results):
+    if (engine, name) in NEWER and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} cannot do it")
     alone, found = results("single")[name], results(engine)[name]
     losses = [value for key, value in alone["found"].items() if key.endswith(" loss")]
     assert len(losses) >= 3 and max(losses) - min(losses) > 0.01  # there is something to differ in

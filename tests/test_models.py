@@ -138,9 +138,7 @@ def test_a_processor_gives_its_tokenizer(tmp_path, tokenizer):
 def test_a_model_with_towers_trains_on_text_in_both_layouts(tmp_path, tokenizer):
     losses = []
     for layout in ("rows", "shared"):
-        t = trainer(
-            tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), layout=layout, activation_checkpointing=True
-        )
+        t = trainer(tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), layout=layout, gradient_checkpointing=True)
         assert t.args.ddp_find_unused_parameters  # text leaves the tower without gradients
         t.train()
         losses.append([log["loss"] for log in t.state.log_history if "loss" in log])

@@ -167,8 +167,8 @@ def test_reentrant_checkpointing_is_refused_as_the_router_would_not_learn(tmp_pa
     model.enable_input_require_grads()
     assert not run(model, batch, shared=False).aux_loss.requires_grad
     with pytest.raises(ValueError, match="use_reentrant.*output_router_logits"):
-        step(tmp_path, 1.0, 2, 1, activation_checkpointing=True,
-             activation_checkpointing_kwargs={"use_reentrant": True})  # fmt: skip
+        step(tmp_path, 1.0, 2, 1, gradient_checkpointing=True,
+             gradient_checkpointing_kwargs={"use_reentrant": True})  # fmt: skip
 
 
 def test_a_loss_that_is_not_mixtrals_is_refused_at_the_first_batch(tmp_path):
