@@ -10,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.utils import write_basic_config
 from datasets import Dataset
 from huggingface_hub import constants
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.utils.hub import hf_api
@@ -23,6 +25,7 @@ import train
 from helpers import build_tokenizer, family_tokenizer, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
+from trainers.arguments import COMPILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -310,6 +313,10 @@ def test_fields_that_cannot_work_are_refused_by_name(field, value, more, tmp_pat
     ],
 )
 def test_fields_that_must_change_no_number(options, tmp_path, tokenizer):
+    if "torch_compile" in options and Version(torch.__version__) < COMPILES:
+        with pytest.raises(ValueError, match="torch_compile=True gives other losses"):
+            trainer(tmp_path, tokenizer, **options)
+        return
     found = []
     for changes in ({}, options):
         t = trainer(tmp_path, tokenizer, **changes)

@@ -1,6 +1,10 @@
 """Fields of `transformers.TrainingArguments` that would do nothing here, or something wrong: refused by name."""
 
+import torch
+from packaging.version import Version
 from transformers import TrainingArguments
+
+COMPILES = Version("2.13")  # the oldest torch whose compiled models were seen to give the same losses; 2.11 does not
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
@@ -28,6 +32,10 @@ def _rules(args) -> dict[str, tuple[bool, str]]:
         "label_smoothing_factor": (
             bool(args.label_smoothing_factor),
             "has no effect on preferences: DPO has label_smoothing instead. Set it to 0.",
+        ),
+        "torch_compile": (
+            bool(args.torch_compile) and Version(torch.__version__) < COMPILES,
+            f"gives other losses with torch {torch.__version__}: set it to false, or install torch {COMPILES}.",
         ),
         "bf16_full_eval": (bool(args.bf16_full_eval), half),
         "fp16_full_eval": (bool(args.fp16_full_eval), half),
