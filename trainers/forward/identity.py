@@ -29,7 +29,9 @@ def start_of_run(policy: nn.Module, reference: nn.Module | None, adapter: str | 
     found = {"dtype": str(base_model(policy).dtype).removeprefix("torch.")}
     if isinstance(policy, PeftModel):
         found["base weights"] = weights_digest(policy, adapter=None)
-    if reference is not None:
+    if reference is policy and adapter is None and "base weights" in found:
+        found["reference weights"] = found["base weights"]  # ZeRO-3 gathers every weight for a digest
+    elif reference is not None:
         found["reference weights"] = weights_digest(reference, adapter=adapter)
     return found
 
