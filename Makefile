@@ -32,7 +32,7 @@ demo: $(READY)  ## train SWEPO on a small real model and write runs/demo/report.
 
 benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and write docs/benchmarks.md
 	$(BIN)/python scripts/get_smollm2.py
-	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
+	$(BIN)/python -m benchmarks.run $(BENCHMARK_ARGS)
 
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false

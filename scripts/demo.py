@@ -29,17 +29,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 from trl import get_peft_config
 
-import train
-from answers import Answer, compare_answers, matched_gain
-from arguments import load_split, set_model_options
-from compare_samples import SampleOptions, sample_and_measure, sum_logps
+from trainers.cli import train
+from trainers.cli.answers import Answer, compare_answers, matched_gain
+from trainers.cli.arguments import load_split, set_model_options
+from trainers.cli.compare_samples import SampleOptions, sample_and_measure, sum_logps
 from trainers.data.prepare import prepare_dataset
 from trainers.data.tokenization import UNFINISHED
 from trainers.forward.policy import base_model
 from trainers.forward.run import Runner
-from trainers.loop.journal import read_rows, write_json, write_rows
-from trainers.loop.sampler import sample_responses
-from trainers.loop.scorer import load_scorer
+from trainers.generation.journal import read_rows, write_json, write_rows
+from trainers.generation.sampler import sample_responses
+from trainers.generation.scorer import load_scorer
 from trainers.metrics import pairwise_accuracy
 from trainers.precision import instructions
 from trainers.statistics import bootstrap_interval
@@ -49,7 +49,7 @@ CONFIG = Path("configs/swepo/demo.yaml")
 PREFERENCES = Path("data/demo/preferences.jsonl.gz")
 ALL_ROWS = Path("runs/data/demo")  # the same rows as they are, by split: other recipes read them
 TRAIN = ["accelerate", "launch", "--cpu", "--num_processes", "1", "scripts/train.py", "--config", str(CONFIG)]
-SCORER = "trainers.loop.rewards.vader_sentiment"
+SCORER = "trainers.generation.rewards.vader_sentiment"
 # In float32: CPUs generate several times faster in it than in bfloat16.
 SAMPLING = SampleOptions(
     prompts=60, num_generations=2, max_new_tokens=64, temperature=0.8, top_p=0.95, batch_size=60, seed=1,
@@ -135,7 +135,7 @@ def main() -> None:
             ],
         }
         write_json(output / "results.json", results)
-        subprocess.run([sys.executable, "scripts/report.py", str(output)], check=True)
+        subprocess.run([sys.executable, "-m", "trainers.cli.report", str(output)], check=True)
     print(summary(results))
 
 

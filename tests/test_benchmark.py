@@ -1,4 +1,4 @@
-"""scripts/benchmark*.py: the arithmetic of the ideals, the pairs, a real tiny run and the page. Nothing is timed."""
+"""benchmarks/: the arithmetic of the ideals, the pairs, a real tiny run and the page. Nothing is timed."""
 
 import argparse
 import json
@@ -16,13 +16,12 @@ from helpers import build_tokenizer, tiny_llama
 from trainers.swepo import swepo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
-import benchmark  # noqa: E402
-import benchmark_ratios as ratios  # noqa: E402
-import benchmark_report as report  # noqa: E402
-import benchmark_rows  # noqa: E402
-import benchmark_step  # noqa: E402
+from benchmarks import ratios as ratios  # noqa: E402
+from benchmarks import report as report  # noqa: E402
+from benchmarks import rows as benchmark_rows  # noqa: E402
+from benchmarks import run as benchmark  # noqa: E402
+from benchmarks import step as benchmark_step  # noqa: E402
 
 SHAPE = {"parameters": 1000, "layers": 2, "attention": 10, "hidden": 7, "vocabulary": 50}
 GROUP = (3, [2, 4])
@@ -231,7 +230,7 @@ def results(**changes):
     return {
         "preset": "cpu",
         "date": "2020-02-02",
-        "command": "python scripts/benchmark.py --turns 2",
+        "command": "python benchmarks/run.py --turns 2",
         "machine": machine,
         "data": "some_rows",
         "minutes": 3.21,
@@ -244,8 +243,8 @@ def results(**changes):
 def test_page_from_a_small_result(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results()))
-    script = str(ROOT / "scripts/benchmark_report.py")
-    subprocess.run([sys.executable, script, str(path), "--output", str(tmp_path / "docs")], check=True)
+    command = [sys.executable, "-m", "benchmarks.report", str(path), "--output", str(tmp_path / "docs")]
+    subprocess.run(command, check=True, cwd=ROOT)
     page = (tmp_path / "docs/benchmarks.md").read_text()
     for text in (
         "| PolyPO, padded rows | 2.25 (1.50 to 3.00) |",  # ratios 3 and 1.5
@@ -254,7 +253,7 @@ def test_page_from_a_small_result(tmp_path):
         "0.60 of the peak, 0.50 of what training adds",
         "Old CPU, 2 cores, 24 GiB",
         "trl 1.2.3",
-        "python scripts/benchmark.py --turns 2",
+        "python benchmarks/run.py --turns 2",
         "| 2 | 3 | 2 | 1.00 | 3.00 | 3.00 |",
         "Left out for lack of time: main, turn 1: trl_all_pairs.",
         "**Not measured yet.**",

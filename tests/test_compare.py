@@ -11,11 +11,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import compare
-from compare_data import cut_rows, scale_scores, split_rows
-from compare_report import aggregate, plot, table
 from helpers import family_tokenizer, tiny_llama
-from trainers.loop.journal import read_rows
+from trainers.cli import compare
+from trainers.cli.compare_data import cut_rows, scale_scores, split_rows
+from trainers.cli.compare_report import aggregate, plot, table
+from trainers.generation.journal import read_rows
 from trainers.statistics import bootstrap_interval, t_interval
 
 WORDS = "the dog had a lazy day and a friend said it was kind to jump over the quick brown fox in Paris".split()

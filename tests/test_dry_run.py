@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 import trainers
 from helpers import FAMILIES, build_tokenizer, tiny_llama
-from train import main
 from trainers import SWEPOConfig, SWEPOTrainer
+from trainers.cli.train import main
 from trainers.data.budget import packed_tokens, token_lengths
 from trainers.estimate import count_steps, plan_batches
 

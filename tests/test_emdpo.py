@@ -13,12 +13,12 @@ from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
-from trainers.em.annotators import halves
-from trainers.em.figures import responsibilities, shown_rounds
-from trainers.em.mixture import match_types
-from trainers.em.rounds import EM, Judged, Round
-from trainers.em.scoring import item_logps
-from trainers.em.tables import read_annotators
+from trainers.emdpo.annotators import halves
+from trainers.emdpo.figures import responsibilities, shown_rounds
+from trainers.emdpo.mixture import match_types
+from trainers.emdpo.rounds import EM, Judged, Round
+from trainers.emdpo.scoring import item_logps
+from trainers.emdpo.tables import read_annotators
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 from datasets import Dataset
 from torch.distributed.run import get_args_parser
 
-import aggregate
 from emdpo_rows import opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, same, weights
 from helpers import tiny_llama
 from trainers import MixturePolicy
-from trainers.em.aggregate import compare
-from trainers.em.serve import MIXTURE
+from trainers.cli import aggregate
+from trainers.emdpo.aggregate import compare
+from trainers.emdpo.serve import MIXTURE
 
 PROMPTS = ["the cat sat on", "a mat and saw", "over an old green hill"]
 
@@ -93,7 +93,7 @@ def test_a_run_may_be_moved_and_keeps_its_samples(start, tmp_path, monkeypatch):
     aggregate.main(command(tmp_path / "old", start))
     report = overview(tmp_path / "old/aggregate")
     (tmp_path / "old").rename(tmp_path / "new")
-    monkeypatch.setattr("trainers.em.aggregate.load_start", None)  # nothing is sampled or scored again
+    monkeypatch.setattr("trainers.emdpo.aggregate.load_start", None)  # nothing is sampled or scored again
     aggregate.main(command(tmp_path / "new", start))
     assert overview(tmp_path / "new/aggregate") == report
     assert len(MixturePolicy.from_pretrained(tmp_path / "new").models) == 2

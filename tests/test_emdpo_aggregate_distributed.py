@@ -10,12 +10,12 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
 
-import aggregate
 import processes
 from emdpo_rows import opposed_rows
 from emdpo_runs import em
 from helpers import leave_processes
-from trainers.em.aggregate import refuse_sharding
+from trainers.cli import aggregate
+from trainers.emdpo.aggregate import refuse_sharding
 
 
 def aggregate_with_sgd(arguments):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import emdpo_identify as identify
 from emdpo_rows import quick_collection  # noqa: F401
+from experiments import emdpo_identify as identify
 from test_emdpo_parts import CASES, close
 from trainers import ranking_logps
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import LORA, em, groups, same, weights
-from trainers.em import init
-from trainers.em.annotators import Annotators
-from trainers.em.mixture import match_types
-from trainers.em.tables import read_annotators
+from trainers.emdpo import init
+from trainers.emdpo.annotators import Annotators
+from trainers.emdpo.mixture import match_types
+from trainers.emdpo.tables import read_annotators
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import transformers
 from datasets import Dataset
 
 import processes
-import train
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import same, weights
+from trainers.cli import train
 from trainers.forward import cache, reference_pass
 
 

@@ -15,8 +15,8 @@ from emdpo_runs import LORA, em, groups, round_folder, same, weights
 from helpers import build_tokenizer, tiny_llama
 from test_emdpo_parts import CASES, close
 from trainers import DPOConfig, DPOTrainer
-from trainers.em.m_step import TypePolicyTrainer, m_step_rows
-from trainers.em.mixture import match_types
+from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
+from trainers.emdpo.mixture import match_types
 from trainers.forward.run import Forward
 
 

@@ -14,20 +14,20 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-import aggregate
-import choose_types
 import processes
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from helpers import build_tokenizer, tiny_llama
 from test_emdpo_parts import CASES, close
 from trainers import EMDPOTrainer, MixturePolicy
-from trainers.em.aggregate import Arena, Player, compare
-from trainers.em.distill import mixture_samples
-from trainers.em.game import min_max_regret, regret_matrix
-from trainers.em.serve import mixture_logps
+from trainers.cli import aggregate
+from trainers.cli import types as choose_types
+from trainers.emdpo.aggregate import Arena, Player, compare
+from trainers.emdpo.distill import mixture_samples
+from trainers.emdpo.game import min_max_regret, regret_matrix
+from trainers.emdpo.serve import mixture_logps
 from trainers.forward import cache
-from trainers.loop import collect
-from trainers.loop.sampler import Sample, SamplingConfig
+from trainers.generation import collect
+from trainers.generation.sampler import Sample, SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from trainers.dpo import dpo_loss
-from trainers.em.annotators import halves
-from trainers.em.game import bootstrap_mixture, multiplicative_weights, regret_matrix
-from trainers.em.mixture import clamp_log_prior, e_step, match_types
 from trainers.emdpo import min_max_regret, mixture_weights, observed_log_likelihood, posterior, ranking_logps
+from trainers.emdpo.annotators import halves
+from trainers.emdpo.game import bootstrap_mixture, multiplicative_weights, regret_matrix
+from trainers.emdpo.mixture import clamp_log_prior, e_step, match_types
 from trainers.likelihood import ordered_stages
 from trainers.plackett_luce import plackett_luce_loss
 

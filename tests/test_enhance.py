@@ -15,15 +15,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import processes
-import train
 from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
 from trainers import LIREConfig, LIRETrainer
+from trainers import rounds as enhance
 from trainers.checkpoints import last_checkpoint
-from trainers.loop import collect, enhance
-from trainers.loop.options import EnhanceOptions
-from trainers.loop.sampler import SamplingConfig, sample_responses
-from trainers.loop.start import load_for_sampling
+from trainers.cli import train
+from trainers.generation import collect
+from trainers.generation.options import EnhanceOptions
+from trainers.generation.sampler import SamplingConfig, sample_responses
+from trainers.generation.start import load_for_sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["the dog sleeps", "a lazy day", "say something kind", "Paris, of course", "jumps over", "it rains"]

@@ -10,11 +10,11 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainers
-from dry_run import run_facts
 from helpers import build_tokenizer
 from test_estimate import LORA, WIDE, build
+from trainers.cli.dry_run import run_facts
 from trainers.data.budget import token_lengths
-from trainers.em.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
+from trainers.emdpo.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
 from trainers.estimate import Plan, fed, memory, shape_of, total, work
 from trainers.forward import divergence
 from trainers.forward.head import CPU_CHUNK_ELEMENTS

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import processes
 from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
-from scripts import generate, get_smollm2
-from trainers.loop import journal
-from trainers.loop.collect import collect_samples, summarize
-from trainers.loop.rewards import vader_sentiment
-from trainers.loop.sampler import Sample, SamplingConfig, sample_responses
+from scripts import get_smollm2
+from trainers.cli import generate
+from trainers.generation import journal
+from trainers.generation.collect import collect_samples, summarize
+from trainers.generation.rewards import vader_sentiment
+from trainers.generation.sampler import Sample, SamplingConfig, sample_responses
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -169,7 +170,7 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, tm
     with pytest.raises(ValueError, match=r"seed: 0 there, 1 now"):
         run(arguments(inputs, output, seed=1))
     with pytest.raises(ValueError, match="scorer: .*prompts:|prompts: .*scorer:"):
-        run(arguments(inputs, output, limit=4, scorer=["trainers.loop.rewards.vader_sentiment"]))
+        run(arguments(inputs, output, limit=4, scorer=["trainers.generation.rewards.vader_sentiment"]))
     before = read(output)
     run(arguments(inputs, output, seed=1, overwrite=True))
     assert [row["responses"] for row in read(output)] != [row["responses"] for row in before]
@@ -201,7 +202,7 @@ def test_a_file_of_unknown_origin_is_not_overwritten(inputs, tmp_path):
 
 
 def test_several_scorers_with_weights(inputs, tmp_path):
-    vader = "trainers.loop.rewards.vader_sentiment"
+    vader = "trainers.generation.rewards.vader_sentiment"
     run(arguments(inputs, tmp_path / "out.jsonl", scorer=[f"{vader}=10", f"{__name__}.score"]))
     for row in read(tmp_path / "out.jsonl"):
         lengths = [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
@@ -313,7 +314,7 @@ def test_committed_demo_data_is_what_its_manifest_says():
     manifest = json.loads((folder / "preferences.jsonl.gz.manifest.json").read_text())
     rows, prompts = read(folder / "preferences.jsonl.gz"), read(folder / "prompts.jsonl")
     args = generate.GenerateArguments(
-        model="", prompts="", output="", scorer=["trainers.loop.rewards.vader_sentiment"]
+        model="", prompts="", output="", scorer=["trainers.generation.rewards.vader_sentiment"]
     )
     assert generate.run_settings(args, prompts)["prompts"] == manifest["settings"]["prompts"]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts]

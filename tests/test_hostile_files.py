@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-import train
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows as make_rows
 from trainers import SWEPOConfig
+from trainers.cli import train
 from trainers.data import load_preferences
 from trainers.forward.policy import load_policy
-from trainers.loop.start import load_start
+from trainers.generation.start import load_start
 
 GOOD = [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0]}] * 3
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD).encode()

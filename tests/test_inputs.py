@@ -9,7 +9,7 @@ from helpers import build_tokenizer, tiny_llama
 from test_trainer import config, rows
 from trainers import SWEPOTrainer
 from trainers.data import canonicalize
-from trainers.em.m_step import m_step_rows
+from trainers.emdpo.m_step import m_step_rows
 
 ROWS = rows(4)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-import prepare_data
+from trainers.cli import prepare as prepare_data
 from trainers.data import load_preferences
 
 ROW = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}

@@ -222,7 +222,7 @@ def test_no_reference_is_loaded(tmp_path):
 
 
 def test_rounds_are_not_forgotten_when_a_trainer_is_built_by_hand(tmp_path):
-    options = {"scorer": "trainers.loop.rewards.vader_sentiment"}
+    options = {"scorer": "trainers.generation.rewards.vader_sentiment"}
     with pytest.raises(ValueError, match="self_enhance trains in rounds"):
         trainer(tmp_path, data=rows([3, 5, 4]), self_enhance=options).train()
 

@@ -13,10 +13,10 @@ from batches import RAGGED, make_batch
 from test_forward import CONFIGS, VOCAB, build
 from trainers.forward.divergence import frozen_head
 from trainers.forward.run import prepare_forward, run
-from trainers.masks import MaskHead, MaskHeads, ReadReference, find_sites
-from trainers.masks.activations import recorded
-from trainers.masks.learned import read_heads, split_state
-from trainers.masks.training import DeadMaskAlarm, check_engine, regroup
+from trainers.sparsepo import MaskHead, MaskHeads, ReadReference, find_sites
+from trainers.sparsepo.activations import recorded
+from trainers.sparsepo.learned import read_heads, split_state
+from trainers.sparsepo.training import DeadMaskAlarm, check_engine, regroup
 
 NEOX = GPTNeoXConfig(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

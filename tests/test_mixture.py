@@ -7,10 +7,10 @@ import pytest
 import yaml
 from datasets import Dataset
 
-import train
+from trainers.cli import train
 from trainers.data import load_preferences
 from trainers.data.mixture import mix
-from trainers.sgpo import _read_data
+from trainers.sgpo.trainer import _read_data
 
 
 @pytest.fixture(autouse=True)

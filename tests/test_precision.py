@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-import train
 from helpers import build_tokenizer, tiny_llama
 from trainers import SWEPOConfig, SWEPOTrainer, precision
+from trainers.cli import train
 
 CPU = torch.device("cpu")
 # These two make torch and its matrix library leave out what is newer than AVX2, so bfloat16 is emulated.

@@ -8,8 +8,8 @@ import yaml
 from datasets import Dataset
 from pyarrow import parquet
 
-import prepare_data
 from test_formats import CASES, write
+from trainers.cli import prepare as prepare_data
 from trainers.data import load_preferences
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import train
-from scale_table import HARDWARE, IMPOSSIBLE, METHODS, PAGE, SHAPES, estimate, parse, tables
-from trainers.em.simulated import ultrafeedback_by_aspect
+from benchmarks.scale_table import HARDWARE, IMPOSSIBLE, METHODS, PAGE, SHAPES, estimate, parse, tables
+from trainers.cli import train
+from trainers.emdpo.simulated import ultrafeedback_by_aspect
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/ultrafeedback"
 OTHERS = {"common", *SHAPES, *HARDWARE}

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from scripts.answers import compare_answers, matched_gain, repetition
 from scripts.demo import summary
-from scripts.report import side_by_side, write_report
-from scripts.rounds_report import write_report as write_rounds_report
+from trainers.cli.answers import compare_answers, matched_gain, repetition
+from trainers.cli.report import side_by_side, write_report
+from trainers.cli.rounds_report import write_report as write_rounds_report
 from trainers.statistics import bootstrap_interval
 
 HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from trainers.loop.sampler import (
+from trainers.generation.sampler import (
     GumbelSampler,
     Sample,
     SamplingConfig,
@@ -21,7 +21,7 @@ from trainers.loop.sampler import (
     sample_responses,
     sample_seed,
 )
-from trainers.loop.vllm import sample_responses_vllm
+from trainers.generation.vllm import sample_responses_vllm
 
 PROMPTS = ["the quick brown", "say something kind to a friend who had a bad day today", "what", "of course the dog"]
 QUIET = {"progress": False}

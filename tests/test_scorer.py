@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from helpers import LLAMA3, build_tokenizer, family_tokenizer
-from trainers.loop.rewards import vader_sentiment
-from trainers.loop.scorer import load_scorer
+from trainers.generation.rewards import vader_sentiment
+from trainers.generation.scorer import load_scorer
 
 PROMPTS = ["what is the capital", "the dog", "say something", "a bad day"]
 TEXTS = ["it is Paris, of course", "lazy", "something kind to a friend who had a bad day", "jumps"]
@@ -67,7 +67,7 @@ def test_vader_gives_its_compound_score():
 
 
 def test_vader_missing_names_the_extra(monkeypatch):
-    from trainers.loop import rewards
+    from trainers.generation import rewards
 
     rewards._vader.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
@@ -77,7 +77,7 @@ def test_vader_missing_names_the_extra(monkeypatch):
 
 def test_import_path_and_columns():
     assert load_scorer(f"{__name__}.length")(PROMPTS, TEXTS) == [len(text) for text in TEXTS]
-    scores = load_scorer("trainers.loop.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"])
+    scores = load_scorer("trainers.generation.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"])
     assert scores[0] > 0 > scores[1]
     assert load_scorer(column)(PROMPTS[:2], TEXTS[:2], topic=[100, 200]) == [119.0, 207.0]
 
@@ -114,7 +114,7 @@ def test_one_score_per_completion():
     [
         ("no_such_package.reward", "no module no_such_package"),
         ("trainers.loop.nothing.here", "no module trainers.loop.nothing"),
-        ("trainers.loop.rewards.sentimental", "no callable sentimental"),
+        ("trainers.generation.rewards.sentimental", "no callable sentimental"),
         (f"{__name__}.PROMPTS", "no callable PROMPTS"),
         ([], "empty"),
         (3, "got 3"),

@@ -13,11 +13,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from trainers.dpo import dpo_loss
-from trainers.improve import filters
-from trainers.improve.edits import distinct_n, edit_distance, edit_metrics, round_metrics
-from trainers.improve.filters import fault, filter_statistic, fits, iqr_fences, iqr_keep, meta_text
-from trainers.improve.improver import completion_nll, improver_loss
-from trainers.improve.text import (
+from trainers.sgpo import filters, sgpo_loss
+from trainers.sgpo.edits import distinct_n, edit_distance, edit_metrics, round_metrics
+from trainers.sgpo.filters import fault, filter_statistic, fits, iqr_fences, iqr_keep, meta_text
+from trainers.sgpo.improver import completion_nll, improver_loss
+from trainers.sgpo.text import (
     BLOCKS,
     IMPROVER_V1,
     MARKER,
@@ -28,7 +28,6 @@ from trainers.improve.text import (
     reviser_prompt,
     template_hash,
 )
-from trainers.sgpo import sgpo_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "sgpo.json").read_text())
 

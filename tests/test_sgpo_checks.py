@@ -2,11 +2,11 @@
 
 import pytest
 
-import train
 from helpers import tiny_llama
 from sgpo_rows import command, write_inputs
 from test_sgpo_trainer import config, dpo_trainer
 from trainers import SGPOTrainer
+from trainers.cli import train
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-import sgpo_experiment
+from experiments import sgpo as sgpo_experiment
 from sgpo_rows import ANSWERS, PROMPTS, arguments, write_inputs
 
 

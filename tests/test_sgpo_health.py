@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from test_sgpo_trainer import dpo_trainer
-from trainers.improve.health import Watch, dpo_health, tenth
-from trainers.improve.monitor import Limits, alarms
+from trainers.sgpo.health import Watch, dpo_health, tenth
+from trainers.sgpo.monitor import Limits, alarms
 
 NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 CLOSING = {"train_loss": 0.4, "train_runtime": 3.0, "rewards/chosen": -0.3, "rewards/accuracies": 1.0}

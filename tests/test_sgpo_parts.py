@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import sgpo_report
-from sgpo_report import word_diff, write_report
-from trainers.improve import filters
-from trainers.improve.config import SGPOConfig
-from trainers.improve.data import read_rows, without
-from trainers.improve.monitor import Limits, alarms
-from trainers.improve.revisers import collect_revisions
-from trainers.improve.targets import _target_fault
-from trainers.loop.processes import Processes
+from trainers.cli import sgpo_report
+from trainers.cli.sgpo_report import word_diff, write_report
+from trainers.generation.processes import Processes
+from trainers.sgpo import filters
+from trainers.sgpo.config import SGPOConfig
+from trainers.sgpo.data import read_rows, without
+from trainers.sgpo.monitor import Limits, alarms
+from trainers.sgpo.revisers import collect_revisions
+from trainers.sgpo.targets import _target_fault
 
-EXTERNAL = {"reviser": "external", "reviser_function": "trainers.improve.revisers.reference_answer"}
+EXTERNAL = {"reviser": "external", "reviser_function": "trainers.sgpo.revisers.reference_answer"}
 
 
 def of_drafts(drafts):

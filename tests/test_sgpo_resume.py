@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import transformers
 
-import train
 from distributed_matrix import torchrun
 from processes import die_after
 from sgpo_rows import command, finished_run, history, manifest, rows, same, weights
+from trainers.cli import train
 from trainers.forward import cache, reference_pass
-from trainers.improve import revisers
-from trainers.improve.config import STAGES
-from trainers.improve.pipeline import STEPS
-from trainers.improve.stages import Stage
-from trainers.loop import collect
+from trainers.generation import collect
+from trainers.sgpo import revisers
+from trainers.sgpo.config import STAGES
+from trainers.sgpo.pipeline import STEPS
+from trainers.sgpo.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0}
@@ -136,7 +136,7 @@ def test_stages_run_one_at_a_time_give_the_same(inputs, finished, tmp_path, caps
 
 def test_finished_stages_are_not_done_again(inputs, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()}
-    monkeypatch.setattr("trainers.improve.pipeline.STEPS", _refusing())
+    monkeypatch.setattr("trainers.sgpo.pipeline.STEPS", _refusing())
     train.main(command(inputs, finished))
     assert {path: path.stat().st_mtime_ns for path in finished.glob("round-*/**/*") if path.is_file()} == before
 
@@ -156,10 +156,11 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
     train.main(command(inputs, single, sft=None))
     worker = tmp_path / "worker.py"
     worker.write_text(
-        "import sys, train\nfrom helpers import leave_processes\ntrain.main(sys.argv[1:])\nleave_processes()\n"
+        "import sys\nfrom trainers.cli import train\nfrom helpers import leave_processes\n"
+        "train.main(sys.argv[1:])\nleave_processes()\n"
     )
     launch = [*torchrun(), str(worker), *command(inputs, double, sft=None)]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("before", "current", "targets", "filter"):
@@ -185,7 +186,7 @@ def test_other_settings_are_refused_by_name(inputs, finished, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             train.main(command(inputs, finished, **changes))
-    monkeypatch.setattr("trainers.improve.text.IMPROVER_V1", "Better: {prompt} {response}")
+    monkeypatch.setattr("trainers.sgpo.text.IMPROVER_V1", "Better: {prompt} {response}")
     with pytest.raises(ValueError, match=r"filter/settings.json .*\(template: "):
         train.main(command(inputs, finished))
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from helpers import family_tokenizer
-from sgpo_report import word_diff, write_report
 from sgpo_rows import PROMPTS, command, finished_run, history, manifest, rows, same, vowels, weights
 from trainers import SGPOTrainer
+from trainers.cli import train
+from trainers.cli.sgpo_report import word_diff, write_report
 from trainers.data.tokenization import tokenize_row
-from trainers.improve.config import STAGES, SGPOConfig
-from trainers.improve.improver import sft_rows
-from trainers.improve.monitor import Limits
-from trainers.improve.text import improver_prompt
-from trainers.loop.sampler import SamplingConfig, sample_responses
-from trainers.loop.start import load_for_sampling
+from trainers.generation.sampler import SamplingConfig, sample_responses
+from trainers.generation.start import load_for_sampling
+from trainers.sgpo.config import STAGES, SGPOConfig
+from trainers.sgpo.improver import sft_rows
+from trainers.sgpo.monitor import Limits
+from trainers.sgpo.text import improver_prompt
 
 
 def shorter(prompts, drafts, references):

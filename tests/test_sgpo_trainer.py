@@ -9,11 +9,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from helpers import family_tokenizer, tiny_llama
-from trainers.improve.config import SGPOConfig
-from trainers.improve.filters import TOO_LONG
-from trainers.improve.improver import length_faults, sft_config, tokenise, train_sft
-from trainers.improve.text import improver_prompt
 from trainers.sgpo import SGPOTrainer
+from trainers.sgpo.config import SGPOConfig
+from trainers.sgpo.filters import TOO_LONG
+from trainers.sgpo.improver import length_faults, sft_config, tokenise, train_sft
+from trainers.sgpo.text import improver_prompt
 
 LN_2 = 0.6931472
 

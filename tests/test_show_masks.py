@@ -8,11 +8,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from helpers import build_tokenizer, tiny_llama
-from masks_page import Heatmap, colour, render
-from show_masks import main, token_texts
 from test_sparsepo_trainer import DENSE, config, pairs
 from test_trainer import LORA
 from trainers import SparsePOTrainer
+from trainers.cli.masks import main, token_texts
+from trainers.cli.masks_page import Heatmap, colour, render
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import softplus
 
 from trainers.dpo import dpo_loss
-from trainers.masks import MaskHead, activation_mask, mask_statistics
-from trainers.sparsepo import SparsePOConfig, sparsepo_loss, tdpo2_loss
+from trainers.sparsepo import MaskHead, SparsePOConfig, activation_mask, mask_statistics, sparsepo_loss, tdpo2_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "sparsepo.json").read_text())
 CASES = {case["id"]: case for case in VECTORS["cases"]}

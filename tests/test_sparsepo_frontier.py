@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import sparsepo_frontier
+from experiments import sparsepo_frontier
+from experiments.sparsepo_frontier_report import at_equal_kl, equal_kl_table, plot, summarize, table
 from helpers import build_tokenizer, tiny_llama
-from sparsepo_frontier_report import at_equal_kl, equal_kl_table, plot, summarize, table
-from trainers.loop.sampler import Sample
+from trainers.generation.sampler import Sample
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import LORA, rows
 from trainers import DPOConfig, DPOTrainer, SparsePOConfig, SparsePOTrainer
-from trainers.masks import MaskHeads
+from trainers.sparsepo import MaskHeads
 
 DENSE = {"mask_init": "dense", "mask_init_std": 0.5}
 

@@ -5,12 +5,12 @@ import json
 import pytest
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-import generate
-import prepare_data
 from helpers import build_tokenizer
+from trainers.cli import generate
+from trainers.cli import prepare as prepare_data
 from trainers.data import canonicalize, load_preferences, tokenize_dataset
 from trainers.data.load import _refuse_mixed
-from trainers.improve.data import read_rows
+from trainers.sgpo.data import read_rows
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{{ style }}"

@@ -13,9 +13,9 @@ from datasets import Dataset
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file
 
-import train
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows
+from trainers.cli import train
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.utils.hub import hf_api
 from trl import LogCompletionsCallback, RichProgressCallback
 
-import train
 from helpers import build_tokenizer, family_tokenizer, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.arguments import COMPILES
+from trainers.cli import train
 
 ROOT = Path(__file__).resolve().parents[1]
 

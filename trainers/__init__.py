@@ -4,8 +4,7 @@ from .base import PreferenceTrainer
 from .config import PreferenceConfig
 from .data import PreferenceCollator, load_preferences
 from .dpo import DPOConfig, DPOTrainer, dpo_loss
-from .em.serve import MixturePolicy
-from .emdpo import EMDPOConfig, EMDPOTrainer, min_max_regret, posterior, ranking_logps
+from .emdpo import EMDPOConfig, EMDPOTrainer, MixturePolicy, min_max_regret, posterior, ranking_logps
 from .forward.run import Forward
 from .infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer, infonca_loss, nca_loss
 from .lire import LIREConfig, LIRETrainer, lire_loss

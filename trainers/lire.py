@@ -3,7 +3,7 @@
 Paper: "LIRE: listwise reward enhancement for preference alignment", arXiv 2405.13516. Its full text was not available
 to us: the loss and its defaults follow the authors' code, which turns the scores into a softmax; the objective that
 public reviews quote has the plain scores (`score_transform="none"`). `zscore` and `length_average` are nobody's paper.
-Its self-enhancement (Evolve and Iterate) is `self_enhance`; the loop itself is in loop/enhance.py.
+Its self-enhancement (Evolve and Iterate) is `self_enhance`; the loop itself is in rounds.py.
 
 Left out: `sft_target` "chosen" (rows name no chosen response beside the scores) and division by the padded width.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import PreferenceConfig, PreferenceTrainer
-from .loop.options import EnhanceOptions
+from .generation.options import EnhanceOptions
 from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class LIREConfig(PreferenceConfig):
         default=None,
         metadata={
             "help": "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, "
-            "...} (trainers/loop/options.py), as JSON on the command line. Read by scripts/train.py."
+            "...} (trainers/generation/options.py), as JSON on the command line. Read by scripts/train.py."
         },
     )
 

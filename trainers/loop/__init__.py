@@ -1,19 +1,7 @@
-"""Sampling responses from a policy and scoring them."""
+"""The old name of `trainers.generation`, for one release: dotted paths such as `trainers.loop.rewards.rouge_l`."""
 
-from .collect import collect_samples, collect_scores, open_folder, summarize
-from .rewards import vader_sentiment
-from .sampler import GumbelSampler, Sample, SamplingConfig, sample_responses
-from .scorer import load_scorer
+import warnings
 
-__all__ = [
-    "GumbelSampler",
-    "Sample",
-    "SamplingConfig",
-    "collect_samples",
-    "collect_scores",
-    "load_scorer",
-    "open_folder",
-    "sample_responses",
-    "summarize",
-    "vader_sentiment",
-]
+from ..generation import __path__  # noqa: F401, submodules are found there
+
+warnings.warn("trainers.loop is now trainers.generation.", FutureWarning, stacklevel=2)

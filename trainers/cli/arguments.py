@@ -1,0 +1,159 @@
+"""What the command line says beside a method's config: which rows, which model, and how both are read."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from trl import ModelConfig
+
+from .. import load_preferences
+from ..data.mixture import mix
+from ..precision import FAST, settle_dtype
+
+PER_DATA_SET = ("dataset_config", "dataset_train_split", "dataset_test_split", "data_format")
+
+
+@dataclass
+class DataArguments:
+    """What to train with and on."""
+
+    trainer: str = field(default="SWEPOTrainer", metadata={"help": "Class of `trainers`, or a dotted import path."})
+    # Of these, a list with one item becomes the item.
+    dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Hub id, file or folder of preference rows; several are mixed."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Which share of the training rows of each data set is taken: 0.5 half, 2 each row twice."},
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of a data set with several. This and what follows: one for all, or each."},
+    )
+    dataset_train_split: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
+    )
+    dataset_test_split: list[str] | None = field(
+        default=None, metadata={"help": "Split to evaluate on; none without it."}
+    )
+    data_format: list[str] | None = field(
+        default=None,
+        metadata={"help": "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."},
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
+    dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Accelerate file that a dry run estimates memory and time for."}
+    )
+    gpu_tflops: float = field(
+        default=312.0,
+        metadata={
+            "help": "Dense 16-bit peak of one GPU in TFLOP/s, for the time in a dry run: 312 for A100, 989 for H100 "
+            "(SXM), 165 for RTX 4090."
+        },
+    )
+    utilisation: float = field(
+        default=0.3, metadata={"help": "Share of that peak that training reaches, for the time in a dry run."}
+    )
+
+    def __post_init__(self):
+        if self.max_train_rows is not None and self.max_train_rows < 1:
+            raise ValueError(f"max_train_rows={self.max_train_rows} must be positive: leave it out for all rows.")
+        for name in ("dataset_name", *PER_DATA_SET):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(self, name, value[0])
+        names = self.names
+        if isinstance(self.dataset_weights, int | float):  # a YAML file may say so for one data set
+            self.dataset_weights = [self.dataset_weights]
+        for name in ("dataset_weights", *PER_DATA_SET):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(names):
+                raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
+        if self.dataset_weights is not None:
+            self.dataset_weights = [_weight(value) for value in self.dataset_weights]
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets."""
+        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name]
+
+    def each(self, name: str) -> list:
+        """The value of a field for each data set."""
+        value = getattr(self, name)
+        return value if isinstance(value, list) else [value] * len(self.names)
+
+
+def _weight(value) -> float:
+    try:
+        if 0 < (weight := float(value)) < math.inf:
+            return weight
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"dataset_weights has {value!r}: give positive numbers.")
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's options of the model, with a dtype that goes by the machine."""
+
+    dtype: str | None = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, "
+            "and float32 elsewhere.",
+            "choices": ["auto", FAST, "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+def set_model_options(args, model: ModelArguments) -> None:
+    """The model's options of the command line become keywords of `from_pretrained`, and its dtype a real one."""
+    asked = model.dtype
+    # One answer for all processes: their measurements may differ.
+    model.dtype, why = broadcast_object_list([settle_dtype(asked, args.device)])[0]
+    if model.dtype != asked and args.process_index == 0:
+        _say_once(f"dtype: {model.dtype}, because {why}.")
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Several runs of one process have it in common."""
+    print(line, flush=True)
+
+
+def load_split(data: DataArguments, args, name: str) -> Dataset | None:
+    """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
+    training = name == "train"
+    splits = data.each("dataset_train_split" if training else "dataset_test_split")
+    formats, configs = data.each("data_format"), data.each("dataset_config")
+    weights = data.dataset_weights if training else None
+    limit = data.max_train_rows if training else None
+    chosen = [i for i, split in enumerate(splits) if split]
+    alone = len(chosen) == 1 and weights is None
+    with args.main_process_first(desc=f"reading {data.dataset_name}"):
+        parts = [
+            load_preferences(
+                data.names[i],
+                split=splits[i],
+                data_format=formats[i],
+                as_chat=args.as_chat,
+                invalid_rows=args.invalid_rows,
+                num_proc=args.dataset_num_proc,
+                max_rows=limit if alone else None,
+                **({"name": configs[i]} if configs[i] else {}),
+            )
+            for i in chosen
+        ]
+        if alone or not parts:
+            return parts[0] if parts else None
+        names, weights = ([values[i] for i in chosen] if values else None for values in (data.names, weights))
+        return mix(parts, names, weights, seed=args.seed, max_rows=limit)

@@ -1,0 +1,306 @@
+"""Trains several methods on the same data, model, seeds and token budget, and compares them on held-out rows.
+
+    python scripts/compare.py --config configs/compare/demo.yaml
+
+The YAML has the settings that all methods share (`base`), the methods with their own options (`methods`), and what
+data and samples they are judged on (`CompareArguments`). Every run is a folder whose results.json is written last, so
+a killed comparison goes on where it stopped; methods and seeds may be added later. At the end compare_report.py
+writes results.json, table.md and plot.svg. One process; the runs follow each other.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import TrlParser, get_peft_config, get_quantization_config
+
+from .. import load_preferences
+from ..data.budget import packed_tokens, token_lengths
+from ..data.prepare import prepare_dataset
+from ..data.rows import refuse_template_options
+from ..forward import policy as policies
+from ..forward.run import Runner
+from ..generation.collect import check_settings, model_fingerprint
+from ..generation.journal import write_json, write_rows
+from ..generation.start import load_start
+from ..precision import instructions
+from ..rounds import plain
+from .arguments import ModelArguments, set_model_options
+from .compare_data import SCALES, cut_rows, split_rows
+from .compare_report import BASE, write_report
+from .compare_samples import SampleOptions, sample_and_measure, sum_logps
+from .train import find_trainer
+
+SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
+# What makes methods comparable; a method that set it for itself would have another model or another budget.
+SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "num_train_epochs", "per_device_", "gradient_accumulation")
+
+
+@dataclass
+class CompareArguments:
+    """What to compare."""
+
+    output_dir: str = field(metadata={"help": "Folder of the comparison."})
+    dataset_name: str = field(metadata={"help": "Hub id, file or folder of preference rows."})
+    base: dict[str, Any] | str = field(metadata={"help": "Model and training settings of all methods."})
+    methods: dict[str, Any] | str = field(metadata={"help": "Name -> {trainer: ..., its own options}."})
+    dataset_split: str = field(default="train", metadata={"help": "Split that training and held-out rows come from."})
+    data_format: str | None = field(
+        default=None, metadata={"help": "Format of the rows, auto, or an adapter's dotted path."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Every method is run with each."})
+    train_rows: int = field(default=200, metadata={"help": "Training rows."})
+    test_rows: int = field(default=100, metadata={"help": "Held-out rows."})
+    responses_per_prompt: int | None = field(default=None, metadata={"help": "Draw so many; all without it."})
+    max_response_tokens: int | None = field(default=None, metadata={"help": "Leave longer responses out."})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Leave rows with longer prompts out."})
+    score_scale: str = field(
+        default="none", metadata={"help": "Rescale the scores inside each row.", "choices": list(SCALES)}
+    )
+    draw_seed: int = field(default=0, metadata={"help": "Seed of the drawn responses; the same for all runs."})
+    samples: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "How trained policies are sampled on held-out prompts: see SampleOptions."}
+    )
+
+    def __post_init__(self):
+        for name in ("base", "methods", "samples"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+        self.samples = dataclasses.asdict(SampleOptions.parse(self.samples or {}))
+        if not (self.methods and self.seeds and "model_name_or_path" in self.base):
+            raise ValueError("A comparison needs base: {model_name_or_path: ...}, methods and seeds.")
+        for name in SET_HERE:
+            if name in self.base:
+                raise ValueError(f"base: {name} is set by the comparison itself: remove it.")
+        for method, own in self.methods.items():
+            if "trainer" not in own:
+                raise ValueError(f"methods: {method} has no trainer: name a class of `trainers` or a dotted path.")
+            shared = [name for name in own if name.startswith(SHARED) or name in SET_HERE]
+            if shared:
+                raise ValueError(f"methods: {method} sets {shared[0]}, which all methods must share: move it to base.")
+
+
+@dataclass
+class Run:
+    """One method with one seed, or the base model, which has no trainer."""
+
+    name: str
+    seed: int | None
+    folder: Path
+    settings: dict
+    trainer: type | None
+    args: Any
+    model: ModelArguments
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "results.json").exists()
+
+
+def main(argv: list[str]) -> None:
+    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    (arguments,) = TrlParser((CompareArguments,), allow_abbrev=False).parse_args_and_config(argv)
+    compare(arguments)
+
+
+def compare(arguments: CompareArguments) -> dict:
+    """Runs what is missing and writes the report; returns its figures.
+
+    Raises:
+        ValueError: a setting that cannot be used, or a finished run of other settings.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("A comparison runs in one process: start it with python.")
+    data = Data(arguments)
+    runs = plan(arguments, data)
+    for run in runs:
+        if run.done:
+            check_settings(run.folder / "results.json", run.settings, ways_out="or choose another output_dir")
+    for number, run in enumerate(runs, 1):
+        title = run.name if run.seed is None else f"{run.name}, seed {run.seed}"
+        print(f"\n[{number}/{len(runs)}] {title}{': done already' if run.done else ''}", flush=True)
+        if not run.done:
+            start = time.monotonic()
+            results = measure_base(run, data) if run.trainer is None else train_and_measure(run, data)
+            seconds = round(time.monotonic() - start, 1)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_json(run.folder / "results.json", {"settings": run.settings, **results, "seconds": seconds})
+    results = [(run, json.loads((run.folder / "results.json").read_text())) for run in runs]
+    device = runs[0].args.device.type
+    report = {
+        "config": dataclasses.asdict(arguments),
+        "data": data.facts,
+        "machine": f"{runs[0].model.dtype} on {device}{f' with {instructions()}' if device == 'cpu' else ''}",
+        "scores": data.scores,
+        "lengths": data.lengths,
+        "runs": [
+            {
+                "name": run.name,
+                "seed": run.seed,
+                **{k: v for k, v in found.items() if k not in ("settings", "log_history")},
+            }
+            for run, found in results
+        ],
+    }
+    write_json(data.folder / "runs.json", report)
+    return write_report(data.folder)
+
+
+class Data:
+    """The rows of a comparison, tokenised once; `facts` tell what they are."""
+
+    def __init__(self, arguments: CompareArguments):
+        self.folder, base = Path(arguments.output_dir), arguments.base
+        self.samples = SampleOptions.parse(arguments.samples)
+        self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"], trust_remote_code=False)
+        policies.set_pad_token(self.tokenizer, base.get("pad_token"))
+        rows = load_preferences(
+            arguments.dataset_name,
+            split=arguments.dataset_split,
+            data_format=arguments.data_format,
+            as_chat=base.get("as_chat", False),
+        )
+        for row in rows:
+            refuse_template_options(row)
+        kept, dropped = cut_rows(
+            list(rows),
+            lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
+            responses_per_prompt=arguments.responses_per_prompt,
+            max_response_tokens=arguments.max_response_tokens,
+            max_prompt_tokens=arguments.max_prompt_tokens,
+            score_scale=arguments.score_scale,
+            seed=arguments.draw_seed,
+        )
+        train, test = split_rows(kept, train=arguments.train_rows, test=arguments.test_rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, part in (("train", train), ("test", test)):
+            write_rows(self.folder / f"{name}.jsonl.gz", part)
+        self.prompts = [plain(row["prompt"]) for row in test]
+        self.train, self.test = (self._tokenise(part, base) for part in (train, test))
+        self.scores = [row["scores"] for row in self.test]
+        self.lengths = [[len(ids) for ids in row["response_ids"]] for row in self.test]
+        self.facts = {
+            "rows_usable": len(kept),
+            "rows_left_out": dict(dropped),
+            "train_rows": len(train),
+            "test_rows": len(test),
+            "tokens_per_epoch": sum(packed_tokens(row) for row in token_lengths(self.train)),
+            "digest": hashlib.sha256(json.dumps([train, test], sort_keys=True).encode()).hexdigest(),
+        }
+        print(
+            ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in self.facts.items() if name != "digest")
+        )
+
+    def _tokenise(self, rows: list[dict], base: dict) -> Dataset:
+        max_length = base.get("max_length", 1024)
+        dataset = prepare_dataset(Dataset.from_list(rows), self.tokenizer, max_length=max_length)
+        if len(dataset) < len(rows):
+            raise ValueError(
+                f"{len(rows) - len(dataset)} rows do not fit in max_length={max_length}: raise it, or set "
+                "max_prompt_tokens."
+            )
+        return dataset
+
+
+def plan(arguments: CompareArguments, data: Data) -> list[Run]:
+    """All runs with their parsed configs, the base model first; a wrong option of any method ends it here."""
+    fixed = {
+        **{f"base.{name}": value for name, value in arguments.base.items()},
+        **{f"samples.{name}": value for name, value in arguments.samples.items()},
+        "data": data.facts["digest"],
+        "model files": model_fingerprint(arguments.base["model_name_or_path"]),
+    }
+    runs = []
+    slugs = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in arguments.methods}
+    if len({*slugs.values(), "base"}) <= len(slugs):
+        raise ValueError(f"methods: two names, or one and 'base', give the same folder: {', '.join(slugs.values())}.")
+    for seed in arguments.seeds:
+        for name, own in arguments.methods.items():
+            folder = data.folder / slugs[name] / f"seed-{seed}"
+            trainer, args, model = parse_method(arguments.base, own, seed, folder)
+            fixed["base.dtype"] = model.dtype  # the one that "fast" is here
+            settings = {**fixed, **{f"{name}.{option}": value for option, value in own.items()}, "seed": seed}
+            runs.append(Run(name, seed, folder, settings, trainer, args, model))
+    return [Run(BASE, None, data.folder / "base", fixed, None, runs[0].args, runs[0].model), *runs]
+
+
+def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, Any, ModelArguments]:
+    """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
+    own = dict(own)
+    trainer = find_trainer(own.pop("trainer"))
+    config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {"output_dir": str(folder)}, sort_keys=False))
+    parser = TrlParser((trainer.config_class, ModelArguments), allow_abbrev=False)
+    args, model = parser.parse_args_and_config(["--config", str(path)])
+    set_model_options(args, model)
+    return trainer, args, model
+
+
+def train_and_measure(run: Run, data: Data) -> dict:
+    """Trains, ranks the held-out rows and samples on their prompts."""
+    trainer = run.trainer(
+        run.model.model_name_or_path,
+        args=run.args,
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        processing_class=data.tokenizer,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+    )
+    trained = trainer.train()
+    # Both from one pass: rewards as the method defines them, and log-probabilities, which every method has.
+    output = trainer.predict(trainer.eval_dataset)
+    logps = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    results = {
+        "trainer": run.trainer.__name__,
+        "needs_reference": run.trainer.needs_reference,
+        "steps": trainer.state.global_step,
+        "train_seconds": round(trained.metrics["train_runtime"], 1),
+        "logps": [row[: len(scores)].tolist() for row, scores in zip(logps, data.scores, strict=True)],
+        "own_rewards": {n: output.metrics[f"test_ranking/{n}"] for n in ("pairwise_accuracy", "ndcg")},
+        "log_history": trainer.state.log_history,
+    }
+    trainer.save_model(str(run.folder / "model"))
+    del trainer
+    gc.collect()
+    return results | sampled(run, run.folder / "model", data)
+
+
+def measure_base(run: Run, data: Data) -> dict:
+    """Log-probabilities of the held-out rows under the base model, and samples of it."""
+    model = load_start(run.model.model_name_or_path, None, init_kwargs=run.args.model_init_kwargs)
+    model = model.to(run.args.device).eval()
+    # In the batches of the trained policies, so that rounding is the same and falls out of the log-ratios.
+    size, pad = run.args.per_device_eval_batch_size, data.tokenizer.pad_token_id
+    logps = sum_logps(Runner([model], run.args.layout), model, list(data.test), pad, size)
+    return {"logps": logps} | sampled(run, None, data)
+
+
+def sampled(run: Run, start: Path | None, data: Data) -> dict:
+    found = sample_and_measure(
+        run.model.model_name_or_path,
+        start,
+        data.tokenizer,
+        data.prompts,
+        data.samples,
+        device=run.args.device,
+        init_kwargs=run.args.model_init_kwargs,
+    )
+    return {"samples": found} if found else {}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

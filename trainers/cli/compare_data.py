@@ -1,0 +1,92 @@
+"""The rows that every method of a comparison is trained and judged on: cut to one size, rescaled, split."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+from scipy.stats import rankdata
+
+from ..data.tokenization import UNFINISHED, unfinished
+from ..generation.rewards import completion_text
+
+SCALES = ("none", "rank", "zscore")
+
+
+def scale_scores(scores: list[float], how: str) -> list[float]:
+    """Scores of one prompt on a common scale; their order and their ties stay as they are.
+
+    - `rank`: ranks, evenly spread over [-1, 1]; equal scores share their mean rank. Sizes of differences are given up,
+      which is what heavy-tailed scores need.
+    - `zscore`: mean 0 and standard deviation 1 (of the population); 0 where all are equal.
+    """
+    if how == "none":
+        return list(scores)
+    values = rankdata(scores) if how == "rank" else np.asarray(scores, dtype=float)
+    if values.max() == values.min():
+        return [0.0] * len(scores)
+    if how == "rank":
+        return [float(v) for v in 2 * (values - 1) / (len(values) - 1) - 1]
+    return [float(v) for v in (values - values.mean()) / values.std()]
+
+
+def cut_rows(
+    rows: list[dict],
+    count_tokens,
+    *,
+    responses_per_prompt: int | None = None,
+    max_response_tokens: int | None = None,
+    max_prompt_tokens: int | None = None,
+    score_scale: str = "none",
+    seed: int = 0,
+) -> tuple[list[dict], Counter]:
+    """Rows of equal size, and the number of rows that were left out by reason.
+
+    Responses of more than `max_response_tokens` are left out, then `responses_per_prompt` of the rest are drawn at
+    random, by a seed that depends on the prompt alone. `count_tokens(text)` gives the length of a text.
+    """
+    kept, dropped, seen = [], Counter(), set()
+    for row in rows:
+        key = json.dumps(row["prompt"], sort_keys=True)
+        texts = [completion_text(response) for response in row["responses"]]
+        fits = [
+            k for k, text in enumerate(texts) if not max_response_tokens or count_tokens(text) <= max_response_tokens
+        ]
+        size = responses_per_prompt or max(len(fits), 2)
+        if key in seen:
+            reason = "the prompt occurs twice"
+        elif max_prompt_tokens and count_tokens(completion_text(row["prompt"])) > max_prompt_tokens:
+            reason = f"a prompt of more than {max_prompt_tokens} tokens"
+        elif len(fits) < size:
+            reason = f"fewer than {size} responses of at most {max_response_tokens} tokens"
+        else:
+            drawn = sorted(random.Random(f"{seed} {key}").sample(fits, size))
+            scores = scale_scores([row["scores"][k] for k in drawn], score_scale)
+            reason = "all scores tied" if max(scores) == min(scores) else None
+        seen.add(key)
+        if reason:
+            dropped[reason] += 1
+            continue
+        own = ("prompt", "responses", "scores", UNFINISHED)
+        rest = {name: value for name, value in row.items() if name not in own}
+        kept.append({
+            "prompt": row["prompt"],
+            "responses": [row["responses"][k] for k in drawn],
+            "scores": scores,
+            UNFINISHED: [unfinished(row)[k] for k in drawn],
+            **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
+        })  # fmt: skip
+    return kept, dropped
+
+
+def split_rows(rows: list[dict], *, train: int, test: int) -> tuple[list[dict], list[dict]]:
+    """The first `test` rows are held out, so that they stay the same whatever the number of training rows.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    if len(rows) < train + test:
+        raise ValueError(
+            f"train_rows={train} and test_rows={test} need {train + test} rows, but only {len(rows)} fit."
+        )
+    return rows[test : test + train], rows[:test]

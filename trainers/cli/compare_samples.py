@@ -1,0 +1,133 @@
+"""What a trained policy says when it is asked: samples, their reward and length, and how far it is from the base."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from .. import PreferenceCollator
+from ..forward import policy as policies
+from ..forward.run import Runner
+from ..generation.sampler import SamplingConfig, encode_prompt, sample_responses
+from ..generation.scorer import load_scorer
+from ..generation.start import load_start
+
+ROWS_PER_FORWARD = 4
+
+
+@dataclass
+class SampleOptions:
+    """The keys of `samples`. At temperature 1 and top_p 1 the samples are the policy's own distribution.
+
+    Args:
+        prompts: held-out prompts to sample on; 0 for no samples.
+        dtype: of the weights while sampling; None is the dtype they are trained in.
+        scorer: what `load_scorer` takes; None for no reward.
+    """
+
+    prompts: int = 32
+    num_generations: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    seed: int = 0
+    dtype: str | None = None
+    scorer: str | dict | list | None = None
+
+    @classmethod
+    def parse(cls, value: dict) -> "SampleOptions":
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"samples: unknown key {name!r}. Known keys: {', '.join(known)}.")
+        return cls(**value)
+
+    def sampling(self) -> SamplingConfig:
+        names = ("num_generations", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")
+        return SamplingConfig(**{name: getattr(self, name) for name in names})
+
+
+def sample_and_measure(
+    name: str, start: Path | None, tokenizer, prompts: list, options: SampleOptions, *, device, init_kwargs: dict
+) -> dict:
+    """Samples of the policy in `start`, or of model `name` itself: reward, length, and log-ratio to that model.
+
+    The mean of the log-ratios, summed over the tokens of each sample, estimates KL(policy || base) of whole responses
+    without bias when the samples are the policy's own (temperature 1, top_p 1).
+    """
+    prompts = prompts[: options.prompts]
+    if not prompts:
+        return {}
+    init_kwargs = init_kwargs if options.dtype is None else init_kwargs | {"dtype": options.dtype}
+    model = load_start(name, start, init_kwargs=init_kwargs).to(device).eval()
+    merge = isinstance(model, PeftModel) and policies.base_model(model).dtype == torch.float32
+    if merge:  # faster, and undone for the log-ratios
+        model.merge_adapter()
+    samples = sample_responses(model, tokenizer, prompts, options.sampling())
+    if merge:
+        model.unmerge_adapter()
+    flat = [sample for row in samples for sample in row]
+    found = {
+        "tokens": [len(sample.token_ids) for sample in flat],
+        "truncated": [sample.truncated for sample in flat],
+        "truncated_share": sum(sample.truncated for sample in flat) / len(flat),
+        "logratios": log_ratios(model, name, start, tokenizer, prompts, samples, init_kwargs),
+        "texts": [sample.text for sample in flat],
+        "token_ids": [sample.token_ids for sample in flat],
+    }
+    del model
+    if options.scorer is not None:
+        scorer = load_scorer(options.scorer, device=device)
+        owners = [prompt for prompt, row in zip(prompts, samples, strict=True) for _ in row]
+        completions = [
+            sample.text if isinstance(prompt, str) else [{"role": "assistant", "content": sample.text}]
+            for prompt, sample in zip(owners, flat, strict=True)
+        ]
+        found["rewards"] = scorer(prompts=owners, completions=completions)
+    return found
+
+
+def log_ratios(
+    model, name: str, start: Path | None, tokenizer, prompts: list, samples: list, init_kwargs: dict
+) -> list[float]:
+    """log pi(y|x) - log pi_base(y|x) of each sample, over the very tokens that were sampled."""
+    if start is None:
+        return [0.0 for row in samples for _ in row]
+    rows = [
+        {
+            "prompt_ids": encode_prompt(tokenizer, prompt),
+            "response_ids": [sample.token_ids for sample in row],
+            "scores": [0.0] * len(row),
+        }
+        for prompt, row in zip(prompts, samples, strict=True)
+    ]
+    pad = tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    if isinstance(model, PeftModel):
+        runner = Runner([policies.base_model(model)], "auto")
+        policy = sum_logps(runner, model, rows, pad)
+        with model.disable_adapter():
+            base = sum_logps(runner, model, rows, pad)
+    else:
+        reference = load_start(name, None, init_kwargs=init_kwargs).to(device).eval()
+        runner = Runner([model, reference], "auto")
+        policy, base = (sum_logps(runner, m, rows, pad) for m in (model, reference))
+    return [p - b for first, second in zip(policy, base, strict=True) for p, b in zip(first, second, strict=True)]
+
+
+@torch.no_grad()
+def sum_logps(
+    runner: Runner, model, rows: list[dict], pad_token_id: int, batch_size: int = ROWS_PER_FORWARD
+) -> list[list[float]]:
+    """Log-probability of each response of tokenised rows, summed over its tokens."""
+    collate, device = PreferenceCollator(pad_token_id), next(model.parameters()).device
+    sums = []
+    for start in range(0, len(rows), batch_size):
+        part = [{n: row[n] for n in ("prompt_ids", "response_ids", "scores")} for row in rows[start:][:batch_size]]
+        batch = {name: tensor.to(device) for name, tensor in collate(part).items()}
+        logps = runner(model, batch).logps.sum(-1).tolist()
+        sums += [values[: len(row["response_ids"])] for values, row in zip(logps, part, strict=True)]
+    return sums

@@ -1,0 +1,192 @@
+"""Reads preference data of any format and writes canonical rows, for clusters without a network.
+
+    python scripts/prepare_data.py --dataset_name openbmb/UltraFeedback --data_format ultrafeedback \
+        --revision 40b436560ca83a8dba36114c22ab3c66e43f6d5e --output data/ultrafeedback.parquet
+
+`load_preferences` reads the output as it is, and so does `scripts/train.py --dataset_name data/ultrafeedback.parquet`.
+What was dropped is printed by reason; it stands in `<output>.manifest.yaml` too, with the source, its revision, the
+format, and digests. With `--streaming true` no copy of the source is kept.
+"""
+
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+import yaml
+from datasets import Dataset, Features, Value
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from pyarrow.parquet import ParquetWriter
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from ..data import detect_format, load_preferences
+from ..data.drops import collected_reports
+from ..data.json_rows import file_digest
+from ..data.structured import packed
+from ..generation.journal import write_atomic
+
+ROWS_PER_GROUP = 1000
+UNSIGNED = Value("uint64")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+
+
+@dataclass
+class PrepareArguments:
+    """Options of scripts/prepare_data.py."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, folder or file of preference data."})
+    output: str = field(metadata={"help": "File to write: .parquet, .jsonl or .jsonl.gz."})
+    data_format: str | None = field(
+        default=None,
+        metadata={"help": "Name of a format or dotted path of an adapter; auto goes by the columns; none for "
+                  "canonical rows and pairs."},
+    )  # fmt: skip
+    split: str = field(default="train", metadata={"help": "Split to read; train_1+train_2 joins two."})
+    name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set, such as utterances."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of a hub data set."})
+    max_rows: int | None = field(default=None, metadata={"help": "Read at most so many rows of the source."})
+    as_chat: bool = field(default=False, metadata={"help": "Wrap plain texts as user and assistant messages."})
+    invalid_rows: str = field(
+        default="drop", metadata={"help": "Drop and count what cannot be used, or stop.", "choices": ["drop", "error"]}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read row by row, without a copy of the source."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes; not with streaming."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
+
+
+def main(argv: list[str]) -> None:
+    [args] = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses(argv)
+    manifest = prepare(args)
+    print(f"{args.output}: {manifest['rows']} rows, described in {manifest_path(args.output)}")
+
+
+def prepare(args: PrepareArguments) -> dict:
+    """Write the rows and their manifest, which is returned.
+
+    Raises:
+        ValueError: an option that cannot be used, or a row, as in `load_preferences`.
+    """
+    output = Path(args.output)
+    if not args.output.endswith(SUFFIXES):
+        raise ValueError(f"--output {output}: give a name that ends in {', '.join(SUFFIXES)}.")
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"--output {output} is there already: name another file, or set --overwrite true.")
+    source = source_facts(args)
+    options = {name: value for name, value in (("name", args.name), ("revision", source.get("commit"))) if value}
+    options["streaming"] = args.streaming
+    if args.data_format == "auto":
+        args.data_format = detect_format(args.dataset_name, args.split, **options)
+    with collected_reports() as reports:
+        rows = load_preferences(
+            args.dataset_name, args.split, args.data_format, as_chat=args.as_chat, invalid_rows=args.invalid_rows,
+            num_proc=args.num_proc, max_rows=args.max_rows, **options,
+        )  # fmt: skip
+        output.parent.mkdir(parents=True, exist_ok=True)
+        total = None if args.streaming else len(rows)
+        count = write(output, tqdm(rows, desc=f"Writing {output.name}", total=total, unit=" rows"), rows.features)
+    [(_, report)] = reports
+    print(report)
+    manifest = {
+        "file": output.name,
+        "sha256": file_digest(output),
+        "rows": count,
+        "columns": {name: repr(feature) for name, feature in rows.features.items()},
+        "source": source,
+        **{name: getattr(args, name) for name in ("data_format", "split", "max_rows", "as_chat", "invalid_rows")},
+        "dropped": vars(report),
+        "versions": {name: version(name) for name in ("polypo", "datasets", "pyarrow")},
+    }
+    plain = json.loads(json.dumps(manifest))  # counters become mappings
+    write_atomic(manifest_path(output), yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+    return manifest
+
+
+def source_facts(args: PrepareArguments) -> dict:
+    """Where the rows come from: the digest of a file, or the commit of a hub data set."""
+    path = Path(args.dataset_name).expanduser()
+    facts = {"dataset_name": args.dataset_name, "name": args.name}
+    if path.exists():
+        if args.revision:
+            raise ValueError(f"--revision {args.revision} has no effect on a local path: leave it out.")
+        return facts | ({"sha256": file_digest(path)} if path.is_file() else {})
+    try:
+        commit = HfApi().dataset_info(args.dataset_name, revision=args.revision).sha
+    except (
+        OfflineModeIsEnabled,
+        HfHubHTTPError,
+        OSError,
+    ):  # `datasets` may have it in its cache, or says what is wrong
+        commit = args.revision
+    return facts | {"revision": args.revision, "commit": commit}
+
+
+def manifest_path(output: str | Path) -> Path:
+    """No .json, which would be read as data where the folder of the output is."""
+    return Path(f"{output}.manifest.yaml")
+
+
+# Files.
+
+
+def write(output: Path, rows: Iterable[dict], features: Features) -> int:
+    """Rows to a file that appears when it is complete; the same rows give the same bytes. Returns their number."""
+    with replaced(output) as file:
+        return (write_parquet if output.suffix == ".parquet" else write_lines)(file, rows, features)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` at the end of the block, and is removed if the block fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if path.suffix == ".gz":
+                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                    yield packed
+            else:
+                yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
+    count, rows = 0, iter(rows)
+    with ParquetWriter(file, features.arrow_schema) as writer:
+        while group := [packed(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
+            plain = Features({name: kind for name, kind in features.items() if kind != UNSIGNED})
+            table = Dataset.from_list([{n: row[n] for n in plain} for row in group], plain).with_format("arrow")[:]
+            for name in features.keys() - plain.keys():  # `datasets` takes no integers from 2**63 on
+                table = table.append_column(name, pyarrow.array([row[name] for row in group], pyarrow.uint64()))
+            writer.write_table(table.select(list(features)).cast(features.arrow_schema))
+            count += len(group)
+    return count
+
+
+def write_lines(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
+    count = 0
+    for count, row in enumerate(rows, 1):
+        try:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"kept row {count - 1} cannot be written as JSON ({error}): write a .parquet file."
+            ) from error
+        file.write((line + "\n").encode())
+    return count
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,177 @@
+"""How many types? Held-out annotators under mixtures of 1 to --max_types types, in one command:
+
+python scripts/choose_types.py --config configs/emdpo/demo.yaml --max_types 4 --held_out 0.25 [--any_field value]
+
+A share of the annotators is held out with all their rows. Every number of types is one EM run in output_dir/types-T,
+which goes on where a killed one stopped. Writes choose_types.json, table.md and plot.svg into output_dir.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from trl import TrlParser, get_peft_config, get_quantization_config
+
+from .. import EMDPOTrainer
+from ..emdpo.figures import COLOURS, to_svg
+from ..emdpo.mixture import annotator_log_likelihood
+from ..emdpo.scoring import item_logps
+from ..emdpo.tables import read_json
+from ..generation.journal import write_atomic, write_json
+from ..statistics import FEWEST, about_intervals, bootstrap_interval
+from .arguments import DataArguments, ModelArguments, load_split, set_model_options
+
+
+def main(argv: list[str]) -> dict:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--max_types", type=int, default=4)
+    own.add_argument("--held_out", type=float, default=0.25)
+    options, rest = own.parse_known_args(argv)
+    if options.max_types < 1 or not 0 < options.held_out < 1:
+        raise ValueError("--max_types must be at least 1 and --held_out a share between 0 and 1.")
+    parser = TrlParser((DataArguments, EMDPOTrainer.config_class, ModelArguments), allow_abbrev=False)
+    data, args, model = parser.parse_args_and_config(rest)
+    if args.initial_posterior is not None:
+        raise ValueError("initial_posterior is for one number of types: use another init to compare several.")
+    set_model_options(args, model)
+    rows = load_split(data, args, "train")
+    held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
+    inside = np.array([name in held_out for name in rows["annotator"]])
+    splits = rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))
+    for types in range(1, options.max_types + 1):
+        own_args = copy.copy(args)
+        own_args.num_types, own_args.output_dir = types, str(Path(args.output_dir) / f"types-{types}")
+        trainer = EMDPOTrainer(
+            model.model_name_or_path, args=own_args, train_dataset=splits[0], eval_dataset=splits[1],
+            quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
+        )  # fmt: skip
+        trainer.train()
+        manifest = read_json(trainer.policies[0].parents[1] / "manifest.json")
+        manifest["held_out"]["coin"] = coin(trainer)
+        path = Path(own_args.output_dir) / "result.json"
+        trainer.processes.main(lambda path=path, manifest=manifest: write_json(path, manifest))
+    report = summarize(Path(args.output_dir), options.max_types)
+    if args.process_index == 0:
+        write_json(Path(args.output_dir) / "choose_types.json", report)
+        write_atomic(Path(args.output_dir) / "table.md", table(report).encode())
+        write_atomic(Path(args.output_dir) / "plot.svg", plot(report).encode())
+        print(table(report))
+    return report
+
+
+def coin(trainer: EMDPOTrainer) -> dict:
+    """Log-likelihood of each held-out annotator's rows if all rankings were equally likely: {name: nats}."""
+    rows, (annotators, owner, weights) = trainer.held_out
+    scores = list(rows["scores"])
+    equal = [[0.0] * len(row) for row in scores]
+    logps = item_logps(equal, equal, scores, beta=trainer.args.beta, top=trainer.args.top_q) * weights
+    total = annotator_log_likelihood(logps[:, None], owner, len(annotators))[:, 0]
+    return dict(zip(map(str, annotators.names), total.tolist(), strict=True))
+
+
+def held_out_annotators(column: list, share: float, seed: int) -> set:
+    """At least one annotator is held out and two stay."""
+    names = sorted(set(column), key=str)
+    if len(names) < 3:
+        raise ValueError(f"{len(names)} annotators are too few to hold one out: 3 are the least.")
+    count = min(max(1, round(share * len(names))), len(names) - 2)
+    return {names[i] for i in np.random.default_rng((seed, 2)).permutation(len(names))[:count]}
+
+
+def summarize(folder: Path, max_types: int) -> dict:
+    """Log-likelihood per held-out annotator of each number of types and of a coin, and the paired gains."""
+    results = [json.loads((folder / f"types-{t}" / "result.json").read_text()) for t in range(1, max_types + 1)]
+    names = list(results[0]["held_out"]["per_annotator"])
+    values = np.array([[r["held_out"]["per_annotator"][n] for n in names] for r in results])
+    chance = np.array([results[0]["held_out"]["coin"][n] for n in names])
+
+    def mean(differences: np.ndarray) -> dict:
+        return bootstrap_interval(differences, fewest=FEWEST)
+
+    return {
+        "held_out_annotators": len(names),
+        "coin_log_likelihood": float(chance.mean()),
+        "held_out_items": results[0]["held_out"]["items"],
+        "types": [
+            {
+                "num_types": t + 1,
+                "train_log_likelihood_per_annotator": results[t]["log_likelihood_per_annotator"],
+                "log_likelihood_per_item": results[t]["held_out"]["log_likelihood_per_item"],
+                "log_likelihood": mean(values[t]),
+                "gain_over_coin": mean(values[t] - chance),
+                "gain_over_one_type": mean(values[t] - values[0]),
+                "gain_over_one_less": mean(values[t] - values[max(t - 1, 0)]),
+                "shares": results[t]["prior"],
+            }
+            for t in range(max_types)
+        ],
+        "best": int(values.mean(1).argmax()) + 1,
+    }
+
+
+def table(report: dict) -> str:
+    lines = [
+        "| types | held-out log-likelihood per annotator | per item | gain over a coin | gain over one type less "
+        "| shares of the types |",
+        "|---|---|---|---|---|---|",
+        f"| *a coin* | {report['coin_log_likelihood']:.3f} |  |  |  |  |",
+    ]
+    for row in report["types"]:
+        shares = ", ".join(f"{share:.2f}" for share in row["shares"])
+        gain = _interval(row["gain_over_one_less"], "+") if row["num_types"] > 1 else ""
+        lines.append(f"| {row['num_types']} | {_interval(row['log_likelihood'])} | "
+                     f"{row['log_likelihood_per_item']:.4f} | {_interval(row['gain_over_coin'], '+')} | {gain} | "
+                     f"{shares} |")  # fmt: skip
+    lines += [
+        "",
+        f"{report['held_out_annotators']} held-out annotators with {report['held_out_items']} rows; in nats, 95 % "
+        "bootstrap intervals over them, gains paired. A gain whose interval holds 0 is no reason for another type. To "
+        "a coin all rankings are equally likely.",
+    ]
+    if note := about_intervals(report["held_out_annotators"], "held-out annotators"):
+        lines.append(note)
+    if all(row["gain_over_coin"]["mean"] <= 0 for row in report["types"]):
+        lines.append(
+            "No number of types says more about new annotators than a coin: these gains are no reason for any of "
+            "them. Train on more rows, or with other settings."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: dict, sign: str = "") -> str:
+    if value["low"] is None:
+        return f"{value['mean']:{sign}.3f}"
+    mean, low, high = (f"{value[k]:{sign}.3f}" for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def plot(report: dict) -> str:
+    """Gain over one type with its interval, which the spread between annotators does not hide."""
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    types = [row["num_types"] for row in report["types"]]
+    gains = [row["gain_over_one_type"] for row in report["types"]]
+    means = np.array([g["mean"] for g in gains])
+    errors = None
+    if gains[0]["low"] is not None:
+        errors = np.array([[g["mean"] - g["low"], g["high"] - g["mean"]] for g in gains]).T
+    axes.errorbar(types, means, errors, fmt="o-", capsize=4, color=COLOURS[0])
+    axes.axhline(0, color="black", linewidth=0.8)
+    chance = -report["types"][0]["gain_over_coin"]["mean"]
+    axes.axhline(chance, color=COLOURS[-1], linestyle="--", label="a coin")
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_xticks(types)
+    axes.set_xlabel("types")
+    axes.set_ylabel("held-out log-likelihood per annotator,\ngain over one type, nats")
+    axes.grid(color="#e3e7ee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return to_svg(figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
