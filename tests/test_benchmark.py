@@ -197,7 +197,7 @@ def test_shape_counts_weights_outside_the_embeddings(job):
 
 
 def test_child_process_checks_shared_against_rows(job):
-    found = benchmark.run_script("benchmark_step.py", {**job, "variant": "check"})
+    found = benchmark.run_script("benchmarks.step", {**job, "variant": "check"})
     assert found["tokens"] > 8
     for name in ("shared", "one by one"):
         assert found[name]["logps"] < 1e-4 and found[name]["gradients"] < 1e-3
