@@ -313,21 +313,6 @@ def test_a_model_with_logits_of_its_own_kind_is_refused_on_the_first_batch(tmp_p
         trainer(tmp_path, tokenizer, layout="rows").train()
 
 
-@pytest.mark.parametrize(
-    "wrong, word",
-    [
-        ({"layout": "packed"}, "layout"),
-        ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"max_length": 1}, "max_length"),
-        ({"invalid_rows": "keep"}, "invalid_rows"),
-        ({"beta": -1}, "beta"),
-    ],
-)
-def test_wrong_options_name_the_field(tmp_path, wrong, word):
-    with pytest.raises(ValueError, match=word):
-        config(tmp_path, **wrong)
-
-
 def test_wrong_arguments_say_the_fix(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the default output folder lies below it
     model = tiny_llama(len(tokenizer))
@@ -351,9 +336,6 @@ def test_wrong_arguments_say_the_fix(tmp_path, tokenizer, monkeypatch):
 
 
 def test_the_mistakes_of_a_first_hour_are_explained(tmp_path, tokenizer, caplog):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output_dir"):
-        config(tmp_path / "file")
     with pytest.raises(ValueError, match="from_list"):
         SWEPOTrainer(
             tiny_llama(len(tokenizer)), args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer

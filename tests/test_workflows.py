@@ -24,8 +24,8 @@ from trl import LogCompletionsCallback, RichProgressCallback
 from helpers import build_tokenizer, family_tokenizer, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
-from trainers.arguments import COMPILES
 from trainers.cli import train
+from trainers.config import COMPILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -275,30 +275,6 @@ def test_without_bitsandbytes_qlora_names_the_package(trainer, inputs, tmp_path)
 
 
 # Fields of TrainingArguments.
-
-
-@pytest.mark.parametrize(
-    "field, value, more",
-    [
-        ("bf16_full_eval", True, {}),
-        ("fp16_full_eval", True, {}),
-        ("neftune_noise_alpha", 5.0, {}),
-        ("use_liger_kernel", True, {}),
-        ("label_smoothing_factor", 0.1, {}),
-        ("train_sampling_strategy", "group_by_length", {}),
-        ("train_sampling_strategy", "batch_rebalance", {}),
-        ("train_sampling_strategy", "sequential", {"max_tokens_per_batch": 100}),
-        ("auto_find_batch_size", True, {"max_tokens_per_batch": 100}),
-        ("dataloader_drop_last", True, {"max_tokens_per_batch": 100}),
-        ("average_tokens_across_devices", False, {}),
-        ("include_for_metrics", ["inputs"], {}),
-        ("include_num_input_tokens_seen", "all", {}),
-        ("label_names", ["scores"], {}),
-    ],
-)
-def test_fields_that_cannot_work_are_refused_by_name(field, value, more, tmp_path):
-    with pytest.raises(ValueError, match=f"^{field}=.*[:.] "):
-        config(tmp_path, **{field: value}, **more)
 
 
 @pytest.mark.parametrize(

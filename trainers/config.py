@@ -1,21 +1,70 @@
-"""Options that every method shares."""
+"""Options that every method shares, and how options are stated and checked. It imports nothing of this package."""
 
+import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.constants import HF_HOME
+from packaging.version import Version
 from transformers import TrainingArguments
 
-from .arguments import refuse_unsupported
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+COMPILES = Version("2.13")  # the oldest torch whose compiled models were seen to give the same losses; 2.11 does not
 
-POSITIVE = (
-    "max_tokens_per_batch", "ref_tokens_per_batch", "dataset_num_proc", "pad_to_multiple_of",
-    "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-)  # fmt: skip
-LAYOUTS = ("auto", "shared", "rows")
+# Fields of `transformers.TrainingArguments` that would silently give other numbers when they are set, and why.
+REFUSED = {
+    "label_smoothing_factor": "has no effect on preferences: DPO has label_smoothing instead. Set it to 0.",
+    "bf16_full_eval": "would cast the policy and not the reference: set bf16 to true, which casts both.",
+    "fp16_full_eval": "would cast the policy and not the reference: set bf16 to true, which casts both.",
+    "neftune_noise_alpha": "would add noise to the policy and not to the reference: leave it out.",
+    "use_liger_kernel": "would replace the forward that gives log-probabilities without logits: set it to false.",
+    "parallelism_config": "splits rows or layers in ways that were not tried: use DDP, ZeRO or FSDP2.",
+}
+
+
+class Range:
+    """Finite numbers within bounds, as the `choices` of an option: `value in range` is all that argparse asks."""
+
+    def __init__(self, bounds: dict[str, float]):
+        self.bounds = bounds
+
+    def __contains__(self, value) -> bool:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return all(BOUNDS[name](value, bound) for name, bound in self.bounds.items())
+
+    def __iter__(self) -> Iterator[str]:
+        """One text, which a usage shows in the place of choices."""
+        yield " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in self.bounds.items())
+
+
+def option(default, help: str, *, choices: Sequence[str] | None = None, **bounds: float) -> Any:
+    """A dataclass field with its help, and either its `choices` or bounds: `above`, `at_least`, `below`, `at_most`.
+
+    Both lie in the field's metadata as "choices", where `check_options` and every argument parser find them.
+    """
+    assert bounds.keys() <= BOUNDS.keys(), bounds
+    allowed = Range(bounds) if bounds else choices and list(choices)
+    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": allowed} if allowed else {}))
+
+
+def check_options(options) -> None:
+    """Raises ValueError for the first field of a dataclass that is outside its choices or bounds.
+
+    None is allowed where it is the default.
+    """
+    for field in dataclasses.fields(options):
+        value, allowed = getattr(options, field.name), field.metadata.get("choices")
+        if allowed is None or value in allowed or (value is None and field.default is None):
+            continue
+        kind = "must be a finite number," if isinstance(allowed, Range) else "is unknown: choose one of"
+        raise ValueError(f"{field.name}={value!r} {kind} {', '.join(allowed)}.")
 
 
 class Demands(NamedTuple):
@@ -32,93 +81,70 @@ class PreferenceConfig(TrainingArguments):
     """`transformers.TrainingArguments` plus the data path, the layout of a batch and the reference.
 
     Raises:
-        ValueError: a field outside its range; the message names the field and the fix.
+        ValueError: a field outside its choices or bounds, or one that would silently give other numbers.
     """
 
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if below 1)."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Log other losses in place of one that is not finite. Such a loss ends the run."},
+    logging_steps: float = option(10, "Log every so many steps (a share of all if below 1).")
+    logging_nan_inf_filter: bool = option(
+        False, "Log other losses in place of one that is not finite. Such a loss ends the run."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator decides which columns become tensors."}
+    remove_unused_columns: bool = option(False, "Must stay false: the collator decides which columns become tensors.")
+    pad_token: str | None = option(None, "Token to pad with, for a tokenizer that has none. Any known token will do.")
+    max_length: int | None = option(
+        1024, "Longest prompt plus one response, in tokens; longer responses are cut. None for no limit.", at_least=2
     )
-    pad_token: str | None = field(
-        default=None, metadata={"help": "Token to pad with, for a tokenizer that has none. Any known token will do."}
+    invalid_rows: str = option(
+        "drop",
+        "Rows or responses that cannot be trained on (empty response, missing score, prompt longer than max_length): "
+        "drop and count them, or stop with an error.",
+        choices=["drop", "error"],
     )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Longest prompt plus one response, in tokens; longer responses are cut."}
+    as_chat: bool = option(False, "Wrap plain-text prompts and responses as user and assistant messages.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Further arguments of the chat template, such as {enable_thinking: false}."
     )
-    invalid_rows: str = field(
-        default="drop",
-        metadata={
-            "help": "Rows or responses that cannot be trained on (empty response, missing score, prompt longer "
-            "than max_length): drop and count them, or stop with an error.",
-            "choices": ["drop", "error"],
-        },
+    dataset_num_proc: int | None = option(None, "Processes for preprocessing.", at_least=1)
+    pad_to_multiple_of: int | None = option(None, "Pad prompts and responses to a multiple.", at_least=1)
+    disable_dropout: bool = option(True, "Switch dropout off in policy and reference, so that log-ratios start at 0.")
+    layout: str = option(
+        "auto",
+        "How a batch travels through the model: every prompt once with its responses as branches (shared), one padded "
+        "row per response (rows), or whichever is cheaper (auto).",
+        choices=["auto", "shared", "rows"],
     )
-    as_chat: bool = field(
-        default=False, metadata={"help": "Wrap plain-text prompts and responses as user and assistant messages."}
+    max_tokens_per_batch: int | None = option(
+        None,
+        "Group prompts so that a batch has at most so many tokens (every prompt counted once); replaces "
+        "per_device_train_batch_size.",
+        at_least=1,
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of the chat template, such as {enable_thinking: false}."}
+    precompute_ref_logps: bool = option(
+        False, "Score all rows with the reference once, before training, and cache it on disk."
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for preprocessing."})
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad prompts and responses to a multiple."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch dropout off in policy and reference, so that log-ratios start at 0."}
+    ref_cache_dir: str | None = option(
+        None, "Folder of the reference cache; by default beside the hub cache of Hugging Face."
     )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "How a batch travels through the model: every prompt once with its responses as branches "
-            "(shared), one padded row per response (rows), or whichever is cheaper (auto).",
-            "choices": list(LAYOUTS),
-        },
+    ref_tokens_per_batch: int = option(
+        16384, "Tokens per batch and process while the reference scores the rows.", at_least=1
     )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Group prompts so that a batch has at most so many tokens (every prompt counted once); replaces "
-            "per_device_train_batch_size."
-        },
-    )
-    precompute_ref_logps: bool = field(
-        default=False,
-        metadata={"help": "Score all rows with the reference once, before training, and cache it on disk."},
-    )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the reference cache; by default beside the hub cache of Hugging Face."},
-    )
-    ref_tokens_per_batch: int = field(
-        default=16384, metadata={"help": "Tokens per batch and process while the reference scores the rows."}
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keywords for from_pretrained when the model is given as a path."}
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keywords for from_pretrained when the model is given as a path."
     )
 
     def __post_init__(self):
-        for name in ("model_init_kwargs", "chat_template_kwargs"):
-            setattr(self, name, _keywords(name, getattr(self, name)))
-        refuse_unsupported(self)
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}.")
-        if self.invalid_rows not in ("drop", "error"):
-            raise ValueError(f"invalid_rows={self.invalid_rows!r} is unknown: choose drop or error.")
-        if self.max_length is not None and self.max_length < 2:
+        self.model_init_kwargs = _keywords("model_init_kwargs", self.model_init_kwargs)
+        self.chat_template_kwargs = _keywords("chat_template_kwargs", self.chat_template_kwargs)
+        check_options(self)
+        for name, reason in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
+        if self.torch_compile and Version(torch.__version__) < COMPILES:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for a prompt and a response: use 2 or more."
+                f"torch_compile=True gives other losses with torch {torch.__version__}: set it to false, or install "
+                f"torch {COMPILES}."
             )
-        for name in POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.ref_cache_dir is None:
             self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} must be a finite number that is not negative.")
-        if self.output_dir is not None:
-            _check_folder("output_dir", self.output_dir)
         super().__post_init__()
 
     @property
@@ -129,27 +155,9 @@ class PreferenceConfig(TrainingArguments):
 
 def _keywords(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """Keywords from JSON, as the command line gives them."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{name}={value!r} is no JSON ({error}): give an object such as {{}}.") from error
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give an object such as {{}}.")
-    return value
-
-
-def _check_folder(name: str, value: str) -> None:
-    """Raises ValueError for what is no folder and cannot become one."""
+    if not isinstance(value, str):
+        return value
     try:
-        if "\0" in value:
-            raise ValueError("a null character")
-        path = Path(value).expanduser()
-        blocked = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists() or p.is_file()), None)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links
-        raise ValueError(f"{name}={value!r} can be no folder ({error}): name another.") from error
-    if not value:
-        raise ValueError(f"{name} is empty: name a folder.")
-    if blocked is not None:
-        kind = "a file" if blocked.is_file() else "a link that leads nowhere"
-        raise ValueError(f"{name}={value!r}: {blocked} is {kind}: name a folder.")
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is no JSON ({error}): give an object such as {{}}.") from error

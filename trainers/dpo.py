@@ -5,40 +5,32 @@ With K = 2 every choice of pairs is DPO. Label smoothing has the meaning it has 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import PreferenceConfig, PreferenceTrainer
-
-PAIRS = ("best_worst", "best_rest", "all")
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 
 
 @dataclass
 class DPOConfig(PreferenceConfig):
     """Options of DPO; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate (1e-5 is a start for LoRA)."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference policy."})
-    pairs: str = field(
-        default="best_worst",
-        metadata={
-            "help": "Which pairs of a prompt's responses count: the best against the worst, the best against each "
-            "other one, or all with different scores.",
-            "choices": list(PAIRS),
-        },
+    learning_rate: float = option(1e-6, "Peak learning rate (1e-5 is a start for LoRA).")
+    beta: float = option(0.1, "Strength of the pull towards the reference policy.", above=0)
+    pairs: str = option(
+        "best_worst",
+        "Which pairs of a prompt's responses count: the best against the worst, the best against each other one, or "
+        "all with different scores.",
+        choices=["best_worst", "best_rest", "all"],
     )
-    label_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Probability that a pair is in the wrong order (TRL's loss_type 'robust'); below 0.5."},
+    label_smoothing: float = option(
+        0.0, "Probability that a pair is in the wrong order (TRL's loss_type 'robust').", at_least=0, below=0.5
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(self.beta, self.pairs, self.label_smoothing)
 
 
 def dpo_loss(
@@ -59,11 +51,7 @@ def dpo_loss(
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
-
-    Raises:
-        ValueError: an option outside its range.
     """
-    _check_options(beta, pairs, label_smoothing)
     assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     rewards = beta * logratios.masked_fill(~mask.bool(), 0)
     margins = rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
@@ -88,15 +76,6 @@ def score_pairs(scores: Tensor, mask: Tensor, pairs: str = "best_worst") -> Tens
         return preferred
     worst = scores <= scores.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
     return preferred & worst.unsqueeze(-2)
-
-
-def _check_options(beta, pairs, label_smoothing) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta!r} must be finite and positive.")
-    if pairs not in PAIRS:
-        raise ValueError(f"pairs={pairs!r} is unknown: choose one of {', '.join(PAIRS)}.")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing!r} must be 0 or more and below 0.5.")
 
 
 class DPOTrainer(PreferenceTrainer):

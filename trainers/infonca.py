@@ -6,13 +6,14 @@ which only the best response counts; the default here lets the scores speak.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import PreferenceConfig, PreferenceTrainer
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 from .metrics import scores_differ
 
 
@@ -20,19 +21,14 @@ from .metrics import scores_differ
 class InfoNCAConfig(PreferenceConfig):
     """Options of InfoNCA; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate (the authors' value, for LoRA)."})
-    beta: float = field(default=0.01, metadata={"help": "Strength of the pull towards the reference policy."})
-    alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor on the scores in the target softmax(alpha * scores): 0 makes it uniform, a large one "
-            "puts all of it on the best response. For scores multiplied by c use alpha divided by c."
-        },
+    learning_rate: float = option(5e-6, "Peak learning rate (the authors' value, for LoRA).")
+    beta: float = option(0.01, "Strength of the pull towards the reference policy.", above=0)
+    alpha: float = option(
+        1.0,
+        "Factor on the scores in the target softmax(alpha * scores): 0 makes it uniform, a large one puts all of it "
+        "on the best response. For scores multiplied by c use alpha divided by c.",
+        at_least=0,
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(self.beta, self.alpha)
 
 
 @dataclass
@@ -52,9 +48,6 @@ def infonca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
-
-    Raises:
-        ValueError: an option outside its range.
     """
     rewards, target, mask = _prepare(logratios, scores, mask, beta, alpha)
     log_probs = torch.log_softmax(rewards.masked_fill(~mask, torch.finfo(rewards.dtype).min), -1)
@@ -66,7 +59,7 @@ def nca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float = 0
     """NCA loss of each prompt: every reward on its own, told from noise with weight softmax(alpha * scores).
 
     Unlike `infonca_loss` it fixes the level of the rewards too, which keeps the likelihood of good responses up.
-    Arguments, shapes, unused prompts and errors as in `infonca_loss`.
+    Arguments, shapes and unused prompts as in `infonca_loss`.
     """
     rewards, target, mask = _prepare(logratios, scores, mask, beta, alpha)
     noise = mask.to(rewards.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -76,7 +69,6 @@ def nca_loss(logratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float = 0
 
 def _prepare(logratios, scores, mask, beta, alpha) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards (0 in masked slots), target distribution and boolean mask, (B,K) each."""
-    _check_options(beta, alpha)
     assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     mask = mask.bool()
     # Differences first: alpha times a score may be so large that float32 forgets the differences.
@@ -84,13 +76,6 @@ def _prepare(logratios, scores, mask, beta, alpha) -> tuple[Tensor, Tensor, Tens
     exponents = alpha * (scores - highest).detach().to(logratios.dtype)
     target = torch.softmax(exponents.masked_fill(~mask, torch.finfo(exponents.dtype).min), -1) * mask
     return beta * logratios.masked_fill(~mask, 0), target, mask
-
-
-def _check_options(beta, alpha) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta!r} must be finite and positive.")
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha={alpha!r} must be finite and 0 or more.")
 
 
 class InfoNCATrainer(PreferenceTrainer):

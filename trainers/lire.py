@@ -11,20 +11,19 @@ Left out: `sft_target` "chosen" (rows name no chosen response beside the scores)
 import dataclasses
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .base import PreferenceConfig, PreferenceTrainer
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 from .generation.options import EnhanceOptions
 from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
 
-SCORE_TRANSFORMS = ("softmax", "none", "zscore")
-REDUCTIONS = ("sum", "mean")
 LISTWISE_OPTIONS = (
     "temperature", "score_transform", "score_temperature", "length_average", "reduction", "loss_weight",
 )  # fmt: skip
@@ -39,54 +38,41 @@ PEAKED = 1.2
 class LIREConfig(PreferenceConfig):
     """Options of LIRE; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (the authors' value, for LoRA)."})
-    temperature: float = field(
-        default=2.0,
-        metadata={
-            "help": "The responses' probabilities are a softmax of their log-probabilities divided by this; raise it "
-            "when the distribution collapses onto one response."
-        },
+    learning_rate: float = option(2e-5, "Peak learning rate (the authors' value, for LoRA).")
+    temperature: float = option(
+        2.0,
+        "The responses' probabilities are a softmax of their log-probabilities divided by this; raise it when the "
+        "distribution collapses onto one response.",
+        above=0,
     )
-    score_transform: str = field(
-        default="softmax",
-        metadata={
-            "help": "What the scores become: a softmax over the prompt's responses (the authors' code), themselves "
-            "(none), or z-scores with the population's standard deviation.",
-            "choices": list(SCORE_TRANSFORMS),
-        },
+    score_transform: str = option(
+        "softmax",
+        "What the scores become: a softmax over the prompt's responses (the authors' code), themselves (none), or "
+        "z-scores with the population's standard deviation.",
+        choices=["softmax", "none", "zscore"],
     )
-    score_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the scores before score_transform='softmax'; no effect otherwise."}
+    score_temperature: float = option(
+        1.0, "Divides the scores before score_transform='softmax'; no effect otherwise.", above=0
     )
-    length_average: bool = field(
-        default=False,
-        metadata={"help": "Log-probability per token instead of the sum. Not LIRE, but does not collapse."},
+    length_average: bool = option(
+        False, "Log-probability per token instead of the sum. Not LIRE, but does not collapse."
     )
-    reduction: str = field(
-        default="sum",
-        metadata={"help": "Sum or mean over a prompt's responses.", "choices": list(REDUCTIONS)},
+    reduction: str = option("sum", "Sum or mean over a prompt's responses.", choices=["sum", "mean"])
+    loss_weight: float = option(1.0, "Factor on the expected score, not on the SFT term.", above=0)
+    sft_alpha: float = option(
+        0.0, "Weight of the negative log-likelihood of the best response; 0 for none.", at_least=0
     )
-    loss_weight: float = field(default=1.0, metadata={"help": "Factor on the expected score, not on the SFT term."})
-    sft_alpha: float = field(
-        default=0.0, metadata={"help": "Weight of the negative log-likelihood of the best response; 0 for none."}
-    )
-    sft_reduction: str = field(
-        default="mean",
-        metadata={"help": "Sum or mean over the tokens in the SFT term.", "choices": list(REDUCTIONS)},
-    )
-    self_enhance: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, "
-            "...} (trainers/generation/options.py), as JSON on the command line. Read by scripts/train.py."
-        },
+    sft_reduction: str = option("mean", "Sum or mean over the tokens in the SFT term.", choices=["sum", "mean"])
+    self_enhance: dict[str, Any] | str | None = option(
+        None,
+        "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, ...} "
+        "(trainers/generation/options.py), as JSON on the command line.",
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.self_enhance is not None:
             self.self_enhance = dataclasses.asdict(EnhanceOptions.parse(self.self_enhance))
-        _check_options(**{name: getattr(self, name) for name in (*LISTWISE_OPTIONS, "sft_alpha", "sft_reduction")})
 
 
 def lire_loss(
@@ -117,12 +103,8 @@ def lire_loss(
         no SFT term. The SFT term is about the first of the best responses.
 
     Raises:
-        ValueError: an option outside its range, or `lengths` is missing.
+        ValueError: `lengths` is missing.
     """
-    _check_options(
-        temperature, score_transform, score_temperature, length_average, reduction, loss_weight, sft_alpha,
-        sft_reduction,
-    )  # fmt: skip
     assert logps.shape == scores.shape == mask.shape, (logps.shape, scores.shape, mask.shape)
     if lengths is None and (length_average or (sft_alpha and sft_reduction == "mean")):
         raise ValueError("lengths is missing: length_average and sft_reduction='mean' need the tokens per response.")
@@ -236,28 +218,6 @@ def _best_logps(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor | N
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def _check_options(
-    temperature, score_transform, score_temperature, length_average, reduction, loss_weight, sft_alpha, sft_reduction
-) -> None:
-    for name, value, allowed in (
-        ("score_transform", score_transform, SCORE_TRANSFORMS),
-        ("reduction", reduction, REDUCTIONS),
-        ("sft_reduction", sft_reduction, REDUCTIONS),
-        ("length_average", length_average, (True, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(str, allowed))}.")
-    for name, value in (
-        ("temperature", temperature),
-        ("score_temperature", score_temperature),
-        ("loss_weight", loss_weight),
-    ):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be finite and positive.")
-    if not 0 <= sft_alpha < math.inf:
-        raise ValueError(f"sft_alpha={sft_alpha!r} must be finite and 0 or more.")
 
 
 class LIRETrainer(PreferenceTrainer):

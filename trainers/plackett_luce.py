@@ -4,35 +4,27 @@ Paper: "Direct Preference Optimization: Your Language Model is Secretly a Reward
 the Plackett-Luce model. It assumes strict rankings; the rule for ties is ours.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from .base import PreferenceConfig, PreferenceTrainer
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 from .likelihood import stage_logps
-
-REDUCTIONS = ("sum", "mean")
 
 
 @dataclass
 class PlackettLuceConfig(PreferenceConfig):
     """Options of Plackett-Luce DPO; those of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate (1e-5 is a start for LoRA)."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference policy."})
-    reduction: str = field(
-        default="sum",
-        metadata={
-            "help": "Sum over the stages of a ranking, its likelihood, or that divided by the number of responses.",
-            "choices": list(REDUCTIONS),
-        },
+    learning_rate: float = option(1e-6, "Peak learning rate (1e-5 is a start for LoRA).")
+    beta: float = option(0.1, "Strength of the pull towards the reference policy.", above=0)
+    reduction: str = option(
+        "sum",
+        "Sum over the stages of a ranking, its likelihood, or that divided by the number of responses.",
+        choices=["sum", "mean"],
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(self.beta, self.reduction)
 
 
 def plackett_luce_loss(
@@ -55,21 +47,10 @@ def plackett_luce_loss(
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
-
-    Raises:
-        ValueError: an option outside its range.
     """
-    _check_options(beta, reduction)
     mask = mask.bool()
     losses = -stage_logps(beta * logratios.masked_fill(~mask, 0), scores, mask).sum(-1)
     return losses / mask.sum(-1).clamp(min=1) if reduction == "mean" else losses
-
-
-def _check_options(beta, reduction) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta!r} must be finite and positive.")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}.")
 
 
 class PlackettLuceTrainer(PreferenceTrainer):

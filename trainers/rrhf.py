@@ -5,12 +5,13 @@ released code divides the SFT term by the padded width of the batch; this is the
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import PreferenceConfig, PreferenceTrainer
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 from .metrics import best_and_worst
 
 
@@ -18,15 +19,10 @@ from .metrics import best_and_worst
 class RRHFConfig(PreferenceConfig):
     """Options of RRHF; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (the authors' value)."})
-    sft_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the negative log-likelihood of the best response, summed over its tokens."},
+    learning_rate: float = option(2e-5, "Peak learning rate (the authors' value).")
+    sft_weight: float = option(
+        1.0, "Weight of the negative log-likelihood of the best response, summed over its tokens.", at_least=0
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(self.sft_weight)
 
 
 def rrhf_loss(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor, *, sft_weight: float = 1.0) -> Tensor:
@@ -41,11 +37,7 @@ def rrhf_loss(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor, *, s
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
-
-    Raises:
-        ValueError: an option outside its range.
     """
-    _check_options(sft_weight)
     hinge, nll = rrhf_terms(logps, scores, mask, lengths)
     return hinge + sft_weight * nll
 
@@ -66,11 +58,6 @@ def rrhf_terms(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor) -> 
     best = best_and_worst(scores, mask)[0].unsqueeze(-1)
     nll = torch.where(preferred.any(-1).any(-1), -logps.gather(-1, best).squeeze(-1), 0.0)
     return hinge.sum((-2, -1)), nll
-
-
-def _check_options(sft_weight) -> None:
-    if not 0 <= sft_weight < math.inf:
-        raise ValueError(f"sft_weight={sft_weight!r} must be finite and 0 or more.")
 
 
 class RRHFTrainer(PreferenceTrainer):

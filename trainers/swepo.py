@@ -8,16 +8,14 @@ Left out: REFA's length normalisation and reference-free form, which are REFA's 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import PreferenceConfig, PreferenceTrainer
-
-WEIGHTINGS = ("absolute", "signed", "none")
-POSITIVES = ("above_mean", "best", "top_m")
+from .base import PreferenceTrainer
+from .config import PreferenceConfig, option
 
 # A score counts as above the mean only by more than this share of the prompt's score range: the mean of three equal
 # floats is not always that float.
@@ -28,47 +26,30 @@ MEAN_TOLERANCE = 1e-6
 class SWEPOConfig(PreferenceConfig):
     """Options of SWEPO; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
-    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate (5e-6 is a start for LoRA)."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference policy."})
-    alpha: float = field(
-        default=0.1,
-        metadata={"help": "Scale of the score weights; for scores multiplied by c use alpha divided by c."},
+    learning_rate: float = option(5e-7, "Peak learning rate (5e-6 is a start for LoRA).")
+    beta: float = option(0.1, "Strength of the pull towards the reference policy.", above=0)
+    alpha: float = option(
+        0.1, "Scale of the score weights; for scores multiplied by c use alpha divided by c.", at_least=0
     )
-    weighting: str = field(
-        default="absolute",
-        metadata={
-            "help": "Weight exp(alpha * g(d)) of a response that lies d above its prompt's mean score: g is "
-            "|d|^power, sign(d)|d|^power or 0.",
-            "choices": list(WEIGHTINGS),
-        },
+    weighting: str = option(
+        "absolute",
+        "Weight exp(alpha * g(d)) of a response that lies d above its prompt's mean score: g is |d|^power, "
+        "sign(d)|d|^power or 0.",
+        choices=["absolute", "signed", "none"],
     )
-    power: float = field(default=1.0, metadata={"help": "Exponent of the score deviation; 0 means no weights."})
-    positives: str = field(
-        default="above_mean",
-        metadata={
-            "help": "Which responses are positive: above the prompt's mean, only the best one, or the `top_m` "
-            "best against the `top_m` worst.",
-            "choices": list(POSITIVES),
-        },
+    power: float = option(1.0, "Exponent of the score deviation; 0 means no weights.", at_least=0)
+    positives: str = option(
+        "above_mean",
+        "Which responses are positive: above the prompt's mean, only the best one, or the `top_m` best against the "
+        "`top_m` worst.",
+        choices=["above_mean", "best", "top_m"],
     )
-    top_m: int = field(default=1, metadata={"help": "Responses per side with positives='top_m'."})
-    mean_over: str = field(
-        default="kept",
-        metadata={
-            "help": "With positives='top_m': mean score over the kept or over all responses.",
-            "choices": ["kept", "all"],
-        },
+    top_m: int = option(1, "Responses per side with positives='top_m'.", at_least=1)
+    mean_over: str = option(
+        "kept", "With positives='top_m': mean score over the kept or over all responses.", choices=["kept", "all"]
     )
-    gamma: float = field(default=1.0, metadata={"help": "Factor on the negatives in the denominator (REFA Eq. 6)."})
-    alpha_inside_beta: bool = field(
-        default=False, metadata={"help": "Multiply the score weights' exponent by beta as well (REFA Eq. 18)."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(
-            self.beta, self.alpha, self.weighting, self.power, self.positives, self.top_m, self.mean_over, self.gamma
-        )
+    gamma: float = option(1.0, "Factor on the negatives in the denominator (REFA Eq. 6).", above=0)
+    alpha_inside_beta: bool = option(False, "Multiply the score weights' exponent by beta as well (REFA Eq. 18).")
 
 
 class Split(NamedTuple):
@@ -103,11 +84,7 @@ def swepo_loss(
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts that have no positive or no negative.
-
-    Raises:
-        ValueError: an option outside its range.
     """
-    _check_options(beta, alpha, weighting, power, positives, top_m, mean_over, gamma)
     assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     split = score_split(scores, mask, positives=positives, top_m=top_m, mean_over=mean_over)
     weights = _log_weights(split, beta, alpha, weighting, power, gamma, alpha_inside_beta)
@@ -179,25 +156,6 @@ def _log_share(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         x.masked_fill(~keep_positive, -math.inf), -1
     )
     return torch.where(used, losses, 0.0)
-
-
-def _check_options(beta, alpha, weighting, power, positives, top_m, mean_over, gamma) -> None:
-    for name, value, allowed in (
-        ("weighting", weighting, WEIGHTINGS),
-        ("positives", positives, POSITIVES),
-        ("mean_over", mean_over, ("kept", "all")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
-    for name, value, good, fix in (
-        ("beta", beta, beta > 0, "positive"),
-        ("gamma", gamma, gamma > 0, "positive"),
-        ("alpha", alpha, alpha >= 0, "0 or more"),
-        ("power", power, power >= 0, "0 or more"),
-        ("top_m", top_m, top_m >= 1, "1 or more"),
-    ):
-        if not (good and math.isfinite(value)):
-            raise ValueError(f"{name}={value!r} must be finite and {fix}.")
 
 
 class SWEPOTrainer(PreferenceTrainer):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from ..arguments import plain_value, refuse
 from ..generation.scorer import DOTTED_PATH, check_scorer
 from .config import DATA_KEYS, SGPOConfig
 from .improver import sft_config
@@ -21,13 +20,20 @@ HUB = {"hub_model_id": None, "hub_private_repo": None, "hub_always_push": False,
 
 def refuse_options(args: SGPOConfig) -> None:
     """Raises ValueError for an option that the stages would ignore or break on; the message names it and the fix."""
-    refuse(args, _rules(args))
+    for name, (refused, reason) in _rules(args).items():
+        if refused:
+            raise ValueError(f"{name}={plain_value(getattr(args, name))!r} {reason}")
     for name in ("improver", "sft"):
         options = {key: value for key, value in (getattr(args, name) or {}).items() if key not in DATA_KEYS}
         try:
             sft_config(args, options, Path(args.output_dir), args.seed)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def plain_value(option):
+    """The value of an option that may be an enum."""
+    return getattr(option, "value", option)
 
 
 def _rules(args: SGPOConfig) -> dict[str, tuple[bool, str]]:
