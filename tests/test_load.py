@@ -241,3 +241,14 @@ def test_a_column_that_datasets_keeps_as_raw_json_is_refused():
     with pytest.raises(ValueError, match="column 'prompt' of lab/rows mixes types"):
         load._refuse_mixed(mixed, "lab/rows", strict={"prompt"})
     load._refuse_mixed(mixed, "lab/rows", strict={"scores"})
+
+
+def test_a_split_of_a_mapping_and_of_arguments():
+    class Arguments:
+        def load(self, args, name):
+            return args, name
+
+    rows = Dataset.from_list(ROWS)
+    assert load.load_split({"train": rows}, None, "train") is rows
+    assert load.load_split({"train": rows}, None, "test") is None
+    assert load.load_split(Arguments(), "args", "test") == ("args", "test")

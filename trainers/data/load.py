@@ -2,11 +2,13 @@
 
 import importlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Protocol
 
 from datasets import Dataset, IterableDataset, load_dataset
+from transformers import TrainingArguments
 
 from .canonical import Adapter, canonical_stream, canonicalize
 from .drops import is_first_process
@@ -15,6 +17,13 @@ from .formats import FORMATS, known_formats, recognise
 from .structured import TEMPLATE, mixes_types
 
 logger = logging.getLogger(__name__)
+
+
+class Splits(Protocol):
+    """Where `load_split` reads from beside a mapping: the data arguments of the command line."""
+
+    def load(self, args: TrainingArguments, name: str) -> Dataset | None: ...
+
 
 AUTO = "auto"
 OPTIONAL = ("weight", "annotator", *TEMPLATE)
@@ -71,6 +80,16 @@ def load_preferences(
         report.log(logger, str(name_or_path))
     _warn_of_misspellings(dataset.column_names)
     return dataset
+
+
+def load_split(data: Mapping[str, Dataset] | Splits, args: TrainingArguments, name: str) -> Dataset | None:
+    """The rows of a split, such as "train" or "test"; None where there are none.
+
+    Args:
+        data: data sets by the names of their splits, or an object whose `load(args, name)` reads one.
+        args: the config of the method.
+    """
+    return data.get(name) if isinstance(data, Mapping) else data.load(args, name)
 
 
 def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
