@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trainers.data.tokenization import UNFINISHED
-from trainers.generation.journal import read_rows, write_rows
+from trainers.runs.files import read_rows, write_rows
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "demo" / "preferences.jsonl.gz"
 ANNOTATORS, ITEMS, NOISE = 16, 6, 0.15  # VADER scores lie in [-1, 1]

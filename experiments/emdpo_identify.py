@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 
 from trainers import EMDPOConfig, EMDPOTrainer, ranking_logps
 from trainers.emdpo.mixture import annotator_log_likelihood, observed_log_likelihood
-from trainers.generation.journal import write_atomic, write_json
+from trainers.runs.files import write_atomic, write_json
 
 TASTE = np.array([1.5, -1.0])
 OTHER = np.array([0.3, 2.0])  # a wrong world with the same law of single binary answers

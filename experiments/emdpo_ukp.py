@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainers.generation.journal import read_rows, write_rows
+from trainers.runs.files import read_rows, write_rows
 
 ANNOTATORS, ITEMS, SEED = 32, 20, 0
 LONGEST = 300  # characters of a response, so that a small model's context holds the pair

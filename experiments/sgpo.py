@@ -19,17 +19,18 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from trainers import SGPOConfig, SGPOTrainer
-from trainers.checkpoints import last_checkpoint
 from trainers.cli import train
-from trainers.generation.journal import read_rows, write_atomic, write_json, write_rows
 from trainers.generation.logps import collect_logps
-from trainers.generation.processes import Processes
 from trainers.generation.rewards import rouge_l
-from trainers.generation.start import load_start, train_into
+from trainers.generation.start import load_start
 from trainers.precision import settle_dtype
+from trainers.runs.checkpoints import last_checkpoint
+from trainers.runs.files import read_rows, write_atomic, write_json, write_rows
+from trainers.runs.processes import Processes
+from trainers.runs.settings import fingerprint
+from trainers.runs.stage import train_into
 from trainers.sgpo.filters import fault
 from trainers.sgpo.sampling import Sampler
-from trainers.sgpo.stages import fingerprint
 from trainers.sgpo.text import improver_prompt
 from trainers.sgpo.training import pair
 from trainers.statistics import bootstrap_interval

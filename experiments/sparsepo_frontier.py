@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.sparsepo_frontier_report import write_report
 from trainers import SparsePOConfig, SparsePOTrainer
 from trainers.generation.collect import check_settings
-from trainers.generation.journal import append_records, read_journal, repair_journal, write_json, write_rows
 from trainers.generation.rewards import vader_sentiment
 from trainers.generation.sampler import Sample, SamplingConfig, encode_prompt, sample_responses
+from trainers.runs.files import append_records, read_journal, repair_journal, write_json, write_rows
 
 DENSE = {"mask_init": "dense"}
 METHODS = {
@@ -84,7 +84,7 @@ class Experiment:
         settings = {name: getattr(options, name) for name in shared} | {"model": Path(options.model).name}
         manifest = self.folder / "manifest.json"
         if manifest.exists():
-            check_settings(manifest, settings, ways_out="or choose another --output")
+            check_settings(manifest, settings, ways_out="choose another --output")
         write_json(manifest, {"settings": settings})
         self.journal = self.folder / "results.jsonl"
         self.journal.touch()

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainers.generation.journal import read_journal, write_atomic
+from trainers.runs.files import read_journal, write_atomic
 from trainers.statistics import bootstrap_interval, t_interval
 
 EQUAL_KL = (6.0, 9.0, 12.0, 18.0)  # nats at which methods are compared

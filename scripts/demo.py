@@ -37,11 +37,11 @@ from trainers.data.prepare import prepare_dataset
 from trainers.data.tokenization import UNFINISHED
 from trainers.forward.policy import base_model
 from trainers.forward.run import Runner
-from trainers.generation.journal import read_rows, write_json, write_rows
 from trainers.generation.sampler import sample_responses
 from trainers.generation.scorer import load_scorer
 from trainers.metrics import pairwise_accuracy
 from trainers.precision import instructions
+from trainers.runs.files import read_rows, write_json, write_rows
 from trainers.statistics import bootstrap_interval
 
 ROOT = Path(__file__).resolve().parents[1]

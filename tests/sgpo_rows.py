@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from helpers import family_tokenizer, tiny_llama
 from trainers.cli import train
-from trainers.generation.journal import read_rows
+from trainers.runs.files import read_rows
 
 PROMPTS = [
     "what is the capital", "say something", "how was the day", "where is the dog", "the quick", "a friend said",

@@ -15,7 +15,7 @@ from helpers import family_tokenizer, tiny_llama
 from trainers.cli import compare
 from trainers.cli.compare_data import cut_rows, scale_scores, split_rows
 from trainers.cli.compare_report import aggregate, plot, table
-from trainers.generation.journal import read_rows
+from trainers.runs.files import read_rows
 from trainers.statistics import bootstrap_interval, t_interval
 
 WORDS = "the dog had a lazy day and a friend said it was kind to jump over the quick brown fox in Paris".split()
@@ -207,12 +207,12 @@ def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypa
 
 def test_other_settings_are_refused_by_name(inputs, finished):
     still = {"trainer": "LIRETrainer", "temperature": 3.0, "learning_rate": 0.0}
-    with pytest.raises(ValueError, match=r"\(DPO best/worst.beta: 0.1 there, 0.2 now\)"):
+    with pytest.raises(ValueError, match=r"DPO best/worst.beta was 0.1 and is 0.2"):
         methods = {"DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.2}, "LIRE at rest": still}
         compare.main(config(inputs, finished, methods=methods))
-    with pytest.raises(ValueError, match=r"\(base.lora_r: 4 there, 2 now\)"):
+    with pytest.raises(ValueError, match=r"base.lora_r was 4 and is 2"):
         compare.main(config(inputs, finished, base={"lora_r": 2}))
-    with pytest.raises(ValueError, match=r"\(data: "):
+    with pytest.raises(ValueError, match="data are others"):
         compare.main(config(inputs, finished, score_scale="zscore"))
 
 

@@ -72,10 +72,10 @@ def test_the_distilled_policy_is_trained_anew_when_anything_about_it_changed(cop
 
 def test_other_settings_need_another_folder_and_the_error_is_short(copied, start, tmp_path):
     aggregate.main(command(copied, start))
-    with pytest.raises(ValueError, match="num_generations: 2 there, 3 now.*--output, or remove") as error:
+    with pytest.raises(ValueError, match="num_generations was 2 and is 3.*--output, or remove") as error:
         aggregate.main(command(copied, start, "--num_generations", "3"))
     assert "overwrite" not in str(error.value)
-    with pytest.raises(ValueError, match="prompts: '3 with digest .*' there, '2 with digest .*' now") as error:
+    with pytest.raises(ValueError, match="prompts was '3 with digest .*' and is '2 with digest .*'") as error:
         aggregate.main(command(copied, start, "--max_prompts", "2"))
     assert "cat sat" not in str(error.value)
     before = overview(copied / "aggregate")

@@ -159,7 +159,7 @@ def test_gains_are_log_ratios_of_the_samples(run, start, tmp_path):
             np.testing.assert_allclose(gains[:, j, p], expected, atol=1e-4)
     again, _ = Arena(run, PROMPTS, SAMPLING, tmp_path, Accelerator(cpu=True)).gains(players)
     np.testing.assert_array_equal(again, gains)
-    with pytest.raises(ValueError, match="max_new_tokens: 6 there, 7 now"):
+    with pytest.raises(ValueError, match="max_new_tokens was 6 and is 7"):
         longer = SamplingConfig(num_generations=2, max_new_tokens=7, temperature=1.0, top_p=1.0)
         Arena(run, PROMPTS, longer, tmp_path, Accelerator(cpu=True)).gains(players)
 

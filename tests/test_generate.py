@@ -19,10 +19,10 @@ from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
 from scripts import get_smollm2
 from trainers.cli import generate
-from trainers.generation import journal
 from trainers.generation.collect import collect_samples, summarize
 from trainers.generation.rewards import vader_sentiment
 from trainers.generation.sampler import Sample, SamplingConfig, sample_responses
+from trainers.runs import files as journal
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -167,9 +167,9 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, tm
     assert run(arguments(inputs, output, batch_size=1)) == statistics
     assert "complete already" in capsys.readouterr().out
     assert output.stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
         run(arguments(inputs, output, seed=1))
-    with pytest.raises(ValueError, match="scorer: .*prompts:|prompts: .*scorer:"):
+    with pytest.raises(ValueError, match="prompts are others; scorer was"):
         run(arguments(inputs, output, limit=4, scorer=["trainers.generation.rewards.vader_sentiment"]))
     before = read(output)
     run(arguments(inputs, output, seed=1, overwrite=True))
@@ -178,12 +178,12 @@ def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, tm
 
 def test_partial_results_of_other_settings_are_refused(inputs, parts, tmp_path):
     shutil.copytree(parts[0], tmp_path / "out.jsonl.parts")
-    with pytest.raises(ValueError, match="temperature: 1.0 there, 0.5 now"):
+    with pytest.raises(ValueError, match="temperature was 1.0 and is 0.5"):
         run(arguments(inputs, tmp_path / "out.jsonl", temperature=0.5))
     other = tmp_path / "other"
     shutil.copytree(inputs, other)
     tiny_llama(len(family_tokenizer("llama3")), seed=1).save_pretrained(other / "model")
-    with pytest.raises(ValueError, match="model: "):
+    with pytest.raises(ValueError, match="model are others"):
         run(arguments(other, tmp_path / "out.jsonl"))
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerState, trainer_utils
 import trainers
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import LORA, rows
-from trainers.checkpoints import is_complete, last_checkpoint
+from trainers.runs.checkpoints import is_complete, last_checkpoint
 
 MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "mask_learning_rate": 0.02}
 TRAINERS = {"SWEPO": {}, "LIRE": {}, "DPO": {}, "PlackettLuce": {}, "InfoNCA": {}, "NCA": {}, "RRHF": {},

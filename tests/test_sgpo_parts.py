@@ -9,7 +9,7 @@ import pytest
 
 from trainers.cli import sgpo_report
 from trainers.cli.sgpo_report import word_diff, write_report
-from trainers.generation.processes import Processes
+from trainers.runs.processes import Processes
 from trainers.sgpo import filters
 from trainers.sgpo.config import SGPOConfig
 from trainers.sgpo.data import read_rows, without

@@ -176,18 +176,18 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
 
 def test_other_settings_are_refused_by_name(inputs, finished, monkeypatch):
     for changes, message in [
-        ({"beta": 0.2}, r"dpo/settings.json .*\(beta: 0.1 there, 0.2 now\)"),
-        ({"revision": {"temperature": 0.9}}, r"targets/settings.json .*\(revision.temperature: 0.7 there, 0.9 now\)"),
-        ({"seed": 4}, r"seed: 3 there, 4 now"),
-        ({"improver": {"learning_rate": 0.02, "num_train_epochs": 2}}, r"improver.learning_rate: 0.01 there"),
-        ({"filter_factor": 2.0}, r"filter/settings.json .*filter_factor: 1.5 there, 2.0 now"),
+        ({"beta": 0.2}, r"dpo/settings.json .*beta was 0.1 and is 0.2"),
+        ({"revision": {"temperature": 0.9}}, r"targets/settings.json .*revision.temperature was 0.7 and is 0.9"),
+        ({"seed": 4}, r"seed was 3 and is 4"),
+        ({"improver": {"learning_rate": 0.02, "num_train_epochs": 2}}, r"improver.learning_rate was 0.01 and is 0.02"),
+        ({"filter_factor": 2.0}, r"filter/settings.json .*filter_factor was 1.5 and is 2.0"),
         ({"preference_split": "train[5:9]"}, r"pairs/settings.json .*preference prompts"),
-        ({"per_device_train_batch_size": 2}, r"sft/settings.json .*per_device_train_batch_size: 1 there, 2 now"),
+        ({"per_device_train_batch_size": 2}, r"sft/settings.json .*per_device_train_batch_size was 1 and is 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             train.main(command(inputs, finished, **changes))
     monkeypatch.setattr("trainers.sgpo.text.IMPROVER_V1", "Better: {prompt} {response}")
-    with pytest.raises(ValueError, match=r"filter/settings.json .*\(template: "):
+    with pytest.raises(ValueError, match=r"filter/settings.json .*template are others"):
         train.main(command(inputs, finished))
 
 
@@ -195,12 +195,12 @@ def test_how_the_model_is_read_is_held_by_stages_that_only_sample(inputs, tmp_pa
     options = {"sft": None, "stage": "before", "sampling": SAMPLING}
     train.main(command(inputs, tmp_path, **options))
     for changes, message in [
-        ({"dtype": "bfloat16"}, "model.dtype: 'float32' there, 'bfloat16' now"),
-        ({"attn_implementation": "eager"}, "model.attn_implementation: None there, 'eager' now"),
-        ({"model_revision": "v2"}, "model.model_revision: 'main' there, 'v2' now"),
-        ({"load_in_4bit": True}, "model.load_in_4bit: False there, True now"),
-        ({"pad_token": "<|eot_id|>"}, r"padding token: None there, '<\|eot_id\|>' now"),
-        ({"sampling": SAMPLING | {"dtype": "bfloat16"}}, "sampling.dtype: None there, 'bfloat16' now"),
+        ({"dtype": "bfloat16"}, "model.dtype was 'float32' and is 'bfloat16'"),
+        ({"attn_implementation": "eager"}, "model.attn_implementation was None and is 'eager'"),
+        ({"model_revision": "v2"}, "model.model_revision was 'main' and is 'v2'"),
+        ({"load_in_4bit": True}, "model.load_in_4bit was False and is True"),
+        ({"pad_token": "<|eot_id|>"}, r"padding token was None and is '<\|eot_id\|>'"),
+        ({"sampling": SAMPLING | {"dtype": "bfloat16"}}, "sampling.dtype was None and is 'bfloat16'"),
     ]:
         with pytest.raises(ValueError, match=rf"before/settings.json .*{message}"):
             train.main(command(inputs, tmp_path, **options | {"stage": "current"} | changes))
@@ -244,7 +244,7 @@ def test_another_model_and_changed_files_are_refused(inputs, finished, tmp_path)
     run = shutil.copytree(finished, tmp_path / "run")
     config = json.loads((other / "model/config.json").read_text())
     (other / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
-    with pytest.raises(ValueError, match=r"sft/settings.json .*model files: "):
+    with pytest.raises(ValueError, match=r"sft/settings.json .*model files are others"):
         train.main(command(inputs, run, model_name_or_path=other / "model"))
     pairs = run / "round-00/pairs/rows.jsonl.gz"
     pairs.write_bytes(pairs.read_bytes() + b"\0")

@@ -156,7 +156,7 @@ def test_vllm_loads_the_model_of_each_stage(inputs, finished, tmp_path, monkeypa
         train.main(command(inputs, tmp_path, use_vllm=True, stage=stage))
     assert asked == [(str(tmp_path / "round-00/sft/model"), {})] * 2
     assert [row["current"] for row in rows(tmp_path, "current")] == ["a kind day"] * 5
-    with pytest.raises(ValueError, match=r"current/settings.json .*use_vllm: True there, False now"):
+    with pytest.raises(ValueError, match=r"current/settings.json .*use_vllm was True and is False"):
         train.main(command(inputs, tmp_path, dataset_test_split=None))
 
 

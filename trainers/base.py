@@ -16,7 +16,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from .checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lost_weights, run_settings
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
@@ -31,6 +30,8 @@ from .forward.safe_files import refuse_pickled_code
 from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
+from .runs.checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lost_weights
+from .runs.settings import rows_digest, run_settings
 
 logger = logging.getLogger(__name__)
 
@@ -419,8 +420,10 @@ class PreferenceTrainer(Trainer):
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""
-        settings = run_settings(self.args, self.model, self.train_dataset, trainer=type(self).__name__)
-        return settings | broadcast_object_list([self._start])[0]
+        adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        rows = None if self.train_dataset is None else rows_digest(self.train_dataset)
+        own = {"trainer": type(self).__name__, "training rows": rows, **broadcast_object_list([self._start])[0]}
+        return run_settings(self.args, length=False, adapter=adapter, **own)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Raises ValueError for a checkpoint that this run cannot go on from as it was."""

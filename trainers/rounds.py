@@ -26,22 +26,22 @@ from pathlib import Path
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .data.tokenization import UNFINISHED, unfinished
-from .generation.collect import check_settings, collect_samples, collect_scores, open_folder, settings_hash, summarize
-from .generation.journal import read_rows, write_json, write_rows
+from .generation.collect import check_settings, collect_samples, collect_scores, open_folder, summarize
 from .generation.options import EnhanceOptions
-from .generation.processes import Processes, uses_fsdp
 from .generation.rewards import completion_text
 from .generation.sampler import Sample, SamplingConfig
 from .generation.scorer import load_scorer
-from .generation.settings import digest, training_settings
-from .generation.start import train_into
+from .runs.files import read_rows, write_json, write_rows
+from .runs.processes import Processes, uses_fsdp
+from .runs.settings import digest, training_settings
+from .runs.stage import train_into
 from .statistics import bootstrap_interval
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
-WAYS_OUT = "or choose another output_dir"
+WAYS_OUT = "choose another output_dir"
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Loop:
 
     def __post_init__(self):
         self.folder, self.processes = Path(self.folder), Processes()
-        self.key = settings_hash(self.settings)
+        self.key = digest(self.settings)
 
     def run(self) -> Path:
         """Returns the folder of the last round's model, whose files are also copied to `folder`.
@@ -82,7 +82,7 @@ class Loop:
         if (self.folder / f"round-{self.options.rounds:02d}" / "manifest.json").exists():
             raise ValueError(
                 f"self_enhance: rounds={self.options.rounds}, but {self.folder} holds more: rounds can only be added. "
-                f"Raise it, {WAYS_OUT}."
+                f"Raise it, or {WAYS_OUT}."
             )
         start, rewards, history = None, [self._measure(self.folder / "before", None)], []
         for index in range(self.options.rounds):

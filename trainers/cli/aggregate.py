@@ -23,10 +23,10 @@ from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, SINGLE, UNIFORM, A
 from ..emdpo.distill import SETTINGS, distill, mixture_samples
 from ..emdpo.figures import regret_bars
 from ..emdpo.tables import MIXTURE, read_json
-from ..generation.journal import read_rows, write_atomic, write_json
 from ..generation.sampler import SamplingConfig, encode_prompts
-from ..generation.settings import digest
 from ..rounds import plain
+from ..runs.files import read_rows, write_atomic, write_json
+from ..runs.settings import digest
 from ..statistics import about_intervals
 
 OVERVIEW = "aggregate.json"

@@ -31,11 +31,12 @@ from ..data.prepare import prepare_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
 from ..forward.run import Runner
-from ..generation.collect import check_settings, model_fingerprint
-from ..generation.journal import write_json, write_rows
+from ..generation.collect import check_settings
 from ..generation.start import load_start
 from ..precision import instructions
 from ..rounds import plain
+from ..runs.files import write_json, write_rows
+from ..runs.settings import model_fingerprint
 from .arguments import ModelArguments, set_model_options
 from .compare_data import SCALES, cut_rows, split_rows
 from .compare_report import BASE, write_report
@@ -126,7 +127,7 @@ def compare(arguments: CompareArguments) -> dict:
     runs = plan(arguments, data)
     for run in runs:
         if run.done:
-            check_settings(run.folder / "results.json", run.settings, ways_out="or choose another output_dir")
+            check_settings(run.folder / "results.json", run.settings, ways_out="choose another output_dir")
     for number, run in enumerate(runs, 1):
         title = run.name if run.seed is None else f"{run.name}, seed {run.seed}"
         print(f"\n[{number}/{len(runs)}] {title}{': done already' if run.done else ''}", flush=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..generation.journal import write_atomic, write_json
 from ..metrics import ndcg, pairwise_accuracy
+from ..runs.files import write_atomic, write_json
 from ..statistics import bootstrap_interval, t_interval
 
 LONGER, BASE = "longer response first", "base model"

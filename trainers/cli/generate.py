@@ -31,14 +31,13 @@ from ..generation.collect import (
     check_settings,
     collect_samples,
     collect_scores,
-    model_fingerprint,
     open_folder,
-    settings_hash,
     summarize,
 )
-from ..generation.journal import read_rows, write_json, write_rows
 from ..generation.sampler import SamplingConfig
 from ..generation.scorer import check_scorer, load_scorer
+from ..runs.files import read_rows, write_json, write_rows
+from ..runs.settings import digest, model_fingerprint
 
 REPLACED_COLUMNS = ("prompt", "responses", "scores", "chosen", "rejected", UNFINISHED)
 
@@ -186,7 +185,7 @@ def generate(args: GenerateArguments, accelerator: Accelerator) -> dict:
         answers = zip(prompts, responses, scores, cut, kept, strict=True)
         names = ("prompt", "responses", "scores", UNFINISHED)
         write_rows(args.output, (dict(zip(names, parts, strict=True)) | rest for *parts, rest in answers))
-        manifest = {"settings": settings, "hash": settings_hash(settings), "statistics": statistics}
+        manifest = {"settings": settings, "hash": digest(settings), "statistics": statistics}
         write_json(manifest_path(args.output), {**manifest, "made_with": provenance(args)})
         shutil.rmtree(folder)
     accelerator.wait_for_everyone()

@@ -18,12 +18,12 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from .. import SparsePOConfig, SparsePOTrainer
-from ..checkpoints import last_checkpoint
 from ..forward import policy as policies
-from ..generation.journal import write_atomic
 from ..generation.start import load_start
 from ..metrics import best_and_worst
 from ..precision import settle_dtype
+from ..runs.checkpoints import last_checkpoint
+from ..runs.files import write_atomic
 from ..sparsepo.learned import read_heads
 from .arguments import DataArguments, ModelArguments, load_split
 from .masks_page import Heatmap, render

@@ -33,7 +33,7 @@ from ..data import detect_format, load_preferences
 from ..data.drops import collected_reports
 from ..data.json_rows import file_digest
 from ..data.structured import packed
-from ..generation.journal import write_atomic
+from ..runs.files import write_atomic
 
 ROWS_PER_GROUP = 1000
 UNSIGNED = Value("uint64")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..generation.journal import read_journal, write_atomic
 from ..generation.scorer import load_scorer
+from ..runs.files import read_journal, write_atomic
 from ..statistics import bootstrap_interval
 from .answers import MEASURES, Answer, matched_gain, per_prompt
 from .compare_report import to_svg

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..generation.journal import read_rows, write_atomic
+from ..runs.files import read_rows, write_atomic
 from ..sgpo.config import STAGES
 from ..sgpo.filters import OUTLIER
 from ..sgpo.monitor import LIMITS, Limits, alarms

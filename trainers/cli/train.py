@@ -19,19 +19,20 @@ from pathlib import Path
 
 import yaml
 from datasets import Dataset
+from peft import PeftModel
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from .. import rounds as enhance
-from ..checkpoints import last_checkpoint, refuse_other_settings, run_settings, was_loaded_alike
 from ..data.rows import refuse_template_options
 from ..estimate import plan_from_environment
 from ..forward.policy import load_tokenizer, set_pad_token
-from ..generation.collect import model_fingerprint
 from ..generation.options import EnhanceOptions
 from ..generation.scorer import check_scorer
 from ..generation.start import load_for_sampling, load_start
 from ..inputs import prepare_rows
+from ..runs.checkpoints import last_checkpoint, refuse_other_run, was_loaded_alike
+from ..runs.settings import model_fingerprint, rows_digest, run_settings
 from .arguments import DataArguments, ModelArguments, load_split, set_model_options
 from .config_files import check_keys, read_files
 from .dry_run import build_model, describe
@@ -266,7 +267,9 @@ def _is_same_run(trainer_class, args, model: ModelArguments, splits: dict, check
     tokenizer = load_tokenizer(policy, args.model_init_kwargs)
     set_pad_token(tokenizer, args.pad_token)
     rows = prepare_rows(splits["train"], tokenizer, args)
-    refuse_other_settings(checkpoint, run_settings(args, policy, rows, trainer=trainer_class.__name__))
+    adapter = policy.active_peft_config if isinstance(policy, PeftModel) else None
+    own = {"trainer": trainer_class.__name__, "training rows": rows_digest(rows)}
+    refuse_other_run(checkpoint, run_settings(args, length=False, adapter=adapter, **own))
     return was_loaded_alike(checkpoint, policy.config.name_or_path, args.model_init_kwargs)
 
 

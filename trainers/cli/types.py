@@ -21,7 +21,7 @@ from ..emdpo.figures import COLOURS, to_svg
 from ..emdpo.mixture import annotator_log_likelihood
 from ..emdpo.scoring import item_logps
 from ..emdpo.tables import read_json
-from ..generation.journal import write_atomic, write_json
+from ..runs.files import write_atomic, write_json
 from ..statistics import FEWEST, about_intervals, bootstrap_interval
 from .arguments import DataArguments, ModelArguments, load_split, set_model_options
 

@@ -15,11 +15,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ..data import PreferenceCollator
-from ..generation.collect import collect_samples, model_fingerprint, open_folder
-from ..generation.processes import Processes, free_memory
+from ..generation.collect import collect_samples, open_folder
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
-from ..generation.settings import digest
 from ..generation.start import load_start
+from ..runs.processes import Processes, free_memory
+from ..runs.settings import digest, model_fingerprint
 from ..statistics import FEWEST
 from .game import Solution, bootstrap_mixture, min_max_regret, regret_matrix
 from .scoring import PolicyScorer

@@ -8,9 +8,9 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
 
-from ..generation.journal import write_json
-from ..generation.processes import Processes
 from ..generation.sampler import Sample
+from ..runs.files import write_json
+from ..runs.processes import Processes
 
 SETTINGS = "distillation.json"  # what a distilled policy was trained with; lies in its folder
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..generation.journal import write_json
-from ..generation.processes import Processes
-from ..generation.start import train_into
+from ..runs.files import write_json
+from ..runs.processes import Processes
+from ..runs.stage import train_into
 from .annotators import Annotators, halves
 from .config import EMDPOConfig
 from .init import is_uniform

@@ -18,8 +18,8 @@ from ..forward.policy import base_model, disable_dropout
 from ..forward.reference import Reference
 from ..forward.reference_pass import ReferenceTable
 from ..forward.run import Runner
-from ..generation.processes import Processes, free_memory
 from ..likelihood import ordered_stages, ranking_logps
+from ..runs.processes import Processes, free_memory
 
 NAME = "logps"  # of the file, which lies in the folder of its policy
 CHUNK = 4096  # rows whose likelihood is computed at a time

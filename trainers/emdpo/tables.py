@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..generation.journal import write_atomic
+from ..runs.files import write_atomic
 from .init import TYPE
 
 LIKELIHOOD = "log_likelihood_"

@@ -20,14 +20,14 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from ..checkpoints import last_checkpoint, plain
 from ..forward.cache import reference_fingerprint
-from ..generation.collect import check_settings, model_fingerprint, settings_hash
-from ..generation.journal import write_json
-from ..generation.processes import Processes, free_memory
-from ..generation.settings import digest, training_settings
+from ..generation.collect import check_settings
 from ..generation.start import load_start
 from ..likelihood import ranking_logps
+from ..runs.checkpoints import last_checkpoint
+from ..runs.files import write_json
+from ..runs.processes import Processes, free_memory
+from ..runs.settings import digest, model_fingerprint, plain, training_settings
 from . import init, tables
 from .annotators import Annotators
 from .config import EMDPOConfig
@@ -122,7 +122,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         path, settings = folder / "emdpo.json", self._settings()
         self._release()
         self.processes.main(lambda: path.exists() or self._create(path, settings))
-        check_settings(path, settings, ways_out="or choose another output_dir")
+        check_settings(path, settings, ways_out="choose another output_dir")
         score = self._scorer()
         reference = score(folder / "reference", self._load_reference, "Reference log-probabilities")
         self._ref_model = None
@@ -310,7 +310,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _create(self, path: Path, settings: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": settings, "hash": settings_hash(settings)})
+        write_json(path, {"settings": settings, "hash": digest(settings)})
 
     def _publish(self, folder: Path, runs: list[list[Round]], rounds: list[Round]) -> None:
         """The files that a user opens first, at the top of the folder; policies of other restarts are deleted."""

@@ -4,7 +4,6 @@ A folder holds `manifest.json` (the settings), `samples-<process>.jsonl` and `sc
 one process only. Samples do not depend on the batch, so it does not matter where the run was cut.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .journal import append_records, read_journal, repair_journal, write_json
+from ..runs.files import append_records, read_journal, repair_journal, write_json
+from ..runs.settings import digest, refuse_other_settings
 from .sampler import Key, Sample, SamplingConfig, sample_responses
 from .scorer import Scorer
 
@@ -21,40 +21,9 @@ SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
 OVERWRITE = "choose another output, or start over with overwrite"
 
 
-def settings_hash(settings: dict) -> str:
-    """sha256 of settings, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-WEIGHTS = (".safetensors",)
-
-
-def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja", ".bin", *WEIGHTS)) -> str | None:
-    """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    digest, block = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(32):  # the whole file when it is small, 2 MiB spread over it when not
-                file.seek(part * max(block, (size - block) // 31))
-                digest.update(file.read(block))
-    return digest.hexdigest()
-
-
 def check_settings(manifest: Path, settings: dict, *, ways_out: str = OVERWRITE) -> None:
     """Raises ValueError listing what differs when `manifest` was written for other settings."""
-    found = json.loads(manifest.read_text())["settings"]
-    names = [name for name in sorted(found.keys() | settings.keys()) if found.get(name) != settings.get(name)]
-    if names:
-        changes = "; ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in names)
-        raise ValueError(
-            f"{manifest} belongs to a run with other settings ({changes}). Results of different settings are never "
-            f"mixed: restore the settings, {ways_out}."
-        )
+    refuse_other_settings(manifest, json.loads(manifest.read_text())["settings"], settings, ways_out=ways_out)
 
 
 def open_folder(folder: str | Path, settings: dict, accelerator=None, *, ways_out: str = OVERWRITE) -> Path:
@@ -69,7 +38,7 @@ def open_folder(folder: str | Path, settings: dict, accelerator=None, *, ways_ou
         folder.mkdir(parents=True, exist_ok=True)
         journals = [*folder.glob("samples-*.jsonl"), *folder.glob("scores-*.jsonl")]
         if not journals:  # a run that failed before its first sample binds nobody
-            write_json(manifest, {"settings": settings, "hash": settings_hash(settings)})
+            write_json(manifest, {"settings": settings, "hash": digest(settings)})
         for path in journals:
             repair_journal(path)
     _barrier(accelerator)

@@ -12,7 +12,7 @@ from ..forward.cache import LogpsCache, response_keys
 from ..forward.policy import base_model, disable_dropout
 from ..forward.reference_pass import ReferenceTable
 from ..forward.run import Runner
-from .processes import Processes, free_memory
+from ..runs.processes import Processes, free_memory
 
 NAME = "logps"
 

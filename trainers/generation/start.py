@@ -1,17 +1,13 @@
-"""Where a training of a loop starts, at the policy that an earlier one left, and where it ends."""
+"""Where a training of a loop starts: at the policy that an earlier one left."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from ..checkpoints import remove_incomplete_checkpoints
 from ..forward import policy as policies
 from ..forward.safe_files import refuse_pickled_weights
-from .processes import Processes, free_memory
 
 
 def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
@@ -49,18 +45,3 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
     if isinstance(policy, PeftModel) and policies.base_model(policy).dtype == torch.float32:
         policy = policy.merge_and_unload()
     return policy.to(args.device), tokenizer
-
-
-def train_into(done: Path, train: Callable[[Path], None], processes: Processes) -> None:
-    """Calls `train(folder)` unless `done` is there, which the folder becomes when its training is over.
-
-    `train` leaves model and results in the folder and must resume from `last_checkpoint(folder)`.
-    """
-    if not done.exists():
-        training = done.with_name("training")
-        processes.main(lambda: remove_incomplete_checkpoints(training))
-        train(training)
-        free_memory()
-        processes.main(lambda: training.rename(done))
-    # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-    processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from ..checkpoints import last_checkpoint
 from ..data.tokenization import tokenize_dataset
 from ..generation.sampler import Prompt
+from ..runs.checkpoints import last_checkpoint
 from .filters import TOO_LONG, fits
 
 POLICY = "policy_"  # prefix of the columns with the plain prompt and the reference

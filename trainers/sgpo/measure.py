@@ -3,9 +3,9 @@
 import numpy as np
 
 from ..generation.collect import collect_scores, open_folder
-from ..generation.journal import read_rows
 from ..generation.scorer import load_scorer
-from ..generation.settings import digest
+from ..runs.files import read_rows
+from ..runs.settings import digest
 from ..statistics import bootstrap_interval
 from .edits import distinct_n
 from .pairs import rewrite

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..generation.settings import digest
+from ..runs.settings import digest
 from . import filters
 from .data import count_drops
 from .improver import length_faults

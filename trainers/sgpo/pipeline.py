@@ -18,7 +18,7 @@ of its own, seeded by (seed, round, prompt), and every training starts from weig
 import shutil
 from pathlib import Path
 
-from ..generation.journal import write_json
+from ..runs.files import write_json
 from . import measure, pairs, targets, training
 from .config import STAGES
 from .monitor import LIMITS, Limits, alarms

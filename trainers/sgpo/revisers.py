@@ -6,8 +6,8 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..generation.journal import append_records, read_journal, repair_journal
-from ..generation.processes import Processes
+from ..runs.files import append_records, read_journal, repair_journal
+from ..runs.processes import Processes
 
 CHUNK = 16  # prompts per call of a function and per journal entry
 

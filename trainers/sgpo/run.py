@@ -8,15 +8,14 @@ from typing import NamedTuple
 from transformers import AutoTokenizer
 
 from ..forward.policy import set_pad_token
-from ..generation.collect import model_fingerprint
-from ..generation.journal import read_rows, write_rows
-from ..generation.processes import Processes
 from ..generation.sampler import Prompt
-from ..generation.settings import training_settings
+from ..runs.files import read_rows, write_rows
+from ..runs.processes import Processes
+from ..runs.settings import fingerprint, model_fingerprint, training_settings
 from .config import OF_STAGES, SGPOConfig
 from .data import count_drops
 from .sampling import Sampler
-from .stages import Stage, fingerprint
+from .stages import Stage
 from .text import improver_prompt, improver_template, template_hash
 
 ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"

@@ -6,10 +6,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..generation.collect import collect_samples, open_folder
 from ..generation.logps import collect_logps
-from ..generation.processes import Processes, free_memory
 from ..generation.sampler import Prompt, Sample, encode_prompts
 from ..generation.start import load_for_sampling
 from ..generation.vllm import sample_responses_vllm
+from ..runs.processes import Processes, free_memory
 from .config import Sampling, SGPOConfig
 from .filters import fits
 

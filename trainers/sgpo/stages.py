@@ -7,14 +7,14 @@
 The settings hold the hashes of what earlier stages left, so a stage is tied to all that came before it.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..generation.collect import WEIGHTS, check_settings, model_fingerprint, settings_hash
-from ..generation.journal import write_json
-from ..generation.processes import Processes
+from ..generation.collect import check_settings
+from ..runs.files import write_json
+from ..runs.processes import Processes
+from ..runs.settings import WEIGHTS, digest, fingerprint
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
@@ -32,7 +32,7 @@ class Stage:
 
     def __post_init__(self):
         self.settings = json.loads(json.dumps(self.settings, default=str))  # as it reads back from a file
-        self.key = settings_hash(self.settings)
+        self.key = digest(self.settings)
 
     def done(self) -> bool:
         """Whether the stage has ended.
@@ -76,10 +76,3 @@ class Stage:
 
     def _has_work(self) -> bool:
         return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
-
-def fingerprint(path: Path) -> str | None:
-    """Hash of a file, or of the weights in a folder, which also holds logs with durations; None where nothing is."""
-    if path.is_dir():
-        return model_fingerprint(str(path), WEIGHTS)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

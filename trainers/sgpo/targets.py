@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 
-from ..generation.collect import model_fingerprint
-from ..generation.settings import digest
+from ..runs.settings import digest, model_fingerprint
 from . import filters
 from .config import SGPOConfig, find_function
 from .data import count_drops

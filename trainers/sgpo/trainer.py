@@ -13,13 +13,13 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor
 
-from ..checkpoints import last_checkpoint
 from ..dpo import DPOTrainer, dpo_loss
 from ..forward.policy import load_tokenizer
 from ..forward.run import agreement
 from ..generation.start import load_start
 from ..metrics import best_and_worst
 from ..rounds import refuse_unsupported
+from ..runs.checkpoints import last_checkpoint
 from .checks import check_models, refuse_options, refuse_vllm
 from .config import SGPOConfig
 from .data import read_rows, without

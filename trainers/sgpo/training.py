@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from ..generation.settings import digest
-from ..generation.start import train_into
+from ..runs.settings import digest
+from ..runs.stage import train_into
 from .config import DATA_KEYS
 from .data import count_drops
 from .health import dpo_health

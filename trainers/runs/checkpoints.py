@@ -4,48 +4,22 @@ transformers takes the newest folder, however much of it was written, and goes o
 optimizer where the saved one is missing. Here such a checkpoint is not taken, or it is an error.
 """
 
-import dataclasses
 import json
-import logging
 import os
 import shutil
 import zipfile
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
-from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from .forward.reference_pass import ROW
-from .forward.safe_files import refuse_cut_weights
-
-logger = logging.getLogger(__name__)
+from ..forward.safe_files import refuse_cut_weights
+from .settings import plain, refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
 ADAPTER, FULL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
-
-# The training arguments that a weight depends on, beside all fields of a method's own config.
-COMPARED = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
-    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha",
-    "train_sampling_strategy", "dataloader_drop_last",
-)  # fmt: skip
-# Fields of our configs that change no weight but for rounding.
-FREE = (
-    "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
-    "ref_tokens_per_batch", "model_init_kwargs", "self_enhance",
-)  # fmt: skip
-# What is compared by hash.
-DIGESTS = ("training rows", "reference weights", "base weights")
-# Fields of an adapter's config that change no weight.
-FREE_OF_ADAPTER = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
-)  # fmt: skip
 
 
 # Which are whole.
@@ -110,51 +84,6 @@ def was_loaded_alike(checkpoint: str | Path, model: str, init_kwargs: dict | Non
     return saved.get("model") == model and saved.get("model_init_kwargs") == plain(init_kwargs)
 
 
-def run_settings(args: TrainingArguments, model: nn.Module, rows: Dataset | None, *, trainer: str) -> dict:
-    """What the weights of a run depend on, but for those it starts from, by name, as JSON can hold it.
-
-    Args:
-        model: the policy; only the configuration of its adapter is read.
-        rows: tokenised.
-        trainer: name of the trainer's class.
-    """
-    own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
-    values = args.to_dict()
-    settings = {name: values.get(name) for name in sorted((own | set(COMPARED)) - set(FREE))}
-    batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
-    settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
-    settings |= {"trainer": trainer, "mixed_precision": args.mixed_precision}
-    settings["training rows"] = None if rows is None else rows_digest(rows)
-    if isinstance(model, PeftModel):
-        adapter = model.peft_config[model.active_adapter].to_dict()
-        settings |= {f"peft_config.{n}": v for n, v in adapter.items() if n not in FREE_OF_ADAPTER}
-    return plain(settings)
-
-
-def plain(value):
-    """As JSON gives it back, so that it compares equal with what was read from a file."""
-    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
-
-
-def rows_digest(rows: Dataset) -> str:
-    """Hash of the numbers of all rows in their order: token ids, scores, weights."""
-    kept = [name for name in rows.column_names if name != ROW]
-    digest = xxhash.xxh3_128()
-    for part in rows.select_columns(kept).with_format("arrow").iter(1000):
-        for name in sorted(kept):
-            _update(digest, name, part[name].combine_chunks())
-    return digest.hexdigest()
-
-
-def _update(digest, name: str, values: pa.Array) -> None:
-    digest.update(name.encode())
-    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
-        values = pc.list_flatten(values)
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        digest.update(values.to_numpy(zero_copy_only=False).astype("float64").tobytes())
-
-
 # Whether one fits.
 
 
@@ -193,30 +122,16 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
             f"resume_from_checkpoint: {folder} has no random state (rng_state*.pth), so dropout, masks and samples "
             "would be other ones: put the file back, or take another checkpoint."
         )
-    refuse_other_settings(folder, settings)
+    refuse_other_run(folder, settings)
 
 
-def refuse_other_settings(checkpoint: str | Path, settings: dict) -> None:
-    """Raises ValueError naming what differs where the checkpoint was written for other settings.
-
-    What an older version did not write down is taken as it is, and the log says so.
-    """
+def refuse_other_run(checkpoint: str | Path, settings: dict) -> None:
+    """Raises ValueError naming what differs where the checkpoint was written for other settings."""
     saved = (_saved(Path(checkpoint)) or {}).get("settings", {})
-    if unknown := sorted(settings.keys() - saved.keys()):
-        logger.warning(
-            "%s does not say with what %s it was written: taken as they are.", checkpoint, ", ".join(unknown)
-        )
-    changed = sorted(name for name in saved.keys() & settings.keys() if saved[name] != settings[name])
-    if changed:
-        told = "; ".join(_told(name, saved[name], settings[name]) for name in changed)
-        raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} was written with other settings: {told}. Set them back, or start a "
-            "new run with this folder as the model and another output_dir."
-        )
-
-
-def _told(name: str, before, now) -> str:
-    return f"{name} are others" if name in DIGESTS else f"{name} was {before!r} and is {now!r}"
+    refuse_other_settings(
+        f"resume_from_checkpoint: {checkpoint}", saved, settings,
+        ways_out="start a new run with this folder as the model and another output_dir",
+    )  # fmt: skip
 
 
 def _check_weights(folder: Path, model: nn.Module, *, whole: bool) -> None:

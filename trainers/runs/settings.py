@@ -1,0 +1,172 @@
+"""What the result of a run depends on, as flat settings by name, and the comparison that refuses to mix other ones."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import TrainingArguments
+
+from ..forward.reference_pass import ROW
+
+logger = logging.getLogger(__name__)
+
+# The training arguments that a weight depends on, beside all fields of a method's own config.
+COMPARED = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha",
+    "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
+LENGTH = ("num_train_epochs", "max_steps")
+# Fields of our configs that change no weight but for rounding, or that callers name in words of their own.
+FREE = (
+    "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
+    "ref_tokens_per_batch", "model_init_kwargs", "self_enhance",
+)  # fmt: skip
+# Fields of an adapter's config that change no weight.
+FREE_OF_ADAPTER = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
+)  # fmt: skip
+WEIGHTS = (".safetensors",)
+HASH = re.compile(r"[0-9a-f]{32,}")
+
+
+def run_settings(
+    args: TrainingArguments | None = None,
+    *,
+    length: bool = True,
+    free: tuple[str, ...] = (),
+    adapter: PeftConfig | None = None,
+    **more,
+) -> dict:
+    """What a result depends on, by name, as JSON gives it back. Every kind of run asks this function.
+
+    Args:
+        args: of a training; the fields of its own class and those in `COMPARED` count. None where nothing is trained.
+        length: whether `num_train_epochs` and `max_steps` belong to it. They do not where a run may be prolonged.
+        free: further fields of `args` that do not count.
+        adapter: configuration of the adapter that is trained, None for none.
+        more: what else decides: `model_fingerprint` of the start, `rows_digest` or `digest` of the data, options.
+    """
+    settings = {}
+    if args is not None:
+        own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+        names = (own | {*COMPARED, *(LENGTH if length else ())}) - {*FREE, *free}
+        values = args.to_dict()
+        settings = {name: values.get(name) for name in sorted(names)}
+        batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
+        settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
+        settings["mixed_precision"] = args.mixed_precision
+        settings["peft_config"] = adapter and adapter.peft_type
+    if adapter is not None:
+        fields = {name: value for name, value in adapter.to_dict().items() if name not in FREE_OF_ADAPTER}
+        settings |= {f"peft_config.{name}": value for name, value in fields.items()}
+    return plain(settings | more)
+
+
+def refuse_other_settings(source: str | Path, before: dict, now: dict, *, ways_out: str) -> None:
+    """Compare the settings that something was made with and those of this run.
+
+    What an older version did not write down is taken as it is, and the log says so.
+
+    Args:
+        source: what was made with the settings `before`.
+        ways_out: beside setting them back.
+
+    Raises:
+        ValueError: settings differ; the message names them.
+    """
+    if unknown := sorted(now.keys() - before.keys()):
+        logger.warning("%s does not say with what %s it was written: taken as they are.", source, ", ".join(unknown))
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    if changed:
+        told = "; ".join(_told(name, before[name], now[name]) for name in changed)
+        raise ValueError(f"{source} was written with other settings: {told}. Set them back, or {ways_out}.")
+
+
+def _told(name: str, before, now) -> str:
+    if any(isinstance(value, str) and HASH.fullmatch(value) for value in (before, now)):
+        return f"{name} are others"
+    return f"{name} was {before!r} and is {now!r}"
+
+
+def plain(value):
+    """As JSON gives it back, so that it compares equal with what was read from a file."""
+    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
+# Hashes.
+
+
+def digest(content) -> str:
+    """sha256 of anything that JSON can hold, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def rows_digest(rows: Dataset) -> str:
+    """Hash of the numbers of all tokenised rows in their order: token ids, scores, weights."""
+    kept = [name for name in rows.column_names if name != ROW]
+    hashed = xxhash.xxh3_128()
+    for part in rows.select_columns(kept).with_format("arrow").iter(1000):
+        for name in sorted(kept):
+            _update(hashed, name, part[name].combine_chunks())
+    return hashed.hexdigest()
+
+
+def _update(hashed, name: str, values: pa.Array) -> None:
+    hashed.update(name.encode())
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        hashed.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
+        values = pc.list_flatten(values)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        hashed.update(values.to_numpy(zero_copy_only=False).astype("float64").tobytes())
+
+
+def fingerprint(path: Path) -> str | None:
+    """Hash of a file, or of the weights in a folder, which also holds logs with durations; None where nothing is."""
+    if path.is_dir():
+        return model_fingerprint(str(path), WEIGHTS)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja", ".bin", *WEIGHTS)) -> str | None:
+    """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    hashed, block = hashlib.sha256(), 1 << 16
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
+        size = path.stat().st_size
+        hashed.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(32):  # the whole file when it is small, 2 MiB spread over it when not
+                file.seek(part * max(block, (size - block) // 31))
+                hashed.update(file.read(block))
+    return hashed.hexdigest()
+
+
+# Of earlier rounds of this package, until all users are moved.
+
+# Training arguments that say where results go and how they are reported, and change no weight.
+UNCOMPARED = (
+    "output_dir", "run_name", "self_enhance", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "do_eval",
+    "dataset_num_proc", "ref_cache_dir", "ref_tokens_per_batch", "project", "prediction_loss_only", "local_rank",
+)  # fmt: skip
+UNCOMPARED_PREFIXES = ("log", "save_", "eval_", "hub_", "report_", "trackio", "ddp_", "per_device_eval",
+                       "dataloader_num", "dataloader_pin", "dataloader_per", "dataloader_pre")  # fmt: skip
+
+
+def training_settings(args, *, ignore: tuple[str, ...] = ()) -> dict:
+    """The training arguments that change a weight, without those named in `ignore`."""
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in UNCOMPARED and name not in ignore and not name.startswith(UNCOMPARED_PREFIXES)
+    }
