@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..generation.journal import write_atomic
+from ..runs.files import write_atomic
 
 _BLOCKS = (
     Environment(
