@@ -1,0 +1,106 @@
+"""A stage of a run on disk: what it depends on, what it left, and whether it is done.
+
+    <folder>/settings.json   what its result depends on, written before any work: other settings are refused
+    <folder>/...             journals and files of the work itself, each with a way to go on after a kill
+    <folder>/manifest.json   hash of the settings and of the outputs, and what came out; written last, which ends it
+
+A later stage takes the hashes of what it reads from the manifests of earlier ones into its own settings, so it is tied
+to all that came before it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .checkpoints import remove_incomplete_checkpoints
+from .files import write_json
+from .processes import Processes, free_memory
+from .settings import WEIGHTS, digest, fingerprint, plain, refuse_other_settings
+
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
+WAYS_OUT = "choose another output_dir"
+
+
+@dataclass
+class Stage:
+    """One stage in `folder`. All processes make the same calls.
+
+    Args:
+        settings: from `run_settings`, or anything else by name that JSON can hold.
+        outputs: names of the files or model folders that later stages read.
+        ways_out: what to do where the folder was made with other settings, beside setting them back.
+        settings_name: of the file with the settings.
+    """
+
+    folder: Path
+    settings: dict
+    outputs: tuple[str, ...] = ()
+    processes: Processes = field(default_factory=Processes)
+    ways_out: str = WAYS_OUT
+    settings_name: str = SETTINGS
+
+    def __post_init__(self):
+        self.folder, self.settings = Path(self.folder), plain(self.settings)
+        self.key = digest(self.settings)
+
+    def done(self) -> bool:
+        """Whether the stage has ended.
+
+        Raises:
+            ValueError: it was made with other settings.
+        """
+        ended = (self.folder / MANIFEST).exists()
+        if (self.folder / self.settings_name).exists() and (ended or self._has_work()):
+            self._check()
+        return ended
+
+    def open(self) -> Path:
+        """Writes the settings and returns the folder; those of a stage that failed before it made anything go.
+
+        Raises:
+            ValueError: there is work that was made with other settings.
+        """
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / self.settings_name, {"settings": self.settings, "hash": self.key})
+
+        path = self.folder / self.settings_name
+        self.processes.main(lambda: path.exists() and self._has_work() or write())
+        self._check()
+        return self.folder
+
+    def finish(self, **content) -> None:
+        """Writes the manifest, atomically: hashes of settings and outputs, and `content`."""
+        outputs = {name: fingerprint(self.folder / name) for name in self.outputs}
+        manifest = {"hash": self.key, "outputs": outputs, **content}
+        self.processes.main(lambda: write_json(self.folder / MANIFEST, manifest))
+
+    def manifest(self) -> dict:
+        return json.loads((self.folder / MANIFEST).read_text())
+
+    def _check(self) -> None:
+        path = self.folder / self.settings_name
+        saved = json.loads(path.read_text())["settings"]
+        refuse_other_settings(path, saved, self.settings, ways_out=self.ways_out)
+
+    def _has_work(self) -> bool:
+        return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def train_into(done: Path, train: Callable[[Path], None], processes: Processes) -> None:
+    """Calls `train(folder)` unless `done` is there, which the folder becomes when its training is over.
+
+    `train` leaves model and results in the folder and must resume from `last_checkpoint(folder)`.
+    """
+    if not done.exists():
+        training = done.with_name("training")
+        processes.main(lambda: remove_incomplete_checkpoints(training))
+        train(training)
+        free_memory()
+        processes.main(lambda: training.rename(done))
+    # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
+    processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
