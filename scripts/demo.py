@@ -212,7 +212,7 @@ def time_sampling(config: dict, prompts: list, tokens: int) -> float:
     name = config["model_name_or_path"]
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=SAMPLING.dtype)
-    sampling = replace(SAMPLING.sampling(), num_generations=1, max_new_tokens=tokens)
+    sampling = replace(SAMPLING, num_generations=1, max_new_tokens=tokens)
     begin = time.monotonic()
     sample_responses(model, tokenizer, prompts[: SAMPLING.batch_size], sampling, progress=False)
     return time.monotonic() - begin

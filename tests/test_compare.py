@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from helpers import family_tokenizer, tiny_llama
 from trainers.cli import compare
 from trainers.cli.compare_data import cut_rows, scale_scores, split_rows
-from trainers.cli.compare_report import aggregate, plot, table
+from trainers.cli.compare_report import aggregate, notes, plot
 from trainers.runs.files import read_rows
 from trainers.statistics import bootstrap_interval, t_interval
 
@@ -167,7 +167,7 @@ def test_the_table_and_the_plot(finished):
     accuracy = found["methods"]["DPO best/worst"]["accuracy"]
     row = next(line for line in lines if line.startswith("| DPO best/worst |"))
     assert row.split("|")[2].strip() == f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
-    assert sum(line.startswith("| *") for line in lines) == 4  # baselines
+    assert sum(line.startswith("| baseline: ") for line in lines) == 4  # baselines
     assert "log-probabilities for those without (LIRE at rest)" in text and "an unbiased estimate of KL" in text
     assert "6 training rows, 3 steps" in text
     svg = (finished / "plot.svg").read_text()
@@ -179,7 +179,7 @@ def test_the_table_and_the_plot(finished):
         method.pop("reward", None)
     assert ">longer response first<" in plot(found)  # without a scorer, accuracy takes the place of the reward
     found["config"]["samples"]["temperature"] = 0.7
-    assert "which is not the KL of the policy itself" in table(found)
+    assert "which is not the KL of the policy itself" in "".join(notes(found))
 
 
 def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypatch):
@@ -220,17 +220,14 @@ def test_other_settings_are_refused_by_name(inputs, finished):
     "changes, message",
     [
         ({"base": {"learning_rat": 0.1}}, "learning_rat"),
-        ({"base": {"seed": 4}}, "base: seed is set by the comparison itself"),
+        ({"base": {"seed": 4}}, "base sets seed"),
         (
             {"methods": {"A": {"trainer": "DPOTrainer", "max_steps": 9}}},
             "A sets max_steps, which all methods must share",
         ),
-        ({"methods": {"A": {"beta": 1.0}}}, "methods: A has no trainer"),
         ({"methods": {"A b": {"trainer": "DPOTrainer"}, "a-B": {"trainer": "DPOTrainer"}}}, "give the same folder"),
-        ({"samples": {"prompt": 3}}, "samples: unknown key 'prompt'"),
         ({"train_rows": 600}, "need 605 rows, but only 14 fit"),
-        ({"methods": {}}, "A comparison needs"),
-        ({"base": {"max_length": 23}}, "rows do not fit in max_length=23"),
+        ({"base": {"max_length": 23}}, "rows do not fit in max_length"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_trained(inputs, tmp_path, changes, message):

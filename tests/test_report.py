@@ -3,18 +3,16 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from scripts.demo import summary
+from test_pages import HOSTILE, check_page
 from trainers.cli.answers import compare_answers, matched_gain, repetition
-from trainers.cli.report import side_by_side, write_report
-from trainers.cli.rounds_report import write_report as write_rounds_report
+from trainers.cli.demo_report import side_by_side
+from trainers.cli.report import write_report
 from trainers.statistics import bootstrap_interval
-
-HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"
 
 
 def answers(offset, prompts=11, k=3):
@@ -71,32 +69,7 @@ def html(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "results.json").write_text(json.dumps(results()))
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
-    return write_report(folder).read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Collects the tags, their attributes and the text outside <style>."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.open = [], "", []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "use"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "use"):
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text += data
+    return write_report(folder, []).read_text(encoding="utf-8")
 
 
 def test_interval_of_equal_values_has_no_width():
@@ -165,24 +138,13 @@ def test_repetition(text, share):
     assert repetition(text) == pytest.approx(share)
 
 
-def test_page_needs_nothing_from_outside(html):
-    page = Page(html)
-    assert page.open == []
-    assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    for _, attributes in page.tags:
-        for name in ("src", "href", "xlink:href", "srcset", "data"):
-            assert attributes.get(name, "#").startswith("#")
-    assert not re.search(r"url\((?!#)|@import", html)
-
-
 def test_page_escapes_prompts_and_answers(html):
-    assert "<script" not in html and "<img" not in html
-    assert Page(html).text.count("prompt 2: " + HOSTILE) == 1
-    assert "before, reward -0.40, 7 tokens" + HOSTILE in Page(html).text
+    text = check_page(html).text
+    assert text.count("prompt 2: " + HOSTILE) == 1 and "before, reward -0.40, 7 tokens" + HOSTILE in text
 
 
 def test_page_shows_figures_curves_and_settings(html):
-    page = Page(html)
+    page = check_page(html)
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert (
         len(labels) == 8
@@ -190,23 +152,22 @@ def test_page_shows_figures_curves_and_settings(html):
         and "Loss" in labels
         and "Pairwise ranking accuracy" in labels
     )
-    assert all("width" not in attributes for tag, attributes in page.tags if tag == "svg")
-    for shown in ("-0.08 → 0.17", "+0.25", "clear of zero", "0.610", "[0.55, 0.67]", "accelerate launch", "1.2.3",
+    for shown in ("-0.08 → 0.17", "+0.25", "clear of zero", "0.610 [0.550, 0.670]", "accelerate launch", "1.2.3",
                   "held-out", "2020-02-03", "12 s", "step 24", "+3.00 [+0.00, +4.00]", "AVX7",
                   "about 5 minutes"):  # fmt: skip
-        assert shown in page.text, shown
+        assert shown in page.text.replace("\xa0", " "), shown
 
 
 def test_samples_are_chosen_by_their_change_and_not_by_hand():
     change = {"a": 0.0, "b": 0.9, "c": -0.5, "d": 0.4, "e": 0.1, "f": 0.2, "g": -0.1, "h": 0.3, "i": 0.5, "j": -0.9}
     first = {"text": "x", "score": 0.0, "tokens": 1, "truncated": False}
     rows = [{"prompt": f"={k}=", "before": [first], "after": [first | {"score": v}]} for k, v in change.items()]
-    assert re.findall(r"=(\w)=", side_by_side(rows)) == list("bidfeajcg")
+    assert re.findall(r"=(\w)=", "".join(side_by_side(rows))) == list("bidfeajcg")
 
 
 def test_missing_results_are_named(tmp_path):
-    with pytest.raises(ValueError, match="results.json"):
-        write_report(tmp_path)
+    with pytest.raises(ValueError, match="no folder of the demo"):
+        write_report(tmp_path, [])
 
 
 def test_summary_prints_gain_and_interval():
@@ -241,12 +202,13 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
     write_round(tmp_path, [["good", "no"], ["no", "no"], ["bad", "so"]], name="before")
     with pytest.raises(ValueError, match="held_out_generations"):
-        write_rounds_report(tmp_path)
+        write_report(tmp_path, [])
     write_round(tmp_path / "round-00", [["good", "no"], ["good", "no"], ["bad", "so"]])
     # the second good of a text is beyond the length of what it is compared with
     write_round(tmp_path / "round-01", [["good good", "good"], ["good good", "no"], ["bad", "so good"]])
     (tmp_path / "round-02").mkdir()  # not finished: no manifest
-    text = write_rounds_report(tmp_path)
+    page = check_page(write_report(tmp_path, []).read_text())
+    text = (tmp_path / "rounds.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert [row[0] for row in rows] == ["start", "round 1", "round 2"]
     assert [row[1].split()[0] for row in rows] == ["0.167", "0.333", "1.000"]
@@ -254,4 +216,4 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     assert [row[3].split()[0] for row in rows[1:]] == ["+0.167", "+0.833"]
     assert [row[4].split()[0] for row in rows[1:]] == ["+0.167", "+0.333"]
     assert [row[5] for row in rows] == ["1", "1", "1.5"] and [row[-1] for row in rows] == ["", "7", "7"]
-    assert (tmp_path / "rounds.md").read_text() == text and "round 2" in (tmp_path / "rounds.svg").read_text()
+    assert "round 2" in page.text and "round 2" in (tmp_path / "rounds.svg").read_text()

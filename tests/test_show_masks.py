@@ -8,11 +8,12 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from helpers import build_tokenizer, tiny_llama
+from test_pages import check_page
 from test_sparsepo_trainer import DENSE, config, pairs
 from test_trainer import LORA
 from trainers import SparsePOTrainer
-from trainers.cli.masks import main, token_texts
-from trainers.cli.masks_page import Heatmap, colour, render
+from trainers.cli.masks import MAPS, colour, heatmap, token_texts
+from trainers.cli.report import write_report
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -33,9 +34,9 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     recipe = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "dataset_name": tmp_path / "rows.jsonl",
               "output_dir": tmp_path / "unused", "use_cpu": True, "independent": True, **DENSE}  # fmt: skip
     flags = [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
-    page = main([*flags, "--checkpoint", str(tmp_path / "out"), "--rows", "1", "4"]).read_text()
+    page = write_report(tmp_path / "out", [*flags, "--rows", "1", "4"]).read_text()
+    check_page(page)
     assert page.count("<h2>Row") == 2 and page.count("<figure>") == 4
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<metadata>.*?</metadata>', "", page, flags=re.S)
     # The numbers on the page are those of the run itself.
     values = trainer.token_values([trainer.train_dataset[4]])
     best = max(range(2), key=lambda k: trainer.train_dataset[4]["scores"][k])
@@ -43,20 +44,17 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     shown = [float(x) for x in re.findall(r'title="([^"]*)"', page.split("<h2>Row 4")[1])][:length]
     assert shown == pytest.approx(values["reward_mask"][0, best, :length].tolist(), rel=1e-3) and max(shown) > 0
     assert not (tmp_path / "unused").exists()
-    with pytest.raises(ValueError, match="rows 99"):
-        main([*flags, "--checkpoint", str(tmp_path / "out"), "--rows", "99"])
-    with pytest.raises(ValueError, match="checkpoint"):
-        main([*flags, "--checkpoint", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="holds no policy"):
+        write_report(tmp_path / "base" / "nowhere", flags)
     with pytest.raises(ValueError, match="independent"):
-        main([*flags, "--independent", "false", "--checkpoint", str(tmp_path / "out")])
+        write_report(tmp_path / "out", [*flags, "--independent", "false"])
 
 
 def test_texts_are_escaped_and_colours_follow_the_values():
     values = {"reward_mask": [0.0, 2.0], "kl_mask": [1.0, 0.0], "logratios": [1.0, -1.0], "kls": [0.5, 0.5]}
     sides = {"chosen": (["<b>", "\n"], values), "rejected": (["x", "y"], values)}
-    page = render("a < b", [Heatmap(7, "<script>", sides)], [])
-    assert "<b>" not in page and "<script>" not in page and "&lt;b&gt;" in page and "↵" in page
-    assert "50 % zeros, mean 1, sum 2" in page and "Over training" not in page
+    page = "".join(heatmap(title, sides, value) for title, value in MAPS.items())
+    assert "<b>" not in page and "&lt;b&gt;" in page and "↵" in page and "50 % zeros, mean 1, sum 2" in page
     assert colour(0, 2) != colour(1, 2) != colour(2, 2) and colour(-2, 2).startswith("rgba(209")
     assert colour(0.0, 0.0).endswith("0.000)")
 

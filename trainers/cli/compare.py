@@ -1,11 +1,11 @@
 """Trains several methods on the same data, model, seeds and token budget, and compares them on held-out rows.
 
-    python scripts/compare.py --config configs/compare/demo.yaml
+    polypo compare --config configs/compare/demo.yaml
 
 The YAML has the settings that all methods share (`base`), the methods with their own options (`methods`), and what
 data and samples they are judged on (`CompareArguments`). Every run is a folder whose results.json is written last, so
 a killed comparison goes on where it stopped; methods and seeds may be added later. At the end compare_report.py
-writes results.json, table.md and plot.svg. One process; the runs follow each other.
+writes the report. One process; the runs follow each other.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,17 @@ from transformers import AutoTokenizer
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from .. import load_preferences
+from ..config import check_options, option
 from ..data.budget import packed_tokens, token_lengths
 from ..data.prepare import prepare_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
 from ..forward.run import Runner
-from ..generation.collect import check_settings
 from ..generation.start import load_start
 from ..precision import instructions
 from ..rounds import plain
 from ..runs.files import write_json, write_rows
-from ..runs.settings import model_fingerprint
+from ..runs.settings import model_fingerprint, refuse_other_settings
 from .arguments import ModelArguments, set_model_options
 from .compare_data import SCALES, cut_rows, split_rows
 from .compare_report import BASE, write_report
@@ -50,46 +50,43 @@ SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "num_train_epochs", "p
 
 @dataclass
 class CompareArguments:
-    """What to compare."""
+    """What to compare.
 
-    output_dir: str = field(metadata={"help": "Folder of the comparison."})
-    dataset_name: str = field(metadata={"help": "Hub id, file or folder of preference rows."})
-    base: dict[str, Any] | str = field(metadata={"help": "Model and training settings of all methods."})
-    methods: dict[str, Any] | str = field(metadata={"help": "Name -> {trainer: ..., its own options}."})
-    dataset_split: str = field(default="train", metadata={"help": "Split that training and held-out rows come from."})
-    data_format: str | None = field(
-        default=None, metadata={"help": "Format of the rows, auto, or an adapter's dotted path."}
+    Raises:
+        ValueError: `base` or a method sets what would make the methods incomparable.
+    """
+
+    output_dir: str = option(dataclasses.MISSING, "Folder of the comparison.")
+    dataset_name: str = option(dataclasses.MISSING, "Hub id, file or folder of preference rows.")
+    base: dict[str, Any] | str = option(dataclasses.MISSING, "Model and training settings of all methods.")
+    methods: dict[str, Any] | str = option(dataclasses.MISSING, "Name -> {trainer: ..., its own options}.")
+    dataset_split: str = option("train", "Split that training and held-out rows come from.")
+    data_format: str | None = option(None, "Format of the rows, auto, or an adapter's dotted path.")
+    seeds: list[int] = dataclasses.field(
+        default_factory=lambda: [1, 2, 3], metadata={"help": "Every method is run with each."}
     )
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Every method is run with each."})
-    train_rows: int = field(default=200, metadata={"help": "Training rows."})
-    test_rows: int = field(default=100, metadata={"help": "Held-out rows."})
-    responses_per_prompt: int | None = field(default=None, metadata={"help": "Draw so many; all without it."})
-    max_response_tokens: int | None = field(default=None, metadata={"help": "Leave longer responses out."})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Leave rows with longer prompts out."})
-    score_scale: str = field(
-        default="none", metadata={"help": "Rescale the scores inside each row.", "choices": list(SCALES)}
-    )
-    draw_seed: int = field(default=0, metadata={"help": "Seed of the drawn responses; the same for all runs."})
-    samples: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "How trained policies are sampled on held-out prompts: see SampleOptions."}
+    train_rows: int = option(200, "Training rows.", at_least=1)
+    test_rows: int = option(100, "Held-out rows.", at_least=1)
+    responses_per_prompt: int | None = option(None, "Draw so many; all without it.", at_least=2)
+    max_response_tokens: int | None = option(None, "Leave longer responses out.")
+    max_prompt_tokens: int | None = option(None, "Leave rows with longer prompts out.")
+    score_scale: str = option("none", "Rescale the scores inside each row.", choices=list(SCALES))
+    draw_seed: int = option(0, "Seed of the drawn responses; the same for all runs.")
+    samples: dict[str, Any] | str | None = option(
+        None, "How trained policies are sampled on held-out prompts: see SampleOptions."
     )
 
     def __post_init__(self):
-        for name in ("base", "methods", "samples"):
+        check_options(self)
+        for name in ("base", "methods", "samples"):  # JSON on a command line
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))
-        self.samples = dataclasses.asdict(SampleOptions.parse(self.samples or {}))
-        if not (self.methods and self.seeds and "model_name_or_path" in self.base):
-            raise ValueError("A comparison needs base: {model_name_or_path: ...}, methods and seeds.")
-        for name in SET_HERE:
-            if name in self.base:
-                raise ValueError(f"base: {name} is set by the comparison itself: remove it.")
-        for method, own in self.methods.items():
-            if "trainer" not in own:
-                raise ValueError(f"methods: {method} has no trainer: name a class of `trainers` or a dotted path.")
-            shared = [name for name in own if name.startswith(SHARED) or name in SET_HERE]
-            if shared:
-                raise ValueError(f"methods: {method} sets {shared[0]}, which all methods must share: move it to base.")
+        self.samples = dataclasses.asdict(SampleOptions(**(self.samples or {})))
+        for method, own in (("base", self.base), *self.methods.items()):
+            wrong = [name for name in own if name in SET_HERE or (own is not self.base and name.startswith(SHARED))]
+            if wrong:
+                raise ValueError(f"{method} sets {wrong[0]}, which all methods must share: move it to base, or leave "
+                                 f"it out if it is one of {', '.join(SET_HERE)}.")  # fmt: skip
 
 
 @dataclass
@@ -105,18 +102,17 @@ class Run:
     model: ModelArguments
 
     @property
-    def done(self) -> bool:
-        return (self.folder / "results.json").exists()
+    def results(self) -> Path:
+        return self.folder / "results.json"
 
 
 def main(argv: list[str]) -> None:
-    argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     (arguments,) = TrlParser((CompareArguments,), allow_abbrev=False).parse_args_and_config(argv)
-    compare(arguments)
+    print(f"{compare(arguments)} is ready.")
 
 
-def compare(arguments: CompareArguments) -> dict:
-    """Runs what is missing and writes the report; returns its figures.
+def compare(arguments: CompareArguments) -> Path:
+    """Runs what is missing and writes the report; returns the path of its page.
 
     Raises:
         ValueError: a setting that cannot be used, or a finished run of other settings.
@@ -126,36 +122,34 @@ def compare(arguments: CompareArguments) -> dict:
     data = Data(arguments)
     runs = plan(arguments, data)
     for run in runs:
-        if run.done:
-            check_settings(run.folder / "results.json", run.settings, ways_out="choose another output_dir")
+        if run.results.exists():
+            before = json.loads(run.results.read_text())["settings"]
+            refuse_other_settings(run.results, before, run.settings, ways_out="choose another output_dir")
     for number, run in enumerate(runs, 1):
-        title = run.name if run.seed is None else f"{run.name}, seed {run.seed}"
-        print(f"\n[{number}/{len(runs)}] {title}{': done already' if run.done else ''}", flush=True)
-        if not run.done:
+        done = run.results.exists()
+        print(f"\n[{number}/{len(runs)}] {run.name}, seed {run.seed}{': done already' if done else ''}", flush=True)
+        if not done:
             start = time.monotonic()
-            results = measure_base(run, data) if run.trainer is None else train_and_measure(run, data)
-            seconds = round(time.monotonic() - start, 1)
+            measured = measure_base(run, data) if run.trainer is None else train_and_measure(run, data)
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_json(run.folder / "results.json", {"settings": run.settings, **results, "seconds": seconds})
-    results = [(run, json.loads((run.folder / "results.json").read_text())) for run in runs]
+            seconds = round(time.monotonic() - start, 1)
+            write_json(run.results, {"settings": run.settings, **measured, "seconds": seconds})
     device = runs[0].args.device.type
     report = {
         "config": dataclasses.asdict(arguments),
         "data": data.facts,
         "machine": f"{runs[0].model.dtype} on {device}{f' with {instructions()}' if device == 'cpu' else ''}",
         "scores": data.scores,
-        "lengths": data.lengths,
-        "runs": [
-            {
-                "name": run.name,
-                "seed": run.seed,
-                **{k: v for k, v in found.items() if k not in ("settings", "log_history")},
-            }
-            for run, found in results
-        ],
+        "lengths": [[len(ids) for ids in row["response_ids"]] for row in data.test],
+        "runs": [{"name": run.name, "seed": run.seed, **json.loads(run.results.read_text())} for run in runs],
     }
+    for run in report["runs"]:
+        run.pop("settings")
+        run.pop("log_history", None)
     write_json(data.folder / "runs.json", report)
-    return write_report(data.folder)
+    page = write_report(data.folder)
+    print((data.folder / "table.md").read_text())
+    return page
 
 
 class Data:
@@ -163,7 +157,7 @@ class Data:
 
     def __init__(self, arguments: CompareArguments):
         self.folder, base = Path(arguments.output_dir), arguments.base
-        self.samples = SampleOptions.parse(arguments.samples)
+        self.samples = SampleOptions(**arguments.samples)
         self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"], trust_remote_code=False)
         policies.set_pad_token(self.tokenizer, base.get("pad_token"))
         rows = load_preferences(
@@ -188,9 +182,13 @@ class Data:
         for name, part in (("train", train), ("test", test)):
             write_rows(self.folder / f"{name}.jsonl.gz", part)
         self.prompts = [plain(row["prompt"]) for row in test]
-        self.train, self.test = (self._tokenise(part, base) for part in (train, test))
+        self.train, self.test = (
+            prepare_dataset(Dataset.from_list(part), self.tokenizer, max_length=base.get("max_length", 1024))
+            for part in (train, test)
+        )
+        if len(self.train) < len(train) or len(self.test) < len(test):
+            raise ValueError("Some rows do not fit in max_length: raise it, or set max_prompt_tokens.")
         self.scores = [row["scores"] for row in self.test]
-        self.lengths = [[len(ids) for ids in row["response_ids"]] for row in self.test]
         self.facts = {
             "rows_usable": len(kept),
             "rows_left_out": dict(dropped),
@@ -199,19 +197,7 @@ class Data:
             "tokens_per_epoch": sum(packed_tokens(row) for row in token_lengths(self.train)),
             "digest": hashlib.sha256(json.dumps([train, test], sort_keys=True).encode()).hexdigest(),
         }
-        print(
-            ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in self.facts.items() if name != "digest")
-        )
-
-    def _tokenise(self, rows: list[dict], base: dict) -> Dataset:
-        max_length = base.get("max_length", 1024)
-        dataset = prepare_dataset(Dataset.from_list(rows), self.tokenizer, max_length=max_length)
-        if len(dataset) < len(rows):
-            raise ValueError(
-                f"{len(rows) - len(dataset)} rows do not fit in max_length={max_length}: raise it, or set "
-                "max_prompt_tokens."
-            )
-        return dataset
+        print(self.facts)
 
 
 def plan(arguments: CompareArguments, data: Data) -> list[Run]:
@@ -231,19 +217,19 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
             folder = data.folder / slugs[name] / f"seed-{seed}"
             trainer, args, model = parse_method(arguments.base, own, seed, folder)
             fixed["base.dtype"] = model.dtype  # the one that "fast" is here
-            settings = {**fixed, **{f"{name}.{option}": value for option, value in own.items()}, "seed": seed}
+            settings = {**fixed, **{f"{name}.{key}": value for key, value in own.items()}, "seed": seed}
             runs.append(Run(name, seed, folder, settings, trainer, args, model))
     return [Run(BASE, None, data.folder / "base", fixed, None, runs[0].args, runs[0].model), *runs]
 
 
 def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, Any, ModelArguments]:
     """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
-    own = dict(own)
-    trainer = find_trainer(own.pop("trainer"))
-    config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed}
+    trainer = find_trainer(own["trainer"])
+    config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed, "output_dir": str(folder)}
+    del config["trainer"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config | {"output_dir": str(folder)}, sort_keys=False))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     parser = TrlParser((trainer.config_class, ModelArguments), allow_abbrev=False)
     args, model = parser.parse_args_and_config(["--config", str(path)])
     set_model_options(args, model)
@@ -291,16 +277,11 @@ def measure_base(run: Run, data: Data) -> dict:
 
 
 def sampled(run: Run, start: Path | None, data: Data) -> dict:
-    found = sample_and_measure(
-        run.model.model_name_or_path,
-        start,
-        data.tokenizer,
-        data.prompts,
-        data.samples,
-        device=run.args.device,
-        init_kwargs=run.args.model_init_kwargs,
+    name, init_kwargs = run.model.model_name_or_path, run.args.model_init_kwargs
+    samples = sample_and_measure(
+        name, start, data.tokenizer, data.prompts, data.samples, device=run.args.device, init_kwargs=init_kwargs
     )
-    return {"samples": found} if found else {}
+    return {"samples": samples} if samples else {}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a trained policy says when it is asked: samples, their reward and length, and how far it is from the base."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from ..generation.start import load_start
 ROWS_PER_FORWARD = 4
 
 
-@dataclass
-class SampleOptions:
+@dataclass(frozen=True)
+class SampleOptions(SamplingConfig):
     """The keys of `samples`. At temperature 1 and top_p 1 the samples are the policy's own distribution.
 
     Args:
@@ -32,22 +31,8 @@ class SampleOptions:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_size: int = 16
-    seed: int = 0
     dtype: str | None = None
     scorer: str | dict | list | None = None
-
-    @classmethod
-    def parse(cls, value: dict) -> "SampleOptions":
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ValueError(f"samples: unknown key {name!r}. Known keys: {', '.join(known)}.")
-        return cls(**value)
-
-    def sampling(self) -> SamplingConfig:
-        names = ("num_generations", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")
-        return SamplingConfig(**{name: getattr(self, name) for name in names})
 
 
 def sample_and_measure(
@@ -66,28 +51,27 @@ def sample_and_measure(
     merge = isinstance(model, PeftModel) and policies.base_model(model).dtype == torch.float32
     if merge:  # faster, and undone for the log-ratios
         model.merge_adapter()
-    samples = sample_responses(model, tokenizer, prompts, options.sampling())
+    samples = sample_responses(model, tokenizer, prompts, options)
     if merge:
         model.unmerge_adapter()
     flat = [sample for row in samples for sample in row]
-    found = {
+    measured = {
         "tokens": [len(sample.token_ids) for sample in flat],
         "truncated": [sample.truncated for sample in flat],
-        "truncated_share": sum(sample.truncated for sample in flat) / len(flat),
         "logratios": log_ratios(model, name, start, tokenizer, prompts, samples, init_kwargs),
         "texts": [sample.text for sample in flat],
         "token_ids": [sample.token_ids for sample in flat],
     }
     del model
     if options.scorer is not None:
-        scorer = load_scorer(options.scorer, device=device)
         owners = [prompt for prompt, row in zip(prompts, samples, strict=True) for _ in row]
         completions = [
             sample.text if isinstance(prompt, str) else [{"role": "assistant", "content": sample.text}]
             for prompt, sample in zip(owners, flat, strict=True)
         ]
-        found["rewards"] = scorer(prompts=owners, completions=completions)
-    return found
+        scorer = load_scorer(options.scorer, device=device)
+        measured["rewards"] = scorer(prompts=owners, completions=completions)
+    return measured
 
 
 def log_ratios(
@@ -105,14 +89,13 @@ def log_ratios(
         for prompt, row in zip(prompts, samples, strict=True)
     ]
     pad = tokenizer.pad_token_id
-    device = next(model.parameters()).device
     if isinstance(model, PeftModel):
         runner = Runner([policies.base_model(model)], "auto")
         policy = sum_logps(runner, model, rows, pad)
         with model.disable_adapter():
             base = sum_logps(runner, model, rows, pad)
     else:
-        reference = load_start(name, None, init_kwargs=init_kwargs).to(device).eval()
+        reference = load_start(name, None, init_kwargs=init_kwargs).to(model.device).eval()
         runner = Runner([model, reference], "auto")
         policy, base = (sum_logps(runner, m, rows, pad) for m in (model, reference))
     return [p - b for first, second in zip(policy, base, strict=True) for p, b in zip(first, second, strict=True)]

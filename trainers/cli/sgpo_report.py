@@ -22,7 +22,7 @@ from ..sgpo.filters import OUTLIER
 from ..sgpo.monitor import LIMITS, Limits, alarms
 from ..sgpo.stages import MANIFEST, SETTINGS
 from ..sgpo.text import turns
-from .report import AFTER, BEFORE, INK, STYLE, figures, new_figure, table, to_svg
+from .old_page import AFTER, BEFORE, INK, STYLE, figures, new_figure, table, to_svg
 
 SAMPLES = 6
 STYLE += """

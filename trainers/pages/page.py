@@ -80,3 +80,11 @@ def edits(parts: list[tuple[str, str]]) -> Markup:
 def pair(text: str, sides: list[tuple[str, str, str]]) -> Markup:
     """A prompt and two texts that are compared: (CSS class "" or "after", caption, text) of each side."""
     return _BLOCKS.pair(text, sides)
+
+
+def heatmap(title: str, scale: list[tuple[str, str]], sides: list[tuple[str, str, list]]) -> Markup:
+    """Texts on coloured ground, beside each other.
+
+    `scale` has (label, CSS colour) from low to high; a side has its name, a remark, and its (text, value, colour).
+    """
+    return _BLOCKS.heatmap(title, scale, sides)

@@ -29,6 +29,12 @@ class Series(NamedTuple):
     notes: Sequence[str] = ()
 
 
+def logged(history: list[dict], key: str, label: str, style: str = "-", colour: str | None = None) -> Series:
+    """A metric of a Trainer's log over its steps."""
+    logs = [log for log in history if key in log]
+    return Series(label, [log["step"] for log in logs], [log[key] for log in logs], style, colour)
+
+
 def panels(count: int = 1, *, size: tuple[float, float] = (5, 3.4), **options) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes beside each other; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=size, layout="constrained")
@@ -42,6 +48,7 @@ def panels(count: int = 1, *, size: tuple[float, float] = (5, 3.4), **options) -
 
 def draw(axes: Axes, series: Sequence[Series], *, level: tuple[float, str] | None = None, **labels) -> None:
     """Draws the series into `axes` with a legend; `level` is a dashed line and its name, `labels` go to `axes.set`."""
+    series = [line for line in series if len(line.x)]
     for line, default in zip(series, COLOURS * len(series), strict=False):
         colour = line.colour or default
         (x, xerr), (y, yerr) = _spread(line.x), _spread(line.y)
@@ -52,7 +59,7 @@ def draw(axes: Axes, series: Sequence[Series], *, level: tuple[float, str] | Non
     if level is not None:
         axes.axhline(level[0], color=BEFORE, linestyle="--", linewidth=1, label=level[1])
     axes.set(**labels)
-    if len(axes.get_legend_handles_labels()[1]):
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=9)
 
 

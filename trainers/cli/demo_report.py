@@ -1,0 +1,202 @@
+"""The page that `make demo` ends with, from results.json and trainer_state.json of its folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ..pages import page, plots
+from ..pages.plots import AFTER, BEFORE, INK, Series
+from ..pages.text import interval
+
+CURVES = (  # logged name, title, value that means nothing was learned
+    ("loss", "Loss", None),
+    ("rewards/margins", "Reward margin, best minus worst answer", 0),
+    ("ranking/pairwise_accuracy", "Pairwise ranking accuracy", 0.5),
+)
+RANKINGS = {
+    "after": "Trained policy: log-ratio to the base model",
+    "before": "The same before training: all log-ratios are 0, so chance by construction",
+}
+COURSE = {  # measure of a checkpoint: its title and form
+    "reward": ("Reward", ".2f"),
+    "gain at equal length": ("Gain at equal length", "+.2f"),
+    "KL": ("KL, nats", ".1f"),
+    "length in tokens": ("Tokens", ".0f"),
+    "share cut off at the limit": ("Cut off", ".0%"),
+}
+SAMPLES_PER_GROUP = 3
+
+
+def write_report(folder: Path) -> Path:
+    """Renders `folder`/report.html and returns its path."""
+    results, state = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "trainer_state"))
+    parts = [
+        *headline(results),
+        page.heading("Is there a trivial explanation?"),
+        *explanations(results),
+        page.heading("Answers to prompts that were not trained on"),
+        page.figures([reward_figure(results), gain_figure(results), length_figure(results)]),
+        page.heading("When to stop"),
+        *course(results["course"]),
+        page.heading("Training"),
+        page.figures([training_curve(state["log_history"], *curve) for curve in CURVES]),
+        page.heading("Side by side"),
+        *side_by_side(results["answers"]),
+        page.heading("Settings"),
+        *settings(results),
+    ]
+    return page.write(folder / "report.html", "What SWEPO taught a small language model", *parts)
+
+
+def headline(results: dict) -> list[str]:
+    reward, ranking = results["generation"]["reward"], results["ranking"]["after"]
+    gain, clear = reward["gain"], "clear of" if reward["gain"]["low"] > 0 else "not clear of"
+    return [
+        f"A LoRA adapter was trained on {Path(results['config']['model_name_or_path']).name} with scored answers of "
+        "the model itself. The reward is the sentiment of the text by VADER, so the lesson is to sound more positive. "
+        f"All figures are from {len(results['answers'])} prompts that were not trained on, each sampled "
+        f"{results['sampling']['num_generations']} times with the same random streams before and after. Intervals are "
+        "bootstrapped over prompts.",
+        page.cards([
+            ("Mean reward", f"{reward['before']['mean']:.2f} → {reward['after']['mean']:.2f}",
+             "sentiment, from -1 to 1"),
+            ("Gain", f"{gain['mean']:+.2f}",
+             f"95 % interval [{gain['low']:+.2f}, {gain['high']:+.2f}], {clear} zero"),
+            ("Ranking accuracy", f"{ranking['mean']:.2f}",
+             f"95 % interval [{ranking['low']:.2f}, {ranking['high']:.2f}]; chance is 0.50"),
+        ]),
+    ]  # fmt: skip
+
+
+def explanations(results: dict) -> list[str]:
+    """The checks that could explain a gain away, as tables."""
+    rows = []
+    for name, row in results["generation"].items():
+        form = ".1f" if row["before"]["mean"] > 10 else ".3f"
+        means = [f"{row[side]['mean']:{form}}" for side in ("before", "after")]
+        rows.append([capital(name), *means, interval(row["gain"], "+" + form)])
+    ranked = [[RANKINGS.get(name, capital(name)), interval(value)] for name, value in results["ranking"].items()]
+    checks = [[capital(name), interval(value)] for name, value in results["checks"].items()]
+    return [
+        "A higher score could come from answers that are only longer, cut off, repetitive or full of exclamation "
+        "marks.",
+        page.table(["Mean over prompts", "Before", "After", "Change, 95 % interval"], rows),
+        f"Share of pairs of given answers to {results['ranking']['after']['count']} of these prompts that are put in "
+        "the order of their scores, ranked by:",
+        page.table(["Ranking by", "Accuracy, 95 % interval"], ranked),
+        "The gain with both answers of a pair cut to the length of the shorter one, and how far the trained model's "
+        "answers are from the base model's language:",
+        page.table(["Estimate", "Value, 95 % interval"], checks),
+    ]
+
+
+def capital(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def course(points: list[dict]) -> list[str]:
+    """What every further step gave and cost, on prompts that are held out for this."""
+    rows = [[str(p["step"]), *(interval(p[name], form) for name, (_, form) in COURSE.items())] for p in points]
+    pictures = {
+        "Reward against distance from the base model": ("reward", "gain at equal length"),
+        "Answers cut off at the limit": ("share cut off at the limit",),
+    }
+    return [
+        "Checkpoints of the training answer prompts that are neither trained on nor used above. KL is the mean "
+        "log-ratio of these answers to the base model: what the policy has moved. Where the reward grows more slowly "
+        "than KL, and answers are cut off, more training stops paying.",
+        page.figures([course_figure(points, *picture) for picture in pictures.items()]),
+        page.table(["Step", *(title for title, _ in COURSE.values())], rows),
+    ]
+
+
+def course_figure(points: list[dict], title: str, names: tuple[str, ...]) -> str:
+    """Measures of the checkpoints against KL."""
+    kl, steps = [p["KL"]["mean"] for p in points], [f"step {p['step']}" for p in points]
+    series = [
+        Series(name, kl, [p[name] for p in points], colour=colour, notes=steps if name == names[0] else ())
+        for name, colour in zip(names, (AFTER, BEFORE), strict=False)
+    ]
+    return plots.chart(title, "KL to the base model, nats per answer", series)
+
+
+def training_curve(history: list[dict], name: str, title: str, nothing: float | None) -> str:
+    """A logged training metric, and its held-out value where it was evaluated."""
+    series = [
+        plots.logged(history, name, "training", "-", AFTER),
+        plots.logged(history, f"eval_{name}", "held-out", "o", INK),
+    ]
+    return plots.chart(title, "step", series, level=None if nothing is None else (nothing, "nothing learned"))
+
+
+def reward_figure(results: dict) -> str:
+    return histogram("Reward of the answers", "sentiment", results["answers"], "score", np.linspace(-1, 1, 17))
+
+
+def length_figure(results: dict) -> str:
+    bins = np.linspace(0, results["sampling"]["max_new_tokens"], 17)
+    return histogram("Length of the answers", "tokens", results["answers"], "tokens", bins)
+
+
+def histogram(title: str, xlabel: str, answers: list[dict], field: str, bins: np.ndarray) -> str:
+    figure, (axes,) = plots.panels()
+    for side, colour in (("before", BEFORE), ("after", AFTER)):
+        values = [answer[field] for row in answers for answer in row[side]]
+        axes.hist(values, bins, color=colour, alpha=0.55, label=f"{side}, mean {np.mean(values):.2f}")
+    axes.set(xlabel=xlabel, ylabel="answers")
+    axes.legend(frameon=False, fontsize=9)
+    return plots.svg(figure, title)
+
+
+def gain_figure(results: dict) -> str:
+    means = [[np.mean([a["score"] for a in row[side]]) for side in ("before", "after")] for row in results["answers"]]
+    gains = np.sort([after - before for before, after in means])
+    figure, (axes,) = plots.panels()
+    axes.bar(range(len(gains)), gains, width=0.8, color=[AFTER if gain > 0 else BEFORE for gain in gains])
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="prompts, sorted")
+    return plots.svg(figure, "Change of the mean reward, prompt by prompt")
+
+
+def side_by_side(answers: list[dict]) -> list[str]:
+    """Samples picked by a rule, so that they are no advertisement."""
+    rows = [(row["prompt"], row["before"][0], row["after"][0]) for row in answers]
+    rows.sort(key=lambda row: row[2]["score"] - row[1]["score"], reverse=True)
+    size = SAMPLES_PER_GROUP
+    middle = max(len(rows) // 2 - size // 2, 0)
+    groups = {
+        "Largest gains": rows[:size],
+        "In the middle": rows[middle : middle + size],
+        "Largest losses": rows[-size:][::-1],
+    }
+    parts = [
+        f"The first answer to each prompt, sorted by the change of its reward: the {size} largest gains, the {size} "
+        f"in the middle and the {size} largest losses. Nothing was picked by hand."
+    ]
+    for name, group in groups.items():
+        parts += [page.heading(name, 3), *(sample(*row) for row in group)]
+    return parts
+
+
+def sample(prompt: str, before: dict, after: dict) -> str:
+    sides = [
+        (name, f"{name}, reward {a['score']:+.2f}, {a['tokens']} tokens{', cut off' if a['truncated'] else ''}",
+         a["text"].strip())
+        for name, a in (("before", before), ("after", after))
+    ]  # fmt: skip
+    return page.pair(prompt, sides)
+
+
+def settings(results: dict) -> list[str]:
+    tables = {
+        "Training": results["config"],
+        "Sampling and scoring": results["sampling"],
+        "Time of each stage": {name: f"{value:.0f} s" for name, value in results["seconds"].items()},
+        "Machine and versions": results["machine"] | results["versions"],
+    }
+    return [
+        f"Made {results['created']} by make demo; training ran: {results['train_command']}",
+        results["estimate"],
+        *(part for title, values in tables.items() for part in (page.heading(title, 3), page.settings(values))),
+    ]
