@@ -31,7 +31,7 @@ from trl import get_peft_config
 
 from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
-from trainers.cli.arguments import load_split, set_model_options
+from trainers.cli.arguments import set_model_options
 from trainers.cli.compare_samples import SampleOptions, sample_and_measure, sum_logps
 from trainers.data.prepare import prepare_dataset
 from trainers.data.tokenization import UNFINISHED
@@ -171,7 +171,7 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
         given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         trainer_class, data, args, model = train.parse(["--config", str(CONFIG), *given])
         set_model_options(args, model)
-        rows, watch = load_split(data, args, "train"), StepTimes()
+        rows, watch = data.load(args, "train"), StepTimes()
         args.logging_strategy = "no"
         trainer = trainer_class(
             model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {str(path.relative_to(ROOT)): yaml.safe_load(path.read_text()) for path in ROOT.glob("configs/**/*.yaml")}
 # A method's file for UltraFeedback is a part of a recipe (see test_recipes.py).
 WHOLE = sorted(n for n, content in FILES.items() if {"trainer", "model_name_or_path"} <= content.keys())
-STAGES = [name for name in WHOLE if hasattr(getattr(trainers, FILES[name]["trainer"]), "run_stages")]
+STAGES = [name for name in WHOLE if hasattr(getattr(trainers, FILES[name]["trainer"]), "planned_rows")]
 RECIPES = [name for name in WHOLE if name not in STAGES]
 FSDP2 = str(ROOT / "configs/accelerate/fsdp2.yaml")
 ACCELERATE = sorted(name for name in FILES if name.startswith("configs/accelerate/"))

@@ -47,13 +47,11 @@ def test_the_launcher_runs_the_whole_em(launched):
     assert not list(launched.glob("**/checkpoint-*"))
 
 
-def test_a_run_goes_on_by_itself_and_takes_no_checkpoint(start, launched, capsys):
+def test_a_run_goes_on_by_itself(start, launched, capsys):
     policy = launched / "restart-0/round-01/type-0/policy/model.safetensors"
     before = policy.stat().st_mtime_ns
     train.main(arguments(start, launched, resume_from_checkpoint="true"))
     assert "checkpoint" not in capsys.readouterr().out and policy.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="cannot be used with EMDPOTrainer"):
-        train.main(arguments(start, launched, resume_from_checkpoint=policy.parent))
 
 
 def die_and_train(phase, count, argv):

@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 import processes
 from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
-from trainers import LIREConfig, LIRETrainer
+from trainers import DPOConfig, DPOTrainer, LIREConfig, LIRETrainer
 from trainers import rounds as enhance
 from trainers.cli import train
 from trainers.generation import collect
@@ -241,7 +242,7 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
         raise AssertionError("a model was loaded")
 
     for name in ("load_start", "load_for_sampling"):
-        monkeypatch.setattr(train, name, refuse)
+        monkeypatch.setattr(enhance, name, refuse)
     train.main(arguments(inputs, finished))
     assert {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()} == before
     with pytest.raises(AssertionError, match="a model was loaded"):
@@ -298,17 +299,16 @@ def test_a_scorer_that_does_not_exist_is_found_before_anything_is_sampled(inputs
         ("[3]", "must be a mapping"),
     ],
 )
-def test_options_that_cannot_be_used_are_named(tmp_path, options, message):
+def test_options_that_cannot_be_used_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        LIREConfig(output_dir=str(tmp_path), self_enhance=options)
+        EnhanceOptions.parse(options)
 
 
-def test_options_come_from_yaml_or_json_and_have_defaults(tmp_path):
+def test_options_come_from_yaml_or_json_and_have_defaults():
     given = {"scorer": "a.b", "rounds": 3}
-    one = LIREConfig(output_dir=str(tmp_path), self_enhance=given).self_enhance
-    assert one == LIREConfig(output_dir=str(tmp_path), self_enhance=json.dumps(given)).self_enhance
-    assert EnhanceOptions.parse(one) == EnhanceOptions(scorer="a.b", rounds=3)
-    assert one["own_responses"] is True and one["keep_old"] is False and one["iterations"] == 1
+    one = EnhanceOptions.parse(given)
+    assert one == EnhanceOptions.parse(json.dumps(given)) == EnhanceOptions(scorer="a.b", rounds=3)
+    assert one.own_responses is True and one.keep_old is False and one.iterations == 1
 
 
 def test_old_samples_are_kept_and_iterations_lengthen_a_round(inputs, tmp_path):
@@ -337,17 +337,15 @@ def test_lora_goes_on_with_the_same_adapter(inputs, finished_lora):
     torch.testing.assert_close(change, scale * b @ a, rtol=1e-4, atol=1e-6)
 
 
-def test_a_method_with_a_reference_takes_the_start_of_the_round(inputs, tmp_path, monkeypatch):
-    """Its first loss of every round is the closed form at policy = reference."""
-    (tmp_path / "looped.py").write_text(
-        "from dataclasses import dataclass\nfrom trainers import DPOConfig, DPOTrainer\n"
-        "@dataclass\nclass LoopedConfig(DPOConfig):\n    self_enhance: dict | str | None = None\n"
-        "class LoopedTrainer(DPOTrainer):\n    config_class = LoopedConfig\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    argv = arguments(inputs, tmp_path / "out", lora=True, trainer="looped.LoopedTrainer")
-    at = argv.index("--temperature")
-    train.main([*argv[:at], *argv[at + 2 :]])
+def test_any_method_goes_in_rounds_and_takes_the_start_of_the_round_for_its_reference(inputs, tmp_path):
+    """From Python; the first loss of every round is the closed form at policy = reference."""
+    args = DPOConfig(
+        output_dir=str(tmp_path / "out"), self_enhance=OPTIONS, use_cpu=True, report_to="none", learning_rate=0.01,
+        num_train_epochs=2, per_device_train_batch_size=1, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    data = {"train": Dataset.from_list(ROWS[:4]), "test": Dataset.from_list(ROWS[4:])}
+    DPOTrainer.run(args, data, str(inputs / "model"), peft_config=adapter)
     for index in (0, 1):
         state = json.loads((tmp_path / f"out/round-0{index}/checkpoint/trainer_state.json").read_text())
         losses = [log["loss"] for log in state["log_history"] if "loss" in log]

@@ -34,7 +34,8 @@ def arguments(tmp_path, *flags, **keys):
 
 
 def read(tmp_path, *flags, split="train", **keys):
-    found = train.load_split(*arguments(tmp_path, *flags, **keys), split)
+    data, args = arguments(tmp_path, *flags, **keys)
+    found = data.load(args, split)
     return None if found is None else [row["prompt"].strip() for row in found]
 
 
@@ -84,7 +85,7 @@ def test_each_data_set_has_its_format(tmp_path):
     ]}  # fmt: skip
     names = [write(tmp_path / "a.jsonl", rows("a", 1)), write(tmp_path / "b.jsonl", [row])]
     data, args = arguments(tmp_path, dataset_name=names, data_format=["pairs", "ultrafeedback"], as_chat=True)
-    found = train.load_split(data, args, "train")
+    found = data.load(args, "train")
     assert found["scores"][:] == [[1.0, 0.0], [1.0, 2.0]]
     assert [prompt[0]["content"] for prompt in found["prompt"]] == ["a0 ", "q"]
     with pytest.raises(ValueError, match="b.jsonl differs from the data sets before it .* With as_chat"):

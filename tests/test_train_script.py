@@ -93,14 +93,6 @@ def test_a_finished_run_of_other_settings_is_no_finished_run(changes, told, inpu
     assert contents(tmp_path) == before and "is finished" not in capsys.readouterr().out
 
 
-def test_a_finished_run_is_known_without_its_weights(inputs, tmp_path, capsys, monkeypatch):
-    common = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-    run(inputs, tmp_path, **common)
-    monkeypatch.setattr("trainers.forward.policy.load_policy", None)
-    run(inputs, tmp_path, resume_from_checkpoint=True, **common)
-    assert "is finished: nothing is trained" in capsys.readouterr().out
-
-
 def test_an_adapter_folder_is_gone_on_with_and_described(inputs, tmp_path, capsys):
     run(inputs, tmp_path / "first", use_peft=True, lora_r=4, lora_target_modules=".*q_proj")
     common = {"model_name_or_path": tmp_path / "first"}
@@ -139,7 +131,7 @@ def test_zero_on_cpus_names_what_compiling_needs_before_anything_is_loaded(asked
     if asked == "launcher":
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", CPU_Accelerator)
-    monkeypatch.setattr(train, "load_split", lambda *args: pytest.fail("rows were read"))
+    monkeypatch.setattr(train.DataArguments, "load", lambda *args: pytest.fail("rows were read"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "my-compiler")
     monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))

@@ -16,9 +16,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from . import rounds
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
+from .data.load import load_split, name_of
 from .finite import check_finite
 from .forward import policy as policies
 from .forward.identity import start_of_run
@@ -30,7 +32,15 @@ from .forward.safe_files import refuse_pickled_code
 from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
-from .runs.checkpoints import begin_checkpoint, check_checkpoint, last_checkpoint, lost_weights
+from .runs.checkpoints import (
+    begin_checkpoint,
+    check_checkpoint,
+    checkpoint_to_resume,
+    has_ended,
+    last_checkpoint,
+    lost_weights,
+    refuse_other_run,
+)
 from .runs.settings import rows_digest, run_settings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +75,6 @@ class PreferenceTrainer(Trainer):
     columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
-    resumes_by_itself: bool = False  # whether `train` goes on from output_dir without being told of a checkpoint
     unsupported_engines: tuple[str, ...] = ()  # of "fsdp" and "zero3": where a run is refused
 
     def __init__(
@@ -153,6 +162,66 @@ class PreferenceTrainer(Trainer):
         self._untouched = True  # whether the policy is as it was given
         self.add_callback(_Beginning(self))
         self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
+
+    @classmethod
+    def run(
+        cls,
+        args: PreferenceConfig,
+        data,
+        model: str,
+        *,
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ) -> "PreferenceTrainer | None":
+        """Train, evaluate, and write model, metrics and model card to `args.output_dir`: what the launcher calls.
+
+        It goes on from the checkpoint that `args.resume_from_checkpoint` names (true: the last whole one, if there is
+        one), and leaves a finished run as it is. With `args.self_enhance` it trains in rounds (rounds.py).
+
+        Args:
+            data: splits, `{"train": rows, "test": rows}`, of which "test" may be missing; or `DataArguments`.
+            model: path or hub id, loaded with `args.model_init_kwargs`.
+
+        Returns:
+            the trainer; None for a run that was finished before, and for rounds, each of which has a trainer of its
+            own. The model lies in `args.output_dir` in any case.
+
+        Raises:
+            ValueError: `output_dir` holds a run with other settings; the message names them.
+        """
+        loading = {"quantization_config": quantization_config, "peft_config": peft_config}
+        splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
+        if args.self_enhance is not None:
+            rounds.run(cls, args, model, dataset=name_of(data), **splits, **loading)
+            return None
+        rounds.refuse_folder_of_rounds(args.output_dir)
+        checkpoint = checkpoint_to_resume(args)
+        trainer = cls(model, args=args, **splits, **loading)
+        if checkpoint is not None and has_ended(args, checkpoint):
+            refuse_other_run(checkpoint, trainer.run_settings())
+            if args.process_index == 0:
+                print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
+            return None
+        trainer.train_and_save(checkpoint, name_of(data))
+        return trainer
+
+    def train_and_save(self, checkpoint: str | None = None, dataset: str | list[str] | None = None) -> None:
+        """Train from `checkpoint` or from the start, evaluate, and write everything to `args.output_dir`.
+
+        `dataset` names the data on the model card, which is written last and says that the run is finished.
+        """
+        result = self.train(resume_from_checkpoint=checkpoint)
+        self.log_metrics("train", result.metrics)
+        self.save_metrics("train", result.metrics)
+        self.save_model()  # before the evaluation, which may cast the weights
+        if self.eval_dataset is not None:
+            metrics = self.evaluate()
+            self.log_metrics("eval", metrics)
+            self.save_metrics("eval", metrics)
+        self.save_state()
+        self.create_model_card(dataset=dataset)
+        if self.args.push_to_hub:
+            self.push_to_hub(dataset=dataset)
 
     # What a method writes or overrides.
 
@@ -397,8 +466,13 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`);
-                no weight of the policy is trainable.
+                no weight of the policy is trainable; `self_enhance` is set, whose rounds `run` starts.
         """
+        if self.args.self_enhance is not None:
+            raise ValueError(
+                "self_enhance trains in rounds, each with a trainer of its own: start them with "
+                f"{type(self).__name__}.run(args, data, model), or leave it out."
+            )
         policies.refuse_frozen(self.model)
         self._settings = self.run_settings()
         if resume_from_checkpoint is True:

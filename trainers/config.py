@@ -130,6 +130,11 @@ class PreferenceConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keywords for from_pretrained when the model is given as a path."
     )
+    self_enhance: dict[str, Any] | str | None = option(
+        None,
+        "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, ...} "
+        "(trainers/generation/options.py), as JSON on the command line.",
+    )
 
     def __post_init__(self):
         self.model_init_kwargs = _keywords("model_init_kwargs", self.model_init_kwargs)

@@ -8,18 +8,16 @@ Its self-enhancement (Evolve and Iterate) is `self_enhance`; the loop itself is 
 Left out: `sft_target` "chosen" (rows name no chosen response beside the scores) and division by the padded width.
 """
 
-import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .base import PreferenceTrainer
 from .config import PreferenceConfig, option
-from .generation.options import EnhanceOptions
 from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
@@ -63,16 +61,6 @@ class LIREConfig(PreferenceConfig):
         0.0, "Weight of the negative log-likelihood of the best response; 0 for none.", at_least=0
     )
     sft_reduction: str = option("mean", "Sum or mean over the tokens in the SFT term.", choices=["sum", "mean"])
-    self_enhance: dict[str, Any] | str | None = option(
-        None,
-        "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, ...} "
-        "(trainers/generation/options.py), as JSON on the command line.",
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.self_enhance is not None:
-            self.self_enhance = dataclasses.asdict(EnhanceOptions.parse(self.self_enhance))
 
 
 def lire_loss(
@@ -228,19 +216,6 @@ class LIRETrainer(PreferenceTrainer):
     paper = ("LIRE: listwise reward enhancement for preference alignment", "2405.13516")
     needs_reference = False
     _warned = False
-
-    def train(self, *arguments, **keywords):
-        """As `Trainer.train`.
-
-        Raises:
-            ValueError: `self_enhance` is set, whose rounds are run by the launcher and not by one trainer.
-        """
-        if self.args.self_enhance is not None:
-            raise ValueError(
-                "self_enhance trains in rounds, each with a trainer of its own: run the recipe with scripts/train.py, "
-                "or leave it out."
-            )
-        return super().train(*arguments, **keywords)
 
     def loss(self, batch, policy, reference):
         args, scores, mask = self.args, batch["scores"], batch["mask"]

@@ -16,6 +16,7 @@ so it depends on nothing but the files of the round before. A method with a refe
 each round for it, not the model of the first one.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -23,17 +24,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
+from .forward.policy import load_tokenizer
 from .generation.collect import check_settings, collect_samples, collect_scores, open_folder, summarize
 from .generation.options import EnhanceOptions
 from .generation.rewards import completion_text
 from .generation.sampler import Sample, SamplingConfig
-from .generation.scorer import load_scorer
+from .generation.scorer import check_scorer, load_scorer
+from .generation.start import load_for_sampling, load_start
+from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
 from .runs.processes import Processes, uses_fsdp
-from .runs.settings import digest, training_settings
+from .runs.settings import digest, policy_settings, training_settings
 from .runs.stage import train_into
 from .statistics import bootstrap_interval
 
@@ -42,6 +48,58 @@ OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
 WAYS_OUT = "choose another output_dir"
+
+
+def run(
+    trainer_class, args, model: str, train_dataset: Dataset, eval_dataset: Dataset | None = None, *,
+    dataset=None, quantization_config=None, peft_config=None,
+) -> None:  # fmt: skip
+    """Train `model` in rounds in `args.output_dir`; `PreferenceTrainer.run` calls it where `self_enhance` is set.
+
+    Args:
+        trainer_class: subclass of `PreferenceTrainer`, of which each round has an instance of its own.
+        model: path or hub id.
+        dataset: name of the data for the model cards.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or something cannot be done in rounds.
+    """
+    refuse_unsupported(args)
+    options = EnhanceOptions.parse(args.self_enhance)
+    check_scorer(options.scorer)  # before anything is sampled for it
+    rows, held_out = list(train_dataset or []), list(eval_dataset or [])
+    for row in [*rows, *held_out]:
+        refuse_template_options(row)
+
+    def load(start: Path | None) -> tuple:
+        return load_for_sampling(model, start, args, dtype=options.dtype, quantization_config=quantization_config)
+
+    def train(rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
+        keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        policy = load_start(model, start, trainable=True, **keywords)
+        trainer = trainer_class(
+            policy,
+            args=round_arguments(args, options.iterations, index, folder),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=eval_dataset,
+            peft_config=peft_config if start is None else None,
+            processing_class=load_tokenizer(policy),
+        )
+        trainer.train_and_save(last_checkpoint(folder), dataset)
+
+    loaded = policy_settings(model, quantization_config, peft_config)
+    settings = run_settings(args, rows, held_out, trainer=trainer_class.__name__, **loaded)
+    Loop(options, rows, args.output_dir, settings, load, train, held_out, seed=args.seed).run()
+
+
+def round_arguments(args, iterations: int, index: int, folder: Path):
+    """The training arguments of a round: its own folder and order of the rows, `iterations` times the length."""
+    own = copy.copy(args)
+    own.output_dir, own.seed, own.model_init_kwargs = str(folder), args.seed + index, None
+    own.self_enhance = None
+    own.num_train_epochs = args.num_train_epochs * iterations
+    own.max_steps = args.max_steps * iterations if args.max_steps > 0 else args.max_steps
+    return own
 
 
 @dataclass

@@ -85,6 +85,34 @@ class DataArguments:
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * len(self.names)
 
+    def load(self, args, name: str) -> Dataset | None:
+        """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
+        training = name == "train"
+        splits = self.each("dataset_train_split" if training else "dataset_test_split")
+        formats, configs = self.each("data_format"), self.each("dataset_config")
+        weights = self.dataset_weights if training else None
+        limit = self.max_train_rows if training else None
+        chosen = [i for i, split in enumerate(splits) if split]
+        alone = len(chosen) == 1 and weights is None
+        with args.main_process_first(desc=f"reading {self.dataset_name}"):
+            parts = [
+                load_preferences(
+                    self.names[i],
+                    split=splits[i],
+                    data_format=formats[i],
+                    as_chat=args.as_chat,
+                    invalid_rows=args.invalid_rows,
+                    num_proc=args.dataset_num_proc,
+                    max_rows=limit if alone else None,
+                    **({"name": configs[i]} if configs[i] else {}),
+                )
+                for i in chosen
+            ]
+            if alone or not parts:
+                return parts[0] if parts else None
+            names, weights = ([values[i] for i in chosen] if values else None for values in (self.names, weights))
+            return mix(parts, names, weights, seed=args.seed, max_rows=limit)
+
 
 def _weight(value) -> float:
     try:
@@ -128,32 +156,3 @@ def set_model_options(args, model: ModelArguments) -> None:
 def _say_once(line: str) -> None:
     """Several runs of one process have it in common."""
     print(line, flush=True)
-
-
-def load_split(data: DataArguments, args, name: str) -> Dataset | None:
-    """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
-    training = name == "train"
-    splits = data.each("dataset_train_split" if training else "dataset_test_split")
-    formats, configs = data.each("data_format"), data.each("dataset_config")
-    weights = data.dataset_weights if training else None
-    limit = data.max_train_rows if training else None
-    chosen = [i for i, split in enumerate(splits) if split]
-    alone = len(chosen) == 1 and weights is None
-    with args.main_process_first(desc=f"reading {data.dataset_name}"):
-        parts = [
-            load_preferences(
-                data.names[i],
-                split=splits[i],
-                data_format=formats[i],
-                as_chat=args.as_chat,
-                invalid_rows=args.invalid_rows,
-                num_proc=args.dataset_num_proc,
-                max_rows=limit if alone else None,
-                **({"name": configs[i]} if configs[i] else {}),
-            )
-            for i in chosen
-        ]
-        if alone or not parts:
-            return parts[0] if parts else None
-        names, weights = ([values[i] for i in chosen] if values else None for values in (data.names, weights))
-        return mix(parts, names, weights, seed=args.seed, max_rows=limit)

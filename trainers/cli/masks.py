@@ -27,7 +27,7 @@ from ..pages import page, plots
 from ..precision import settle_dtype
 from ..runs.checkpoints import last_checkpoint
 from ..sparsepo.learned import read_heads
-from .arguments import DataArguments, ModelArguments, load_split
+from .arguments import DataArguments, ModelArguments
 
 MAPS: dict[str, Callable[[dict], list[float]]] = {  # title: the values of the tokens from their terms
     "reward mask m_u": lambda v: v["reward_mask"],
@@ -74,7 +74,7 @@ def write_report(argv: list[str]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir, args.model_init_kwargs, args.precompute_ref_logps = scratch, None, False
         args.push_to_hub, args.report_to, args.invalid_rows = False, [], "error"
-        trainer = load_trainer(args, model, folder, load_split(data, args, show.split).select(show.rows))
+        trainer = load_trainer(args, model, folder, data.load(args, show.split).select(show.rows))
         parts = [
             part for n, row in zip(show.rows, trainer.eval_dataset, strict=True) for part in row_parts(trainer, n, row)
         ]

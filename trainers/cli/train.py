@@ -5,9 +5,7 @@ same name on the command line wins. `--config` takes several files, of which a l
 `trainers` or any dotted import path.
 """
 
-import copy
 import importlib
-import json
 import os
 import shlex
 import shutil
@@ -18,24 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from datasets import Dataset
-from peft import PeftModel
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
-from .. import rounds as enhance
-from ..data.rows import refuse_template_options
-from ..estimate import plan_from_environment
-from ..forward.policy import load_tokenizer, set_pad_token
-from ..generation.options import EnhanceOptions
-from ..generation.scorer import check_scorer
-from ..generation.start import load_for_sampling, load_start
-from ..inputs import prepare_rows
-from ..runs.checkpoints import last_checkpoint, refuse_other_run, was_loaded_alike
-from ..runs.settings import model_fingerprint, rows_digest, run_settings
-from .arguments import DataArguments, ModelArguments, load_split, set_model_options
+from .arguments import DataArguments, ModelArguments, set_model_options
 from .config_files import check_keys, read_files
-from .dry_run import build_model, describe
+from .dry_run import describe
 
 
 def main(argv: list[str]) -> None:
@@ -47,11 +33,17 @@ def main(argv: list[str]) -> None:
         raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
     set_model_options(args, model)
     if data.dry_run:
-        report = describe(trainer_class, data, args, model, load=lambda name: load_split(data, args, name))
+        report = describe(trainer_class, data, args, model, load=lambda name: data.load(args, name))
         if args.process_index == 0:
             print(report)
         return
-    train(trainer_class, data, args, model)
+    trainer_class.run(
+        args,
+        data,
+        model.model_name_or_path,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
 
 
 def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:
@@ -109,94 +101,6 @@ def refuse_missing_compiler() -> None:
         )
 
 
-def train(trainer_class: type[PreferenceTrainer], data: DataArguments, args, model: ModelArguments) -> None:
-    """Load, train, evaluate and save model, tokenizer, config, metrics and model card; in rounds if that is asked."""
-    if run_stages := getattr(trainer_class, "run_stages", None):  # a method whose recipe is more than one training
-        own = {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
-        run_stages(args, data, model, fit=lambda trainer, checkpoint: fit(trainer, data, checkpoint), **own)
-        return
-    splits = {name: load_split(data, args, name) for name in ("train", "test")}
-    if getattr(args, "self_enhance", None):  # a field of the methods that can be trained in rounds
-        train_in_rounds(trainer_class, data, args, model, splits)
-        return
-    enhance.refuse_folder_of_rounds(args.output_dir)
-    checkpoint = _checkpoint(args, trainer_class)
-    if checkpoint and _ended(args, checkpoint) and _is_same_run(trainer_class, args, model, splits, checkpoint):
-        if args.process_index == 0:
-            print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
-        return
-    trainer = trainer_class(
-        model.model_name_or_path,
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["test"],
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
-    fit(trainer, data, checkpoint)
-
-
-def fit(trainer: PreferenceTrainer, data: DataArguments, checkpoint: str | None) -> None:
-    """Train from `checkpoint` or from the start, evaluate, and write everything to the trainer's output folder."""
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_model()  # before the evaluation, which may cast the weights
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_state()
-    trainer.create_model_card(dataset=data.dataset_name)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset=data.dataset_name)
-
-
-def train_in_rounds(trainer_class, data: DataArguments, args, model: ModelArguments, splits: dict) -> None:
-    """Self-enhancement: `fit` once per round on scored samples of the policy that the round before left.
-
-    A method with a reference takes the policy at the start of the round for it.
-    """
-    enhance.refuse_unsupported(args)
-    options = EnhanceOptions.parse(args.self_enhance)
-    check_scorer(options.scorer)  # before anything is sampled for it
-    name, quantization = model.model_name_or_path, get_quantization_config(model)
-    rows, held_out = (list(splits[split] or []) for split in ("train", "test"))
-    for row in [*rows, *held_out]:
-        refuse_template_options(row)
-
-    def load(start: Path | None) -> tuple:
-        return load_for_sampling(name, start, args, dtype=options.dtype, quantization_config=quantization)
-
-    def train_round(rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
-        keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization}
-        policy = load_start(name, start, trainable=True, **keywords)
-        trainer = trainer_class(
-            policy,
-            args=round_arguments(args, options.iterations, index, folder),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=splits["test"],
-            peft_config=get_peft_config(model) if start is None else None,
-            processing_class=load_tokenizer(policy),
-        )
-        fit(trainer, data, last_checkpoint(folder))
-
-    more = {f"model.{field}": value for field, value in vars(model).items()}
-    more |= {"trainer": data.trainer, "model files": model_fingerprint(name)}
-    settings = enhance.run_settings(args, rows, held_out, **more)
-    enhance.Loop(options, rows, args.output_dir, settings, load, train_round, held_out, seed=args.seed).run()
-
-
-def round_arguments(args, iterations: int, index: int, folder: Path):
-    """The training arguments of a round: its own folder and order of the rows, `iterations` times the length."""
-    own = copy.copy(args)
-    own.output_dir, own.seed, own.model_init_kwargs = str(folder), args.seed + index, None
-    own.self_enhance = None
-    own.num_train_epochs = args.num_train_epochs * iterations
-    own.max_steps = args.max_steps * iterations if args.max_steps > 0 else args.max_steps
-    return own
-
-
 def find_trainer(name: str) -> type[PreferenceTrainer]:
     """`SWEPOTrainer` or `my_lab.dro.DROTrainer` -> the class.
 
@@ -243,61 +147,6 @@ def _write(found: dict[str, tuple], folder: str) -> str:
     path = Path(folder, "config.yaml")
     path.write_text(yaml.safe_dump({key: value for key, (value, _) in found.items()}, sort_keys=False))
     return str(path)
-
-
-def _ended(args, checkpoint: str) -> bool:
-    """Whether the run was written to its end, the model card last, and `checkpoint` is that of its last step."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    if args.max_steps > 0:
-        trained = state["global_step"] >= args.max_steps
-    else:
-        trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
-    return trained and (Path(args.output_dir) / "README.md").is_file()
-
-
-def _is_same_run(trainer_class, args, model: ModelArguments, splits: dict, checkpoint: str) -> bool:
-    """Whether a run that ended is this one, as far as can be told without its weights.
-
-    It is not where the model has another path or was loaded in another way: then the weights must be looked at.
-
-    Raises:
-        ValueError: method, settings, adapter or rows are others; the message names what differs.
-    """
-    policy = build_model(model, args, plan_from_environment(os.environ))
-    tokenizer = load_tokenizer(policy, args.model_init_kwargs)
-    set_pad_token(tokenizer, args.pad_token)
-    rows = prepare_rows(splits["train"], tokenizer, args)
-    adapter = policy.active_peft_config if isinstance(policy, PeftModel) else None
-    own = {"trainer": trainer_class.__name__, "training rows": rows_digest(rows)}
-    refuse_other_run(checkpoint, run_settings(args, length=False, adapter=adapter, **own))
-    return was_loaded_alike(checkpoint, policy.config.name_or_path, args.model_init_kwargs)
-
-
-def _checkpoint(args, trainer_class: type[PreferenceTrainer]) -> str | None:
-    """`resume_from_checkpoint: true` takes the last complete checkpoint of the output folder, if there is one."""
-    wanted = args.resume_from_checkpoint
-    if str(wanted).lower() in ("none", "false", ""):
-        return None
-    last = str(wanted).lower() in ("true", "last")
-    if trainer_class.resumes_by_itself:
-        if not last:
-            raise ValueError(
-                f"resume_from_checkpoint={wanted!r} cannot be used with {trainer_class.__name__}, which finds in "
-                "output_dir what is done: leave the option out, and give the output_dir of the run to go on with."
-            )
-        return None
-    if last:
-        found = last_checkpoint(args.output_dir)
-        if found is None and args.process_index == 0:
-            print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
-        return found
-    if not Path(wanted).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint={wanted!r} is not a folder: name a checkpoint, or true for the last."
-        )
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={wanted!r} was not saved to its end: name another, or true.")
-    return wanted
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..emdpo.scoring import item_logps
 from ..emdpo.tables import read_json
 from ..runs.files import write_atomic, write_json
 from ..statistics import FEWEST, about_intervals, bootstrap_interval
-from .arguments import DataArguments, ModelArguments, load_split, set_model_options
+from .arguments import DataArguments, ModelArguments, set_model_options
 
 
 def main(argv: list[str]) -> dict:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> dict:
     if args.initial_posterior is not None:
         raise ValueError("initial_posterior is for one number of types: use another init to compare several.")
     set_model_options(args, model)
-    rows = load_split(data, args, "train")
+    rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
     inside = np.array([name in held_out for name in rows["annotator"]])
     splits = rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))

@@ -92,6 +92,11 @@ def load_split(data: Mapping[str, Dataset] | Splits, args: TrainingArguments, na
     return data.get(name) if isinstance(data, Mapping) else data.load(args, name)
 
 
+def name_of(data) -> str | list[str] | None:
+    """What a model card calls the `data` of `load_split`; a mapping has no name."""
+    return None if isinstance(data, Mapping) else data.dataset_name
+
+
 def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     """The name of the format that `data_format="auto"` would read the data as; arguments as in `load_preferences`.
 

@@ -108,9 +108,9 @@ class EMDPOConfig(PreferenceConfig):
                 "start_from='previous' starts from a policy that was trained on the half that score_on='heldout_half' "
                 "holds out next: set start_from to 'reference', or score_on to 'train'."
             )
-        for name in ("load_best_model_at_end", "push_to_hub"):
+        for name in ("load_best_model_at_end", "push_to_hub", "self_enhance"):
             if getattr(self, name):
-                raise ValueError(f"{name} does not work with EM-DPO, which has several policies: set it to false.")
+                raise ValueError(f"{name} does not work with EM-DPO, which has several policies: leave it out.")
 
     @property
     def demands(self) -> Demands:

@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
+from ..data.load import load_split, name_of
 from ..forward.cache import reference_fingerprint
 from ..generation.collect import check_settings
 from ..generation.start import load_start
@@ -72,7 +73,6 @@ class EMDPOTrainer(TypePolicyTrainer):
         ValueError: what EM cannot do, before anything is trained.
     """
 
-    resumes_by_itself = True
     unsupported_engines = ("fsdp",)
 
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
@@ -106,6 +106,15 @@ class EMDPOTrainer(TypePolicyTrainer):
         self.policies: list[Path] = []
 
     # What the user calls.
+
+    @classmethod
+    def run(cls, args: EMDPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> "EMDPOTrainer":
+        """As `PreferenceTrainer.run`; what is done is found in `args.output_dir`, so no checkpoint need be named."""
+        train_dataset, eval_dataset = (load_split(data, args, name) for name in ("train", "test"))
+        loading = {"quantization_config": quantization_config, "peft_config": peft_config}
+        trainer = cls(model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **loading)
+        trainer.train_and_save(dataset=name_of(data))
+        return trainer
 
     def train(self, resume_from_checkpoint=None, **kwargs) -> TrainOutput:
         """Runs the rounds that are not done yet. `resume_from_checkpoint` is not needed: the folder says what is done.

@@ -63,6 +63,31 @@ def _saved(checkpoint: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """What `args.resume_from_checkpoint` names; true is the last whole checkpoint of `output_dir`, if there is one."""
+    wanted = str(args.resume_from_checkpoint)
+    if wanted.lower() in ("none", "false", ""):
+        return None
+    if wanted.lower() not in ("true", "last"):
+        return wanted
+    last = last_checkpoint(args.output_dir)
+    if last is None and args.process_index == 0:
+        print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
+    return last
+
+
+def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
+    """Whether a run was written to its end, the model card last, and `checkpoint` is that of its last step."""
+    if not is_complete(checkpoint):
+        return False
+    state = json.loads((Path(checkpoint) / STATE).read_text())
+    if args.max_steps > 0:
+        trained = state["global_step"] >= args.max_steps
+    else:
+        trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+    return trained and (Path(args.output_dir) / "README.md").is_file()
+
+
 # What is in them.
 
 
@@ -76,12 +101,6 @@ def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments, *, m
     folder.mkdir(parents=True, exist_ok=True)
     loaded = {"model": model, "model_init_kwargs": plain(args.model_init_kwargs)}
     (folder / SETTINGS).write_text(json.dumps({"processes": processes, **loaded, "settings": settings}, indent=1))
-
-
-def was_loaded_alike(checkpoint: str | Path, model: str, init_kwargs: dict | None) -> bool:
-    """Whether the run of a checkpoint read its model from this path with these keywords."""
-    saved = _saved(Path(checkpoint)) or {}
-    return saved.get("model") == model and saved.get("model_init_kwargs") == plain(init_kwargs)
 
 
 # Whether one fits.

@@ -71,6 +71,13 @@ def run_settings(
     return plain(settings | more)
 
 
+def policy_settings(model: str, quantization_config=None, peft_config=None) -> dict:
+    """The policy that a run starts from: its files, how they are quantised, and the adapter on top."""
+    quantization = None if quantization_config is None else quantization_config.to_dict()
+    start = {"model": model, "model files": model_fingerprint(model), "quantization_config": quantization}
+    return run_settings(adapter=peft_config, **start)
+
+
 def refuse_other_settings(source: str | Path, before: dict, now: dict, *, ways_out: str) -> None:
     """Compare the settings that something was made with and those of this run.
 

@@ -193,6 +193,8 @@ class SGPOConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.self_enhance is not None:
+            raise ValueError("self_enhance has no effect on SGPO, which has rounds of its own: leave it out.")
         self.sampling = dataclasses.asdict(Sampling.parse("sampling", self.sampling))
         self.revision = dataclasses.asdict(Sampling.parse("revision", self.revision, **_revision(self.sampling)))
         self.improver = self._defaults()["improver"] | _stage_options("improver", self.improver or {})

@@ -23,11 +23,6 @@ ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"
 # Fields that are no part of what a training depends on, or that stages name among their own settings: in the training
 # arguments' own words the pad token is masked like a secret.
 FREE = (*OF_STAGES, "pad_token")
-# What of the model's options decides how weights are read.
-LOADING = (
-    "model.dtype", "model.attn_implementation", "model.model_revision", "model.load_in_8bit", "model.load_in_4bit",
-    "model.bnb_4bit_quant_type", "model.use_bnb_nested_quant", "model.bnb_4bit_quant_storage",
-)  # fmt: skip
 OF_DPO = ("sft_weight", "ref", "beta", "pairs", "label_smoothing", "learning_rate", "num_train_epochs", "max_length")
 
 
@@ -43,8 +38,8 @@ class Run:
         train_dpo: (pairs, start folder or None, reference, folder, seed) trains and leaves the model in folder;
             `reference` is () for the start itself, or (folder or None,) for a model of its own. It must resume from
             `last_checkpoint(folder)`.
-        model_settings: what else decides about weights, such as the adapter's options; those in `LOADING` decide
-            about samples as well.
+        model_settings: what else decides about weights: quantisation, which decides about samples as well, and the
+            adapter's options.
     """
 
     args: SGPOConfig
@@ -100,8 +95,11 @@ class Run:
 
     def loaded(self) -> dict:
         """Settings of how models and tokenizer are read."""
-        found = {name: value for name, value in self.model_settings.items() if name in LOADING}
-        return found | {"model_init_kwargs": self.args.model_init_kwargs, "padding token": self.args.pad_token}
+        return {
+            "quantization_config": self.model_settings["quantization_config"],
+            "model_init_kwargs": self.args.model_init_kwargs,
+            "padding token": self.args.pad_token,
+        }
 
     def sampled(self, *names: str) -> dict:
         """Settings of `sampling` or `revision`, or both; the batch size changes no sample."""

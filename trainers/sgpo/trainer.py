@@ -4,7 +4,7 @@ Paper: "SGPO: Self-Generated Preference Optimization based on Self-Improver", ar
 reconstruction from the abstract and the figure caption: neither the paper's text nor its code was available to us, so
 every template, filter, hyper-parameter and equation beyond DPO is ours. docs/results/sgpo.md lists what is unknown.
 
-`SGPOTrainer` is the DPO stage. `run_stages`, which scripts/train.py calls, runs all stages; their parts are in
+`SGPOTrainer` is the DPO stage. `SGPOTrainer.run`, which the launcher calls, runs all stages; their parts are in
 this folder: prompts, filters, reviser, improver training, stages on disk, what is watched.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor
 
+from ..data.load import name_of
 from ..dpo import DPOTrainer, dpo_loss
 from ..forward.policy import load_tokenizer
 from ..forward.run import agreement
@@ -20,6 +21,7 @@ from ..generation.start import load_start
 from ..metrics import best_and_worst
 from ..rounds import refuse_unsupported
 from ..runs.checkpoints import last_checkpoint
+from ..runs.settings import policy_settings
 from .checks import check_models, refuse_options, refuse_vllm
 from .config import SGPOConfig
 from .data import read_rows, without
@@ -73,7 +75,7 @@ class SGPOTrainer(DPOTrainer):
     """The DPO stage of SGPO: rows of an improved response over the response it was made of.
 
     The prompt is the plain one on both sides, and the reference is the policy as it starts: the improver's checkpoint.
-    From Python it trains on pairs that are there already; the stages that make them are run by scripts/train.py.
+    From Python it trains on pairs that are there already; `run` makes them.
 
     Raises:
         ValueError: an option of the other stages is set, which would have no effect, or `ref` is `initial` without a
@@ -148,12 +150,8 @@ class SGPOTrainer(DPOTrainer):
         ]
 
     @classmethod
-    def run_stages(cls, args: SGPOConfig, data, model, *, fit, quantization_config=None, peft_config=None) -> None:
-        """All stages from one recipe, in `args.output_dir`; called by scripts/train.py.
-
-        Args:
-            data, model: the launcher's data arguments and TRL's ModelConfig.
-            fit: (trainer, checkpoint or None) trains, and writes everything to the trainer's output folder.
+    def run(cls, args: SGPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> None:
+        """All stages from one recipe, in `args.output_dir`, where the last model lies in the end.
 
         Raises:
             ValueError: what cannot be run; a stage of other settings; no row is left.
@@ -162,29 +160,28 @@ class SGPOTrainer(DPOTrainer):
         refuse_options(args)
         refuse_vllm(args, full=peft_config is None and quantization_config is None)
         check_models(args)
-        name = model.model_name_or_path
         keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
 
         def load(start: Path | None) -> tuple:
-            return load_start(name, start, trainable=True, **keywords), peft_config if start is None else None
+            return load_start(model, start, trainable=True, **keywords), peft_config if start is None else None
 
         def train_dpo(rows: list[dict], start: Path | None, reference: tuple, folder: Path, seed: int) -> None:
             policy, adapter = load(start)
             trainer = cls(
                 policy,
-                ref_model=load_start(name, *reference, **keywords) if reference else None,
+                ref_model=load_start(model, *reference, **keywords) if reference else None,
                 args=args.of_dpo(folder, seed),
                 train_dataset=Dataset.from_list(rows),
                 peft_config=adapter,
                 processing_class=load_tokenizer(policy),
                 callbacks=[Watch()],
             )
-            fit(trainer, last_checkpoint(folder))
+            trainer.train_and_save(last_checkpoint(folder), name_of(data))
 
         rows, prompts, held_out, conversations = _read_data(args, data)
-        options = {f"model.{field}": value for field, value in vars(model).items()}
+        options = policy_settings(model, quantization_config, peft_config)
         run_stages(Run(
-            args, name, rows, prompts, held_out, conversations, load, train_dpo, options, quantization_config,
+            args, model, rows, prompts, held_out, conversations, load, train_dpo, options, quantization_config,
         ))  # fmt: skip
 
 
