@@ -1,43 +1,30 @@
-"""Memory and time of the recipes in configs/ultrafeedback, as `--dry_run` reckons them: the tables of docs/scale.md.
+"""Memory of the recipes in configs/ultrafeedback, as `--dry_run` reckons it: the tables of docs/scale.md.
 
-    python scripts/scale_table.py                # prints them
-    python scripts/scale_table.py --write        # puts them into docs/scale.md
+    python -m benchmarks.scale_table             # prints them
+    python -m benchmarks.scale_table --write     # puts them into docs/scale.md
 
 Needs neither weights nor data: the shapes of the two models stand here, and the lengths of the rows are drawn to have
 about the means of a sample of UltraFeedback (prompts 180 tokens, responses 272).
 """
 
-import argparse
 import json
 import random
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
 from trainers.cli import train
-from trainers.cli.dry_run import bits, build_model, passes, run_facts
-from trainers.data.budget import Lengths
-from trainers.estimate import (
-    Fed,
-    fed,
-    fed_in_all,
-    forward,
-    hours,
-    memory,
-    plan_batches,
-    read_plan,
-    shape_of,
-    total,
-    work,
-)
+from trainers.cli.dry_run import build_model, cheaper, estimate_of, plan_batches
+from trainers.estimate import read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/scale.md"
+PAGE, BEGIN, END = ROOT / "docs/scale.md", "<!-- tables -->\n", "<!-- end -->"
 COMMON = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "dtype": "bfloat16",
 }  # fmt: skip
-SHAPES = {
+MODELS = {
     "mistral-7b": {**COMMON, "model_type": "mistral", "vocab_size": 32000, "sliding_window": 4096},
     "llama-3-8b": {**COMMON, "model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192},
 }
@@ -48,75 +35,36 @@ METHODS = {
     "swepo": "SWEPO, DPO, Plackett-Luce, InfoNCA, NCA",
     "lire": "LIRE, RRHF",
     "sparsepo": "SparsePO",
-    "emdpo": "EM-DPO, 2 types, 3 rounds",
-    "sgpo": "SGPO, its DPO stage on 19,000 pairs",
+    "emdpo": "EM-DPO, each M-step",
+    "sgpo": "SGPO, its DPO stage",
 }
-IMPOSSIBLE = {("emdpo", "fsdp2"), ("sgpo", "fsdp2"), ("sgpo", "zero3")}
-ROWS, SAMPLE = 63_000, 2_000  # of UltraFeedback after 1 % was set aside; drawn
-PAIRS = 19_000  # of SGPO
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the tables in docs/scale.md")
-    args = parser.parse_args()
-    text = tables()
-    if args.write:
-        before, _, rest = PAGE.read_text().partition("<!-- tables -->\n")
-        PAGE.write_text(f"{before}<!-- tables -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
-    else:
-        print(text)
 
 
 def tables() -> str:
-    """A markdown table per model: GiB at the peak and hours of each method on each hardware."""
-    heads = [f"{hardware}, {engine}" for hardware, engines in HARDWARE.items() for engine in engines]
+    """A markdown table per model: GiB at the peak of each method on each hardware."""
+    columns = [(hardware, engine) for hardware, engines in HARDWARE.items() for engine in engines]
     parts = []
-    for name in SHAPES:
-        lines = [f"| {name} | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for model in MODELS:
+        lines = [f"| {model} | {' | '.join(map(', '.join, columns))} |", f"|---|{'---|' * len(columns)}"]
         for method, title in METHODS.items():
-            lines.append(f"| {title} | {' | '.join(cells(name, method))} |")
+            sizes = [peak(model, hardware, method, engine) for hardware, engine in columns]
+            cells = ["not possible" if size is None else f"{size / 2**30:.0f} GiB" for size in sizes]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def cells(name: str, method: str) -> list[str]:
-    """Peak and hours of a method on all hardware."""
-    found = []
-    for hardware, engines in HARDWARE.items():
-        for engine in engines:
-            found.append("not possible")
-            if (method, engine) not in IMPOSSIBLE:
-                size, time = estimate(name, hardware, method, engine)
-                found[-1] = f"{size / 2**30:.0f} GiB, {time:.{time < 10:d}f} h"
-    return found
-
-
 @cache
-def estimate(name: str, hardware: str, method: str, engine: str) -> tuple[float, float]:
-    """Bytes per GPU for a batch at the 99th percentile, and hours, of one recipe."""
-    trainer_class, data, args, model_args = parse(name, hardware, method)
+def peak(name: str, hardware: str, method: str, engine: str) -> float | None:
+    """Bytes per GPU for a batch at the 99th percentile; None where the method refuses the engine."""
+    trainer_class, _, args, model_args = parse(name, hardware, method)
+    if engine.rstrip("2") in trainer_class.unsupported_engines:
+        return None
     plan = read_plan(str(ROOT / f"configs/accelerate/{engine}.yaml"))
-    shape = shape_on(name, hardware, engine)
-    run, lengths = run_facts(trainer_class, args, shape, plan), draw(args.max_length)
-    count = ROWS
-    if method == "sgpo":
-        count, lengths = PAIRS, [(prompt, responses[:2]) for prompt, responses in lengths]
-    batches = plan_batches(lengths, args, plan.processes)
-    peak = total(memory(shape, cheaper([lengths[i] for i in batches.large]), plan, run))
-    rows, how = fed_in_all(lengths, args.layout), passes(args, trainer_class, batches.per_process)
-    operations = how.training * work(shape, rows, run, reference=how.reference).total
-    operations += how.scoring * forward(shape, rows)
-    speed = {"tflops": data.gpu_tflops, "utilisation": data.utilisation, "processes": plan.processes}
-    return peak, hours(operations * count / SAMPLE, **speed)
-
-
-@cache
-def shape_on(name: str, hardware: str, engine: str):
-    """The shape of a model with what the hardware's recipe trains of it."""
-    _, _, args, model_args = parse(name, hardware, "swepo")
-    plan = read_plan(str(ROOT / f"configs/accelerate/{engine}.yaml"))
-    return shape_of(build_model(model_args, args, plan), bits=bits(model_args))
+    estimate = estimate_of(trainer_class, args, model_args, build_model(model_args, args, plan), plan)
+    lengths = draw(args.max_length, 2 if method == "sgpo" else 4)
+    _, large, _ = plan_batches(lengths, args, plan.processes)
+    return sum(estimate.memory(cheaper([lengths[i] for i in large])).values())
 
 
 def parse(name: str, hardware: str, method: str):
@@ -128,25 +76,23 @@ def parse(name: str, hardware: str, method: str):
 @cache
 def folder_of(name: str) -> str:
     folder = Path(tempfile.mkdtemp(prefix="scale-"))
-    (folder / "config.json").write_text(json.dumps(SHAPES[name]))
+    (folder / "config.json").write_text(json.dumps(MODELS[name]))
     return str(folder)
 
 
-def cheaper(rows: list[Lengths]) -> Fed:
-    """The micro-batch in the layout that feeds fewer tokens."""
-    return min((fed(rows, shared=shared) for shared in (True, False)), key=lambda found: found.tokens)
-
-
-@cache
-def draw(longest: int) -> list[Lengths]:
-    """Log-normal lengths of prompts with four responses; a prompt and a response have at most `longest` tokens."""
+def draw(longest: int, responses: int) -> list[tuple[int, list[int]]]:
+    """Log-normal lengths of 2,000 prompts with responses; a prompt and a response have at most `longest` tokens."""
     source, rows = random.Random(0), []
-    for _ in range(SAMPLE):
+    for _ in range(2000):
         prompt = min(longest // 2, max(8, round(source.lognormvariate(4.75, 0.9))))
-        responses = [max(4, round(source.lognormvariate(5.35, 0.72))) for _ in range(4)]
-        rows.append((prompt, [min(response, longest - prompt) for response in responses]))
+        drawn = [max(4, round(source.lognormvariate(5.35, 0.72))) for _ in range(4)][:responses]
+        rows.append((prompt, [min(response, longest - prompt) for response in drawn]))
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--write"]:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{tables()}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(tables())

@@ -240,6 +240,12 @@ class PreferenceTrainer(Trainer):
         The constructor and `--dry_run` call it.
         """
 
+    @classmethod
+    def planned_rows(cls, args: PreferenceConfig, data) -> tuple[Dataset | None, list[str]]:
+        """What `--dry_run` and `--probe` take for the training rows of a method that makes them itself, and what to
+        know of them; None for those of the data set."""
+        return None, []
+
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
         return self.runner(model, batch)

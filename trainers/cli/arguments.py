@@ -45,17 +45,11 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
     dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "Accelerate file that a dry run estimates memory and time for."}
+        default=None, metadata={"help": "Accelerate file that a dry run estimates memory for."}
     )
-    gpu_tflops: float = field(
-        default=312.0,
-        metadata={
-            "help": "Dense 16-bit peak of one GPU in TFLOP/s, for the time in a dry run: 312 for A100, 989 for H100 "
-            "(SXM), 165 for RTX 4090."
-        },
-    )
-    utilisation: float = field(
-        default=0.3, metadata={"help": "Share of that peak that training reaches, for the time in a dry run."}
+    probe: bool = field(
+        default=False,
+        metadata={"help": "Make a few real steps on the longest and on typical batches: memory, time and advice."},
     )
 
     def __post_init__(self):
@@ -137,11 +131,16 @@ class ModelArguments(ModelConfig):
     )
 
 
-def set_model_options(args, model: ModelArguments) -> None:
-    """The model's options of the command line become keywords of `from_pretrained`, and its dtype a real one."""
+def set_model_options(args, model: ModelArguments, *, planned_for: str | None = None) -> None:
+    """The model's options of the command line become keywords of `from_pretrained`, and its dtype a real one.
+
+    `planned_for` is the accelerate file of a dry run, whose GPUs take the place of this machine.
+    """
     asked = model.dtype
-    # One answer for all processes: their measurements may differ.
-    model.dtype, why = broadcast_object_list([settle_dtype(asked, args.device)])[0]
+    if asked == FAST and planned_for:
+        model.dtype, why = "bfloat16", f"the GPUs of {planned_for} are taken to compute in it"
+    else:  # one answer for all processes: their measurements may differ
+        model.dtype, why = broadcast_object_list([settle_dtype(asked, args.device)])[0]
     if model.dtype != asked and args.process_index == 0:
         _say_once(f"dtype: {model.dtype}, because {why}.")
     args.model_init_kwargs = {

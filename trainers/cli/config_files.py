@@ -2,11 +2,16 @@
 
 import difflib
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+# Keys and flags of older releases, and what to do now.
+DROPPED = dict.fromkeys(
+    ("gpu_tflops", "utilisation"), "hours are no longer reckoned from an assumed speed: --probe measures them."
+)
 ENV = "env"  # a key that TRL's parser knows: environment variables to set
 
 
@@ -40,6 +45,13 @@ def read_files(paths: list[str]) -> dict[str, tuple[Any, str]]:
             raise ValueError(f"--config {path} is not a YAML mapping: write one `field: value` per line.")
         merged |= {str(key): (value, path) for key, value in content.items()}
     return merged
+
+
+def refuse_dropped(names: Iterable[str]) -> None:
+    """Raises ValueError for the name of an option that is no longer there; the message says what to do instead."""
+    for name in names:
+        if name in DROPPED:
+            raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
 
 
 def check_keys(found: dict[str, tuple[Any, str]], classes: list[type]) -> None:

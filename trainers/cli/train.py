@@ -20,7 +20,7 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from .arguments import DataArguments, ModelArguments, set_model_options
-from .config_files import check_keys, read_files
+from .config_files import check_keys, read_files, refuse_dropped
 from .dry_run import describe
 
 
@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
         raise ValueError("model_name_or_path is missing: name a model on the hub or a folder.")
     if not data.dataset_name:
         raise ValueError("dataset_name is missing: name a data set on the hub, a file or a folder.")
-    set_model_options(args, model)
+    set_model_options(args, model, planned_for=data.accelerate_config if data.dry_run else None)
     if data.dry_run:
-        report = describe(trainer_class, data, args, model, load=lambda name: data.load(args, name))
+        report = describe(trainer_class, data, args, model)
         if args.process_index == 0:
             print(report)
         return
@@ -50,6 +50,7 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
     """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
     flags, files = _split_files([part for argument in argv for part in _split_flag(argument)])
     found = read_files(files)
+    refuse_dropped([*found, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
         argv = [*flags, *(["--config", _write(found, folder)] if files else [])]
         parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
