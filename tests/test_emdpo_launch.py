@@ -13,7 +13,7 @@ import processes
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import same, weights
 from trainers.cli import train
-from trainers.forward import cache, reference_pass
+from trainers.forward import cache
 
 
 def arguments(start, output, **changes):
@@ -59,7 +59,7 @@ def die_and_train(phase, count, argv):
     if phase == "m-step":
         transformers.Trainer.training_step = processes.die_after(transformers.Trainer.training_step, count)
     else:
-        reference_pass.WRITE_EVERY = 1
+        cache.WRITE_EVERY = 1
         cache._write = processes.die_after(cache._write, count)
     train.main(argv)
 

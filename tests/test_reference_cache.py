@@ -14,8 +14,8 @@ import processes
 from helpers import build_tokenizer, leave_processes, tiny_llama
 from test_trainer import LORA, config, rows
 from trainers import SWEPOTrainer
-from trainers.forward.cache import LogpsCache, response_keys
-from trainers.forward.reference_pass import StaleCacheError
+from trainers.forward import cache as module
+from trainers.forward.cache import LogpsCache, StaleCacheError, response_keys
 from trainers.inputs import prepare_rows
 
 
@@ -31,9 +31,9 @@ class CountingTrainer(SWEPOTrainer):
     counting = False
 
     def precompute_reference(self):
-        before = dict(self.table.cache.entries)
+        before = dict(self.table.entries)
         super().precompute_reference()
-        self.scored = len(set(self.table.cache.entries) - set(before))
+        self.scored = len(set(self.table.entries) - set(before))
 
 
 def make(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
@@ -183,11 +183,9 @@ def test_the_template_is_part_of_the_key(tmp_path):
 
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
-    import trainers.forward.reference_pass as module
-
     monkeypatch.setattr(module, "WRITE_EVERY", 1)
     calls = []
-    original = module.ReferenceTable._entries
+    original = module.LogpsCache._score
 
     def stop(self, rows, score):
         if len(calls) == 2:
@@ -195,25 +193,25 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, tokenizer, monke
         calls.append(len(rows))
         return original(self, rows, score)
 
-    monkeypatch.setattr(module.ReferenceTable, "_entries", stop)
+    monkeypatch.setattr(module.LogpsCache, "_score", stop)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, tokenizer).train()
-    monkeypatch.setattr(module.ReferenceTable, "_entries", original)
+    monkeypatch.setattr(module.LogpsCache, "_score", original)
     t = make(tmp_path, tokenizer)
-    done = len(t.table.cache.entries)
+    done = len(t.table.entries)
     assert 0 < done < total(rows())
     t.train()
     assert t.scored == total(rows()) - done
-    assert not t.table.cache.parts.exists()
+    assert not t.table.parts.exists()
 
 
 def test_the_file_is_plain_parquet_and_can_be_copied(tmp_path, tokenizer):
     t = make(tmp_path, tokenizer)
     t.train()
-    table = pq.read_table(t.table.cache.path)
+    table = pq.read_table(t.table.path)
     assert table.column_names == ["key", "logps"] and table.num_rows == total(rows())
     (tmp_path / "other").mkdir()
-    t.table.cache.path.rename(tmp_path / "other" / t.table.cache.path.name)
+    t.table.path.rename(tmp_path / "other" / t.table.path.name)
     moved = make(tmp_path, tokenizer, ref_cache_dir=str(tmp_path / "other"))
     moved.train()
     assert moved.scored == 0
@@ -222,7 +220,7 @@ def test_the_file_is_plain_parquet_and_can_be_copied(tmp_path, tokenizer):
 def test_wrong_numbers_in_the_cache_are_found_at_start(tmp_path, tokenizer):
     t = make(tmp_path, tokenizer)
     t.train()
-    path = t.table.cache.path
+    path = t.table.path
     table = pq.read_table(path)
     broken = table.set_column(1, "logps", [[v + 5.0 for v in table["logps"].to_pylist()]])
     pq.write_table(broken, path)
@@ -239,14 +237,14 @@ def test_new_rows_after_the_reference_is_gone_are_refused_with_the_fix(tmp_path,
 
 def prepared(t, n, seed):
     """Further rows for a trainer that is there already."""
-    return t._number_rows(prepare_rows(Dataset.from_list(rows(n, seed=seed)), t.processing_class, t.args))
+    return prepare_rows(Dataset.from_list(rows(n, seed=seed)), t.processing_class, t.args)
 
 
 def test_a_second_training_keeps_the_cached_reference(tmp_path, tokenizer):
     """The policy is at step 0 again, but is not its reference any more."""
     t = make(tmp_path, tokenizer, learning_rate=0.5)
     t.train()
-    cached = dict(t.table.cache.entries)
+    cached = dict(t.table.entries)
     first = [log["loss"] for log in t.state.log_history if "loss" in log]
     t.train()
     second = [log["loss"] for log in t.state.log_history if "loss" in log]
@@ -254,11 +252,11 @@ def test_a_second_training_keeps_the_cached_reference(tmp_path, tokenizer):
     for losses in (first, second):
         online.train()
         assert losses == pytest.approx([log["loss"] for log in online.state.log_history if "loss" in log], rel=1e-4)
-    assert t.table.cache.entries == cached and second[0] != pytest.approx(first[0], abs=1e-3)
+    assert t.table.entries == cached and second[0] != pytest.approx(first[0], abs=1e-3)
     t.train_dataset = prepared(t, 5, seed=9)
     with pytest.raises(ValueError, match="train_dataset or eval_dataset at the start"):
         t.train()
-    assert t.table.cache.entries == cached
+    assert t.table.entries == cached
 
 
 def test_rows_of_a_second_training_are_scored_with_the_reference_that_is_left(tmp_path, tokenizer):
@@ -268,9 +266,9 @@ def test_rows_of_a_second_training_are_scored_with_the_reference_that_is_left(tm
     t.train()
     fresh = make(tmp_path, tokenizer, data=rows(5, seed=9), ref_cache_dir=str(tmp_path / "fresh"))
     fresh.train()
-    expected = fresh.table.cache.entries
-    assert t.scored == len(expected) and expected.items() != t.table.cache.entries.items()
-    assert {key: t.table.cache.entries[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    expected = fresh.table.entries
+    assert t.scored == len(expected) and expected.items() != t.table.entries.items()
+    assert {key: t.table.entries[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_training_that_was_cut_before_its_first_step_can_be_called_again(tmp_path, tokenizer):
@@ -328,14 +326,14 @@ def test_keys_depend_on_prompt_response_and_their_boundary():
     keys = response_keys([1, 2], [[3, 4], [3], [3, 4]])
     assert keys[0] == keys[2] != keys[1]
     assert response_keys([1, 2, 3], [[4]])[0] != keys[0]
-    assert len(set(keys)) == 2 and LogpsCache("nowhere", "x").entries == {}
+    assert len(set(keys)) == 2
 
 
 def check_nodes(folder):
     PartialState(cpu=True)
     for name in ("same", os.environ["RANK"]):
         try:
-            LogpsCache(folder / name, "reference").check_same_everywhere()
+            LogpsCache(folder / name)
             print("OK", flush=True)
         except ValueError as error:
             print("ERROR", error, flush=True)
@@ -345,7 +343,7 @@ def check_nodes(folder):
 @pytest.mark.distributed
 def test_nodes_that_share_no_folder_are_told(tmp_path):
     for folder, keys in {"same": ["a"], "0": ["a"], "1": ["b"]}.items():
-        cache = LogpsCache(tmp_path / folder, "reference")
+        cache = LogpsCache(tmp_path / folder)
         cache.add(dict.fromkeys(keys, -1.0), write=True)
         cache.finish()
     _, output = processes.run(check_nodes, tmp_path, count=2)

@@ -14,7 +14,7 @@ from distributed_matrix import torchrun
 from processes import die_after
 from sgpo_rows import command, finished_run, history, manifest, rows, same, weights
 from trainers.cli import train
-from trainers.forward import cache, reference_pass
+from trainers.forward import cache
 from trainers.generation import collect
 from trainers.sgpo import revisers
 from trainers.sgpo.config import STAGES
@@ -69,7 +69,7 @@ def in_training(count):
 
 
 def in_filter():
-    reference_pass.WRITE_EVERY = 1
+    cache.WRITE_EVERY = 1
     cache._write = die_after(cache._write, 1, lambda *args: True)
 
 

@@ -169,7 +169,7 @@ def test_a_sweep_scores_the_reference_once(tmp_path, tokenizer):
     missing, ends = [], []
     for rate in (1e-3, 1e-1):
         t = trainer(tmp_path / str(rate), tokenizer, eval_data=rows(6), learning_rate=rate, **cached)
-        missing.append(len(t.table.missing()))
+        missing.append(len(t.table.missing([t.train_dataset, t.eval_dataset])))
         t.train()
         ends.append(t.evaluate()["eval_loss"])
     assert missing[0] > 0 and missing[1] == 0 and ends[0] != ends[1]

@@ -23,10 +23,10 @@ from .data.budget import budget_loader
 from .data.load import load_split, name_of
 from .finite import check_finite
 from .forward import policy as policies
-from .forward.identity import start_of_run
+from .forward.cache import LogpsCache
+from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
 from .forward.reference import changes_nothing_yet, make_reference, reference_adapter
-from .forward.reference_pass import ROW, reference_table
 from .forward.run import Forward, Runner
 from .forward.safe_files import refuse_pickled_code
 from .inputs import check_ranges, prepare_rows
@@ -116,18 +116,19 @@ class PreferenceTrainer(Trainer):
         self._start = start_of_run(model, source if self.needs_reference else None, adapter)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args, several=True)
-        for rows, training in ((train_dataset, True), (eval_dataset, False)):
-            for part in rows.values() if isinstance(rows, dict) else [rows] if rows is not None else []:
-                self.check_rows(part, args, training=training)
+        for part in _parts(train_dataset):
+            self.check_rows(part, args, training=True)
+        for part in _parts(eval_dataset):
+            self.check_rows(part, args, training=False)
 
         if args.precompute_ref_logps and not self.needs_reference:
             logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
         self.table, self.reference, models = None, None, [model]
         if self.needs_reference and args.precompute_ref_logps:
-            self.table = reference_table(source, args, adapter=adapter, per_token=self.reference_per_token)
-            train_dataset, eval_dataset = self._number_rows(train_dataset), self._number_rows(eval_dataset)
+            name = reference_fingerprint(source, args, adapter=adapter, per_token=self.reference_per_token)
+            self.table = LogpsCache(args.ref_cache_dir, name, per_token=self.reference_per_token)
         if self.needs_reference:
-            copy_policy = self.table is None or bool(self.table.missing())
+            copy_policy = self.table is None or bool(self.table.missing(_parts(train_dataset, eval_dataset)))
             self.reference = make_reference(
                 model, ref_model, adapter=adapter, copy_policy=copy_policy, init_kwargs=args.model_init_kwargs
             )
@@ -145,7 +146,7 @@ class PreferenceTrainer(Trainer):
             data_collator=PreferenceCollator(
                 processing_class.pad_token_id,
                 args.pad_to_multiple_of,
-                columns=self.columns if self.table is None else (*self.columns, ROW),
+                columns=self.columns,
             ),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -290,8 +291,10 @@ class PreferenceTrainer(Trainer):
         return losses, weights, policy, reference
 
     def _reference_forward(self, model: nn.Module, batch: Batch) -> Forward:
-        if self.table is not None and ROW in batch and self.table.complete(batch[ROW]):
-            return Forward(self.table.lookup(batch[ROW], batch["response_mask"]))
+        cached = None if self.table is None else self.table.lookup(batch)
+        return self._ask_reference(model, batch) if cached is None else Forward(cached)
+
+    def _ask_reference(self, model: nn.Module, batch: Batch) -> Forward:
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model, unwrapped) as reference:
             return self.forward(reference, batch)
@@ -311,14 +314,15 @@ class PreferenceTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator(rows))
             self.runner.check(self.model_wrapped, batch, self.accelerator)
             if self.reference.in_memory or not stands_in:
-                return self._reference_forward(self.model_wrapped, batch).logps
+                return self._ask_reference(self.model_wrapped, batch).logps
             with torch.no_grad(), self.accelerator.autocast():
                 return self.forward(self.model_wrapped, batch).logps
 
-        scored = self.table.fill(score, self.accelerator, budget=self.args.ref_tokens_per_batch)
-        logger.info("Reference cache %s: %d responses scored now.", self.table.cache.path, scored)
+        rows = _parts(self.train_dataset, self.eval_dataset)
+        scored = self.table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
+        logger.info("Reference cache %s: %d responses scored now.", self.table.path, scored)
         if self.reference.in_memory or stands_in:
-            self.table.verify(score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
+            self.table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
         if self.reference.own:
             self.reference.model = None
 
@@ -327,11 +331,6 @@ class PreferenceTrainer(Trainer):
         """The dtype that a forward pass computes in."""
         args = self.args
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else policies.base_model(self.model).dtype
-
-    def _number_rows(self, dataset):
-        if isinstance(dataset, dict):
-            return {name: self._number_rows(d) for name, d in dataset.items()}
-        return None if dataset is None else self.table.register(dataset)
 
     def _weights(self, batch: Batch) -> Tensor:
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""
@@ -540,6 +539,12 @@ class PreferenceTrainer(Trainer):
         data = f"\nData: {data if isinstance(data, str) else ', '.join(data)}\n" if data else ""
         card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{data}{card.text}"
         card.save(path)
+
+
+def _parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
+    """Each data set once, those of a dict one by one."""
+    parts = [d.values() if isinstance(d, dict) else [d] for d in datasets if d is not None]
+    return [dataset for part in parts for dataset in part]
 
 
 class _Beginning(TrainerCallback):

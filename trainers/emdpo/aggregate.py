@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ..data import PreferenceCollator
 from ..generation.collect import collect_samples, open_folder
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
@@ -118,7 +117,7 @@ class Arena:
             ])
             for answers in samples
         ]  # fmt: skip
-        score = PolicyScorer(datasets, self.accelerator, PreferenceCollator(self.tokenizer.pad_token_id), "auto", 8192)
+        score = PolicyScorer(datasets, self.accelerator, self.tokenizer.pad_token_id, "auto", 8192)
 
         def logps(player: Player) -> np.ndarray:
             out = self.folder / f"scores-{player.name}"

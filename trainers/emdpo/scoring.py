@@ -12,16 +12,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from ..data import PreferenceCollator
-from ..forward.cache import LogpsCache, response_keys
-from ..forward.policy import base_model, disable_dropout
-from ..forward.reference import Reference
-from ..forward.reference_pass import ReferenceTable
-from ..forward.run import Runner
+from ..forward.cache import score_rows
 from ..likelihood import ordered_stages, ranking_logps
-from ..runs.processes import Processes, free_memory
+from ..runs.processes import free_memory
 
-NAME = "logps"  # of the file, which lies in the folder of its policy
 CHUNK = 4096  # rows whose likelihood is computed at a time
 
 
@@ -31,64 +25,24 @@ class PolicyScorer:
     Args:
         datasets: tokenised rows (`prompt_ids`, `response_ids`).
         accelerator: places and shards a policy like one that is trained.
-        collator, layout: as in training.
+        pad_token_id, layout: as in training.
         budget: tokens per batch and process.
     """
 
-    def __init__(
-        self, datasets: list[Dataset], accelerator: Accelerator, collator: PreferenceCollator, layout: str, budget: int
-    ):
-        self.datasets, self.accelerator, self.collator = datasets, accelerator, collator
-        self.layout, self.budget = layout, budget
-        self._keys = [
-            [response_keys(row["prompt_ids"], row["response_ids"]) for row in rows.select_columns(
-                ["prompt_ids", "response_ids"])] for rows in datasets
-        ]  # fmt: skip
+    def __init__(self, datasets: list[Dataset], accelerator: Accelerator, pad_token_id: int, layout: str, budget: int):
+        self.datasets = datasets
+        self.options = {
+            "accelerator": accelerator, "pad_token_id": pad_token_id, "layout": layout, "budget": budget
+        }  # fmt: skip
 
     def __call__(self, folder: Path, load: Callable[[], torch.nn.Module], title: str) -> list[list[list[float]]]:
         """For every data set and row the K sums over the response tokens, read from `folder` or made now.
 
         `load()` gives the policy and is called only if something is missing.
         """
-        cache = LogpsCache(folder, NAME)
-        table = ReferenceTable(cache, per_token=False)
-        for rows in self.datasets:
-            table.register(rows)
-        if table.missing():
-            self._fill(table, load(), title)
-            free_memory()
-        # Also where a kill came after the last part: all entries are there, and what it left is of no use.
-        Processes().main(lambda: _tidy(cache))
-        return [[[cache.entries[key] for key in keys] for keys in rows] for rows in self._keys]
-
-    def _fill(self, table: ReferenceTable, model: torch.nn.Module, title: str) -> None:
-        disable_dropout(model)
-        runner = Runner([base_model(model)], self.layout)
-        policy = self._place(model)
-
-        def score(rows: list[dict]) -> torch.Tensor:
-            batch = {k: v.to(self.accelerator.device) for k, v in self.collator(rows).items()}
-            with torch.no_grad(), self.accelerator.autocast():
-                runner.check(policy, batch, self.accelerator)
-                return runner(policy, batch).logps
-
-        table.fill(score, self.accelerator, budget=self.budget, title=title)
-        if policy is not model:
-            policy.destroy()  # an engine keeps its hooks and buffers otherwise
-
-    def _place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The frozen policy on the device, or its shares in an engine."""
-        if self.accelerator.state.deepspeed_plugin is None:
-            return model.to(self.accelerator.device).requires_grad_(False).eval()
-        frozen = Reference(own=True, model=model)
-        frozen.prepare(self.accelerator)
-        return frozen.model
-
-
-def _tidy(cache: LogpsCache) -> None:
-    cache.finish()
-    for half_written in cache.path.parent.glob(f"{cache.path.name}.*.tmp"):
-        half_written.unlink()
+        scores = score_rows(load, self.datasets, folder, title=title, **self.options)
+        free_memory()
+        return scores
 
 
 def item_logps(

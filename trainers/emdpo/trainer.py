@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ..data.load import load_split, name_of
-from ..forward.cache import reference_fingerprint
+from ..forward.identity import weights_digest
 from ..generation.collect import check_settings
 from ..generation.start import load_start
 from ..likelihood import ranking_logps
@@ -249,7 +249,9 @@ class EMDPOTrainer(TypePolicyTrainer):
     def _scorer(self) -> PolicyScorer:
         datasets = [self.rows, *([self.held_out[0]] if self.held_out else [])]
         args = self.args
-        return PolicyScorer(datasets, self.accelerator, self.data_collator, args.layout, args.ref_tokens_per_batch)
+        return PolicyScorer(
+            datasets, self.accelerator, self.data_collator.pad_token_id, args.layout, args.ref_tokens_per_batch
+        )
 
     def _release(self) -> None:
         """Lets go of the start, so that each policy that is read from disk is alone in memory."""
@@ -292,7 +294,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         if self._name is not None or self.model is None:
             return
         base = self.model.unload() if isinstance(self.model, PeftModel) else self.model
-        self._weights_of_start = reference_fingerprint(base.named_parameters(), {}, compute_dtype="", per_token=False)
+        self._weights_of_start = weights_digest(base, adapter=None)
         self._name, self._init_kwargs = str(start), {"dtype": str(base.dtype).removeprefix("torch.")}
 
         def save() -> None:

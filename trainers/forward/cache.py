@@ -1,70 +1,157 @@
-"""Reference log-probabilities on disk, by content.
+"""Score rows under a frozen policy: log-probabilities of all responses, each once, on all processes, kept on disk.
 
-One parquet file per reference: its name is a hash of the reference's weights, configuration, dtype and of what is
-stored (a sum per response, or one number per token). Its rows are keyed by the token ids of prompt and response. So
-nothing else, neither learning rate nor row order nor number of processes, can make an entry stale or waste one, and
+One parquet file per policy. Its rows are keyed by the token ids of prompt and response, so that nothing else, neither
+learning rate nor row order nor number of processes, can make an entry stale or waste one; a killed pass goes on, and
 the file can be copied to another machine.
 """
 
 import hashlib
-import json
-import logging
 import os
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import xxhash
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
-from torch import nn
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from trl.models import prepare_deepspeed
 
-logger = logging.getLogger(__name__)
+from ..data import PreferenceCollator
+from ..data.budget import packed_tokens
+from .policy import base_model, disable_dropout
+from .run import Runner
+
+WRITE_EVERY = 32  # batches per process between two parts on disk
+CHECKED_ROWS = 4
+NAME = "logps"  # of a file that lies in the folder of its policy
+
+# Largest difference per token between a cached and a fresh value that rounding explains.
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 Value = float | list[float]
+Score = Callable[[list[dict]], Tensor]  # tokenised rows -> (B,K,R) log-probabilities
 
-# Fields of a model config that do not change a log-probability.
-IRRELEVANT = (
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
-    "output_attentions", "output_hidden_states", "return_dict", "transformers_version", "use_cache", "problem_type",
-)  # fmt: skip
+
+class StaleCacheError(RuntimeError):
+    """Cached log-probabilities differ from fresh ones."""
 
 
 class LogpsCache:
-    """Entries of one reference: `{key: sum over tokens}` or `{key: values per token}`, in memory and on disk.
+    """Log-probabilities under one policy, `{key: sum over tokens}` or, with `per_token`, `{key: one of each token}`.
 
-    A pass writes parts as it goes, so that an interrupted one loses little; `finish` makes one file of them.
+    They lie in memory and in `folder`/`name`.parquet. A pass writes parts as it goes; `finish` makes one file of them.
+    Every process must make one.
+
+    Raises:
+        ValueError: processes read different entries, as nodes do that share no file system.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str):
-        self.path = Path(folder) / f"{fingerprint}.parquet"
-        self.parts = Path(folder) / f"{fingerprint}.parts"
+    def __init__(self, folder: str | Path, name: str = NAME, *, per_token: bool = False):
+        self.path, self.parts = Path(folder) / f"{name}.parquet", Path(folder) / f"{name}.parts"
+        self.per_token = per_token
         self.entries: dict[str, Value] = {}
         for path in [self.path, *sorted(self.parts.glob("*.parquet"))]:
             if path.is_file():
                 table = pq.read_table(path, columns=["key", "logps"])
                 self.entries.update(zip(table["key"].to_pylist(), table["logps"].to_pylist(), strict=True))
-
-    def check_same_everywhere(self) -> None:
-        """Every process must call this. What is missing is scored together, so all must know the same entries.
-
-        Raises:
-            ValueError: processes found different entries, as nodes do that share no file system.
-        """
-        digest = hashlib.sha256("".join(sorted(self.entries)).encode()).hexdigest()
-        found = gather_object([(len(self.entries), digest)])
-        if len(set(found)) > 1:
-            counts = ", ".join(str(count) for count, _ in found)
+        # What is missing is scored together, so all processes must know the same entries.
+        counts = gather_object([(len(self.entries), _digest(self.entries))])
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"{self.path.parent} holds different entries on different processes ({counts}): let all nodes share "
-                "this folder (ref_cache_dir, or output_dir of a run in rounds), or copy its files to every node."
+                f"{folder} holds different entries on different processes ({', '.join(str(n) for n, _ in counts)}): "
+                "let all nodes share this folder (ref_cache_dir, or output_dir), or copy its files to every node."
             )
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.entries
+    def missing(self, datasets: Iterable[Dataset]) -> list[dict]:
+        """Tokenised rows with every response that has no entry yet, each response once."""
+        seen, rows = set(self.entries), []
+        for dataset in datasets:
+            for row in _token_rows(dataset):
+                fresh = []
+                for key, ids in zip(_row_keys(row), row["response_ids"], strict=True):
+                    if key not in seen:
+                        seen.add(key)
+                        fresh.append(ids)
+                if fresh:
+                    rows.append(_scorable(row["prompt_ids"], fresh))
+        return rows
+
+    def of_rows(self, dataset: Dataset) -> list[list[Value]]:
+        """The K values of each tokenised row."""
+        return [[self.entries[key] for key in _row_keys(row)] for row in _token_rows(dataset)]
+
+    def lookup(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """(B,K,R) values per token or (B,K,1) sums, 0 in padded slots; None if a response has no entry."""
+        shape = batch["response_mask"].shape
+        values = torch.zeros(shape if self.per_token else (*shape[:2], 1), dtype=torch.float64)
+        prompts, prompt_mask, responses, response_mask = (
+            batch[name].cpu() for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+        )
+        for b, mask in enumerate(batch["mask"].tolist()):
+            slots = [k for k, real in enumerate(mask) if real]
+            ids = [responses[b, k][response_mask[b, k]].tolist() for k in slots]
+            for k, key in zip(slots, response_keys(prompts[b][prompt_mask[b]].tolist(), ids), strict=True):
+                if key not in self.entries:
+                    return None
+                value = torch.tensor(self.entries[key])
+                values[b, k, : value.numel()] = value
+        return values.float().to(batch["mask"].device)
+
+    def fill(
+        self, datasets: Iterable[Dataset], score: Score, accelerator: Accelerator, *, budget: int,
+        title: str = "Reference log-probabilities",
+    ) -> int:  # fmt: skip
+        """Score what is missing, on all processes, under a progress bar. Returns the number of responses scored.
+
+        `budget` is the most tokens of a batch.
+        """
+        batches = list(_batches(self.missing(datasets), budget))  # the same on every process
+        rounds = -(-len(batches) // accelerator.num_processes)
+        fresh, scored = {}, 0
+        progress = tqdm(total=rounds, desc=title, disable=not rounds or not accelerator.is_local_main_process)
+        for step in range(rounds):
+            # Sharded engines run their collectives in lockstep: a process without a batch repeats the last one.
+            at = step * accelerator.num_processes + accelerator.process_index
+            fresh.update(self._score(batches[min(at, len(batches) - 1)], score))
+            progress.update()
+            if (step + 1) % WRITE_EVERY == 0 or step + 1 == rounds:
+                together = dict(gather_object(list(fresh.items())))
+                self.add(together, write=accelerator.is_main_process)
+                fresh, scored = {}, scored + len(together)
+        progress.close()
+        if accelerator.is_main_process:
+            self.finish()
+        accelerator.wait_for_everyone()
+        return scored
+
+    def verify(
+        self, datasets: Iterable[Dataset], score: Score, accelerator: Accelerator, *, dtype: torch.dtype, seed: int
+    ) -> None:
+        """Score a few random rows again.
+
+        Raises:
+            StaleCacheError: a cached value is not what the policy says now.
+        """
+        at = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+        worst = 0.0
+        for dataset, i in random.Random(seed).sample(at, min(CHECKED_ROWS, len(at))):
+            row = _scorable(dataset[i]["prompt_ids"], dataset[i]["response_ids"])
+            fresh = self._score([row], score)
+            for key, ids in zip(_row_keys(row), row["response_ids"], strict=True):
+                known, now = (torch.tensor(v, dtype=torch.float64) for v in (self.entries[key], fresh[key]))
+                worst = max(worst, float((now - known).abs().sum()) / len(ids))
+        worst = float(accelerator.gather(torch.tensor([worst], device=accelerator.device)).max())
+        if worst > AGREEMENT.get(dtype, AGREEMENT[torch.bfloat16]):
+            raise StaleCacheError(
+                f"Cached reference log-probabilities differ by {worst:.2g} per token from fresh ones. "
+                f"Delete {self.path} to score the data again."
+            )
 
     def add(self, entries: dict[str, Value], *, write: bool) -> None:
         """Take new entries; `write` them as a part (one process only)."""
@@ -72,27 +159,70 @@ class LogpsCache:
         if write and entries:
             self.parts.mkdir(parents=True, exist_ok=True)
             # Named by content, so that a part never replaces another one of an interrupted pass.
-            name = hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()[:16]
-            _write(self.parts / f"{name}.parquet", entries)
+            _write(self.parts / f"{_digest(entries)[:16]}.parquet", entries)
 
     def finish(self) -> None:
-        """Put all entries into the one file and remove the parts (one process only)."""
-        if not self.parts.is_dir():
-            return
-        _write(self.path, self.entries)
-        for part in self.parts.iterdir():
-            part.unlink()
-        self.parts.rmdir()
+        """Put all entries into the one file and remove what else a pass left (one process only)."""
+        if self.parts.is_dir():
+            _write(self.path, self.entries)
+            for part in self.parts.iterdir():
+                part.unlink()
+            self.parts.rmdir()
+        for half_written in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+            half_written.unlink()
+
+    def _score(self, rows: list[dict], score: Score) -> dict[str, Value]:
+        logps, entries = score(rows).double().cpu(), {}
+        for b, row in enumerate(rows):
+            for k, key in enumerate(_row_keys(row)):
+                tokens = logps[b, k, : len(row["response_ids"][k])]
+                entries[key] = tokens.tolist() if self.per_token else float(tokens.sum())
+        return entries
 
 
-def _write(path: Path, entries: dict[str, Value]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.table({"key": list(entries), "logps": list(entries.values())}), temporary)
-    os.replace(temporary, path)
+def score_rows(
+    load: Callable[[], nn.Module], datasets: Sequence[Dataset], folder: str | Path, *, accelerator, pad_token_id: int,
+    layout: str = "auto", per_token: bool = False, budget: int = 16384, title: str = "Log-probabilities",
+) -> list[list[list[Value]]]:  # fmt: skip
+    """For every data set and row the log-probabilities of its K responses under one policy, read or made now.
+
+    Args:
+        load: gives the policy; it is called only if something is missing, and nothing here keeps the model.
+        datasets: tokenised rows (`prompt_ids`, `response_ids`).
+        folder: where they are kept; it belongs to one policy.
+        accelerator: places and shards the policy like one that is trained; or what stands in for an accelerator where
+            every process holds the policy whole.
+        per_token: one number per token, in place of their sum.
+        budget: most tokens of a batch; 1 for a row at a time, so that no number depends, by rounding, on where a pass
+            was killed.
+    """
+    cache = LogpsCache(folder, per_token=per_token)
+    if cache.missing(datasets):
+        model = load()
+        disable_dropout(model)
+        runner, collate = Runner([base_model(model)], layout), PreferenceCollator(pad_token_id)
+        model.requires_grad_(False).eval()
+        sharded = isinstance(accelerator, Accelerator) and accelerator.state.deepspeed_plugin is not None
+        policy = prepare_deepspeed(model, accelerator) if sharded else model.to(accelerator.device)
+
+        def score(rows: list[dict]) -> Tensor:
+            batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
+            with torch.no_grad(), accelerator.autocast():
+                runner.check(policy, batch, accelerator)
+                return runner(policy, batch).logps
+
+        cache.fill(datasets, score, accelerator, budget=budget, title=title)
+        if sharded:
+            policy.destroy()  # DeepSpeed's engine keeps its hooks and buffers otherwise
+    else:  # also where a kill came after the last part
+        if accelerator.is_main_process:
+            cache.finish()
+        accelerator.wait_for_everyone()
+    return [cache.of_rows(rows) for rows in datasets]
 
 
 def response_keys(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]) -> list[str]:
-    """A key per response: what the reference says depends on these tokens and on nothing else of the row."""
+    """A key per response: what a policy says depends on these tokens and on nothing else of the row."""
     prompt = hashlib.sha256(np.asarray([len(prompt_ids), *prompt_ids], dtype=np.int64).tobytes())
     keys = []
     for ids in response_ids:
@@ -102,58 +232,37 @@ def response_keys(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int
     return keys
 
 
-def reference_fingerprint(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: dict, *, compute_dtype: str, per_token: bool
-) -> str:
-    """Hash of everything about a reference that changes its numbers.
-
-    `parameters` are its named weights, adapters included; ZeRO-3 shares are gathered one by one.
-    """
-    digest = xxhash.xxh3_128()
-    for name, parameter in sorted(parameters, key=lambda item: item[0]):
-        with whole(parameter):
-            data = parameter.detach()
-            digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
-            digest.update(data.contiguous().flatten().view(torch.uint8).cpu().numpy())
-    options = {k: v for k, v in config.items() if k not in IRRELEVANT and not k.startswith("_attn")}
-    digest.update(json.dumps([options, compute_dtype, per_token], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+def _row_keys(row: dict) -> list[str]:
+    return response_keys(row["prompt_ids"], row["response_ids"])
 
 
-def whole(parameter: nn.Parameter):
-    """The parameter as a whole, also under ZeRO-3."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter])
-    return torch.no_grad()
+def _token_rows(dataset: Dataset) -> Iterable[dict]:
+    return dataset.select_columns(["prompt_ids", "response_ids"])
 
 
-def reference_parameters(model: nn.Module, *, adapter: str | None) -> dict[str, nn.Parameter]:
-    """Weights of a reference under the names of the bare model; `adapter` is the one that counts, None for none.
-
-    A base model under an adapter and the same model without one get the same names, so that they share a cache.
-    """
-    if not isinstance(model, PeftModel):
-        return dict(model.named_parameters())
-    belongs = owners(model)
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if belongs.get(name) in (None, adapter)
-    }
+def _scorable(prompt_ids: Sequence[int], response_ids: list) -> dict:
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "scores": [0.0] * len(response_ids)}
 
 
-def owners(model: PeftModel) -> dict[str, str]:
-    """Which adapter a weight belongs to, by the weight's name; those of the base are not in it.
+def _digest(entries: Iterable[str]) -> str:
+    return hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()
 
-    PEFT keeps the weights of all kinds of adapters in dicts of modules or parameters, by the adapter's name.
-    """
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleDict | nn.ParameterDict):
-            for name, _ in module.named_parameters(remove_duplicate=False):
-                adapter = name.partition(".")[0]
-                if adapter in model.peft_config:
-                    found[f"{path}.{name}"] = adapter
-    return found
+
+def _write(path: Path, entries: dict[str, Value]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    pq.write_table(pa.table({"key": list(entries), "logps": list(entries.values())}), temporary)
+    os.replace(temporary, path)
+
+
+def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
+    """Rows of like length together, longest first so that a batch that does not fit in memory fails at once."""
+    lengths = [packed_tokens((len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]])) for row in rows]
+    batch, used = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        if batch and used + lengths[i] > budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(rows[i])
+        used += lengths[i]
+    if batch:
+        yield batch

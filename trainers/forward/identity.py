@@ -1,20 +1,23 @@
-"""What a run starts from, by content: which reference, and which base under an adapter.
+"""Which weights a reference has, and hashes of them: what names its cache, and what a run starts from."""
 
-A path says nothing about weights, since a folder can be moved or written anew, and hashing all of a large model takes
-long at every start. So a few thousand numbers of every weight are hashed, which training or merging changes alike.
-"""
-
-from collections.abc import Iterable
+import json
 
 import torch
 import xxhash
 from peft import PeftModel
 from torch import nn
 
-from .cache import reference_parameters, whole
 from .policy import base_model
 
-SAMPLED = 4096  # numbers of each weight
+# A path says nothing about weights, since a folder can be moved or written anew, and hashing all of a large model
+# takes long at every start. So a run knows its start by this many numbers of every weight, spread evenly.
+SAMPLED = 4096
+
+# Fields of a model config that do not change a log-probability.
+IRRELEVANT = (
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
+    "output_attentions", "output_hidden_states", "return_dict", "transformers_version", "use_cache", "problem_type",
+)  # fmt: skip
 
 
 def start_of_run(policy: nn.Module, reference: nn.Module | None, adapter: str | None) -> dict[str, str]:
@@ -26,28 +29,83 @@ def start_of_run(policy: nn.Module, reference: nn.Module | None, adapter: str | 
     Args:
         reference: the reference as it is now, under `adapter`; None where none is needed.
     """
-    found = {"dtype": str(base_model(policy).dtype).removeprefix("torch.")}
+    start = {"dtype": str(base_model(policy).dtype).removeprefix("torch.")}
     if isinstance(policy, PeftModel):
-        found["base weights"] = weights_digest(policy, adapter=None)
-    if reference is policy and adapter is None and "base weights" in found:
-        found["reference weights"] = found["base weights"]  # ZeRO-3 gathers every weight for a digest
+        start["base weights"] = weights_digest(policy, adapter=None, sampled=SAMPLED)
+    if reference is policy and adapter is None and "base weights" in start:
+        start["reference weights"] = start["base weights"]  # ZeRO-3 gathers every weight for a digest
     elif reference is not None:
-        found["reference weights"] = weights_digest(reference, adapter=adapter)
-    return found
+        start["reference weights"] = weights_digest(reference, adapter=adapter, sampled=SAMPLED)
+    return start
 
 
-def weights_digest(model: nn.Module, *, adapter: str | None) -> str:
-    """Hash of samples of all weights under the names of the bare model; of adapters, `adapter` alone counts."""
-    return _digest(reference_parameters(model, adapter=adapter).items())
+def reference_fingerprint(source: nn.Module, args, *, adapter: str | None, per_token: bool) -> str:
+    """Hash of everything that changes the numbers of a reference, which is `source` as it is now under `adapter`.
+
+    Args:
+        args: the trainer's, for the precision.
+        per_token: whether every token is stored, or sums.
+    """
+    base = base_model(source)
+    config = {k: v for k, v in base.config.to_dict().items() if k not in IRRELEVANT and not k.startswith("_attn")}
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
+    options = [config, f"{base.dtype}, autocast {autocast}", per_token]
+    digest = xxhash.xxh3_128(weights_digest(source, adapter=adapter).encode())
+    digest.update(json.dumps(options, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
-def _digest(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+def weights_digest(model: nn.Module, *, adapter: str | None, sampled: int | None = None) -> str:
+    """Hash of all `reference_parameters` of a model, or of so many numbers of each.
+
+    ZeRO-3 shares are gathered one by one.
+    """
     digest = xxhash.xxh3_128()
-    for name, parameter in sorted(parameters, key=lambda item: item[0]):
+    for name, parameter in sorted(reference_parameters(model, adapter=adapter).items()):
         with whole(parameter):
             data = parameter.detach().flatten()
             digest.update(f"{name} {tuple(parameter.shape)} {data.dtype}".encode())
             if not data.is_meta:
-                step = data.numel() // SAMPLED | 1  # odd, so that it runs through the columns of a matrix as well
+                # An odd step runs through the columns of a matrix as well.
+                step = 1 if sampled is None else data.numel() // sampled | 1
                 digest.update(data[::step].contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def whole(parameter: nn.Parameter):
+    """The parameter as a whole, also under ZeRO-3."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+    return torch.no_grad()
+
+
+def reference_parameters(model: nn.Module, *, adapter: str | None) -> dict[str, nn.Parameter]:
+    """Weights of a reference under the names of the bare model; `adapter` is the one that counts, None for none.
+
+    A base model under an adapter and the same model without one get the same names, so that they share a cache.
+    """
+    if not isinstance(model, PeftModel):
+        return dict(model.named_parameters())
+    belongs = owners(model)
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if belongs.get(name) in (None, adapter)
+    }
+
+
+def owners(model: PeftModel) -> dict[str, str]:
+    """Which adapter a weight belongs to, by the weight's name; those of the base are not in it.
+
+    PEFT keeps the weights of all kinds of adapters in dicts of modules or parameters, by the adapter's name.
+    """
+    belongs = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict):
+            for name, _ in module.named_parameters(remove_duplicate=False):
+                adapter = name.partition(".")[0]
+                if adapter in model.peft_config:
+                    belongs[f"{path}.{name}"] = adapter
+    return belongs

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from .cache import owners, reference_parameters
+from .identity import owners, reference_parameters
 from .safe_files import SAFE
 
 REFERENCE_ADAPTER = "reference"

@@ -3,18 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 
-from ..data import PreferenceCollator
 from ..data.tokenization import tokenize_dataset
-from ..forward.cache import LogpsCache, response_keys
-from ..forward.policy import base_model, disable_dropout
-from ..forward.reference_pass import ReferenceTable
-from ..forward.run import Runner
+from ..forward.cache import score_rows
 from ..runs.processes import Processes, free_memory
-
-NAME = "logps"
 
 
 def collect_logps(
@@ -39,28 +32,12 @@ def collect_logps(
          "scores": [0.0] * len(texts)} for p, texts in zip(prompts, responses, strict=True)
     ]  # fmt: skip
     tokens, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")
-    cache = LogpsCache(folder, NAME)
-    table = ReferenceTable(cache, per_token=True)
-    table.register(tokens)
-    if table.missing():
-        _fill(table, load()[0], PreferenceCollator(tokenizer.pad_token_id), layout, processes)
-        free_memory()
-    keys = [response_keys(row["prompt_ids"], row["response_ids"]) for row in tokens]
-    return [[list(cache.entries[key]) for key in row] for row in keys]
-
-
-def _fill(table: ReferenceTable, policy, collator, layout: str, processes: Processes) -> None:
-    disable_dropout(policy)
-    policy.eval()
-    runner = Runner([base_model(policy)], layout)
-
-    def score(rows: list[dict]) -> torch.Tensor:
-        batch = {name: tensor.to(processes.device) for name, tensor in collator(rows).items()}
-        with torch.no_grad():
-            runner.check(policy, batch, processes)
-            return runner(policy, batch).logps
-
-    table.fill(score, processes, budget=1, title="log-probabilities")
+    logps = score_rows(
+        lambda: load()[0], [tokens], folder, accelerator=processes, pad_token_id=tokenizer.pad_token_id, layout=layout,
+        per_token=True, budget=1,
+    )  # fmt: skip
+    free_memory()
+    return logps[0]
 
 
 def _answer(text: str) -> dict:

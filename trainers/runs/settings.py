@@ -14,8 +14,6 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import TrainingArguments
 
-from ..forward.reference_pass import ROW
-
 logger = logging.getLogger(__name__)
 
 # The training arguments that a weight depends on, beside all fields of a method's own config.
@@ -119,10 +117,9 @@ def digest(content) -> str:
 
 def rows_digest(rows: Dataset) -> str:
     """Hash of the numbers of all tokenised rows in their order: token ids, scores, weights."""
-    kept = [name for name in rows.column_names if name != ROW]
     hashed = xxhash.xxh3_128()
-    for part in rows.select_columns(kept).with_format("arrow").iter(1000):
-        for name in sorted(kept):
+    for part in rows.with_format("arrow").iter(1000):
+        for name in sorted(rows.column_names):
             _update(hashed, name, part[name].combine_chunks())
     return hashed.hexdigest()
 
