@@ -35,7 +35,7 @@ def logged(history: list[dict], key: str, label: str, style: str = "-", colour: 
     return Series(label, [log["step"] for log in logs], [log[key] for log in logs], style, colour)
 
 
-def panels(count: int = 1, *, size: tuple[float, float] = (5, 3.4), **options) -> tuple[Figure, list[Axes]]:
+def panels(count: int = 1, *, size: tuple[float, float] = (4.4, 3.1), **options) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes beside each other; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False, **options)[0])
@@ -64,7 +64,7 @@ def draw(axes: Axes, series: Sequence[Series], *, level: tuple[float, str] | Non
 
 
 def chart(title: str, xlabel: str, series: Sequence[Series], *, level: tuple[float, str] | None = None,
-          size: tuple[float, float] = (5, 3.4), **labels) -> str:  # fmt: skip
+          size: tuple[float, float] = (4.4, 3.1), **labels) -> str:  # fmt: skip
     """A picture of one set of series, as SVG; "" where no series has a point."""
     if not any(len(line.x) for line in series):
         return ""
