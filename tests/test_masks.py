@@ -1,7 +1,6 @@
 """Masks from a real forward: hidden states, activations that all fire, and the head's start, saving and grouping."""
 
 import copy
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +14,8 @@ from trainers.forward.divergence import frozen_head
 from trainers.forward.run import prepare_forward, run
 from trainers.sparsepo import MaskHead, MaskHeads, ReadReference, find_sites
 from trainers.sparsepo.activations import recorded
-from trainers.sparsepo.learned import read_heads, split_state
-from trainers.sparsepo.training import DeadMaskAlarm, check_engine, regroup
+from trainers.sparsepo.learned import split_state
+from trainers.sparsepo.training import check_engine, regroup
 
 NEOX = GPTNeoXConfig(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -24,7 +23,7 @@ NEOX = GPTNeoXConfig(
 )  # fmt: skip
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "gpt_neox_sequential"]
 
-COMMON = {"names": ["common"]}
+COMMON = ["common"]
 
 
 def model_of(name):
@@ -168,7 +167,7 @@ def test_starts_of_the_head():
 
 
 def test_heads_are_saved_loaded_and_refused_by_other_heads(tmp_path):
-    heads = MaskHeads({"names": ["reward", "kl"]}, 3, 8, eps=1e-6, std=0.5)
+    heads = MaskHeads(["reward", "kl"], 3, 8, eps=1e-6, std=0.5)
     model = torch.nn.Module()
     model.inner, model.mask_heads = torch.nn.Linear(2, 2), heads
     rest, own = split_state(model.state_dict())
@@ -178,9 +177,7 @@ def test_heads_are_saved_loaded_and_refused_by_other_heads(tmp_path):
     for name, mask in heads(states).items():
         assert torch.equal(loaded(states)[name], mask)
     with pytest.raises(ValueError, match="independent"):
-        MaskHeads(COMMON, 3, 8, eps=1e-6).restore(read_heads(tmp_path)[1])
-    with pytest.raises(ValueError, match="missing"):
-        read_heads(tmp_path / "nowhere")
+        MaskHeads(COMMON, 3, 8, eps=1e-6).restore(tmp_path)
 
 
 def test_heads_have_groups_of_their_own():
@@ -214,12 +211,3 @@ def test_engines_that_would_not_train_or_save_the_heads_are_refused(deepspeed, f
     with pytest.raises(ValueError, match=word):
         check_engine(accelerator(deepspeed, fsdp), None)
     check_engine(accelerator({"zero_optimization": {}}, "StateDictType.FULL_STATE_DICT"), None)
-
-
-def test_alarm_for_a_dead_mask(caplog):
-    alarm = DeadMaskAlarm(("reward", "kl"))
-    say = partial(alarm.on_log, None, None, None)
-    say(logs={"mask_mean/reward_chosen": 0.0, "mask_mean/reward_rejected": 0.1})
-    assert not caplog.text
-    say(logs={"mask_mean/kl_chosen": 0.0, "mask_mean/kl_rejected": 0.0})
-    assert "kl" in caplog.text and "mask_init_std" in caplog.text

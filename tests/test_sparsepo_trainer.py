@@ -269,7 +269,7 @@ def test_a_dead_mask_is_called_dead(tmp_path, tokenizer, caplog):
     with torch.no_grad():
         t.mask_heads.heads["common"].mixer.fill_(-1.0)
     t.train()
-    assert "in the first batch" in caplog.text and "since the last log" in caplog.text
+    assert "since the last log" in caplog.text
     caplog.clear()
     trainer(tmp_path, tokenizer, max_steps=1).train()
     assert "mask is 0" not in caplog.text

@@ -129,7 +129,7 @@ def notes(figures: dict) -> list[str]:
         "varies and not how much the held-out rows do. Accuracy minus longer-first and the rankings of baselines "
         "have 95 % bootstrap intervals over held-out prompts instead, after the mean over seeds.",
         "Accuracy: share of the held-out pairs with different scores that are ranked as scored, mean over prompts; "
-        "0.5 is chance. "Log-ratio" ranks by log pi(y|x) - log pi_base(y|x) for every method. "Own rewards" are those "
+        "0.5 is chance. By log-ratio: log pi(y|x) - log pi_base(y|x), for every method. By own rewards: those "
         "of the method itself: beta times the log-ratio for methods with a reference"
         + (f", and the policy's own log-probabilities for those without ({', '.join(without)})." if without else "."),
         f"{LONGER}: no model at all. What does not beat it has not been shown to rank by anything but length.",

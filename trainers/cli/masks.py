@@ -26,7 +26,6 @@ from ..metrics import best_and_worst
 from ..pages import page, plots
 from ..precision import settle_dtype
 from ..runs.checkpoints import last_checkpoint
-from ..sparsepo.learned import read_heads
 from .arguments import DataArguments, ModelArguments
 
 MAPS: dict[str, Callable[[dict], list[float]]] = {  # title: the values of the tokens from their terms
@@ -96,7 +95,7 @@ def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows
         processing_class=policies.load_tokenizer(reference),
     )
     if trainer.mask_heads is not None:
-        trainer.mask_heads.restore(read_heads(folder)[1])
+        trainer.mask_heads.restore(folder)
     return trainer
 
 

@@ -4,8 +4,7 @@ from .activations import activation_mask, find_sites
 from .config import SparsePOConfig
 from .learned import MaskHead, MaskHeads
 from .readings import ReadPolicy, ReadReference
-from .statistics import mask_statistics
-from .trainer import SparsePOTrainer, sparsepo_loss, tdpo2_loss
+from .trainer import SparsePOTrainer, mask_statistics, sparsepo_loss, tdpo2_loss
 
 __all__ = [
     "MaskHead",

@@ -24,10 +24,18 @@ class Style(NamedTuple):
     attention: str
     projections: tuple[str, ...]  # queries, keys and values, or one projection that gives all three
     output: str
-    activation: str  # inside `mlp`
+    activation: str
     norms: tuple[str, str]
     last_norm: str
     heads_first: bool = False  # in one projection: (head, q k v, dim) instead of (q k v, head, dim)
+
+    def places(self, parallel: bool) -> list[tuple[str, str, bool]]:
+        """(type, path in a block, whether what goes in counts instead of what comes out); "" is the block itself."""
+        places = [("attention", f"{self.attention}.{name}", False) for name in self.projections]
+        places += [("attention", f"{self.attention}.{self.output}", True), ("mlp", f"mlp.{self.activation}", False)]
+        places += [("residual", path, False) for path in (*self.norms, self.attention, "mlp", "")]
+        # Where attention and MLP are parallel, no stream lies between them.
+        return places if parallel else [*places, ("residual", self.norms[1], True)]
 
 
 STYLES = {
@@ -46,7 +54,7 @@ class Site(NamedTuple):
     name: str
     module: nn.Module
     incoming: bool = False
-    split: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # for several activations in one tensor
+    split: Callable[[Tensor], tuple[Tensor, ...]] | None = None  # for three activations in one tensor
 
 
 def activation_mask(activations: dict[str, Tensor], token_mask: Tensor) -> Tensor:
@@ -78,11 +86,51 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             f"mask='activations' knows the blocks of {', '.join(STYLES)}, and {type(model).__name__} has others: use "
             "mask='learned', which works with every model."
         )
-    blocks = getattr(base, style.blocks)
+    blocks = base.get_submodule(style.blocks)
     sites = [Site("residual", "embedding", blocks[0], incoming=True)]
     for i, block in enumerate(blocks):
-        sites += _block_sites(f"{style.blocks}.{i}", block, style)
-    return [*sites, Site("residual", style.last_norm, getattr(base, style.last_norm))]
+        for kind, path, incoming in style.places(_parallel(block)):
+            split = _split(block, style) if path.endswith(style.projections) and len(style.projections) == 1 else None
+            sites.append(Site(kind, f"{style.blocks}.{i}.{path}", block.get_submodule(path), incoming, split))
+    return [*sites, Site("residual", style.last_norm, base.get_submodule(style.last_norm))]
+
+
+def _fits(base: nn.Module, style: Style) -> bool:
+    modules = dict(base.named_modules())
+    blocks = modules.get(style.blocks)
+    if not isinstance(blocks, nn.ModuleList) or style.last_norm not in modules:
+        return False
+    parts = dict(blocks[0].named_modules())
+    # Further norms mean another order of norm and residual.
+    norms = {name for name, _ in blocks[0].named_children() if "norm" in name or name.startswith("ln_")}
+    if norms != {*style.norms} or any(path not in parts for _, path, _ in style.places(_parallel(blocks[0]))):
+        return False
+    return len(style.projections) > 1 or _width(parts[f"{style.attention}.{style.projections[0]}"]) == 3 * _size(base)
+
+
+def _parallel(block: nn.Module) -> bool:
+    return getattr(block, "use_parallel_residual", False)
+
+
+def _split(block: nn.Module, style: Style) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    if not style.heads_first:
+        return lambda x: x.chunk(3, -1)
+    size = block.get_submodule(style.attention).head_size
+
+    def by_head(x: Tensor) -> tuple[Tensor, ...]:
+        parts = x.unflatten(-1, (-1, 3, size)).unbind(-2)  # (N, heads, dim) each
+        return tuple(part.flatten(-2) for part in parts)
+
+    return by_head
+
+
+def _width(projection: nn.Module) -> int:
+    layer = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    return getattr(layer, "nf", None) or layer.out_features
+
+
+def _size(base: PreTrainedModel) -> int:
+    return base.config.get_text_config().hidden_size
 
 
 @contextmanager
@@ -96,11 +144,11 @@ def recorded(sites: list[Site], select: Callable[[Tensor], Tensor]) -> Iterator[
         RuntimeError: a place was not passed exactly once, for example because a fused kernel replaced it.
     """
     means: list[list[Tensor]] = [[] for _ in sites]
-    found: dict[str, list[Tensor]] = {}
+    by_kind: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for site, into in zip(sites, means, strict=True):
             stack.enter_context(_hook(site, into, select))
-        yield found
+        yield by_kind
     for site, values in zip(sites, means, strict=True):
         expected = 3 if site.split else 1
         if len(values) != expected:
@@ -108,7 +156,7 @@ def recorded(sites: list[Site], select: Callable[[Tensor], Tensor]) -> Iterator[
                 f"{site.name} was passed {len(values) // expected} times in one forward instead of once: its "
                 "activations cannot be read (fused kernels and compiled models skip modules)."
             )
-        found.setdefault(site.kind, []).extend(values)
+        by_kind.setdefault(site.kind, []).extend(values)
 
 
 def _hook(site: Site, into: list[Tensor], select: Callable[[Tensor], Tensor]):
@@ -124,57 +172,3 @@ def _hook(site: Site, into: list[Tensor], select: Callable[[Tensor], Tensor]):
     else:
         handle = site.module.register_forward_hook(lambda module, args, output: take(output))
     return handle
-
-
-def _block_sites(name: str, block: nn.Module, style: Style) -> list[Site]:
-    attention, mlp = getattr(block, style.attention), block.mlp
-    first, second = (getattr(block, norm) for norm in style.norms)
-    where = f"{name}.{style.attention}"
-    split = _split(attention, style) if len(style.projections) == 1 else None
-    sites = [Site("attention", f"{where}.{p}", getattr(attention, p), split=split) for p in style.projections]
-    sites += [
-        Site("attention", f"{where}.{style.output} (input)", getattr(attention, style.output), incoming=True),
-        Site("mlp", f"{name}.mlp.{style.activation}", getattr(mlp, style.activation)),
-        Site("residual", f"{name}.{style.norms[0]}", first),
-        Site("residual", f"{name}.{style.norms[1]}", second),
-        Site("residual", where, attention),
-        Site("residual", f"{name}.mlp", mlp),
-        Site("residual", name, block),
-    ]
-    if not getattr(block, "use_parallel_residual", False):  # there, no stream lies between attention and MLP
-        sites.append(Site("residual", f"{name}.{style.norms[1]} (input)", second, incoming=True))
-    return sites
-
-
-def _fits(base: nn.Module, style: Style) -> bool:
-    blocks = getattr(base, style.blocks, None)
-    if not isinstance(blocks, nn.ModuleList) or not hasattr(base, style.last_norm):
-        return False
-    block = blocks[0]
-    attention, mlp = getattr(block, style.attention, None), getattr(block, "mlp", None)
-    # Further norms mean another order of norm and residual.
-    norms = {name for name, _ in block.named_children() if "norm" in name or name.startswith("ln_")}
-    parts = [hasattr(attention, name) for name in (*style.projections, style.output)]
-    if not (all(parts) and isinstance(getattr(mlp, style.activation, None), nn.Module) and norms == {*style.norms}):
-        return False
-    return len(style.projections) > 1 or _width(getattr(attention, style.projections[0])) == 3 * _size(base)
-
-
-def _split(attention: nn.Module, style: Style) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    if not style.heads_first:
-        return lambda x: x.chunk(3, -1)
-
-    def by_head(x: Tensor) -> tuple[Tensor, ...]:
-        parts = x.unflatten(-1, (-1, 3, attention.head_size)).unbind(-2)  # (N, heads, dim) each
-        return tuple(part.flatten(-2) for part in parts)
-
-    return by_head
-
-
-def _width(projection: nn.Module) -> int:
-    layer = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
-    return getattr(layer, "nf", None) or layer.out_features
-
-
-def _size(base: PreTrainedModel) -> int:
-    return base.config.get_text_config().hidden_size

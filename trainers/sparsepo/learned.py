@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import layer_norm
 
 ATTRIBUTE = "mask_heads"  # name of the heads inside the policy
 FILE = "mask_heads.safetensors"
-STARTS = ("released", "dense")
 
 
 class MaskHead(nn.Module):
@@ -58,16 +57,16 @@ class MaskHeads(nn.Module):
     """One head by name: "common", or "reward" and "kl". States (L,N,H) -> {name: (N,)}.
 
     Args:
-        settings: {"names": of the heads, and what else tells their purpose}, saved with them.
+        names: of the heads.
         seed: of the heads' start, which then depends on nothing else.
     """
 
-    def __init__(self, settings: dict, layers: int, width: int, *, seed: int = 0, **options):
+    def __init__(self, names: list[str], layers: int, width: int, *, seed: int = 0, **options):
         super().__init__()
-        self.settings = {**settings, "layers": layers, "width": width, "eps": options["eps"]}
+        self.shape = {"names": names, "layers": layers, "width": width, "eps": options["eps"]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleDict({name: MaskHead(layers, width, **options) for name in settings["names"]})
+            self.heads = nn.ModuleDict({name: MaskHead(layers, width, **options) for name in names})
 
     def forward(self, states: Tensor) -> dict[str, Tensor]:
         with torch.autocast(states.device.type, enabled=False):
@@ -80,27 +79,27 @@ class MaskHeads(nn.Module):
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads, or the given state of them, to `folder`."""
         state = {name: value.detach().cpu().contiguous() for name, value in (state or self.state_dict()).items()}
-        save_file(state, Path(folder) / FILE, metadata={"settings": json.dumps(self.settings)})
+        save_file(state, Path(folder) / FILE, metadata={"settings": json.dumps(self.shape)})
 
     @classmethod
     def load(cls, folder: str | Path) -> "MaskHeads":
         """The heads that were saved in `folder`."""
-        settings, state = read_heads(folder)
-        layers, width, eps = (settings.pop(name) for name in ("layers", "width", "eps"))
-        heads = cls(settings, layers, width, eps=eps)
-        heads.restore(state)
+        with safe_open(Path(folder) / FILE, "pt") as file:
+            shape = json.loads(file.metadata()["settings"])
+        heads = cls(**{name: shape[name] for name in ("names", "layers", "width", "eps")})
+        heads.restore(folder)
         return heads
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take values over, also where a sharded engine keeps only a part of each parameter.
+    def restore(self, folder: str | Path) -> None:
+        """Take over the values saved in `folder`, also where a sharded engine keeps only a part of each parameter.
 
         Raises:
-            ValueError: the values belong to other heads.
+            ValueError: they belong to other heads.
         """
-        own = dict(self.named_parameters())
+        state, own = load_file(Path(folder) / FILE), dict(self.named_parameters())
         if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
             raise ValueError(
-                f"The saved mask heads ({', '.join(sorted(state))}) are not those of this run "
+                f"The mask heads in {folder} ({', '.join(sorted(state))}) are not those of this run "
                 f"({', '.join(sorted(own))}): set mask, independent, mask_reward and mask_kl as in the saved run."
             )
         with torch.no_grad():
@@ -109,22 +108,6 @@ class MaskHeads(nn.Module):
                 if isinstance(parameter, DTensor):
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 parameter.copy_(value)
-
-
-def read_heads(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Settings and values of the heads that were saved in `folder`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {folder} holds no learned masks.")
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["settings"]), {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): take another checkpoint.") from error
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ ablations ("binary" masks have no gradient and never train).
 """
 
 import logging
+import math
 from typing import Literal
 
 import torch
@@ -25,13 +26,17 @@ from ..forward.run import Forward
 from ..metrics import best_and_worst, scores_differ
 from ..plackett_luce import plackett_luce_loss
 from .activations import activation_mask, find_sites
-from .config import SparsePOConfig, check_loss_options
-from .learned import ATTRIBUTE, MaskHeads, read_heads, split_state
+from .config import SparsePOConfig
+from .learned import ATTRIBUTE, MaskHeads, split_state
 from .readings import ReadPolicy, ReadReference, activation_means
-from .statistics import mask_statistics
-from .training import DEAD, DeadMaskAlarm, add_heads, check_engine, check_masks, regroup
+from .training import add_heads, check_engine, regroup
 
 logger = logging.getLogger(__name__)
+
+DEAD = (
+    "The mask is 0 on every token since the last log (%s): nothing is learned through it, and a head whose mixer is "
+    "negative stays dead. Raise mask_init_std or set mask_init to dense."
+)
 
 
 def sparsepo_loss(
@@ -65,11 +70,7 @@ def sparsepo_loss(
 
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
-
-    Raises:
-        ValueError: an option outside its range.
     """
-    check_loss_options(beta, reward_l1, kl_l1, ranking, 0.5)
     tokens = token_mask & mask.unsqueeze(-1)
     values = [x.masked_fill(~tokens, 0) for x in (logratios, kls, reward_mask, kl_mask)]
     logratios, kls, reward_mask, kl_mask = values
@@ -90,12 +91,25 @@ def tdpo2_loss(
 
     Arguments as in `sparsepo_loss`. Returns (B,) losses.
     """
-    check_loss_options(beta, 0.0, 0.0, "best_worst", alpha)
     tokens = token_mask & mask.unsqueeze(-1)
     best = score_pairs(scores, mask, "best_worst").any(-1).unsqueeze(-1)
     kls = torch.where(best, kls.detach(), kls)
     f = (logratios + alpha * kls).masked_fill(~tokens, 0).sum(-1)
     return dpo_loss(f, scores, mask, beta=beta)
+
+
+def mask_statistics(values: Tensor, token_mask: Tensor) -> dict[str, Tensor]:
+    """Of mask values (B,R) at response tokens: percent of exact zeros, mean, L1 norm, 1 if all are 0; (B,) each.
+
+    NaN for a response without tokens.
+    """
+    counts = token_mask.sum(-1)
+    values = values.masked_fill(~token_mask, 0)
+    zeros = (token_mask & (values == 0)).sum(-1)
+    norm = values.abs().sum(-1)
+    statistics = {"sparsity": 100 * zeros.to(norm) / counts, "mean": norm / counts, "l1": norm,
+                  "dead": (zeros == counts).to(norm)}  # fmt: skip
+    return {name: value.masked_fill(counts == 0, math.nan) for name, value in statistics.items()}
 
 
 class SparsePOTrainer(PreferenceTrainer):
@@ -117,7 +131,6 @@ class SparsePOTrainer(PreferenceTrainer):
         super().__init__(*arguments, **keywords)
         self.mask_heads: MaskHeads | None = None
         self._frozen = None
-        self._masks_seen = False
         if self.args.needs_states:
             self._prepare_masks()
 
@@ -138,11 +151,6 @@ class SparsePOTrainer(PreferenceTrainer):
     def loss(self, batch, policy, reference):
         args, scores, mask, tokens = self.args, batch["scores"], batch["mask"], batch["response_mask"]
         terms = self.token_terms(batch, policy, reference)
-        if self.mask_heads is not None and not self._masks_seen:
-            self._masks_seen = True
-            dead = [name for name in args.masked if not terms[f"{name}_mask"].any()]
-            if dead:
-                logger.warning(DEAD, f"{' and '.join(dead)}, in the first batch")
         if args.kl_term == "tdpo2":
             both = terms["logratios"], terms["kls"]
             losses = tdpo2_loss(*both, tokens, scores, mask, beta=args.beta, alpha=args.tdpo2_alpha)
@@ -210,6 +218,14 @@ class SparsePOTrainer(PreferenceTrainer):
                 metrics |= {f"mask_{what}/{name}_{side}": value for what, value in found.items()}
         return metrics
 
+    def log(self, logs, *arguments, **keywords):
+        """Also warns of a learned mask that was 0 on every token of the best and worst responses."""
+        super().log(logs, *arguments, **keywords)
+        logged = self.state.log_history[-1]
+        for name in self.args.masked if self.args.head_names else ():
+            if [logged.get(f"mask_mean/{name}_{side}") for side in ("chosen", "rejected")] == [0.0, 0.0]:
+                logger.warning(DEAD, name)
+
     # The reference's head and the mask heads.
 
     def _prepare_masks(self) -> None:
@@ -224,10 +240,9 @@ class SparsePOTrainer(PreferenceTrainer):
         if args.head_names:
             check_engine(self.accelerator, self.optimizer)
             self.mask_heads = add_heads(
-                policy, reference, args.mask_settings, seed=args.seed, std=args.mask_init_std, start=args.mask_init,
+                policy, reference, args.head_names, seed=args.seed, std=args.mask_init_std, start=args.mask_init,
                 sharded=is_deepspeed_zero3_enabled() or self.is_fsdp_enabled,
             )  # fmt: skip
-            self.add_callback(DeadMaskAlarm(args.masked))
 
     def create_optimizer(self, model=None):
         """The Trainer's optimizer, with the mask heads in groups of their own."""
@@ -249,10 +264,6 @@ class SparsePOTrainer(PreferenceTrainer):
         if self.args.should_save and heads:  # empty where DeepSpeed keeps the weights in its own files only
             self.mask_heads.save(self.args.output_dir if output_dir is None else output_dir, heads)
 
-    def check_checkpoint(self, checkpoint):
-        check_masks(checkpoint, self.args.mask_settings if self.mask_heads is not None else None)
-        super().check_checkpoint(checkpoint)
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_masks(resume_from_checkpoint)
@@ -263,7 +274,7 @@ class SparsePOTrainer(PreferenceTrainer):
 
     def _restore_masks(self, folder: str) -> None:
         if self.mask_heads is not None and not self.is_deepspeed_enabled:
-            self.mask_heads.restore(read_heads(folder)[1])
+            self.mask_heads.restore(folder)
 
     def _issue_warnings_after_load(self, load_result):
         """The mask heads are missing from the policy's file on purpose."""

@@ -1,21 +1,12 @@
-"""The mask heads inside a policy that is being trained: where they sit, how they are optimised, when they are dead."""
-
-import logging
-from pathlib import Path
+"""The mask heads inside a policy that is being trained: where they sit and how they are optimised."""
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
-from .learned import ATTRIBUTE, FILE, MaskHeads, read_heads
-
-logger = logging.getLogger(__name__)
+from .learned import ATTRIBUTE, MaskHeads
 
 NORM_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
-DEAD = (
-    "The mask is 0 on every token (%s): nothing is learned through it, and a head whose mixer is negative stays dead. "
-    "Raise mask_init_std or set mask_init to dense."
-)
 
 
 def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> None:
@@ -32,27 +23,10 @@ def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | No
         raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
 
 
-def check_masks(checkpoint: str, settings: dict | None) -> None:
-    """Raises ValueError unless the heads of `checkpoint` are for what `settings` say; None says that there are none.
-
-    A checkpoint of DeepSpeed keeps its heads in DeepSpeed's own files and is not looked into.
-    """
-    path = Path(checkpoint) / FILE
-    if not path.is_file():
-        return
-    saved = {name: read_heads(checkpoint)[0].get(name) for name in ("names", "masked", "kl_term")}
-    if saved != settings:
-        raise ValueError(
-            f"{path} holds learned masks for {saved}, but this run has {settings or 'no learned masks'}: set mask, "
-            "independent, mask_reward, mask_kl and kl_term as in the saved run, or start a new one."
-        )
-
-
-def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, settings: dict, *, sharded: bool, **options):
+def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, names: list[str], *, sharded: bool, **options):
     """Put fresh heads for the hidden states of `reference` into `policy`, before an engine wraps it.
 
     Args:
-        settings: what the heads are for: `SparsePOConfig.mask_settings`.
         sharded: whether the engine keeps one dtype for a group of parameters; otherwise heads are float32 or wider.
         options: `std`, `start` and `seed` of the heads.
 
@@ -61,7 +35,7 @@ def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, settings: dic
     """
     config = reference.config.get_text_config()
     eps = next((getattr(config, name) for name in NORM_EPSILONS if getattr(config, name, None)), 1e-5)
-    heads = MaskHeads(settings, config.num_hidden_layers, config.hidden_size, eps=eps, **options)
+    heads = MaskHeads(names, config.num_hidden_layers, config.hidden_size, eps=eps, **options)
     heads.to(policy.device, policy.dtype if sharded else torch.promote_types(policy.dtype, torch.float32))
     policy.add_module(ATTRIBUTE, heads)
     return heads
@@ -80,20 +54,3 @@ def regroup(optimizer: torch.optim.Optimizer, model, heads: MaskHeads, *, learni
         optimizer.add_param_group(
             {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay if decays else 0.0}
         )
-
-
-class DeadMaskAlarm(TrainerCallback):
-    """Warns when a mask was 0 on every token of the best and worst responses since the last log.
-
-    Args:
-        masks: the logged masks, "reward" or "kl".
-    """
-
-    def __init__(self, masks: tuple[str, ...]):
-        self._masks = masks
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in self._masks:
-            values = [logs.get(f"mask_mean/{name}_{side}") for side in ("chosen", "rejected")]
-            if values == [0.0, 0.0]:
-                logger.warning(DEAD, f"{name}, since the last log")
