@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/run.py: what a step costs in floating point operations, and ratios of runs.
+"""The arithmetic of benchmarks.run: what a step costs in floating point operations, and ratios of runs.
 
 A matrix product of a token costs two per weight; causal attention of T tokens costs 2 T^2 times its width per layer.
 """
@@ -82,9 +82,6 @@ def peak_flops(gpu: str | None) -> float | None:
     """Peak of a GPU by its name, None if it is not known."""
     known = (peak * 1e12 for name, peak in PEAKS.items() if gpu and name in gpu)
     return None if gpu is None or "PCIe" in gpu or "NVL" in gpu else next(known, None)
-
-
-# Comparing runs.
 
 
 def ratios(runs: list[dict], variant: str, part: str) -> list[float]:

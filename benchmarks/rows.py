@@ -1,6 +1,6 @@
-"""Prepares benchmarks/run.py: describes the machine, and draws the rows that every variant is measured on.
+"""Prepares benchmarks.run: describes the machine, and draws the rows that every variant is measured on.
 
-    python benchmarks/rows.py '<job as JSON>'
+    python -m benchmarks.rows '<job as JSON>'
 
 Prints one JSON line. Runs in a process of its own, because what is imported here stays in memory.
 """

@@ -22,7 +22,7 @@ DATA = (ROOT.parent / "shared/data/alpaca_eval_ranked.jsonl.gz", ROOT / "data/de
 MODEL = ROOT / "runs/models/smollm2-135m"
 
 COMPARED = ["shared", "rows", "rows_full_logits", "trl_best_rest", "trl_all_pairs"]
-ONCE = ["check", "trl_best_rest_default", "trl_all_pairs_default"]
+ONCE = ["trl_best_rest_default", "trl_all_pairs_default"]
 RESPONSES = (2, 4, 8, 16)
 PROMPTS = (64, 128, 256, 512, 1024)
 
@@ -74,19 +74,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["cpu", "gpu-7b"], default="cpu")
-    parser.add_argument("--model", help="model folder (cpu) or random-7b (gpu-7b)")
-    parser.add_argument("--data", default=str(next((p for p in DATA if p.exists()), DATA[-1])), help="rows, cpu only")
-    parser.add_argument("--minutes", type=float, help="leave out what would take longer than this in all")
-    parser.add_argument("--turns", type=int, default=3, help="how often the variants take turns")
-    parser.add_argument("--max-response", type=int, default=400, help="responses are cut to this, cpu only")
-    parser.add_argument(
-        "--dtype", default="fast", help="of the weights, except with TRL's defaults; fast goes by machine"
-    )
-    parser.add_argument("--only", default="", help="run only settings whose name contains this, gpu-7b only")
-    parser.add_argument("--micro-trl", type=int, default=1, help="prompts whose pairs TRL is fed at once, cpu only")
-    parser.add_argument("--output", default=str(ROOT / "runs/benchmark"), help="folder for the JSON")
-    parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder for benchmarks.md and its picture")
+    add = parser.add_argument
+    add("--preset", choices=["cpu", "gpu-7b"], default="cpu")
+    add("--model", help="model folder (cpu) or random-7b (gpu-7b)")
+    add("--data", default=str(next((p for p in DATA if p.exists()), DATA[-1])), help="rows, cpu only")
+    add("--minutes", type=float, help="leave out what would take longer than this in all")
+    add("--turns", type=int, default=3, help="how often the variants take turns")
+    add("--max-response", type=int, default=400, help="responses are cut to this, cpu only")
+    add("--dtype", default="fast", help="of the weights, except with TRL's defaults; fast goes by machine")
+    add("--only", default="", help="run only settings whose name contains this, gpu-7b only")
+    add("--micro-trl", type=int, default=1, help="prompts whose pairs TRL is fed at once, cpu only")
+    add("--output", default=str(ROOT / "runs/benchmark"), help="folder for the JSON")
+    add("--docs", default=str(ROOT / "docs"), help="folder for benchmarks.md and its picture")
     args = parser.parse_args(argv)
     args.model = args.model or (str(MODEL) if args.preset == "cpu" else "random-7b")
     args.minutes = args.minutes or (14 if args.preset == "cpu" else 90)
@@ -95,9 +94,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"{shown(args.model)} holds no model: run `python scripts/get_smollm2.py` or name one with --model"
         )
     return args
-
-
-# What is measured.
 
 
 def cpu_jobs(args: argparse.Namespace, output: Path, *, defaults: bool) -> list[dict]:
@@ -180,9 +176,6 @@ def write_synthetic(path: Path, lengths: list[tuple[int, list[int]]], vocabulary
     return str(path)
 
 
-# Running.
-
-
 def run_script(name: str, job: dict) -> dict:
     """The result of a script that prints one JSON line, or {"error": its last words} for a measurement that failed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -202,8 +195,6 @@ def run_script(name: str, job: dict) -> dict:
 def summary(record: dict) -> str:
     if "error" in record:
         return f"failed, {record['error']}"
-    if record["variant"] == "check":
-        return f"shared and rows differ by {record['shared']['logps']:.2g} per token"
     seconds = sum(step["seconds"] for step in record["steps"])
     return f"{seconds / len(record['steps']):.3g} s per step, peak {record['peak'] / 2**30:.2f} GiB"
 

@@ -1,4 +1,4 @@
-"""One measurement of benchmarks/run.py in a process of its own: python benchmarks/step.py '<job as JSON>'
+"""One measurement of benchmarks.run in a process of its own: python -m benchmarks.step '<job as JSON>'
 
 Prints one JSON line. A job is measured inside the real `Trainer.train()`, so that a step holds everything a user pays
 for: collating, layout, reference, forward, backward, clipping, optimizer, metrics and logging.
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
@@ -31,27 +30,15 @@ from trl import DPOConfig, DPOTrainer
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.forward.layout import rows_layout, to_responses
 from trainers.forward.policy import base_model
-from trainers.forward.run import Forward, agreement, run
+from trainers.forward.run import Forward
 
 # Randomly initialised Llamas, made on the device: no download, and speed does not depend on what the weights are.
 RANDOM_MODELS = {
-    "random-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "random-tiny": {
-        "vocab_size": 500,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
+    "random-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                  "num_attention_heads": 32, "num_key_value_heads": 8},
+    "random-tiny": {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "num_key_value_heads": 2},
+}  # fmt: skip
 
 
 def expand_pairs(row: dict, which: str) -> list[dict]:
@@ -65,9 +52,6 @@ def expand_pairs(row: dict, which: str) -> list[dict]:
         for j in range(len(scores))
         if scores[i] > scores[j]
     ]
-
-
-# Trainers.
 
 
 class FullLogits(SWEPOTrainer):
@@ -84,12 +68,17 @@ def build(job: dict, rows: list[dict], folder: str):
     """The trainer of a variant, on a model of its own."""
     variant = job["variant"]
     default = variant.endswith("_default")  # TRL as it comes: float32 weights, bf16 autocast, checkpointing
-    settings = training_arguments(job, len(rows) // job["prompts"], folder)
+    settings = {
+        "output_dir": folder, "use_cpu": job["device"] == "cpu", "dataloader_pin_memory": job["device"] != "cpu",
+        "max_steps": len(rows) // job["prompts"], "learning_rate": 1e-6, "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential", "max_length": None, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
     if not default:
         settings |= {"gradient_checkpointing": job["checkpointing"], "bf16": False}
     dtype = "float32" if default else job["dtype"]
     if job["model"] in RANDOM_MODELS:
-        model, tokenizer = random_model(job["model"], dtype, job["device"]), word_tokenizer()
+        model, tokenizer = random_model(job["model"], dtype, job["device"])
     else:
         model, tokenizer = job["model"], AutoTokenizer.from_pretrained(job["model"])
         settings["model_init_kwargs"] = {"dtype": dtype}
@@ -120,24 +109,6 @@ def short_warm_up(rows: list[dict], count: int, micro: int) -> list[dict]:
     ]
 
 
-def training_arguments(job: dict, steps: int, folder: str) -> dict:
-    """What all trainers are given alike."""
-    return {
-        "output_dir": folder,
-        "use_cpu": job["device"] == "cpu",
-        "max_steps": steps,
-        "learning_rate": 1e-6,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": job["device"] != "cpu",
-        "max_length": None,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
 def trl_trainer(model, settings: dict, rows: list[dict], micro: int, variant: str, common: dict) -> DPOTrainer:
     """TRL's DPOTrainer on the pairs of `micro` prompts at a time.
 
@@ -156,94 +127,60 @@ def trl_trainer(model, settings: dict, rows: list[dict], micro: int, variant: st
     return trainer
 
 
-def random_model(name: str, dtype: str, device: str):
-    """A Llama with random weights, the same ones in every process on one kind of device."""
+def random_model(name: str, dtype: str, device: str) -> tuple:
+    """A Llama with random weights, the same in every process on one kind of device, and a tokenizer to pad with."""
     set_seed(0)
     config = LlamaConfig(max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, **RANDOM_MODELS[name])
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Stands in where rows are token ids already and only the pad token is asked for."""
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), pad_token="<pad>", eos_token="</s>"
-    )
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
-# Measuring.
-
-
-class Clock:
-    """Time per part of a step. On CUDA through events, which do not wait for the device."""
+class Clock(TrainerCallback):
+    """Seconds per part of each step; on CUDA every part waits for the device."""
 
     def __init__(self, cuda: bool):
         self.cuda = cuda
-        self.spans: list[list[tuple]] = [[]]  # of each step: (part, begin, end)
-        self.ends = []
+        self.steps: list[dict[str, float]] = []
+        self.parts, self.begin, self.optimizer = self._fresh(), None, None
 
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, begin, end) -> float:
-        return begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-
-    def add(self, part: str, begin) -> None:
-        self.spans[-1].append((part, begin, self.now()))
-
-    def end_step(self) -> None:
-        self.ends.append(self.now())
-        self.spans.append([])
-
-    def steps(self, warm_up: int) -> list[dict[str, float]]:
-        """Seconds of each step after the warm-up, in all and per part."""
+    def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        out = []
-        for i in range(warm_up, len(self.ends)):
-            parts = dict.fromkeys(("reference", "forward", "backward", "optimizer"), 0.0)
-            for part, begin, end in self.spans[i]:
-                parts[part] += self.between(begin, end)
-            out.append({"seconds": self.between(self.ends[i - 1], self.ends[i]), **parts})
-        return out
+        return time.perf_counter()
 
-
-class Watch(TrainerCallback):
-    """Marks the ends of steps and the optimizer, which the Trainer announces."""
-
-    def __init__(self, clock: Clock):
-        self.clock, self.begin = clock, None
+    def add(self, part: str, begin: float) -> None:
+        self.parts[part] += self.now() - begin
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.begin = self.clock.now()
+        self.optimizer = self.now()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.clock.add("optimizer", self.begin)
+        self.add("optimizer", self.optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.clock.end_step()
+        """From the end of one step to the end of the next; the first has no begin and warms up."""
+        now = self.now()
+        self.steps.append({"seconds": now - (self.begin or now), **self.parts})
+        self.parts, self.begin = self._fresh(), now
+
+    @staticmethod
+    def _fresh() -> dict[str, float]:
+        return dict.fromkeys(("reference", "forward", "backward", "optimizer"), 0.0)
 
 
 def watch(trainer, clock: Clock) -> None:
     """Time the trainer's models (without gradients a call is the reference's), the backward and the optimizer."""
-    trainer.add_callback(Watch(clock))
+    trainer.add_callback(clock)
     begins = []
-
-    def before(*_):
-        begins.append(clock.now())
-
-    def after(*_):
-        clock.add("forward" if torch.is_grad_enabled() else "reference", begins.pop())
-
     own = trainer.ref_model if isinstance(trainer, DPOTrainer) else trainer.reference.model
     for model in filter(None, (trainer.model, own)):
-        model.register_forward_pre_hook(before)
-        model.register_forward_hook(after)
+        model.register_forward_pre_hook(lambda *_: begins.append(clock.now()))
+        model.register_forward_hook(
+            lambda *_: clock.add("forward" if torch.is_grad_enabled() else "reference", begins.pop())
+        )
     backward = trainer.accelerator.backward
 
     def timed_backward(*args, **kwargs):
@@ -268,7 +205,7 @@ def measure(job: dict) -> dict:
         trainer.train()
     used = rows[job["warm_up"] * job["prompts"] :]
     return {
-        "steps": clock.steps(job["warm_up"]),
+        "steps": clock.steps[job["warm_up"] :],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "lengths": [[len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]] for r in used],
         "best": [max(range(len(r["scores"])), key=r["scores"].__getitem__) for r in used],
@@ -303,51 +240,6 @@ def shape(model) -> dict:
     }
 
 
-def check(job: dict) -> dict:
-    """Compare `shared` with `rows` on one prompt: log-probabilities and gradients.
-
-    Rounding alone is seen from `rows` with every response in a forward of its own.
-    """
-    rows = json.loads(Path(job["rows"]).read_text())
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build({**job, "variant": "shared"}, rows, folder)
-    batch = trainer.data_collator([trainer.train_dataset[job["warm_up"] * job["prompts"]]])
-    batch = send_to_device(batch, trainer.accelerator.device)
-    count = batch["mask"].size(1)
-    single = [{**batch, **{key: batch[key][:, [k]] for key in ("response_ids", "response_mask", "mask")}}
-              for k in range(count)]  # fmt: skip
-    model = trainer.model.train()
-    weights = torch.randn(count, generator=torch.Generator().manual_seed(0)).tolist()
-    found = {
-        "rows": _logps_and_gradients(model, [(batch, weights)], shared=False),
-        "shared": _logps_and_gradients(model, [(batch, weights)], shared=True),
-        "one by one": _logps_and_gradients(model, [(b, [w]) for b, w in zip(single, weights, strict=True)], False),
-    }
-    result = {"limit": agreement(model), "dtype": job["dtype"], "tokens": int(batch["response_mask"].sum())}
-    logps, gradients = found["rows"]
-    for name in ("shared", "one by one"):
-        difference = sum(
-            (g.float() - h.float()).square().sum() for g, h in zip(gradients, found[name][1], strict=True)
-        )
-        size = sum(g.float().square().sum() for g in gradients)
-        result[name] = {
-            "logps": float((logps - found[name][0]).abs().mean()),
-            "gradients": float((difference / size).sqrt()),
-        }
-    return result
-
-
-def _logps_and_gradients(model, parts: list[tuple[dict, list[float]]], shared: bool):
-    """Log-probabilities of all response tokens, and the gradients of their weighted sum."""
-    model.zero_grad()
-    logps = []
-    for batch, weights in parts:
-        out = run(model, batch, shared=shared).logps
-        (out.sum(-1) * torch.tensor(weights, device=out.device)).sum().backward()
-        logps.append(out.detach()[batch["response_mask"]])
-    return torch.cat(logps), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps(check(job) if job["variant"] == "check" else measure(job)), flush=True)
+    print(json.dumps(measure(job)), flush=True)

@@ -12,16 +12,14 @@ from statistics import mean
 import pytest
 import torch
 
+from benchmarks import ratios, report
+from benchmarks import rows as benchmark_rows
+from benchmarks import run as benchmark
+from benchmarks import step as benchmark_step
 from helpers import build_tokenizer, tiny_llama
 from trainers.swepo import swepo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-
-from benchmarks import ratios as ratios  # noqa: E402
-from benchmarks import report as report  # noqa: E402
-from benchmarks import rows as benchmark_rows  # noqa: E402
-from benchmarks import run as benchmark  # noqa: E402
-from benchmarks import step as benchmark_step  # noqa: E402
 
 SHAPE = {"parameters": 1000, "layers": 2, "attention": 10, "hidden": 7, "vocabulary": 50}
 GROUP = (3, [2, 4])
@@ -196,13 +194,6 @@ def test_shape_counts_weights_outside_the_embeddings(job):
     assert shape == {"parameters": 2 * layer + 64, "layers": 2, "attention": 64, "hidden": 64, "vocabulary": 500}
 
 
-def test_child_process_checks_shared_against_rows(job):
-    found = benchmark.run_script("benchmarks.step", {**job, "variant": "check"})
-    assert found["tokens"] > 8
-    for name in ("shared", "one by one"):
-        assert found[name]["logps"] < 1e-4 and found[name]["gradients"] < 1e-3
-
-
 def test_gpu_preset_measures_every_setting_before_any_comes_again(tmp_path):
     args = argparse.Namespace(model="random-7b", dtype="bfloat16", turns=2, only="")
     jobs = benchmark.gpu_jobs(args, tmp_path)
@@ -259,7 +250,7 @@ def test_page_from_a_small_result(tmp_path):
         "**Not measured yet.**",
     ):
         assert text in page
-    assert (tmp_path / "docs/benchmarks-cpu.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "docs/benchmarks-cpu.svg").read_text().startswith("<svg")
 
 
 def test_gpu_results_show_operations_per_second_and_failures():
