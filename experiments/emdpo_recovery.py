@@ -35,8 +35,9 @@ from trainers.emdpo.annotators import Annotators
 from trainers.emdpo.figures import regret_bars
 from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import read_annotators, read_json
+from trainers.generation import sample_responses
 from trainers.generation.rewards import vader_sentiment
-from trainers.generation.sampler import SamplingConfig, encode_prompts, sample_responses
+from trainers.generation.sampler import SamplingConfig, encode_prompts
 from trainers.metrics import pairwise_accuracy
 from trainers.runs.files import read_rows, write_atomic, write_json, write_rows
 from trainers.statistics import t_interval

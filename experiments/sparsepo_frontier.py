@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.sparsepo_frontier_report import write_report
 from trainers import SparsePOConfig, SparsePOTrainer
+from trainers.generation import sample_responses
 from trainers.generation.collect import check_settings
 from trainers.generation.rewards import vader_sentiment
-from trainers.generation.sampler import Sample, SamplingConfig, encode_prompt, sample_responses
+from trainers.generation.sampler import Sample, SamplingConfig, encode_prompt
 from trainers.runs.files import append_records, read_journal, repair_journal, write_json, write_rows
 
 DENSE = {"mask_init": "dense"}

@@ -37,7 +37,7 @@ from trainers.data.prepare import prepare_dataset
 from trainers.data.tokenization import UNFINISHED
 from trainers.forward.policy import base_model
 from trainers.forward.run import Runner
-from trainers.generation.sampler import sample_responses
+from trainers.generation import sample_responses
 from trainers.generation.scorer import load_scorer
 from trainers.metrics import pairwise_accuracy
 from trainers.precision import instructions

@@ -26,8 +26,8 @@ from trainers.emdpo.distill import mixture_samples
 from trainers.emdpo.game import min_max_regret, regret_matrix
 from trainers.emdpo.serve import mixture_logps
 from trainers.forward import cache
-from trainers.generation import collect
 from trainers.generation.sampler import Sample, SamplingConfig
+from trainers.runs import files
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -248,7 +248,7 @@ def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, st
 
 def die_and_aggregate(phase, argv):
     """Aggregate until two writes of samples or scores."""
-    module, name = {"samples": (collect, "append_records"), "scores": (cache, "_write")}[phase]
+    module, name = {"samples": (files, "append_records"), "scores": (cache, "_write")}[phase]
     setattr(module, name, processes.die_after(getattr(module, name), 2))
     aggregate.main(argv)
 

@@ -21,10 +21,10 @@ from helpers import family_tokenizer, tiny_llama
 from trainers import DPOConfig, DPOTrainer, LIREConfig, LIRETrainer
 from trainers import rounds as enhance
 from trainers.cli import train
-from trainers.generation import collect
+from trainers.generation import SamplingConfig, sample_responses
 from trainers.generation.options import EnhanceOptions
-from trainers.generation.sampler import SamplingConfig, sample_responses
 from trainers.generation.start import load_for_sampling
+from trainers.runs import files
 from trainers.runs.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,10 +289,10 @@ def test_a_scorer_that_does_not_exist_is_found_before_anything_is_sampled(inputs
 @pytest.mark.parametrize(
     "options, message",
     [
-        ('{"rounds": 2, "scorer": "a.b", "generations": 4}', r"self_enhance: unknown key 'generations'. Known keys: "),
-        ('{"rounds": 2}', "self_enhance: scorer is missing"),
-        ('{"scorer": "a.b", "rounds": 0}', "rounds=0 must be a whole number of at least 1"),
-        ('{"scorer": "a.b", "top_p": 2}', r"self_enhance: top_p must lie in \(0, 1\]"),
+        ('{"rounds": 2, "scorer": "a.b", "generations": 4}', "self_enhance: .*generations"),
+        ('{"rounds": 2}', "self_enhance: .*scorer"),
+        ('{"scorer": "a.b", "rounds": 0}', "rounds=0 must be"),
+        ('{"scorer": "a.b", "top_p": 2}', "self_enhance: top_p=2 must be"),
         ('{"scorer": "a.b", "own_responses": false, "num_generations": 1}', "num_generations must be at least 2"),
         ('{"scorer": "a.b", "dtype": "float31"}', "dtype='float31' is unknown"),
         ('{"scorer": ', "self_enhance is not JSON"),
@@ -367,8 +367,8 @@ def die_and_train(phase, count, argv):
         transformers.Trainer.training_step = processes.die_after(transformers.Trainer.training_step, count)
     else:
         name = {"sampling": "samples", "scoring": "scores"}[phase]
-        append = collect.append_records
-        collect.append_records = processes.die_after(append, count, lambda path, _: Path(path).name.startswith(name))
+        append = files.append_records
+        files.append_records = processes.die_after(append, count, lambda path, _: Path(path).name.startswith(name))
     train.main(argv)
 
 

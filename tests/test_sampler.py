@@ -12,16 +12,10 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from trainers.generation.sampler import (
-    GumbelSampler,
-    Sample,
-    SamplingConfig,
-    _batches,
-    encode_prompt,
-    sample_responses,
-    sample_seed,
-)
-from trainers.generation.vllm import sample_responses_vllm
+from trainers.generation import GumbelSampler, Sample, SamplingConfig, draw, sample_responses
+from trainers.generation.collect import batches as shares_of
+from trainers.generation.sampler import encode_prompt, sample_seed
+from trainers.generation.vllm import VLLMServer
 
 PROMPTS = ["the quick brown", "say something kind to a friend who had a bad day today", "what", "of course the dog"]
 QUIET = {"progress": False}
@@ -71,11 +65,6 @@ def test_nucleus_without_sorting_is_the_argmax_over_the_transformers_nucleus():
         chosen = GumbelSampler(seeds, top_p=top_p)(None, logits.clone()).argmax(-1)
         noise = GumbelSampler(seeds)._gumbel(logits)
         assert torch.equal(chosen, (TopPLogitsWarper(top_p)(None, logits) + noise).argmax(-1))
-
-
-def test_sampler_refuses_another_number_of_rows():
-    with pytest.raises(ValueError, match="3 rows of logits for 2 random streams"):
-        GumbelSampler([1, 2])(None, torch.zeros(3, 5))
 
 
 def test_seed_is_stable_and_depends_on_every_part():
@@ -194,7 +183,7 @@ def test_plain_prompts_keep_no_end_token_and_are_never_empty():
     assert encode_prompt(build_tokenizer(), "") == [build_tokenizer().bos_token_id]
     with pytest.raises(ValueError, match="has no tokens"):
         encode_prompt(build_tokenizer(bos=None), "")
-    with pytest.raises(ValueError, match="chat template"):
+    with pytest.raises(ValueError, match="chat.template"):
         encode_prompt(build_tokenizer(), [{"role": "user", "content": "hi"}])
 
 
@@ -259,7 +248,7 @@ def test_adapters_change_the_samples(policy):
 def test_processes_share_the_work_in_lock_step():
     todo = [(i, j) for i in range(5) for j in range(3)]
     for world, size in ((2, 4), (4, 1), (7, 2), (16, 3)):
-        shares = [list(_batches(todo, size, rank, world)) for rank in range(world)]
+        shares = [list(shares_of(todo, size, rank, world)) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         real = [key for share in shares for batch in share if not batch.filler for key in batch.keys]
         assert sorted(real) == todo
@@ -270,7 +259,7 @@ def test_wrong_settings_and_long_prompts_are_refused(policy):
     for wrong in ({"num_generations": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SamplingConfig(**wrong)
-    with pytest.raises(ValueError, match="Prompt 2: .*chat template"):
+    with pytest.raises(ValueError, match="chat.template"):
         chat = [{"role": "user", "content": "hi"}]
         sample_responses(*policy, ["fine", "too", chat], config(), **QUIET)
     with pytest.raises(ValueError, match="Prompt 1 has .* context of 512"):
@@ -310,7 +299,7 @@ def server():
 
 def test_vllm_server_gets_one_seeded_request_per_sample(server):
     tokenizer = build_tokenizer()
-    samples = sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), model="tiny", round=2, **QUIET)
+    samples = draw(VLLMServer(server.url, "tiny", tokenizer), PROMPTS, config(), round=2, **QUIET)
     for prompt, row in zip(PROMPTS, samples, strict=True):
         seeds = [sample_seed(7, 2, prompt, j) for j in range(3)]
         assert [sample.token_ids for sample in row] == [[seed % 97, 2] for seed in seeds]
@@ -320,6 +309,4 @@ def test_vllm_server_gets_one_seeded_request_per_sample(server):
     assert first["path"] == "/v1/completions" and first["top_p"] == 0.9 and first["max_tokens"] == 12
     assert [r["prompt"] for r in server.requests].count(encode_prompt(tokenizer, PROMPTS[2])) == 3
     with pytest.raises(RuntimeError, match="no such model"):
-        sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), model="other", **QUIET)
-    with pytest.raises(ValueError, match="model"):
-        sample_responses_vllm(server.url, tokenizer, PROMPTS, config(), **QUIET)
+        draw(VLLMServer(server.url, "other", tokenizer), PROMPTS, config(), **QUIET)

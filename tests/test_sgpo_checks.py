@@ -24,8 +24,8 @@ REFUSED = [
     ({"resume_from_checkpoint": "runs/old"}, "resume_from_checkpoint='runs/old' has no effect"),
     ({"hub_model_id": "me/policy"}, "hub_model_id='me/policy' has no effect: upload output_dir"),
     ({"improver": {"optim": "no_such"}}, "improver: .*no_such"),
-    ({"scorer": "sgpo_rows.consonants"}, "scorer: .*no callable consonants"),
-    ({"scorer": "no_lab.score"}, "scorer: .*there is no module no_lab"),
+    ({"scorer": "sgpo_rows.consonants"}, "scorer: .*consonants"),
+    ({"scorer": "no_lab.score"}, "scorer: .*no_lab"),
     ({"scorer": "./no-folder"}, "scorer='./no-folder' cannot be read: name a folder with a model"),
     ({"reviser": "local", "reviser_model": "./no-folder"}, "reviser_model='./no-folder' cannot be read"),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from processes import die_after
 from sgpo_rows import command, finished_run, history, manifest, rows, same, weights
 from trainers.cli import train
 from trainers.forward import cache
-from trainers.generation import collect
+from trainers.runs import files
 from trainers.sgpo import revisers
 from trainers.sgpo.config import STAGES
 from trainers.sgpo.pipeline import STEPS
@@ -54,8 +54,8 @@ def run_and_die(argv, patch):
 
 def in_journal(part, count=1):
     def patch():
-        append = die_after(collect.append_records, count, lambda path, _: part in str(path))
-        collect.append_records = revisers.append_records = append
+        append = die_after(files.append_records, count, lambda path, _: part in str(path))
+        files.append_records = revisers.append_records = append
 
     return patch
 

@@ -15,7 +15,7 @@ from trainers import SGPOTrainer
 from trainers.cli import train
 from trainers.cli.sgpo_report import word_diff, write_report
 from trainers.data.tokenization import tokenize_row
-from trainers.generation.sampler import SamplingConfig, sample_responses
+from trainers.generation import SamplingConfig, sample_responses
 from trainers.generation.start import load_for_sampling
 from trainers.sgpo.config import STAGES, SGPOConfig
 from trainers.sgpo.improver import sft_rows

@@ -30,6 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
+from .generation.backends import HuggingFace
 from .generation.collect import check_settings, collect_samples, collect_scores, open_folder, summarize
 from .generation.options import EnhanceOptions
 from .generation.rewards import completion_text
@@ -169,7 +170,7 @@ class Loop:
 
     def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
         prompts = [plain(row["prompt"]) for row in self.rows]
-        sampling = self.options.sampling(self.seed)
+        sampling = self.options.config(self.seed)
         samples = self._sample(folder / "samples", prompts, sampling, index, start)
         old = read_rows(folder.parent / f"round-{index - 1:02d}" / "rows.jsonl.gz") if index else None
         pools = [self._candidates(i, index, samples[i], old and old[i]) for i in range(len(prompts))]
@@ -222,13 +223,15 @@ class Loop:
         if not count or not self.held_out:
             return None
         prompts = [plain(row["prompt"]) for row in self.held_out]
-        samples = self._sample(folder / "samples", prompts, self.options.sampling(self.seed, count), 0, start)
+        samples = self._sample(
+            folder / "samples", prompts, self.options.config(self.seed, num_generations=count), 0, start
+        )
         texts = [[sample.text for sample in row] for row in samples]
         return self._score(folder / "scores", self.held_out, texts, 0)
 
     def _sample(self, folder: Path, prompts: list, config: SamplingConfig, index: int, start: Path | None):
         open_folder(folder, {"run": self.key}, self.processes)
-        load = lambda: self.load(start)  # noqa: E731
+        load = lambda: HuggingFace(*self.load(start))  # noqa: E731
         return collect_samples(folder, load, prompts, config, round=index, accelerator=self.processes)
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]], index: int) -> list[list[float]]:

@@ -9,7 +9,8 @@ from peft import PeftModel
 from .. import PreferenceCollator
 from ..forward import policy as policies
 from ..forward.run import Runner
-from ..generation.sampler import SamplingConfig, encode_prompt, sample_responses
+from ..generation import sample_responses
+from ..generation.sampler import SamplingConfig, encode_prompt
 from ..generation.scorer import load_scorer
 from ..generation.start import load_start
 

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from ..generation.backends import HuggingFace
 from ..generation.collect import collect_samples, open_folder
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
@@ -96,9 +97,8 @@ class Arena:
             self.samples_of(player), settings, self.processes,
             ways_out=f"name another folder with --output, or remove {self.folder} to sample anew",
         )  # fmt: skip
-        found = collect_samples(
-            folder, lambda: (self.load(player), self.tokenizer), self.prompts, self.config, accelerator=self.processes
-        )
+        load = lambda: HuggingFace(self.load(player), self.tokenizer)  # noqa: E731
+        found = collect_samples(folder, load, self.prompts, self.config, accelerator=self.processes)
         free_memory()
         return found
 

@@ -1,18 +1,22 @@
 """Sampling responses from a policy and scoring them."""
 
-from .collect import collect_samples, collect_scores, open_folder, summarize
+from .backends import Backend, HuggingFace, Request
+from .collect import collect_samples, collect_scores, draw, sample_responses, summarize
 from .rewards import vader_sentiment
-from .sampler import GumbelSampler, Sample, SamplingConfig, sample_responses
+from .sampler import GumbelSampler, Sample, SamplingConfig
 from .scorer import load_scorer
 
 __all__ = [
+    "Backend",
     "GumbelSampler",
+    "HuggingFace",
+    "Request",
     "Sample",
     "SamplingConfig",
     "collect_samples",
     "collect_scores",
+    "draw",
     "load_scorer",
-    "open_folder",
     "sample_responses",
     "summarize",
     "vader_sentiment",

@@ -8,10 +8,12 @@ from datasets import Dataset
 from ..data.tokenization import tokenize_dataset
 from ..forward.cache import score_rows
 from ..runs.processes import Processes, free_memory
+from .rewards import as_completion
+from .sampler import Prompt
 
 
 def collect_logps(
-    folder: str | Path, load: Callable[[], tuple], tokenizer, prompts: list, responses: list[list[str]],
+    folder: str | Path, load: Callable[[], tuple], tokenizer, prompts: list[Prompt], responses: list[list[str]],
     *, layout: str = "auto", processes: Processes | None = None,
 ) -> list[list[list[float]]]:  # fmt: skip
     """For every prompt and response the log-probability of each response token, the end token included.
@@ -28,9 +30,9 @@ def collect_logps(
     """
     processes = processes or Processes()
     rows = [
-        {"prompt": p, "responses": texts if isinstance(p, str) else [[_answer(text)] for text in texts],
-         "scores": [0.0] * len(texts)} for p, texts in zip(prompts, responses, strict=True)
-    ]  # fmt: skip
+        {"prompt": p, "responses": [as_completion(p, text) for text in texts], "scores": [0.0] * len(texts)}
+        for p, texts in zip(prompts, responses, strict=True)
+    ]
     tokens, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")
     logps = score_rows(
         lambda: load()[0], [tokens], folder, accelerator=processes, pad_token_id=tokenizer.pad_token_id, layout=layout,
@@ -38,7 +40,3 @@ def collect_logps(
     )  # fmt: skip
     free_memory()
     return logps[0]
-
-
-def _answer(text: str) -> dict:
-    return {"role": "assistant", "content": text}

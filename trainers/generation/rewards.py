@@ -4,6 +4,11 @@ import re
 from functools import cache
 
 
+def as_completion(prompt: str | list[dict], text: str) -> str | list[dict]:
+    """A response to a prompt: text to text, an assistant's message to messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def completion_text(completion: str | list[dict]) -> str:
     """The text of a completion: itself, or the contents of its messages joined by newlines."""
     if isinstance(completion, str):
@@ -37,8 +42,7 @@ def vader_sentiment(prompts, completions, **columns) -> list[float]:
     Raises:
         ImportError: vaderSentiment is not installed.
     """
-    analyzer = _vader()
-    return [analyzer.polarity_scores(completion_text(completion))["compound"] for completion in completions]
+    return [_vader().polarity_scores(completion_text(completion))["compound"] for completion in completions]
 
 
 @cache

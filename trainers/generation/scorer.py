@@ -20,12 +20,11 @@ from ..forward.safe_files import SAFE, refuse_pickled_weights
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[..., list[float]]
+Spec = str | Callable | dict | list
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-def load_scorer(
-    spec: str | Callable | dict | list, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None
-) -> Scorer:
+def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None) -> Scorer:
     """Makes a checked scorer from its description.
 
     Args:
@@ -35,70 +34,60 @@ def load_scorer(
         dtype: of a reward model's weights; None is the dtype they were saved in.
         device: of a reward model; None is CUDA when there is one, else the CPU.
 
-    Returns a callable that raises ValueError, naming scorer and position, when the scores are not as many finite
-    numbers as there are completions.
+    Returns a callable that raises ValueError, naming the scorer, when the scores are not as many finite numbers as
+    there are completions.
 
     Raises:
-        ValueError: a path that cannot be imported, that is no callable, or a spec of another form.
+        ValueError: a path that cannot be imported, or an empty list.
     """
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}
-    if isinstance(spec, list):
-        if not spec:
-            raise ValueError("The list of scorers is empty: name at least one.")
-        return WeightedScorer([_weighted(part, options) for part in spec])
-    if isinstance(spec, dict):
-        return WeightedScorer([_weighted(spec, options)])
-    if callable(spec):
-        return CheckedScorer(getattr(spec, "__name__", type(spec).__name__), spec)
-    if not isinstance(spec, str):
-        raise ValueError(f"A scorer is a path, a callable, a dict or a list of these, got {spec!r}.")
-    if not Path(spec).is_dir() and DOTTED_PATH.fullmatch(spec):
-        return CheckedScorer(spec, _import_callable(spec))
-    return CheckedScorer(spec, RewardModelScorer(spec, **options))
+    parts = [(weight, name, function or RewardModelScorer(name, **options)) for weight, name, function in _parts(spec)]
 
-
-def check_scorer(spec: str | Callable | dict | list) -> None:
-    """Raises ValueError for a spec that cannot be used, as far as that is known without loading a reward model."""
-    for part in spec if isinstance(spec, list) else [spec]:
-        name = part.get("spec") if isinstance(part, dict) else part
-        if not isinstance(name, str) or DOTTED_PATH.fullmatch(name) and not Path(name).is_dir():
-            load_scorer(part)
-
-
-class CheckedScorer:
-    """Calls a scorer and refuses a result that is not one finite number per completion."""
-
-    def __init__(self, name: str, function: Callable):
-        self.name, self.function = name, function
-
-    def __call__(self, prompts, completions, **columns) -> list[float]:
-        scores = self.function(prompts=prompts, completions=completions, **columns)
-        scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-        if len(scores) != len(completions):
-            raise ValueError(f"Scorer {self.name} gave {len(scores)} scores for {len(completions)} completions.")
-        return [self._number(index, score) for index, score in enumerate(scores)]
-
-    def _number(self, index: int, score) -> float:
-        try:
-            value = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(
-                f"Scorer {self.name} gave {score!r} for completion {index}: every score must be a finite number."
-            )
-        return value
-
-
-class WeightedScorer:
-    """Weighted sum of checked scorers."""
-
-    def __init__(self, parts: list[tuple[float, Scorer]]):
-        self.parts = parts
-
-    def __call__(self, prompts, completions, **columns) -> list[float]:
-        scored = [[weight * s for s in scorer(prompts, completions, **columns)] for weight, scorer in self.parts]
+    def score(prompts, completions, **columns) -> list[float]:
+        scored = [
+            [weight * value for value in _checked(name, function(prompts=prompts, completions=completions, **columns),
+                                                  len(completions))] for weight, name, function in parts
+        ]  # fmt: skip
         return [math.fsum(values) for values in zip(*scored, strict=True)]
+
+    return score
+
+
+def check_scorer(spec: Spec) -> None:
+    """Raises ValueError for a spec that cannot be used, as far as that is known without loading a reward model."""
+    _parts(spec)
+
+
+def _parts(spec: Spec) -> list[tuple[float, str, Callable | None]]:
+    """Weight, name and function of each part; the function of a reward model is None."""
+    if spec == []:
+        raise ValueError("The list of scorers is empty: name at least one.")
+    parts = spec if isinstance(spec, list) else [spec]
+    return [_part(**part) if isinstance(part, dict) else _part(part) for part in parts]
+
+
+def _part(spec: str | Callable, weight: float = 1.0) -> tuple[float, str, Callable | None]:
+    if callable(spec):
+        return weight, repr(spec), spec
+    if Path(spec).is_dir() or not DOTTED_PATH.fullmatch(spec):
+        return weight, spec, None
+    module, _, attribute = spec.rpartition(".")
+    try:
+        return weight, spec, getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"Scorer {spec}: {error}. Give the import path of a function, a folder with a reward model (./name), or a "
+            "hub id (owner/name)."
+        ) from error
+
+
+def _checked(name: str, scores, count: int) -> list[float]:
+    values = [float(score) for score in scores]
+    if wrong := [i for i, value in enumerate(values) if not math.isfinite(value)]:
+        raise ValueError(f"Scorer {name} gave {values[wrong[0]]} for completion {wrong[0]}: scores must be finite.")
+    if len(values) != count:
+        raise ValueError(f"Scorer {name} gave {len(values)} scores for {count} completions.")
+    return values
 
 
 class RewardModelScorer:
@@ -137,16 +126,11 @@ class RewardModelScorer:
         return scores
 
     def _encode(self, prompt, completion) -> list[int]:
-        if self.tokenizer.chat_template is not None:
-            chat = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
-            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-        elif isinstance(prompt, str) and isinstance(completion, str):
+        if self.tokenizer.chat_template is None and isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
         else:
-            raise ValueError(
-                f"Reward model {self.name} has no chat template, but the prompts are messages: save a tokenizer "
-                "with `chat_template` beside the model, or score plain text."
-            )
+            chat = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
+            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
         if self.limit is not None and len(ids) > self.limit:
             if not self.warned:
                 logger.warning("%s: texts over %d tokens lose their beginning.", self.name, self.limit)
@@ -169,31 +153,3 @@ class RewardModelScorer:
 
 def _as_messages(text: str | list[dict], role: str) -> list[dict]:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def _weighted(part, options: dict) -> tuple[float, Scorer]:
-    if not isinstance(part, dict):
-        return 1.0, load_scorer(part, **options)
-    if "spec" not in part or set(part) - {"spec", "weight"}:
-        raise ValueError(f"A weighted scorer is {{'spec': ..., 'weight': ...}}, got the keys {sorted(part)}.")
-    weight = part.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"The weight of scorer {part['spec']} must be a finite number, got {weight!r}.")
-    return float(weight), load_scorer(part["spec"], **options)
-
-
-def _import_callable(path: str) -> Callable:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but something it imports does not
-        raise ValueError(
-            f"Scorer {path}: there is no module {module_name}. Give the import path of a function, a folder with a "
-            "reward model (./name), or a hub id (owner/name)."
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"Scorer {path}: module {module_name} has no callable {attribute}.")
-    return function

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import AutoTokenizer
 
 from ..forward import policy as policies
 from ..forward.safe_files import refuse_pickled_weights
+from ..precision import settle_dtype
 
 
 def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
@@ -36,7 +38,8 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
         ValueError: the tokenizer has no pad token and none was named.
     """
     init_kwargs = {**(args.model_init_kwargs or {})}
-    init_kwargs |= {} if dtype is None else {"dtype": dtype}
+    if dtype is not None:  # one answer for all processes: their measurements may differ
+        init_kwargs["dtype"] = broadcast_object_list([settle_dtype(dtype, args.device)[0]])[0]
     policy = load_start(model, start, init_kwargs=init_kwargs, quantization_config=quantization_config)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=init_kwargs.get("trust_remote_code", False))
     policies.set_pad_token(tokenizer, args.pad_token)

@@ -1,10 +1,38 @@
-"""Files that survive a kill at any moment: an append-only journal of JSON lines, and atomic replacement."""
+"""Files that survive a kill at any moment: append-only journals of JSON lines, and atomic replacement."""
 
 import gzip
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from .processes import Processes
+
+
+class Journal:
+    """Records of all processes under one name in a folder; each process appends to a file of its own."""
+
+    def __init__(self, folder: str | Path, name: str, processes: Processes):
+        self.folder, self.name, self.processes = Path(folder), name, processes
+        self.path = self.folder / f"{name}-{processes.process_index:05d}.jsonl"
+
+    def read(self) -> list[dict]:
+        """All whole records. Every process must call this, and none may append before.
+
+        Raises:
+            ValueError: a complete line that is not JSON, which no kill of a writer explains.
+        """
+        paths = sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+        if self.processes.is_main_process:
+            for path in paths:
+                repair_journal(path)
+        self.processes.wait_for_everyone()
+        records = [record for path in paths for record in read_journal(path)]
+        self.processes.wait_for_everyone()
+        return records
+
+    def append(self, records: Iterable[dict]) -> None:
+        append_records(self.path, records)
 
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
@@ -24,19 +52,8 @@ def repair_journal(path: str | Path) -> None:
 
 
 def read_journal(path: str | Path) -> list[dict]:
-    """All complete records; an unfinished last line does not count.
-
-    Raises:
-        ValueError: a complete line that is not JSON, which no kill of a writer explains.
-    """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: delete the file to make its part again.") from error
-    return records
+    """All complete records; an unfinished last line does not count. Raises ValueError as `read_rows` does."""
+    return _parse(path, Path(path).read_bytes().split(b"\n")[:-1])
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -62,18 +79,16 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl or .jsonl.gz file. Raises ValueError naming the line that is not a JSON object."""
+    """Rows of a .jsonl or .jsonl.gz file. Raises ValueError naming the line that is not JSON."""
     data = Path(path).read_bytes()
-    text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    return _parse(path, (gzip.decompress(data) if str(path).endswith(".gz") else data).split(b"\n"))
+
+
+def _parse(path: str | Path, lines: list[bytes]) -> list[dict]:
+    records = []
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object with a `prompt`, got {type(row).__name__}.")
-        rows.append(row)
-    return rows
+    return records

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from ..generation.backends import Backend, HuggingFace
 from ..generation.collect import collect_samples, open_folder
 from ..generation.logps import collect_logps
 from ..generation.sampler import Prompt, Sample, encode_prompts
 from ..generation.start import load_for_sampling
-from ..generation.vllm import sample_responses_vllm
+from ..generation.vllm import VLLM
 from ..runs.processes import Processes, free_memory
 from .config import Sampling, SGPOConfig
 from .filters import fits
@@ -44,7 +45,7 @@ class Sampler:
         load = lambda: self._load(name, None if model else start, options)  # noqa: E731
         drawn = collect_samples(
             folder, load, [prompts[i] for i in at], options.config(self.args.seed), round=round,
-            accelerator=self.processes, **({"draw": _with_vllm} if self.args.use_vllm else {}),
+            accelerator=self.processes,
         )  # fmt: skip
         free_memory()
         found = dict(zip(at, (row[0] for row in drawn), strict=True))
@@ -58,13 +59,13 @@ class Sampler:
             layout=self.args.layout, processes=self.processes,
         )  # fmt: skip
 
-    def _load(self, name: str, start: Path | None, options: Sampling) -> tuple:
+    def _load(self, name: str, start: Path | None, options: Sampling) -> Backend:
         if not self.args.use_vllm:
-            return self.load_policy(name, start, options.dtype)
+            return HuggingFace(*self.load_policy(name, start, options.dtype))
         from vllm import LLM  # not installed with the project
 
         dtype = {} if options.dtype is None else {"dtype": options.dtype}
-        return LLM(model=str(start or name), **dtype), AutoTokenizer.from_pretrained(name)
+        return VLLM(LLM(model=str(start or name), **dtype), AutoTokenizer.from_pretrained(name))
 
     def load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
         """Model and tokenizer, on the device; see `load_for_sampling`."""
@@ -76,7 +77,3 @@ class Sampler:
         limit = getattr(config, "max_position_embeddings", None)
         encoded = encode_prompts(AutoTokenizer.from_pretrained(name), prompts)
         return [i for i, ids in enumerate(encoded) if fits(len(ids), new_tokens, limit)]
-
-
-def _with_vllm(*args, accelerator=None, **kwargs):
-    return sample_responses_vllm(*args, **kwargs)

@@ -1,0 +1,117 @@
+"""What answers requests: a backend with one method. The one for Hugging Face models is here, vLLM's in vllm.py."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import GenerationConfig, LogitsProcessorList
+from trl.models import unwrap_model_for_generation
+
+from ..runs.processes import Processes
+from .sampler import GumbelSampler, Sample, SamplingConfig
+
+FLAGS = ("training", "gradient_checkpointing")  # of modules, off while sampling
+
+
+class Request(NamedTuple):
+    """The tokens of a prompt, and the seed of the random stream that its sample is drawn with."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+class Backend(Protocol):
+    """What `collect_samples` asks of an engine."""
+
+    tokenizer: object
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its response, None where the engine knows itself."""
+
+    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+        """One sample per request, of at most `config.max_new_tokens`. `config.seed` is in the requests already."""
+
+
+@dataclass
+class HuggingFace:
+    """Samples with `generate`, reproducibly sample by sample.
+
+    Args:
+        model: causal language model or PeftModel, wrapped by DDP, DeepSpeed or FSDP or not. Training mode and
+            gradient checkpointing are switched off while it samples and put back afterwards.
+        accelerator: which wrapped the model. A sharded model samples in lock step on all processes.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    accelerator: object = field(default_factory=Processes)
+
+    @property
+    def context(self) -> int | None:
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+        with self._generating() as model:
+            return self._generate(model, requests, config)
+
+    def _generate(self, model, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+        rows, device = [request.prompt_ids for request in requests], model.get_input_embeddings().weight.device
+        width, ends = max(map(len, rows)), end_ids(model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
+        processors = LogitsProcessorList()
+        if config.temperature > 0:
+            cuts = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+            processors.append(GumbelSampler([request.seed for request in requests], device=device, **cuts))
+        output = model.generate(
+            input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
+            attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
+            logits_processor=processors,
+            generation_config=_greedy_config(config.max_new_tokens, ends, pad),
+        )
+        return [self._cut(row, ends) for row in output[:, width:].tolist()]
+
+    def _cut(self, ids: list[int], ends: list[int]) -> Sample:
+        stop = next((t + 1 for t, token in enumerate(ids) if token in ends), None)
+        kept = ids[:stop]
+        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, truncated=stop is None)
+
+    @contextmanager
+    def _generating(self):
+        model = self.accelerator.unwrap_model(self.model)
+        flags = {
+            module: {name: vars(module)[name] for name in FLAGS if name in vars(module)} for module in model.modules()
+        }
+        distributed = self.accelerator.distributed_type != DistributedType.NO
+        whole = unwrap_model_for_generation(self.model, self.accelerator) if distributed else nullcontext(model)
+        for module in flags:
+            # The flags, not gradient_checkpointing_disable(): enabling again would forget the user's arguments.
+            vars(module).update(dict.fromkeys(flags[module], False))
+        try:
+            with whole as generator:
+                yield generator
+        finally:
+            for module, values in flags.items():
+                vars(module).update(values)
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All token ids that end a response: those of the generation config and the tokenizer's EOS."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def _greedy_config(max_new_tokens: int, ends: list[int], pad: int) -> GenerationConfig:
+    # What is left at None here would be filled from the model's own generation config. Neutral values keep a
+    # repetition penalty or a minimum length that ships with a model from bending the sampled distribution.
+    return GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=max_new_tokens, min_length=0,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0, top_k=50,
+        eos_token_id=ends or None, pad_token_id=pad,
+    )  # fmt: skip
