@@ -82,10 +82,6 @@ def test_a_path_to_an_adapter_goes_on_with_it(tmp_path, tokenizer):
         found.append([log["loss"] for log in t.state.log_history if "loss" in log])
         assert t.evaluate()["eval_rewards/margins"] != pytest.approx(0, abs=1e-4)
     assert found[0] == found[1]
-    path = tmp_path / "adapter/adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
-        trainer(tmp_path / "out", tokenizer, model=str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])

@@ -28,7 +28,6 @@ from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
 from .forward.reference import changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
-from .forward.safe_files import refuse_pickled_code
 from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
@@ -488,7 +487,6 @@ class PreferenceTrainer(Trainer):
                     "Leave it out to begin at step 0."
                 )
         if resume_from_checkpoint:
-            refuse_pickled_code(resume_from_checkpoint)
             self.check_checkpoint(resume_from_checkpoint)
             self._untouched = False
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..data import PreferenceCollator
 from ..forward.policy import base_model, disable_dropout
 from ..forward.run import Runner
-from ..forward.safe_files import refuse_pickled_weights
 from ..generation.start import load_start
 from .tables import MIXTURE, base_of, read_json
 
@@ -205,8 +204,6 @@ def _refuse_empty(prompt_ids: list[list[int]], response_ids: list[list[list[int]
 
 
 def _with_adapters(base: PreTrainedModel, paths: list[Path]) -> PeftModel:
-    for path in paths:
-        refuse_pickled_weights(path)
     model = PeftModel.from_pretrained(base, str(paths[0]), adapter_name=f"{TYPE}-0")
     for k, path in enumerate(paths[1:], 1):
         model.load_adapter(str(path), adapter_name=f"{TYPE}-{k}")

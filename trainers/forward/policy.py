@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,10 +19,12 @@ from trl.trainer import disable_dropout_in_model
 
 from .head import head_rows
 from .router import router_loss
-from .safe_files import SAFE, refuse_cut_weights, refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
 
+# Keywords of every `from_pretrained`: nothing that is read may run code. A run may say otherwise in its
+# `model_init_kwargs`. DeepSpeed opens its own shards without protection: trust such a checkpoint like a program.
+SAFE = {"use_safetensors": True, "trust_remote_code": False}
 PLAIN_RATES = ("attention_dropout", "dropout")  # dropout rates that attention modules keep as plain numbers
 
 
@@ -35,46 +36,35 @@ def load_policy(
     Only safetensors are read, and no code from the model's folder runs, unless `init_kwargs` say otherwise.
 
     Raises:
-        ValueError: loading options were given for a model that is already loaded, or its weights are pickles.
+        ValueError: loading options were given for a model that is already loaded, or weights are missing, which
+            `from_pretrained` alone would draw at random.
     """
-    if isinstance(model, str):
-        kwargs = {**SAFE, **(init_kwargs or {})}
-        if kwargs["use_safetensors"]:
-            refuse_pickled_weights(model)
-        refuse_cut_weights(model)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        return _loaded(model, kwargs)
-    for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
-        if value:
-            raise ValueError(f"{name} has no effect on a model that is already loaded: pass the model as a path.")
-    return model
-
-
-def _loaded(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model with all of its weights: `from_pretrained` alone draws those at random that it does not find."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    except SafetensorError as error:  # of the hub's cache: those of a folder have been looked at
-        raise ValueError(f"The weights of {path} cannot be read ({error}): fetch them anew.") from error
+    if not isinstance(model, str):
+        for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
+            if value:
+                raise ValueError(f"{name} has no effect on a model that is already loaded: pass the model as a path.")
+        return model
+    kwargs = {**SAFE, **(init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"The weights of {path} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
+            f"The weights of {model} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
         )
-    return model
+    return loaded
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool) -> PeftModel:
     """Wrap a model in a fresh adapter.
 
     Raises:
-        ValueError: the model has an adapter already, or the adapter is a prompt.
+        ValueError: the model has an adapter already, which would go on beside the new one.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is a PeftModel already: omit peft_config to go on training its adapter, or merge it."
         )
-    refuse_prompt_learning(peft_config)
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # ZeRO-3 gathers parameters in one dtype (DeepSpeed issue 8072): float32 adapters on a bf16 base would fail.
     return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
@@ -86,27 +76,19 @@ def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_
     revision = kwargs.get("revision") or "main"
     if find_adapter_config_file(path, revision=revision) is None:
         return None
-    refuse_pickled_weights(path)
-    refuse_cut_weights(path)
     config = PeftConfig.from_pretrained(path, revision=revision)
     kwargs["revision"] = config.revision or "main"  # the other one was that of the adapter
     base = load_policy(config.base_model_name_or_path, init_kwargs=kwargs, quantization_config=quantization_config)
     return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
 
 
-def refuse_prompt_learning(peft_config: PeftConfig) -> None:
-    """Raises ValueError for adapters that put virtual tokens before the prompt."""
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_config: {type(peft_config).__name__} puts virtual tokens before each row, which have no place in "
-            "the layouts of a batch: use LoraConfig or another adapter of weights."
-        )
-
-
 def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """The policy with its adapter and without dropout, as the trainer's `args` want it; see `load_policy`.
 
     A path to an adapter gives that adapter on its base, trainable, as a PeftModel does.
+
+    Raises:
+        ValueError: the adapter puts virtual tokens before each row, or the loss of a router would have no gradient.
     """
     options = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
     model = isinstance(model, str) and load_adapter(model, **options) or load_policy(model, **options)
@@ -114,7 +96,11 @@ def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | N
     if peft_config is not None:
         model = add_adapter(model, peft_config, zero3=zero3)
     if isinstance(model, PeftModel):
-        refuse_prompt_learning(model.active_peft_config)
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"peft_config: {type(model.active_peft_config).__name__} puts virtual tokens before each row, which "
+                "have no place in the layouts of a batch: use LoraConfig or another adapter of weights."
+            )
         if args.gradient_checkpointing:
             _fit_checkpointing_to_adapter(model, args, zero3=zero3)
     if args.disable_dropout:
@@ -127,11 +113,7 @@ def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | N
 
 
 def _fit_arguments(args, config: PretrainedConfig) -> None:
-    """Settings that a kind of model needs.
-
-    Raises:
-        ValueError: the loss of a router would have no gradient.
-    """
+    """Training arguments that a kind of model needs."""
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if args.gradient_checkpointing and reentrant and router_loss(config) is not None:
         raise ValueError(
@@ -146,14 +128,11 @@ def _fit_arguments(args, config: PretrainedConfig) -> None:
 
 def refuse_frozen(model: nn.Module) -> None:
     """Raises ValueError for a policy of which no weight would be trained."""
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        return
-    fix = (
-        "load the adapter with PeftModel.from_pretrained(base, folder, is_trainable=True), or give its folder as model"
-        if isinstance(model, PeftModel)
-        else "call requires_grad_(True) on those that shall learn, or pass peft_config"
-    )
-    raise ValueError(f"No weight of the model is trainable, so nothing would be learned: {fix}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No weight of the model is trainable, so nothing would be learned: load an adapter with is_trainable=True "
+            "or give its folder as model, call requires_grad_(True) on what shall learn, or pass peft_config."
+        )
 
 
 def check_optimizer(optimizer, model: nn.Module) -> None:

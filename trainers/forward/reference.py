@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from .identity import owners, reference_parameters
-from .safe_files import SAFE
+from .policy import SAFE
 
 REFERENCE_ADAPTER = "reference"
 INERT = (True, "gaussian", "orthogonal", "eva")  # initialisations under which a fresh adapter changes no output

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..forward.safe_files import SAFE, refuse_pickled_weights
+from ..forward.policy import SAFE
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,6 @@ class RewardModelScorer:
     def __init__(self, name: str, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None):
         self.name, self.batch_size = name, batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        refuse_pickled_weights(name)
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", **SAFE)
         if model.config.num_labels != 1:

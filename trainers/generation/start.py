@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from ..forward import policy as policies
-from ..forward.safe_files import refuse_pickled_weights
 from ..precision import settle_dtype
 
 
@@ -27,7 +26,6 @@ def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantizatio
     if start is None or not (start / "adapter_config.json").exists():
         return policies.load_policy(str(start or model), **keywords)
     base = policies.load_policy(model, **keywords)
-    refuse_pickled_weights(start)
     return PeftModel.from_pretrained(base, str(start), is_trainable=trainable)
 
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from ..forward.safe_files import refuse_cut_weights
 from .settings import plain, refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
@@ -124,7 +123,6 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
             f"resume_from_checkpoint: {folder} is not a whole checkpoint (a kill may have cut it short). Name another "
             "one, or true for the last whole one."
         )
-    refuse_cut_weights(folder, "**/*.safetensors")
     _check_weights(folder, model, whole=engine is None)
     if not list(folder.glob("latest" if engine == "deepspeed" else "optimizer*")):
         raise ValueError(
