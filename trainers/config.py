@@ -57,11 +57,12 @@ def option(default, help: str, *, choices: Sequence[str] | None = None, **bounds
 def check_options(options) -> None:
     """Raises ValueError for the first field of a dataclass that is outside its choices or bounds.
 
-    None is allowed where the field's type says so.
+    None is allowed where it is the default or the field's type says so.
     """
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), field.metadata.get("choices")
-        if allowed is None or value in allowed or (value is None and type(None) in get_args(field.type)):
+        optional = field.default is None or type(None) in get_args(field.type)
+        if allowed is None or value in allowed or (value is None and optional):
             continue
         kind = "must be a finite number," if isinstance(allowed, Range) else "is unknown: choose one of"
         raise ValueError(f"{field.name}={value!r} {kind} {', '.join(allowed)}.")
