@@ -63,6 +63,7 @@ def test_the_bounds_of_the_losses(config, wrong):
 def test_the_command_line_knows_the_bounds(capsys):
     [args] = TrlParser([SWEPOConfig]).parse_args_and_config(["--output_dir", "unused", "--beta", "1e-3", "--use_cpu"])
     assert args.beta == 1e-3 and args.max_tokens_per_batch is None
+    assert SWEPOConfig(output_dir="unused", use_cpu=True, max_length=None).max_length is None
     with pytest.raises(SystemExit):
         TrlParser([DPOConfig]).parse_args_and_config(["--output_dir", "unused", "--label_smoothing", "0.5"])
     assert "at least 0 and below 0.5" in capsys.readouterr().err
