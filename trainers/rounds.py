@@ -21,7 +21,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
@@ -30,25 +30,27 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
-from .generation.backends import HuggingFace
-from .generation.collect import check_settings, collect_samples, collect_scores, open_folder, summarize
+from .generation import HuggingFace, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.options import EnhanceOptions
-from .generation.rewards import completion_text
-from .generation.sampler import Sample, SamplingConfig
-from .generation.scorer import check_scorer, load_scorer
+from .generation.rewards import as_completion, completion_text
+from .generation.scorer import check_scorer
 from .generation.start import load_for_sampling, load_start
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
-from .runs.processes import Processes, uses_fsdp
-from .runs.settings import digest, policy_settings, training_settings
-from .runs.stage import train_into
+from .runs.processes import uses_fsdp
+from .runs.settings import digest, model_settings, run_settings
+from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
-WAYS_OUT = "choose another output_dir"
+MADE = ("prompt", "responses", "scores", UNFINISHED)
+NO_COLUMNS = {"prompt", "prompts", "completions", "responses", "scores"}  # for a scorer
+UNCOMPARED = ("rounds", "batch_size", "scorer_batch_size")  # options that change no round
+
+Candidate = tuple[str, int, bool]  # text, the round that it was sampled in, and whether it was cut
 
 
 def run(
@@ -60,6 +62,8 @@ def run(
     Args:
         trainer_class: subclass of `PreferenceTrainer`, of which each round has an instance of its own.
         model: path or hub id.
+        train_dataset: canonical rows; columns other than prompt, responses and scores go to the scorer.
+        eval_dataset: canonical rows; their prompts measure the policy.
         dataset: name of the data for the model cards.
 
     Raises:
@@ -68,15 +72,14 @@ def run(
     refuse_unsupported(args)
     options = EnhanceOptions.parse(args.self_enhance)
     check_scorer(options.scorer)  # before anything is sampled for it
-    rows, held_out = list(train_dataset or []), list(eval_dataset or [])
-    for row in [*rows, *held_out]:
-        refuse_template_options(row)
+    rows, held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
+    keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
 
-    def load(start: Path | None) -> tuple:
-        return load_for_sampling(model, start, args, dtype=options.dtype, quantization_config=quantization_config)
+    def load(start: Path | None) -> HuggingFace:
+        loaded = load_for_sampling(model, start, args, dtype=options.dtype, quantization_config=quantization_config)
+        return HuggingFace(*loaded)
 
     def train(rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
-        keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
         policy = load_start(model, start, trainable=True, **keywords)
         trainer = trainer_class(
             policy,
@@ -88,9 +91,11 @@ def run(
         )
         trainer.train_and_save(last_checkpoint(folder), dataset)
 
-    loaded = policy_settings(model, quantization_config, peft_config)
-    settings = run_settings(args, rows, held_out, trainer=trainer_class.__name__, **loaded)
-    Loop(options, rows, args.output_dir, settings, load, train, held_out, seed=args.seed).run()
+    own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
+    own |= {"trainer": trainer_class.__name__, "training rows": digest(rows)}
+    own |= {"held-out prompts": digest([row["prompt"] for row in held_out])} | model_settings(model, **keywords)
+    settings = run_settings(args, adapter=peft_config, **own)
+    Rounds(options, rows, held_out, Stage(args.output_dir, settings, settings_name=SETTINGS), load, train, args.seed)()
 
 
 def round_arguments(args, iterations: int, index: int, folder: Path):
@@ -104,84 +109,65 @@ def round_arguments(args, iterations: int, index: int, folder: Path):
 
 
 @dataclass
-class Loop:
-    """Rounds of sampling, scoring and training in `folder`; `run` does what is not done yet.
+class Rounds:
+    """Rounds of sampling, scoring and training in the folder of `stage`; a call does what is not done yet.
 
     Args:
-        rows: canonical rows to train on; columns other than prompt, responses and scores go to the scorer.
-        settings: everything that the weights depend on, from `run_settings`.
-        load: start folder or None (the model of round 0) -> policy to sample from, tokenizer.
+        load: start folder or None (the model of round 0) -> policy to sample from.
         train: (rows of the pool, round, start folder or None, folder) trains and leaves model and results in folder.
-            It must resume from `last_checkpoint(folder)`.
-        held_out: canonical rows whose prompts measure the policy.
     """
 
     options: EnhanceOptions
     rows: list[dict]
-    folder: Path
-    settings: dict
-    load: Callable[[Path | None], tuple]
+    held_out: list[dict]
+    stage: Stage
+    load: Callable[[Path | None], HuggingFace]
     train: Callable[[list[dict], int, Path | None, Path], None]
-    held_out: list[dict] = field(default_factory=list)
-    seed: int = 0
+    seed: int
 
-    def __post_init__(self):
-        self.folder, self.processes = Path(self.folder), Processes()
-        self.key = digest(self.settings)
-
-    def run(self) -> Path:
-        """Returns the folder of the last round's model, whose files are also copied to `folder`.
-
-        Raises:
-            ValueError: `folder` belongs to a run with other settings; the message names what differs.
-        """
-        path = self.folder / SETTINGS
-        self.processes.main(lambda: path.exists() or self._create(path))
-        check_settings(path, self.settings, ways_out=WAYS_OUT)
-        if (self.folder / f"round-{self.options.rounds:02d}" / "manifest.json").exists():
+    def __call__(self) -> None:
+        self.folder, self.processes = self.stage.open(), self.stage.processes
+        if (self._at(self.options.rounds) / "manifest.json").exists():
             raise ValueError(
                 f"self_enhance: rounds={self.options.rounds}, but {self.folder} holds more: rounds can only be added. "
-                f"Raise it, or {WAYS_OUT}."
+                "Raise it, or choose another output_dir."
             )
-        start, rewards, history = None, [self._measure(self.folder / "before", None)], []
+        rewards, history = [self._measure(self.folder / "before", None)], []
         for index in range(self.options.rounds):
-            folder = self.folder / f"round-{index:02d}"
-            self.processes.say(f"\nRound {index + 1} of {self.options.rounds}: {folder}")
-            statistics = self._round(index, folder, start)
-            start = folder / "checkpoint"
-            rewards.append(self._measure(folder / "held-out", start))
-            manifest = self._manifest(index, folder, statistics, rewards)
-            history.append(manifest)
-            self.processes.say(describe(manifest))
-        self.processes.main(lambda: self._publish(start, history))
-        return start
+            history.append(self._round(index, rewards))
+            self.processes.say(describe(history[-1]))
+        self.processes.main(lambda: self._publish(history))
 
-    def _create(self, path: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": self.settings, "hash": self.key})
+    def _round(self, index: int, rewards: list) -> dict:
+        """Does what is missing of a round, and adds the rewards of its policy; returns the manifest."""
+        folder, start = self._at(index), self._at(index - 1) / "checkpoint" if index else None
+        self.processes.say(f"\nRound {index + 1} of {self.options.rounds}: {folder}")
+        pool, statistics = self._pool(index, folder, start)
+        self.processes.main(lambda: _unless_there(folder / "rows.jsonl.gz", write_rows, pool))
+        train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at), self.processes)
+        rewards.append(self._measure(folder / "held-out", folder / "checkpoint"))
+        manifest = self._manifest(index, statistics, rewards)
+        self.processes.main(lambda: _unless_there(folder / "manifest.json", write_json, manifest))
+        return manifest
 
-    def _round(self, index: int, folder: Path, start: Path | None) -> dict:
-        """Makes the pool and trains on it, as far as that is not done; returns the statistics of the samples."""
-        pool, statistics = self._make_pool(index, folder, start)
-        path = folder / "rows.jsonl.gz"
-        self.processes.main(lambda: path.exists() or write_rows(path, pool))
-        train_into(folder / "checkpoint", lambda training: self.train(pool, index, start, training), self.processes)
-        return statistics
+    def _publish(self, history: list[dict]) -> None:
+        shutil.copytree(self._at(len(history) - 1) / "checkpoint", self.folder, dirs_exist_ok=True)
+        write_json(self.folder / "rounds.json", {"rounds": history})
 
-    def _make_pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
-        prompts = [plain(row["prompt"]) for row in self.rows]
-        sampling = self.options.config(self.seed)
-        samples = self._sample(folder / "samples", prompts, sampling, index, start)
-        old = read_rows(folder.parent / f"round-{index - 1:02d}" / "rows.jsonl.gz") if index else None
-        pools = [self._candidates(i, index, samples[i], old and old[i]) for i in range(len(prompts))]
-        known = [_scored(old[i]) if old else {} for i in range(len(prompts))]
-        # A text is scored once in the whole run.
+    def _at(self, index: int) -> Path:
+        return self.stage.folder / f"round-{index:02d}"
+
+    def _pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
+        """The rows to train on, and the statistics of the samples. A text is scored once in the whole run."""
+        samples = self._sample(folder / "samples", self.rows, self.options.config(self.seed), index, start)
+        old = read_rows(self._at(index - 1) / "rows.jsonl.gz") if index else [None] * len(self.rows)
+        pools = [self._candidates(*parts, index) for parts in zip(self.rows, samples, old, strict=True)]
+        known = [_scored(row) if row else {} for row in old]
         new = [list(dict.fromkeys(t for t, *_ in pool if t not in k)) for pool, k in zip(pools, known, strict=True)]
-        scores = self._score(folder / "scores", self.rows, new, index)
-        for known_row, texts, values in zip(known, new, scores, strict=True):
-            known_row.update(zip(texts, values, strict=True))
-        rows = [self._row(*parts) for parts in zip(self.rows, prompts, pools, known, strict=True)]
-        fresh = [[k[s.text] for s in row] for row, k in zip(samples, known, strict=True)]
+        for values, texts, scores in zip(known, new, self._score(folder / "scores", self.rows, new), strict=True):
+            values.update(zip(texts, scores, strict=True))
+        rows = [_row(*parts) for parts in zip(self.rows, pools, known, strict=True)]
+        fresh = [[k[sample.text] for sample in row] for row, k in zip(samples, known, strict=True)]
         statistics = summarize(samples, fresh)
         if statistics["truncated_share"] > MANY_TRUNCATED:
             self.processes.say(
@@ -191,106 +177,58 @@ class Loop:
         pooled = [value for row in rows for value in row["scores"]]
         return rows, statistics | {"pool_responses": len(pooled), "pool_mean_score": sum(pooled) / len(pooled)}
 
-    def _candidates(self, i: int, index: int, samples: list[Sample], old: dict | None) -> list[tuple[str, int, bool]]:
-        """Texts of a prompt's pool, each with its origin and whether it was cut."""
+    def _candidates(self, row: dict, samples: list[Sample], old: dict | None, index: int) -> list[Candidate]:
         own, kept = [], []
         if self.options.own_responses:
-            row = self.rows[i]
             own = [(completion_text(r), OWN, cut) for r, cut in zip(row["responses"], unfinished(row), strict=True)]
         if self.options.keep_old and old:
             parts = zip(old["responses"], old[ORIGIN], unfinished(old), strict=True)
             kept = [(completion_text(r), origin, cut) for r, origin, cut in parts if origin != OWN]
         return [*own, *kept, *((sample.text, index, sample.truncated) for sample in samples)]
 
-    def _row(self, row: dict, prompt, pool: list[tuple[str, int, bool]], scores: dict[str, float]) -> dict:
-        texts, origins, cut = (list(part) for part in zip(*pool, strict=True))
-        responses = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
-        own = ("prompt", "responses", "scores", UNFINISHED)
-        rest = {name: value for name, value in row.items() if name not in own}
-        return {
-            "prompt": prompt,
-            "responses": responses,
-            "scores": [scores[text] for text in texts],
-            ORIGIN: origins,
-            UNFINISHED: cut,
-            # Lists may belong to the data set's own responses, which are not the responses of this row.
-            **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
-        }
-
     def _measure(self, folder: Path, start: Path | None) -> list[list[float]] | None:
         """Rewards of the policy in `start` on held-out prompts; the same random streams for every policy."""
-        count = self.options.held_out_generations
-        if not count or not self.held_out:
+        if not self.options.held_out_generations or not self.held_out:
             return None
-        prompts = [plain(row["prompt"]) for row in self.held_out]
-        samples = self._sample(
-            folder / "samples", prompts, self.options.config(self.seed, num_generations=count), 0, start
-        )
+        config = self.options.config(self.seed, num_generations=self.options.held_out_generations)
+        samples = self._sample(folder / "samples", self.held_out, config, 0, start)
         texts = [[sample.text for sample in row] for row in samples]
-        return self._score(folder / "scores", self.held_out, texts, 0)
+        return self._score(folder / "scores", self.held_out, texts)
 
-    def _sample(self, folder: Path, prompts: list, config: SamplingConfig, index: int, start: Path | None):
-        open_folder(folder, {"run": self.key}, self.processes)
-        load = lambda: HuggingFace(*self.load(start))  # noqa: E731
-        return collect_samples(folder, load, prompts, config, round=index, accelerator=self.processes)
+    def _sample(self, folder: Path, rows: list[dict], config: SamplingConfig, index: int, start: Path | None):
+        Stage(folder, {"run": self.stage.key}).open()
+        return collect_samples(folder, lambda: self.load(start), [row["prompt"] for row in rows], config, round=index)
 
-    def _score(self, folder: Path, rows: list[dict], texts: list[list[str]], index: int) -> list[list[float]]:
-        open_folder(folder, {"run": self.key}, self.processes)
-        names = sorted({n for row in rows for n in row} - {"prompt", "prompts", "completions", "responses", "scores"})
-        device = self.processes.device
+    def _score(self, folder: Path, rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
+        Stage(folder, {"run": self.stage.key}).open()
+        options = {"batch_size": self.options.scorer_batch_size, "device": self.processes.device}
+        columns = {
+            name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row} - NO_COLUMNS)
+        }
+        prompts = [row["prompt"] for row in rows]
         return collect_scores(
-            folder,
-            lambda: load_scorer(self.options.scorer, batch_size=self.options.scorer_batch_size, device=device),
-            [plain(row["prompt"]) for row in rows],
-            texts,
-            columns={name: [row.get(name) for row in rows] for name in names},
-            accelerator=self.processes,
+            folder, lambda: load_scorer(self.options.scorer, **options), prompts, texts, columns=columns
         )
 
-    def _manifest(self, index: int, folder: Path, statistics: dict, rewards: list) -> dict:
-        """What a round gave; written when it is missing, which ends the round."""
-        path = folder / "manifest.json"
+    def _manifest(self, index: int, statistics: dict, rewards: list) -> dict:
+        """What a round gave."""
         manifest = {
             "round": index,
-            "settings_hash": self.key,
+            "settings_hash": self.stage.key,
             "started_from": f"round-{index - 1:02d}/checkpoint" if index else "the model of the settings",
             "samples": statistics,
-            "training": _last_log(folder / "checkpoint"),
+            "training": _last_log(self._at(index) / "checkpoint"),
         }
-        if rewards[-1] is not None:
-            now, last, first = ([sum(row) / len(row) for row in rewards[i]] for i in (-1, -2, 0))
-            manifest["held_out"] = {
-                "before_the_first_round": bootstrap_interval(first),
-                "reward": bootstrap_interval(now),
-                "gain_of_this_round": bootstrap_interval([a - b for a, b in zip(now, last, strict=True)]),
-                "gain_of_all_rounds": bootstrap_interval([a - b for a, b in zip(now, first, strict=True)]),
-            }
-        self.processes.main(lambda: path.exists() or write_json(path, manifest))
-        return manifest
-
-    def _publish(self, start: Path, history: list[dict]) -> None:
-        shutil.copytree(start, self.folder, dirs_exist_ok=True)
-        write_json(self.folder / "rounds.json", {"rounds": history})
-
-
-def run_settings(args, rows: list[dict], held_out: list[dict], **more) -> dict:
-    """What the result of a loop depends on, flat, so that a difference can be named.
-
-    `args` are the training arguments with their `self_enhance`; `more` is what else matters, such as the model. The
-    number of rounds is no part of it, and neither are batch sizes of sampling and scoring.
-    """
-    options = dataclasses.asdict(EnhanceOptions.parse(args.self_enhance))
-    for name in ("rounds", "batch_size", "scorer_batch_size"):
-        del options[name]
-    settings = {
-        **training_settings(args),
-        **{f"self_enhance.{name}": value for name, value in options.items()},
-        **more,
-        "processes": args.world_size,
-        "training rows": digest(rows),
-        "held-out prompts": digest([row["prompt"] for row in held_out]),
-    }
-    return json.loads(json.dumps(settings, default=str))  # as it reads back from a file
+        if rewards[-1] is None:
+            return manifest
+        now, last, first = ([sum(row) / len(row) for row in rewards[i]] for i in (-1, -2, 0))
+        values = {
+            "before_the_first_round": first,
+            "reward": now,
+            "gain_of_this_round": [a - b for a, b in zip(now, last, strict=True)],
+            "gain_of_all_rounds": [a - b for a, b in zip(now, first, strict=True)],
+        }
+        return manifest | {"held_out": {name: bootstrap_interval(found) for name, found in values.items()}}
 
 
 def refuse_unsupported(args, what: str = "self_enhance") -> None:
@@ -329,12 +267,31 @@ def describe(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def _last_log(folder: Path) -> dict:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    logs = [log for log in state["log_history"] if "loss" in log]
-    return {"steps": state["global_step"], **(logs[-1] if logs else {})}
+def _with_plain_prompt(row: dict) -> dict:
+    refuse_template_options(row)
+    return row | {"prompt": plain(row["prompt"])}
+
+
+def _row(row: dict, pool: list[Candidate], scores: dict[str, float]) -> dict:
+    """A row of a pool. Lists may belong to the data set's own responses, which are not the responses of this row."""
+    texts, origins, cut = (list(part) for part in zip(*pool, strict=True))
+    rest = {k: v for k, v in row.items() if k not in MADE and not isinstance(v, list | dict)}
+    responses = [as_completion(row["prompt"], text) for text in texts]
+    scored = {"prompt": row["prompt"], "responses": responses, "scores": [scores[text] for text in texts]}
+    return {**scored, ORIGIN: origins, UNFINISHED: cut, **rest}
 
 
 def _scored(row: dict) -> dict[str, float]:
     """Text -> score of a pool's row."""
     return {completion_text(r): s for r, s in zip(row["responses"], row["scores"], strict=True)}
+
+
+def _unless_there(path: Path, write: Callable, content) -> None:
+    if not path.exists():
+        write(path, content)
+
+
+def _last_log(folder: Path) -> dict:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    logs = [log for log in state["log_history"] if "loss" in log]
+    return {"steps": state["global_step"], **(logs[-1] if logs else {})}

@@ -61,19 +61,23 @@ def run_settings(
         settings = {name: values.get(name) for name in sorted(names)}
         batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
         settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
-        settings["mixed_precision"] = args.mixed_precision
-        settings["peft_config"] = adapter and adapter.peft_type
+        settings |= {"mixed_precision": args.mixed_precision, "peft_config": adapter and adapter.peft_type}
     if adapter is not None:
         fields = {name: value for name, value in adapter.to_dict().items() if name not in FREE_OF_ADAPTER}
         settings |= {f"peft_config.{name}": value for name, value in fields.items()}
     return plain(settings | more)
 
 
+def model_settings(model: str, init_kwargs: dict | None = None, quantization_config=None) -> dict:
+    """The model that a run starts from, for `more` of `run_settings`: its files and how they are read."""
+    how = {f"model.{name}": value for name, value in (init_kwargs or {}).items()}
+    quantization = quantization_config and quantization_config.to_dict()
+    return {"model files": model_fingerprint(model) or model, "quantization_config": quantization, **how}
+
+
 def policy_settings(model: str, quantization_config=None, peft_config=None) -> dict:
-    """The policy that a run starts from: its files, how they are quantised, and the adapter on top."""
-    quantization = None if quantization_config is None else quantization_config.to_dict()
-    start = {"model": model, "model files": model_fingerprint(model), "quantization_config": quantization}
-    return run_settings(adapter=peft_config, **start)
+    """`model_settings` with the adapter on top."""
+    return run_settings(adapter=peft_config, **model_settings(model, None, quantization_config))
 
 
 def refuse_other_settings(source: str | Path, before: dict, now: dict, *, ways_out: str) -> None:
