@@ -24,15 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from trainers import EMDPOConfig, EMDPOTrainer
 from trainers.emdpo import init
 from trainers.emdpo.aggregate import Arena, Player, compare
-from trainers.emdpo.annotators import Annotators
-from trainers.emdpo.figures import regret_bars
+from trainers.emdpo.figures import regrets as regret_picture
 from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import read_annotators, read_json
 from trainers.generation import sample_responses
@@ -213,7 +211,7 @@ def run_method(name: str, args: RecoveryArguments, seed: int, folder: Path, spli
     # The type that was given, not the one by rows that the policy has seen.
     if name in ("em", "clusters", "oracle"):
         start = folder / "restart-0" / "start.csv"
-        trainer.posterior = init.given(str(start), Annotators(trainer.annotators.names, trainer._owner), len(GROUPS))
+        trainer.posterior = init.given(str(start), trainer.annotators, len(GROUPS))
     return trainer
 
 
@@ -250,12 +248,11 @@ def length_accuracy(rows: list[dict]) -> list[float]:
 
 def policy_rewards(trainer) -> list[list[list[float]]]:
     """Log-ratios of the held-out rows under each type's policy, read from the files of the run."""
-    score = trainer._scorer()
-    reference = score(Path(trainer.args.output_dir) / "reference", None, "")[1]
     out = []
     for policy in trainer.policies:
-        logps = score(policy.parent, None, "")[1]
-        out.append([[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(logps, reference, strict=True)])
+        logps = trainer.score(policy.parent, None, [trainer.held_out], "")[0]
+        pairs = zip(logps, trainer.held_out.reference, strict=True)
+        out.append([[a - b for a, b in zip(x, y, strict=True)] for x, y in pairs])
     return out
 
 
@@ -267,7 +264,7 @@ def regrets(args: RecoveryArguments, judge: Path, policies: dict, seed: int) -> 
     prompts = openings(args, "test")
     config = SamplingConfig(num_generations=4, max_new_tokens=args.max_new_tokens, temperature=1.0, top_p=1.0,
                             batch_size=96, seed=1000 + seed)  # fmt: skip
-    arena = Arena(judge, prompts, config, judge / "aggregate", Accelerator(cpu=True))
+    arena = Arena(judge, prompts, config, judge / "aggregate")
     extra = [Player("vanilla", policies["vanilla"][0]), Player("reference", None)]
     if judge.name == "oracle":
         extra += [Player(f"em-{k}", policy) for k, policy in enumerate(policies["em"])]
@@ -377,10 +374,11 @@ def picture(results: list[dict]) -> str:
     """Regret of each true group under every answerer: mean over seeds and its t interval."""
     found = {name: np.array([r["regret"]["oracle"]["chosen"][name] for r in results])
              for name in results[0]["regret"]["oracle"]["chosen"]}  # fmt: skip
-    intervals = {name: [t_interval(column) for column in rows.T] for name, rows in found.items()}
-    ends = {name: tuple(np.array([i[end] for i in own]) for end in ("low", "high")) for name, own in intervals.items()}
-    return regret_bars({name: rows.mean(0) for name, rows in found.items()}, ends if len(results) > 1 else None,
-                       labels=GROUPS)  # fmt: skip
+    table = {}
+    for name, rows in found.items():
+        ends = [t_interval(column) for column in rows.T]
+        table[name] = {"regret": rows.mean(0).tolist()} | {end: [e[end] for e in ends] for end in ("low", "high")}
+    return regret_picture(table, labels=GROUPS)
 
 
 if __name__ == "__main__":

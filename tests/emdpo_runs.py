@@ -1,12 +1,14 @@
 """Runs of EM-DPO on tiny models, and what tests read of them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from emdpo_rows import em_config, opposed_rows
 from helpers import build_tokenizer
@@ -43,3 +45,12 @@ def same(found, expected, **tolerance):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, **tolerance or {"rtol": 0, "atol": 0})
+
+
+def types_alone(run, start):
+    """The policies of a run read one by one, without MixturePolicy."""
+    for path in json.loads((run / "mixture.json").read_text())["policies"]:
+        if (run / path / "adapter_config.json").exists():
+            yield PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), run / path).eval()
+        else:
+            yield AutoModelForCausalLM.from_pretrained(run / path).eval()

@@ -13,11 +13,9 @@ from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
-from trainers.emdpo.annotators import halves
-from trainers.emdpo.figures import responsibilities, shown_rounds
+from trainers.emdpo.annotators import Annotators, Judged, halves
 from trainers.emdpo.mixture import match_types
-from trainers.emdpo.rounds import EM, Judged, Round
-from trainers.emdpo.scoring import item_logps
+from trainers.emdpo.rounds import EM, Round
 from trainers.emdpo.tables import read_annotators
 
 
@@ -49,13 +47,6 @@ def test_opposed_annotators_are_told_apart_and_the_files_say_so(finished):
                                 eval_dataset=Dataset.from_list(rows), processing_class=build_tokenizer())  # fmt: skip
     mean = judge.evaluate()["eval_loss"]
     assert likelihood[names.index("a1"), 0] == pytest.approx(-5 * mean, abs=1e-3)
-
-
-def test_a_picture_shows_the_first_and_the_last_round_and_some_between():
-    assert [shown_rounds(count) for count in (1, 3, 5)] == [[0], [0, 1, 2], [0, 1, 2, 3, 4]]
-    assert shown_rounds(60) == [0, 15, 30, 44, 59]
-    picture = responsibilities([np.eye(2)[[0, 1, 1]]] * 60)
-    assert [f"round {i}<" in picture for i in (1, 16, 60, 59)] == [True, True, True, False]
 
 
 def test_policies_of_earlier_rounds_are_deleted_and_their_scores_kept(finished):
@@ -140,13 +131,13 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
     # The second round trains on what the first one scored, and what is published on everything.
     assert steps == [-(-(30 - sum(counts[0])) // 4)] * 2 + [-(-sum(counts[0]) // 4)] * 2 + [-(-30 // 4)] * 2
     # Each row counts as it was scored by policies that had not seen it: half 1 in the first round, half 0 in the next.
-    half, score = halves(trainer._owner, trainer.args.seed), trainer._scorer()
-    expected = np.zeros((6, 2))
+    judged = trainer.judged
+    half, expected = halves(judged.owner, trainer.args.seed), np.zeros((6, 2))
     for index in (0, 1):
         for k in (0, 1):
-            logps = score(round_folder(trainer, index) / f"type-{k}", None, "")[0]
-            rows = item_logps(logps, trainer._reference, list(trainer.rows["scores"]), beta=0.1, top=None)
-            np.add.at(expected[:, k], trainer._owner, np.where(half != index, rows, 0))
+            logps = trainer.score(round_folder(trainer, index) / f"type-{k}", None, [judged], "")[0]
+            rows = judged.log_likelihood(logps, beta=0.1, top=None)
+            np.add.at(expected[:, k], judged.owner, np.where(half != index, rows, 0))
     found = read_annotators(round_folder(trainer, 1) / "annotators.csv")[2]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -165,7 +156,14 @@ def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_pos
         same(weights(tmp_path / "halves" / path), weights(expected))
     assert mixture["prior"] == trainer.posterior.mean(0).tolist()
     # The held-out rows are judged by what is published.
-    found, expected = (read_annotators(tmp_path / name / "held_out.csv")[2] for name in ("halves", "whole"))
+    found, held_out, expected = (
+        read_annotators(tmp_path / "halves/held_out.csv")[2],
+        trainer.held_out,
+        np.zeros((6, 2)),
+    )
+    for k, policy in enumerate(whole.policies):
+        logps = whole.score(tmp_path / f"check-{k}", lambda path=policy: whole._load(path), [held_out], "")[0]
+        np.add.at(expected[:, k], held_out.owner, held_out.log_likelihood(logps, beta=0.1, top=None))
     np.testing.assert_array_equal(found, expected)
     known = np.log(np.maximum(trainer.posterior, 1e-12))
     order = [trainer.annotators.names.index(name) for name in read_annotators(tmp_path / "whole/held_out.csv")[0]]
@@ -210,11 +208,6 @@ def test_one_type_of_halves_is_trained_on_all_rows(tmp_path, start):
     same(weights(halved.policies[0]), weights(whole.policies[0]))
 
 
-def test_halves_do_not_start_from_policies_that_have_seen_them(tmp_path):
-    with pytest.raises(ValueError, match="start_from='previous' starts from .* set start_from to 'reference'"):
-        em_config(tmp_path, start_from="previous", score_on="heldout_half")
-
-
 def test_restarts_keep_the_likeliest_run(tmp_path, start):
     trainer = em(tmp_path, start, restarts=3, rounds=1, learning_rate=0.01)
     trainer.train()
@@ -250,33 +243,10 @@ def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
             em(tmp_path, start, **fewer).train()
 
 
-def test_restarts_do_not_go_on_from_policies_that_were_deleted(tmp_path, start):
-    options = {"restarts": 2, "start_from": "previous"}
-    em(tmp_path, start, rounds=1, **options).train()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match="type-0/policy was deleted because another .* set rounds to 1 as it was"):
-        em(tmp_path, start, rounds=2, **options).train()
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    em(tmp_path, start, rounds=1, **options).train()  # as it was
-
-
-def test_what_a_kill_left_of_a_score_file_is_removed_when_the_scores_are_complete(tmp_path, start):
-    em(tmp_path, start, rounds=1).train()
-    folder = tmp_path / "restart-0/round-00/type-1"
-    before = (folder / "logps.parquet").read_bytes()
-    (folder / "logps.parts").mkdir()
-    (folder / "logps.parquet").rename(folder / "logps.parts/0.parquet")  # killed after the last part
-    (folder / "logps.parquet.77.tmp").write_bytes(b"half")
-    (folder.parent / "manifest.json").unlink()
-    em(tmp_path, start, rounds=1).train()
-    assert sorted(path.name for path in folder.iterdir()) == ["logps.parquet", "policy"]
-    assert (folder / "logps.parquet").read_bytes() == before
-
-
 def test_a_fall_of_the_likelihood_in_the_last_round_is_warned_of(tmp_path):
     def said(*log_likelihoods, **kwargs):
         warnings = []
-        rows = Judged(range(10), np.zeros(1, int), [], np.ones(1), [])
+        rows = Judged(None, Annotators(range(10), np.zeros(1, int)), np.ones(1), 0)
         run = EM(em_config(tmp_path, **kwargs), tmp_path, rows, None, None, None, None, None, warnings.append)
         run._warn_of_a_fall([Round(None, {"log_likelihood": value}, []) for value in log_likelihoods])
         return warnings

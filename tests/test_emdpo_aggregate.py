@@ -1,31 +1,47 @@
-"""The aggregation as a user meets it: called again, with other settings, on a run that moved, with factors."""
+"""The aggregation of an EM-DPO run: regrets from samples, the game, the command, one policy, the number of types."""
 
 import json
+import math
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from torch.distributed.run import get_args_parser
+from transformers import AutoModelForCausalLM
 
+import processes
 from emdpo_rows import opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, same, weights
-from helpers import tiny_llama
+from emdpo_runs import em, same, types_alone, weights
+from helpers import build_tokenizer, tiny_llama
 from trainers import MixturePolicy
 from trainers.cli import aggregate
-from trainers.emdpo.aggregate import compare
-from trainers.emdpo.serve import MIXTURE
+from trainers.cli import types as choose_types
+from trainers.emdpo.aggregate import Arena, Player, compare
+from trainers.emdpo.distill import mixture_samples
+from trainers.emdpo.game import min_max_regret, regret_matrix
+from trainers.emdpo.tables import MIXTURE
+from trainers.forward import cache
+from trainers.generation.sampler import Sample, SamplingConfig
+from trainers.runs import files
 
 PROMPTS = ["the cat sat on", "a mat and saw", "over an old green hill"]
+SAMPLING = SamplingConfig(num_generations=2, max_new_tokens=6, temperature=1.0, top_p=1.0, batch_size=4)
+SAID = {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, start):
+@pytest.fixture(scope="module", params=["full", "lora"])
+def run(request, tmp_path_factory, start):
     Dataset.from_list([{"prompt": p} for p in PROMPTS]).to_json(start / "prompts.jsonl")
-    folder = tmp_path_factory.mktemp("finished")
-    em(folder, start, learning_rate=0.02, rounds=1).train()
+    folder = tmp_path_factory.mktemp(request.param)
+    em(folder, start, learning_rate=0.02, peft=request.param == "lora").train()
     return folder
+
+
+full = pytest.mark.parametrize("run", ["full"], indirect=True)
 
 
 @pytest.fixture
@@ -42,54 +58,144 @@ def overview(folder):
     return json.loads((folder / "aggregate.json").read_text())
 
 
+# Regrets from samples.
+
+
+def test_gains_are_log_ratios_of_the_samples(run, start, tmp_path):
+    arena = Arena(run, PROMPTS, SAMPLING, tmp_path)
+    players = [*arena.types, Player("start", start)]
+    gains, samples = arena.gains(players)
+    assert gains.shape == (2, 3, 3)
+    tokenizer, models = build_tokenizer(), list(types_alone(run, start))
+    reference = AutoModelForCausalLM.from_pretrained(start).eval()
+    for j in range(3):
+        for p, prompt in enumerate(PROMPTS):
+            ids = tokenizer(prompt)["input_ids"]
+            expected = np.zeros(2)
+            for sample in samples[j][p]:
+                both = torch.tensor([ids + sample.token_ids])
+                target = both[0, len(ids) :, None]
+                logps = [m(both).logits[0, len(ids) - 1 : -1].log_softmax(-1).gather(1, target).sum().item()
+                         for m in (*models, reference)]  # fmt: skip
+                expected += (np.array(logps[:2]) - logps[2]) / 2
+            np.testing.assert_allclose(gains[:, j, p], expected, atol=1e-4)
+    np.testing.assert_array_equal(Arena(run, PROMPTS, SAMPLING, tmp_path).gains(players)[0], gains)
+
+
+@full
+@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}])
+def test_samples_that_are_not_those_of_the_policy_are_refused(run, tmp_path, options):
+    with pytest.raises(ValueError, match="temperature 1, top_p 1"):
+        Arena(run, PROMPTS, SamplingConfig(**{"top_p": 1.0, **options}), tmp_path)
+
+
+def test_the_table_compares_every_aggregate():
+    random = np.random.default_rng(0)
+    truth = np.array([[4.0, -1.0, 1.0], [-2.0, 5.0, 3.0]])
+    gains = truth[..., None] + random.normal(0, 0.1, (2, 3, 200))
+    report = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), resamples=100)
+    regret = regret_matrix(gains.mean(-1))
+    np.testing.assert_allclose(report["regret"], regret)
+    mixture, value = min_max_regret(regret[:, :2])
+    np.testing.assert_allclose(report["mixture"], mixture)
+    table = report["table"]
+    assert table["min-max mixture"]["max"] == pytest.approx(value)
+    assert table["uniform mixture"]["max"] == pytest.approx((regret[:, :2] @ [0.5, 0.5]).max())
+    assert table["shares of EM"]["max"] == pytest.approx((regret[:, :2] @ [0.9, 0.1]).max())
+    assert table["best single type (type-1)"]["max"] == pytest.approx(regret[:, 1].max())
+    assert table["dpo"]["regret"] == pytest.approx(regret[:, 2])
+    mixtures = ("uniform mixture", "shares of EM", "best single type (type-1)")
+    assert all(table["min-max mixture"]["max"] < table[name]["max"] for name in mixtures)
+    for name in ("min-max mixture", "dpo"):
+        assert table[name]["max_low"] <= table[name]["max"] <= table[name]["max_high"]
+    assert table["min-max mixture, judged on other prompts"]["max"] == pytest.approx(value, abs=0.1)
+    scaled = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), np.array([1.0, 3.0]), resamples=10)
+    assert scaled["mixture"][1] > report["mixture"][1]
+    # The factors are of the game: regrets stay in nats.
+    row = scaled["table"]["min-max mixture"]
+    np.testing.assert_allclose(row["regret"], regret[:, :2] @ scaled["mixture"])
+    assert row["max"] == pytest.approx(max(row["regret"])) and row["low"][1] <= row["regret"][1] <= row["high"][1]
+    assert row["weighted_max"] == pytest.approx(scaled["value"])
+    assert scaled["value"] == pytest.approx((np.array([1.0, 3.0]) * row["regret"]).max())
+    text = aggregate.table(scaled | SAID)
+    assert "minimise the largest regret after the factors: 1 x type 0, 3 x type 1." in text
+
+
+@pytest.mark.parametrize("prompts, says", [(4, "No intervals: 4 prompts"), (5, "(5) are too narrow"), (20, "")])
+def test_a_handful_of_prompts_has_no_interval(prompts, says):
+    gains = np.array([[4.0, -1.0], [-2.0, 5.0]])[..., None] + np.random.default_rng(0).normal(0, 1, (2, 2, prompts))
+    report = compare(gains, ["type-0", "type-1"], [0.5, 0.5], resamples=20)
+    text = aggregate.table(report | SAID)
+    assert says in text and ("ntervals" in text) == (prompts < 20) and ("[" in text) == (prompts >= 5)
+    assert (report["interval"] is None) == (prompts < 5) == ("low" not in report["table"]["uniform mixture"])
+
+
+# The command.
+
+
+def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, start):
+    aggregate.main(command(copied, start, "--distill", "--distill_learning_rate", "1e-2", "--extra", f"start={start}"))
+    folder = copied / "aggregate"
+    report, mixture = overview(folder), json.loads((copied / MIXTURE).read_text())
+    assert mixture["weights"] == report["mixture"] and sum(mixture["weights"]) == pytest.approx(1)
+    assert report["policies"] == ["type-0", "type-1", "start", "base-model", "distilled"]
+    assert "| distilled |" in (folder / "table.md").read_text() and (folder / "regret.svg").stat().st_size > 1000
+    model = AutoModelForCausalLM.from_pretrained(folder / "distilled")
+    before = AutoModelForCausalLM.from_pretrained(start).state_dict()
+    assert model.state_dict().keys() == before.keys() and (folder / "distilled/tokenizer.json").exists()
+    assert max(float((v - before[n]).abs().max()) for n, v in model.state_dict().items()) > 1e-3
+    np.testing.assert_allclose(MixturePolicy.from_pretrained(copied).weights.numpy(), report["mixture"])
+
+
+@full
 def test_the_distilled_policy_is_trained_anew_when_anything_about_it_changed(copied, start, capsys):
     distil = ("--distill", "--distill_learning_rate", "1e-2")
     aggregate.main(command(copied, start, *distil))
     folder = copied / "aggregate"
     first, report = weights(folder / "distilled"), overview(folder)
-    assert not (folder / "distilled-training").exists() and "trained anew" not in capsys.readouterr().out
     made = (folder / "distilled/model.safetensors").stat().st_mtime_ns
     aggregate.main(command(copied, start, *distil))
     assert (folder / "distilled/model.safetensors").stat().st_mtime_ns == made and overview(folder) == report
-    capsys.readouterr()
-    for changed, name in (
-        (("--distill", "--distill_learning_rate", "2e-2"), "distill_learning_rate"),
-        ((*distil, "--distill_batch_size", "2"), "answers per step"),
-        ((*distil, "--type_weights", "1", "50"), "mixture weights"),
-    ):
-        before = weights(folder / "distilled")
-        aggregate.main(command(copied, start, *changed))
-        said = next(line for line in capsys.readouterr().out.splitlines() if "is trained anew, because of" in line)
-        assert name in said
-        after = weights(folder / "distilled")
-        assert max(float((after[n] - v).abs().max()) for n, v in before.items()) > 1e-5
+    assert "trained anew" not in capsys.readouterr().out
+    aggregate.main(command(copied, start, *distil, "--distill_batch_size", "2", "--type_weights", "1", "50"))
+    assert "because of other mixture weights, answers, answers per step." in capsys.readouterr().out
+    assert max(float((weights(folder / "distilled")[n] - v).abs().max()) for n, v in first.items()) > 1e-5
     aggregate.main(command(copied, start, *distil))
     same(weights(folder / "distilled"), first)
     assert overview(folder) == report
-    assert report["settings"]["distill_learning_rate"] == 1e-2
-    assert report["settings"]["dataset_name"] == str(start / "prompts.jsonl")
 
 
-def test_other_settings_need_another_folder_and_the_error_is_short(copied, start, tmp_path):
+def test_a_distilled_policy_that_is_no_better_than_its_start_is_said():
+    gains = np.zeros((2, 4, 10)) + np.array([[4.0, 0, 1, 0.5], [0, 4, 1, 0.5]])[..., None]
+    for names, said in ((["base-model", "distilled"], True), (["distilled", "base-model"], False)):
+        report = compare(gains, ["type-0", "type-1", *names], [0.5, 0.5], resamples=5)
+        assert ("not better than the base model" in aggregate.table(report | SAID)) == said
+
+
+@full
+def test_other_settings_need_another_folder_and_more_rounds_set_the_weights_back(copied, start, tmp_path, caplog):
     aggregate.main(command(copied, start))
-    with pytest.raises(ValueError, match="num_generations was 2 and is 3.*--output, or remove") as error:
-        aggregate.main(command(copied, start, "--num_generations", "3"))
-    assert "overwrite" not in str(error.value)
-    with pytest.raises(ValueError, match="prompts was '3 with digest .*' and is '2 with digest .*'") as error:
-        aggregate.main(command(copied, start, "--max_prompts", "2"))
-    assert "cat sat" not in str(error.value)
+    for more, word in ((("--num_generations", 3), "num_generations was 2"), (("--max_prompts", 2), "prompts was ")):
+        with pytest.raises(ValueError, match=f"{word}.*--output, or remove"):
+            aggregate.main(command(copied, start, *more))
     before = overview(copied / "aggregate")
     aggregate.main(command(copied, start, "--max_prompts", "2", "--output", tmp_path / "two"))
     assert overview(tmp_path / "two")["prompts"] == 2 and overview(copied / "aggregate") == before
     mixture = json.loads((copied / MIXTURE).read_text())
     assert mixture["weights_are"] == "min-max weights of ../two/aggregate.json"
-    assert mixture["weights"] == overview(tmp_path / "two")["mixture"]
+    em(copied, start, learning_rate=0.02).train()
+    assert json.loads((copied / MIXTURE).read_text()) == mixture and "set back" not in caplog.text
+    em(copied, start, learning_rate=0.02, rounds=3).train()
+    later = json.loads((copied / MIXTURE).read_text())
+    assert later["weights"] == later["prior"] and "for the policies of an earlier round" in caplog.text
+    with pytest.raises(ValueError, match="policy files are others.* another folder with --output"):
+        aggregate.main(command(copied, start))
 
 
 def test_a_run_may_be_moved_and_keeps_its_samples(start, tmp_path, monkeypatch):
     # A model that was given loaded lies in the run and moves with it.
-    model = tiny_llama(len(json.loads((start / "tokenizer.json").read_text())["model"]["vocab"]))
-    em(tmp_path / "old", model, rounds=1, learning_rate=0.02).train()
+    Dataset.from_list([{"prompt": p} for p in PROMPTS]).to_json(start / "prompts.jsonl")
+    em(tmp_path / "old", tiny_llama(len(build_tokenizer())), rounds=1, learning_rate=0.02).train()
     aggregate.main(command(tmp_path / "old", start))
     report = overview(tmp_path / "old/aggregate")
     (tmp_path / "old").rename(tmp_path / "new")
@@ -99,78 +205,29 @@ def test_a_run_may_be_moved_and_keeps_its_samples(start, tmp_path, monkeypatch):
     assert len(MixturePolicy.from_pretrained(tmp_path / "new").models) == 2
 
 
-def test_more_rounds_set_the_weights_back_and_say_so(copied, start, caplog):
+def die_and_aggregate(phase, argv):
+    """Aggregate until two writes of samples or scores."""
+    module, name = {"samples": (files, "append_records"), "scores": (cache, "_write")}[phase]
+    setattr(module, name, processes.die_after(getattr(module, name), 2))
+    aggregate.main(argv)
+
+
+@full
+def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
+    whole = Path(shutil.copytree(copied, tmp_path / "whole"))
+    aggregate.main(command(whole, start))
+    for phase in ("samples", "scores"):
+        codes, output = processes.run(die_and_aggregate, phase, command(copied, start))
+        assert codes == [-signal.SIGKILL], output
+        assert not (copied / "aggregate/aggregate.json").exists()
     aggregate.main(command(copied, start))
-    found = json.loads((copied / MIXTURE).read_text())
-    assert found["weights"] != found["prior"]
-    em(copied, start, learning_rate=0.02, rounds=1).train()
-    assert json.loads((copied / MIXTURE).read_text()) == found and "set back" not in caplog.text
-    em(copied, start, learning_rate=0.02, rounds=2).train()
-    later = json.loads((copied / MIXTURE).read_text())
-    assert later["weights"] == later["prior"]
-    assert "(min-max weights of aggregate/aggregate.json) for the policies of an earlier round" in caplog.text
-    with pytest.raises(ValueError, match="policy files are others.* another folder with --output"):
-        aggregate.main(command(copied, start))
-    aggregate.main(command(copied, start, "--output", copied / "aggregate-2"))
+    assert overview(copied / "aggregate") == overview(whole / "aggregate")
 
 
-def test_factors_are_said_and_the_regrets_stay_in_nats():
-    gains = np.array([[4.0, -1.0], [-2.0, 5.0]])[..., None] + np.random.default_rng(0).normal(0, 0.1, (2, 2, 30))
-    report = compare(gains, ["type-0", "type-1"], [0.5, 0.5], [1.0, 3.0], resamples=20)
-    report |= {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
-    text = aggregate.table(report)
-    row = next(line for line in text.splitlines() if line.startswith("| min-max mixture |")).split("|")
-    regret = report["table"]["min-max mixture"]["regret"]
-    assert [float(cell) for cell in row[-3:-1]] == pytest.approx(regret, abs=1e-3)
-    assert float(row[3]) == pytest.approx(max(regret[0], 3 * regret[1]), abs=1e-3)
-    assert "minimise the largest regret after the factors: 1 x type 0, 3 x type 1." in text
-    assert "factors" not in aggregate.table(report | {"type_weights": [1.0, 1.0]})
-
-
-@pytest.mark.parametrize("prompts, says", [(4, "No intervals: 4 prompts"), (5, "(5) are too narrow"), (20, "")])
-def test_a_handful_of_prompts_has_no_interval(prompts, says):
-    gains = np.array([[4.0, -1.0], [-2.0, 5.0]])[..., None] + np.random.default_rng(0).normal(0, 1, (2, 2, prompts))
-    report = compare(gains, ["type-0", "type-1"], [0.5, 0.5], resamples=20)
-    report |= {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
-    text = aggregate.table(report)
-    assert says in text and ("ntervals" in text) == (prompts < 20) and ("[" in text) == (prompts >= 5)
-    assert (report["interval"] is None) == (prompts < 5) == ("low" not in report["table"]["uniform mixture"])
-
-
-def test_a_distilled_policy_that_is_no_better_than_its_start_is_said():
-    gains = np.zeros((2, 4, 10)) + np.array([[4.0, 0, 1, 0.5], [0, 4, 1, 0.5]])[..., None]
-    names = ["type-0", "type-1", "base-model", "distilled"]
-    for order, said in ((names, True), ([*names[:2], "distilled", "base-model"], False)):
-        report = compare(gains, order, [0.5, 0.5], resamples=5)
-        report |= {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
-        assert ("not better than the base model" in aggregate.table(report)) == said
-    assert "its largest regret is 3.500, that of the base model 3.000" in aggregate.table(
-        compare(gains, names, [0.5, 0.5], resamples=5)
-        | {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
-    )
-
-
-@pytest.mark.parametrize(
-    "options, word",
-    [
-        (["--extra", "type-0={start}"], "the name 'type-0' is taken"),
-        (["--extra", "distilled={start}"], "is taken"),
-        (["--extra", "min-max mixture={start}"], "is taken"),
-        (["--extra", "best single type (type-1)={start}"], "letters, digits"),
-        (["--extra", "a={start}", "a={start}"], "the name 'a' is taken"),
-        (["--extra", "={start}"], "letters, digits"),
-        (["--extra", "a/b={start}"], "letters, digits"),
-        (["--extra", "a=nowhere"], "not name=folder"),
-        (["--max_prompts", "0"], "--max_prompts 0 must be at least 1"),
-        (["--max_prompts", "-1"], "--max_prompts -1 must be at least 1"),
-        (["--type_weights", "1"], "each of the 2 types"),
-        (["--type_weights", "1", "nan"], "each of the 2 types"),
-    ],
-)
-def test_names_and_numbers_that_cannot_be_used_are_refused_before_sampling(copied, start, options, word):
-    with pytest.raises(ValueError, match=word):
-        aggregate.main(command(copied, start, *(option.format(start=start) for option in options)))
-    assert not (copied / "aggregate").exists()
+@pytest.mark.parametrize("extra", [["distilled=a"], ["min-max mixture=a"], ["a=b", "a=c"], ["a="]])
+def test_names_of_further_policies_are_their_own(extra):
+    with pytest.raises(ValueError, match="names that are not taken"):
+        aggregate.AggregateArguments("run", "prompts", extra=extra)
 
 
 def test_torchrun_takes_no_option_of_the_script_for_its_own():
@@ -178,3 +235,53 @@ def test_torchrun_takes_no_option_of_the_script_for_its_own():
     args = [part for flag in flags for part in (flag, "x")]
     found = get_args_parser().parse_args(["--nproc_per_node", "2", "scripts/aggregate.py", *args])
     assert found.training_script_args == args
+
+
+def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():
+    def sample(k, i, j):
+        return Sample("", [10 * k + 1, i, j, 2], truncated=False)
+
+    samples = [[[sample(k, i, j) for j in range(40)] for i in range(10)] for k in range(2)]
+    rows = mixture_samples(samples, [[7, 8]] * 10, np.array([0.25, 0.75]))
+    assert len(rows) == 400 and rows[0]["completion_mask"] == [0, 0, 1, 1, 1, 1]
+    assert all(ids[:2] == [7, 8] and ids[-1] == 2 for ids in rows["input_ids"])
+    assert len({tuple(ids[3:]) for ids in rows["input_ids"]}) == 400  # each prompt and index once
+    assert np.mean([ids[2] == 11 for ids in rows["input_ids"]]) == pytest.approx(0.75, abs=0.07)
+
+
+# The number of types.
+
+
+def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path):
+    Dataset.from_list(opposed_rows()).to_json(tmp_path / "rows.jsonl")
+    flags = {
+        "model_name_or_path": start, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path, "use_cpu": True,
+        "report_to": "none", "learning_rate": 0.01, "rounds": 2, "init": "agreement", "disable_tqdm": True,
+        "per_device_train_batch_size": 4, "save_strategy": "no", "max_types": 2, "held_out": 0.34, "seed": 3,
+    }  # fmt: skip
+    report = choose_types.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    assert report["held_out_annotators"] == 2 and report["held_out_items"] == 10
+    inside, outside = (
+        {line.split(",")[0] for line in (tmp_path / f"types-2/{name}.csv").read_text().splitlines()[1:]}
+        for name in ("annotators", "held_out")
+    )
+    assert len(inside) == 4 and len(outside) == 2 and not inside & outside
+    one, two = report["types"]
+    gain = two["log_likelihood"]["mean"] - one["log_likelihood"]["mean"]
+    assert two["gain_over_one_less"]["mean"] == pytest.approx(gain)
+    # Opposed annotators share no policy: one type cannot say more than chance, log 3! per ranking.
+    assert one["log_likelihood_per_item"] < -1.7 and two["log_likelihood_per_item"] > one["log_likelihood_per_item"]
+    assert report["coin_log_likelihood"] == pytest.approx(-5 * math.log(6))
+    assert one["gain_over_coin"]["mean"] == pytest.approx(one["log_likelihood"]["mean"] + 5 * math.log(6))
+    text = (tmp_path / "table.md").read_text()
+    assert "| *a coin* | -8.959 |" in text and "No intervals: 2 held-out annotators are fewer than 5" in text
+    assert "a coin" in (tmp_path / "plot.svg").read_text() and two["gain_over_one_less"]["low"] is None
+    for k in (1, 2):
+        path = tmp_path / f"types-{k}/result.json"
+        many = {f"b{i}": -9.0 - k - i / 10 for i in range(6)}
+        result = json.loads(path.read_text())
+        result["held_out"] |= {"per_annotator": many, "coin": dict.fromkeys(many, -8.0)}
+        path.write_text(json.dumps(result))
+    text = choose_types.table(choose_types.summarize(tmp_path, 2))
+    assert "No number of types says more about new annotators than a coin" in text and "-2.250 [" in text
+    assert "Intervals from fewer than 20 held-out annotators (6) are too narrow" in text

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -15,7 +14,6 @@ from emdpo_rows import opposed_rows
 from emdpo_runs import em
 from helpers import leave_processes
 from trainers.cli import aggregate
-from trainers.emdpo.aggregate import refuse_sharding
 
 
 def aggregate_with_sgd(arguments):
@@ -48,10 +46,3 @@ def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_
     for name, value in trained[0].items():
         np.testing.assert_allclose(trained[1][name], value, atol=1e-5)
     assert max(float((trained[0][name] - value).abs().max()) for name, value in began.items()) > 1e-3
-
-
-def test_sharded_policies_are_refused_in_the_aggregation():
-    for engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        with pytest.raises(ValueError, match="does not run under"):
-            refuse_sharding(engine)
-    refuse_sharding(DistributedType.MULTI_CPU)

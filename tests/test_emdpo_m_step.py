@@ -98,7 +98,7 @@ def test_normalisation_of_the_weighted_loss(tmp_path, start, name):
     normalize = case["options"]["normalize"]
     rows = [row | {"annotator": "abc"[owner]} for row, owner in zip(opposed_rows()[: len(items)], owners, strict=True)]
     trainer = em(tmp_path, start, rows, normalize=normalize)
-    made = m_step_rows(trainer.rows, gamma[owners], np.ones(len(rows)), [[0.0] * 3 for _ in rows], normalize)
+    made = m_step_rows(trainer.judged.rows, gamma[owners], np.ones(len(rows)), [[0.0] * 3 for _ in rows], normalize)
     column = {n: torch.tensor(made[n], dtype=torch.float64) for n in ("posterior", "weight") if n in made.column_names}
     assert list(column) == (["posterior"] if normalize == "batch" else ["weight"])
     logps.requires_grad_()

@@ -8,19 +8,17 @@ which goes on where a killed one stopped. Writes choose_types.json, table.md and
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from .. import EMDPOTrainer
-from ..emdpo.figures import COLOURS, to_svg
 from ..emdpo.mixture import annotator_log_likelihood
-from ..emdpo.scoring import item_logps
 from ..emdpo.tables import read_json
+from ..pages.plots import Series, chart
+from ..pages.text import interval, markdown
 from ..runs.files import write_atomic, write_json
 from ..statistics import FEWEST, about_intervals, bootstrap_interval
 from .arguments import DataArguments, ModelArguments, set_model_options
@@ -31,20 +29,17 @@ def main(argv: list[str]) -> dict:
     own.add_argument("--max_types", type=int, default=4)
     own.add_argument("--held_out", type=float, default=0.25)
     options, rest = own.parse_known_args(argv)
-    if options.max_types < 1 or not 0 < options.held_out < 1:
-        raise ValueError("--max_types must be at least 1 and --held_out a share between 0 and 1.")
     parser = TrlParser((DataArguments, EMDPOTrainer.config_class, ModelArguments), allow_abbrev=False)
     data, args, model = parser.parse_args_and_config(rest)
-    if args.initial_posterior is not None:
-        raise ValueError("initial_posterior is for one number of types: use another init to compare several.")
     set_model_options(args, model)
     rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
     inside = np.array([name in held_out for name in rows["annotator"]])
     splits = rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))
+    folder = Path(args.output_dir)
     for types in range(1, options.max_types + 1):
         own_args = copy.copy(args)
-        own_args.num_types, own_args.output_dir = types, str(Path(args.output_dir) / f"types-{types}")
+        own_args.num_types, own_args.output_dir = types, str(folder / f"types-{types}")
         trainer = EMDPOTrainer(
             model.model_name_or_path, args=own_args, train_dataset=splits[0], eval_dataset=splits[1],
             quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
@@ -54,23 +49,21 @@ def main(argv: list[str]) -> dict:
         manifest["held_out"]["coin"] = coin(trainer)
         path = Path(own_args.output_dir) / "result.json"
         trainer.processes.main(lambda path=path, manifest=manifest: write_json(path, manifest))
-    report = summarize(Path(args.output_dir), options.max_types)
+    report = summarize(folder, options.max_types)
     if args.process_index == 0:
-        write_json(Path(args.output_dir) / "choose_types.json", report)
-        write_atomic(Path(args.output_dir) / "table.md", table(report).encode())
-        write_atomic(Path(args.output_dir) / "plot.svg", plot(report).encode())
+        write_json(folder / "choose_types.json", report)
+        write_atomic(folder / "table.md", table(report).encode())
+        write_atomic(folder / "plot.svg", plot(report).encode())
         print(table(report))
     return report
 
 
 def coin(trainer: EMDPOTrainer) -> dict:
     """Log-likelihood of each held-out annotator's rows if all rankings were equally likely: {name: nats}."""
-    rows, (annotators, owner, weights) = trainer.held_out
-    scores = list(rows["scores"])
-    equal = [[0.0] * len(row) for row in scores]
-    logps = item_logps(equal, equal, scores, beta=trainer.args.beta, top=trainer.args.top_q) * weights
-    total = annotator_log_likelihood(logps[:, None], owner, len(annotators))[:, 0]
-    return dict(zip(map(str, annotators.names), total.tolist(), strict=True))
+    judged = trainer.held_out
+    logps = judged.log_likelihood(judged.reference, beta=trainer.args.beta, top=trainer.args.top_q)
+    total = annotator_log_likelihood(logps[:, None], judged.owner, len(judged.annotators))[:, 0]
+    return dict(zip(map(str, judged.annotators.names), total.tolist(), strict=True))
 
 
 def held_out_annotators(column: list, share: float, seed: int) -> set:
@@ -84,7 +77,7 @@ def held_out_annotators(column: list, share: float, seed: int) -> set:
 
 def summarize(folder: Path, max_types: int) -> dict:
     """Log-likelihood per held-out annotator of each number of types and of a coin, and the paired gains."""
-    results = [json.loads((folder / f"types-{t}" / "result.json").read_text()) for t in range(1, max_types + 1)]
+    results = [read_json(folder / f"types-{t}" / "result.json") for t in range(1, max_types + 1)]
     names = list(results[0]["held_out"]["per_annotator"])
     values = np.array([[r["held_out"]["per_annotator"][n] for n in names] for r in results])
     chance = np.array([results[0]["held_out"]["coin"][n] for n in names])
@@ -114,20 +107,17 @@ def summarize(folder: Path, max_types: int) -> dict:
 
 
 def table(report: dict) -> str:
-    lines = [
-        "| types | held-out log-likelihood per annotator | per item | gain over a coin | gain over one type less "
-        "| shares of the types |",
-        "|---|---|---|---|---|---|",
-        f"| *a coin* | {report['coin_log_likelihood']:.3f} |  |  |  |  |",
-    ]
+    """Markdown: each number of types beside a coin, with intervals and gains, and what they are."""
+    head = ["types", "held-out log-likelihood per annotator", "per item", "gain over a coin",
+            "gain over one type less", "shares of the types"]  # fmt: skip
+    rows = [["*a coin*", f"{report['coin_log_likelihood']:.3f}", "", "", "", ""]]
     for row in report["types"]:
-        shares = ", ".join(f"{share:.2f}" for share in row["shares"])
-        gain = _interval(row["gain_over_one_less"], "+") if row["num_types"] > 1 else ""
-        lines.append(f"| {row['num_types']} | {_interval(row['log_likelihood'])} | "
-                     f"{row['log_likelihood_per_item']:.4f} | {_interval(row['gain_over_coin'], '+')} | {gain} | "
-                     f"{shares} |")  # fmt: skip
-    lines += [
-        "",
+        gain = interval(row["gain_over_one_less"], "+.3f") if row["num_types"] > 1 else ""
+        rows.append([str(row["num_types"]), interval(row["log_likelihood"]), f"{row['log_likelihood_per_item']:.4f}",
+                     interval(row["gain_over_coin"], "+.3f"), gain,
+                     ", ".join(f"{share:.2f}" for share in row["shares"])])  # fmt: skip
+    lines = [
+        markdown(head, rows),
         f"{report['held_out_annotators']} held-out annotators with {report['held_out_items']} rows; in nats, 95 % "
         "bootstrap intervals over them, gains paired. A gain whose interval holds 0 is no reason for another type. To "
         "a coin all rankings are equally likely.",
@@ -142,35 +132,13 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _interval(value: dict, sign: str = "") -> str:
-    if value["low"] is None:
-        return f"{value['mean']:{sign}.3f}"
-    mean, low, high = (f"{value[k]:{sign}.3f}" for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
 def plot(report: dict) -> str:
     """Gain over one type with its interval, which the spread between annotators does not hide."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    axes = figure.subplots()
     types = [row["num_types"] for row in report["types"]]
     gains = [row["gain_over_one_type"] for row in report["types"]]
-    means = np.array([g["mean"] for g in gains])
-    errors = None
-    if gains[0]["low"] is not None:
-        errors = np.array([[g["mean"] - g["low"], g["high"] - g["mean"]] for g in gains]).T
-    axes.errorbar(types, means, errors, fmt="o-", capsize=4, color=COLOURS[0])
-    axes.axhline(0, color="black", linewidth=0.8)
-    chance = -report["types"][0]["gain_over_coin"]["mean"]
-    axes.axhline(chance, color=COLOURS[-1], linestyle="--", label="a coin")
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_xticks(types)
-    axes.set_xlabel("types")
-    axes.set_ylabel("held-out log-likelihood per annotator,\ngain over one type, nats")
-    axes.grid(color="#e3e7ee")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return to_svg(figure)
+    level = (-report["types"][0]["gain_over_coin"]["mean"], "a coin")
+    return chart("", "types", [Series("mixture", types, gains)], level=level, xticks=types,
+                 ylabel="held-out log-likelihood per annotator,\ngain over one type, nats")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Who gave which row, and which rows of an annotator train and which ones judge."""
+"""Who judged which row, which rows say anything, and which rows of an annotator train and which ones judge."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from datasets import Dataset
 
-from ..data.rows import checked_annotator
+from ..likelihood import ordered_stages, ranking_logps
+
+CHUNK = 4096  # rows whose likelihood is computed at a time
 
 
 @dataclass(frozen=True)
@@ -24,36 +27,60 @@ class Annotators:
         """From the column `annotator`, text or integers as in any row; the rows of one annotator may lie anywhere.
 
         Raises:
-            ValueError: there is no such column, or a row names no annotator, or by something else.
+            ValueError: there is no such column, or a row names no annotator.
         """
         if "annotator" not in dataset.column_names:
             raise ValueError(
                 f"{label} has no column 'annotator': EM-DPO finds types of annotators, so a row must say who judged."
             )
         column = list(dataset["annotator"])
-        missing = next((i for i, name in enumerate(column) if name is None), None)
-        if missing is not None:
-            raise ValueError(f"row {missing} of {label}: 'annotator' is None; name who judged, or remove the row.")
-        for i, name in enumerate(column):
-            try:
-                checked_annotator(name)
-            except ValueError as error:
-                raise ValueError(f"row {i} of {label}: {error}") from error
+        if None in column:
+            raise ValueError(
+                f"row {column.index(None)} of {label}: 'annotator' is None; name who judged, or remove the row."
+            )
         names = list(dict.fromkeys(column))
-        _refuse_names_that_look_alike(names, label)
         index = {name: i for i, name in enumerate(names)}
         return cls(names, np.array([index[name] for name in column], dtype=np.int64))
 
 
-def _refuse_names_that_look_alike(names: list[Hashable], label: str) -> None:
-    """Raises ValueError for names that differ in the spaces around them only: one person would be two."""
-    seen = {}
-    for name in names:
-        other = seen.setdefault(str(name).strip(), name)
-        if other is not name:
-            raise ValueError(
-                f"{label}: the annotators {other!r} and {name!r} differ in spaces only; give one person one name."
-            )
+@dataclass
+class Judged:
+    """The J rows of a data set that say something, each with its annotator and its weight.
+
+    `annotators` are all of the data set's, with the owners of these rows; `silent` counts the rows that were left out
+    because of a tie for the best. `reference` holds K log-probabilities per row once the reference has scored them.
+    """
+
+    rows: Dataset
+    annotators: Annotators
+    weights: np.ndarray
+    silent: int
+    reference: list[list[float]] | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset, top_q: int | None, label: str) -> "Judged":
+        """Raises ValueError where nobody is named, or where no row says who was best."""
+        annotators = Annotators.of(dataset, label)
+        kept = np.flatnonzero(usable(list(dataset["scores"]), top_q))
+        if not len(kept):
+            raise ValueError(f"no row of {label} says who was best: the best scores of each row tie.")
+        rows = dataset.select(kept)
+        weights = np.asarray(rows["weight"], float) if "weight" in rows.column_names else np.ones(len(rows))
+        return cls(rows, Annotators(annotators.names, annotators.owner[kept]), weights, len(dataset) - len(kept))
+
+    @property
+    def owner(self) -> np.ndarray:
+        """(J,) index of the annotator of each row."""
+        return self.annotators.owner
+
+    def items(self, scored: np.ndarray | None = None) -> np.ndarray:
+        """(N,) rows of each annotator that count: those with a weight, and of the `scored` ones if given."""
+        counted = self.weights > 0 if scored is None else scored & (self.weights > 0)
+        return np.bincount(self.owner[counted], minlength=len(self.annotators))
+
+    def log_likelihood(self, logps: list[list[float]], *, beta: float, top: int | None) -> np.ndarray:
+        """(J,) log-likelihood of each row's ranking under a policy with these log-probabilities, times its weight."""
+        return self.weights * item_logps(logps, self.reference, list(self.rows["scores"]), beta=beta, top=top)
 
 
 def halves(owner: np.ndarray, seed: int) -> np.ndarray:
@@ -67,3 +94,28 @@ def halves(owner: np.ndarray, seed: int) -> np.ndarray:
         rows = random.permutation(np.flatnonzero(owner == annotator))
         out[rows] = (np.arange(len(rows)) + random.integers(2)) % 2
     return out
+
+
+def item_logps(
+    logps: list[list[float]], reference: list[list[float]], scores: list[list[float]], *, beta: float, top: int | None
+) -> np.ndarray:
+    """(J,) log-likelihood of each row's ranking under one policy, in float64. Lists of K numbers per row."""
+    out = [np.empty(0)]
+    for start in range(0, len(scores), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        values, mask = _pad(scores[chunk])
+        rewards = beta * (_pad(logps[chunk])[0] - _pad(reference[chunk])[0])
+        out.append(ranking_logps(rewards, values, mask, top=top).numpy())
+    return np.concatenate(out)
+
+
+def usable(scores: list[list[float]], top: int | None) -> np.ndarray:
+    """(J,) bool: the rows that say anything, with at least one stage."""
+    values, mask = _pad(scores)
+    return ordered_stages(values, mask, top).any(-1).numpy()
+
+
+def _pad(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows), default=0)
+    values = torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64)
+    return values, torch.arange(width) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)

@@ -1,16 +1,15 @@
 """One policy from a mixture: supervised fine-tuning on answers of the mixture. An extension; the paper may differ."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from ..generation.sampler import Sample
 from ..runs.files import write_json
 from ..runs.processes import Processes
+from ..runs.stage import train_into
 
 SETTINGS = "distillation.json"  # what a distilled policy was trained with; lies in its folder
 
@@ -37,14 +36,11 @@ def mixture_samples(
     return Dataset.from_list(rows)
 
 
-def distill(
-    model, tokenizer, rows: Dataset, folder: Path, *, peft_config: PeftConfig | None = None,
-    settings: dict | None = None, **kwargs,
-) -> None:  # fmt: skip
-    """Fine-tunes `model` on the answers and saves a plain Hugging Face model, adapters merged, with its tokenizer.
+def distill(model, tokenizer, rows: Dataset, folder: Path, *, settings: dict, **kwargs) -> None:
+    """Fine-tunes `model` on the answers and leaves a plain Hugging Face model with its tokenizer in `folder`.
 
     Args:
-        model: path or model to start from.
+        model: to start from.
         rows: of `mixture_samples`.
         settings: written beside the model, for a later call to compare with.
         kwargs: of `trl.SFTConfig`, such as learning_rate, num_train_epochs, per_device_train_batch_size. Under DDP
@@ -52,23 +48,13 @@ def distill(
     """
     # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
     options = {"report_to": "none", "save_strategy": "no", "bf16": False, **kwargs}
-    args = SFTConfig(
-        output_dir=str(folder.with_name(f"{folder.name}-training")), completion_only_loss=True, max_length=None,
-        **options,
-    )  # fmt: skip
-    trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
-    trainer.train()
-    tuned = trainer.accelerator.unwrap_model(trainer.model)
-    tuned = tuned.merge_and_unload() if isinstance(tuned, PeftModel) else tuned
-    unfinished = folder.with_name(f"{folder.name}-unfinished")
 
-    def save() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        tuned.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        if settings is not None:
-            write_json(unfinished / SETTINGS, settings)
-        shutil.rmtree(args.output_dir, ignore_errors=True)
-        unfinished.rename(folder)
+    def train(training: Path) -> None:
+        args = SFTConfig(output_dir=str(training), completion_only_loss=True, max_length=None, **options)
+        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            write_json(training / SETTINGS, settings)
 
-    Processes().main(save)
+    train_into(folder, train, Processes())

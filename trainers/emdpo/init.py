@@ -16,16 +16,36 @@ from scipy.cluster.vq import ClusterError, kmeans2
 from scipy.sparse import csr_matrix
 
 from .annotators import Annotators
+from .tables import TYPE
 
-STARTS = ("given", "agreement", "kmeans", "dirichlet")
-TYPE = "type_"  # columns of a table of posteriors: type_0, type_1, ...
 BUCKETS = 512  # token ids are counted modulo this
 DIRECTIONS = 8
 
 
-def dirichlet(annotators: int, types: int, random: np.random.Generator) -> np.ndarray:
-    """Every mixture of types is equally likely for every annotator."""
-    return random.dirichlet(np.ones(types), annotators)
+def kind_of_guess(args, rows: Dataset, annotators: Annotators) -> str:
+    """The option `init`, or what `auto` takes: the first of given, agreement and dirichlet that the data allow."""
+    if args.init != "auto":
+        return args.init
+    if args.initial_posterior is not None:
+        return "given"
+    return "agreement" if _shared(_votes(rows, annotators)).any() else "dirichlet"
+
+
+def first_guess(args, rows: Dataset, annotators: Annotators, restart: int) -> np.ndarray:
+    """(N,T) first posterior of a restart.
+
+    Raises:
+        ValueError: the data or `initial_posterior` do not give one.
+    """
+    random, types = np.random.default_rng((args.seed, restart)), args.num_types
+    if types == 1:
+        return np.ones((len(annotators), 1))
+    kind = kind_of_guess(args, rows, annotators)
+    if kind == "given":
+        return given(args.initial_posterior, annotators, types)
+    if kind == "dirichlet":
+        return random.dirichlet(np.ones(types), len(annotators))  # every mixture of types is equally likely
+    return (agreement if kind == "agreement" else kmeans)(rows, annotators, types, random)
 
 
 def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
@@ -38,17 +58,16 @@ def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.rand
         ValueError: no two annotators judged the same pair of responses.
     """
     votes = _votes(rows, annotators)
-    counts = np.bincount(votes.indices, minlength=votes.shape[1])
-    if not (counts > 1).any():
+    if not _shared(votes).any():
         raise ValueError(
             "init='agreement' needs prompts and responses that several annotators judged, and there are none: use "
             "init='kmeans' or 'dirichlet'."
         )
-    mean = np.asarray(votes.sum(0)).ravel() / np.maximum(counts, 1)
-    centred = votes.copy()
-    centred.data = centred.data - mean[centred.indices]
     seen = votes.copy()
     seen.data = np.ones_like(seen.data)
+    mean = np.asarray(votes.sum(0)).ravel() / np.maximum(np.asarray(seen.sum(0)).ravel(), 1)
+    centred = votes.copy()
+    centred.data = centred.data - mean[centred.indices]
     squares = centred.multiply(centred)
     # Norms over the shared pairs only: |x_i| where j voted too.
     norm = np.sqrt(np.maximum((squares @ seen.T).toarray() * (seen @ squares.T).toarray(), 1e-12))
@@ -58,12 +77,6 @@ def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.rand
     return _clusters(vectors[:, leading] * np.sqrt(np.maximum(values[leading], 0)), types, random)
 
 
-def shares_items(rows: Dataset, annotators: Annotators) -> bool:
-    """Whether any pair of responses was judged by two annotators, so that `agreement` is possible."""
-    votes = _votes(rows, annotators)
-    return bool((np.bincount(votes.indices, minlength=votes.shape[1]) > 1).any())
-
-
 def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
     """One-hot clusters by the tokens and the length of what each annotator preferred over what they did not.
 
@@ -71,7 +84,6 @@ def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.
     scaled to [-1, 1]; averaged over an annotator's rows, scaled, reduced to the leading directions.
     """
     table = np.zeros((len(annotators), BUCKETS + 1))
-    counts = np.bincount(annotators.owner, minlength=len(annotators))
     for owner, row in zip(annotators.owner, rows.select_columns(["response_ids", "scores"]), strict=True):
         scores = np.asarray(row["scores"], dtype=float)
         scores = scores - scores.mean()
@@ -81,7 +93,7 @@ def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.
         for ids, score in zip(row["response_ids"], scores / scale, strict=True):
             table[owner, :BUCKETS] += score * np.bincount(np.asarray(ids) % BUCKETS, minlength=BUCKETS) / len(ids)
             table[owner, BUCKETS] += score * np.log(len(ids))
-    table /= np.maximum(counts, 1)[:, None]
+    table /= np.maximum(np.bincount(annotators.owner, minlength=len(annotators)), 1)[:, None]
     spread = table.std(0)
     table = (table - table.mean(0)) / np.where(spread > 0, spread, 1)
     left, sizes, _ = np.linalg.svd(table, full_matrices=False)
@@ -89,79 +101,59 @@ def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.
 
 
 def given(table: dict | str, annotators: Annotators, types: int) -> np.ndarray:
-    """Rows of a mapping {annotator: probabilities}, or of a CSV or parquet file with annotator, type_0, type_1, ...
+    """Rows of a mapping {annotator: probabilities}, or of a file: JSON, or CSV or parquet with annotator, type_0, ...
 
     Raises:
         ValueError: an annotator is missing, or a row is no distribution over `types` types.
     """
-    known = _by_name(table)
+    known = {str(name): row for name, row in (_read(table) if isinstance(table, str) else table).items()}
     out = np.empty((len(annotators), types))
     for i, name in enumerate(annotators.names):
-        row = known.get(str(name))
-        if row is None:
+        if str(name) not in known:
             raise ValueError(f"initial_posterior has no row for annotator {name!r}: give one for each.")
-        values = np.asarray(row, dtype=np.float64)
-        if values.shape != (types,) or (values < 0).any() or abs(values.sum() - 1) > 1e-6:
+        values = np.asarray(known[str(name)], dtype=np.float64)
+        if values.shape != (types,) or (values < 0).any() or not abs(values.sum() - 1) <= 1e-6:
             raise ValueError(
-                f"initial_posterior of annotator {name!r} is {list(row)}: give {types} probabilities (num_types) that "
-                "sum to 1."
+                f"initial_posterior of annotator {name!r} is {values.tolist()}: give {types} probabilities "
+                "(num_types) that sum to 1."
             )
         # What a run wrote stays as it is to the last bit; what was rounded is made to sum to 1.
         out[i] = values if abs(values.sum() - 1) < 1e-12 else values / values.sum()
     return out
 
 
-def strangers(table: dict | str, annotators: Annotators) -> list[str]:
-    """Names in `table` that are none of the annotators': a misspelt one, or rows of a larger data set."""
-    return sorted(_by_name(table).keys() - set(map(str, annotators.names)))
-
-
-def is_uniform(start: np.ndarray) -> bool:
-    """Whether all annotators have the same row, so that the types would train on the same data."""
-    return start.shape[1] > 1 and bool((np.abs(start - start[:1]) < 1e-6).all())
-
-
-def _by_name(table: dict | str) -> dict[str, list[float]]:
-    return {str(name): row for name, row in (_read(table) if isinstance(table, str) else table).items()}
-
-
 def _read(path: str) -> dict[str, list[float]]:
-    if not Path(path).is_file():
-        raise ValueError(
-            f"initial_posterior={path!r} is not a file: give a CSV or parquet file: annotator, type_0, ..."
-        )
     if path.endswith(".json"):
         return json.loads(Path(path).read_text())
     table = pyarrow.parquet.read_table(path) if path.endswith(".parquet") else pyarrow.csv.read_csv(path)
-    names = sorted((n for n in table.column_names if n.startswith(TYPE)), key=lambda n: int(n.removeprefix(TYPE)))
-    if "annotator" not in table.column_names or not names:
-        raise ValueError(f"initial_posterior={path!r} has {table.column_names}: it needs annotator, type_0, ...")
+    names = [f"{TYPE}{k}" for k in range(sum(name.startswith(TYPE) for name in table.column_names))]
     columns = [table[name].to_pylist() for name in names]
     return dict(zip(table["annotator"].to_pylist(), map(list, zip(*columns, strict=True)), strict=True))
 
 
 def _votes(rows: Dataset, annotators: Annotators) -> csr_matrix:
     """(N, pairs of responses): +1 or -1 for who won, an explicit 0 for ties; repeated votes are averaged."""
-    columns: dict = {}
-    votes: dict = defaultdict(list)
-    for owner, row in zip(
-        annotators.owner, rows.select_columns(["prompt_ids", "response_ids", "scores"]), strict=True
-    ):
+    columns, votes = {}, defaultdict(list)
+    own = rows.select_columns(["prompt_ids", "response_ids", "scores"])
+    for owner, row in zip(annotators.owner, own, strict=True):
         prompt, texts = tuple(row["prompt_ids"]), [tuple(ids) for ids in row["response_ids"]]
         for a in range(len(texts)):
             for b in range(a + 1, len(texts)):
                 first, second = sorted((a, b), key=lambda k: texts[k])
                 column = columns.setdefault((prompt, texts[first], texts[second]), len(columns))
                 votes[owner, column].append(np.sign(row["scores"][first] - row["scores"][second]))
+    index = np.array(list(votes)).reshape(-1, 2).T
     data = [float(np.mean(values)) for values in votes.values()]
-    index = np.array(list(votes)).T if votes else np.empty((2, 0), dtype=int)
     return csr_matrix((data, (index[0], index[1])), shape=(len(annotators), len(columns)))
+
+
+def _shared(votes: csr_matrix) -> np.ndarray:
+    """(pairs,) bool: those that several annotators judged."""
+    return np.bincount(votes.indices, minlength=votes.shape[1]) > 1
 
 
 def _clusters(points: np.ndarray, types: int, random: np.random.Generator) -> np.ndarray:
     """One-hot (N,T) of the best of 20 runs of k-means."""
-    if types == 1:
-        return np.ones((len(points), 1))
     best, least = None, np.inf
     for _ in range(20):
         try:
