@@ -214,32 +214,32 @@ def test_an_adapter_never_starts_afresh(case, saved, make):
     with pytest.raises(ValueError, match="of another adapter.*q_proj"):
         make(case).train(resume_from_checkpoint=True)
     weights.rename(checkpoint / "adapter_weights.safetensors")
-    with pytest.raises(ValueError, match="adapter_model.safetensors is missing.*start afresh"):
+    with pytest.raises(ValueError, match="no adapter_model.safetensors, so the adapter 'default' would start anew"):
         make(case).train(resume_from_checkpoint=True)
 
 
 def test_an_adapter_is_gone_on_from_under_its_own_name_only(saved, make):
-    checkpoint = saved("SWEPO pretrained", name="policy")
+    checkpoint = saved("LIRE pretrained", name="policy")
     assert (checkpoint / "policy" / "adapter_model.safetensors").is_file()
-    with pytest.raises(ValueError, match="missing"):
-        make("SWEPO pretrained").train(resume_from_checkpoint=True)
-    again = make("SWEPO pretrained", name="policy", max_steps=3)
+    with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+        make("LIRE pretrained").train(resume_from_checkpoint=True)
+    again = make("LIRE pretrained", name="policy", max_steps=3)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
 
 
 def test_kinds_of_models_are_not_mixed(saved, make, tmp_path):
     saved("SWEPO lora")
-    with pytest.raises(ValueError, match="holds an adapter, but this run trains the full model"):
+    with pytest.raises(ValueError, match="peft_config was 'LORA' and is None"):
         make("SWEPO full").train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="of another adapter"):
+    with pytest.raises(ValueError, match="peft_config.target_modules was"):
         make("SWEPO lora", peft={**LORA, "target_modules": ["q_proj"]}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="lora_alpha was 8 and is 64"):
         make("SWEPO lora", peft={**LORA, "lora_alpha": 64}).train(resume_from_checkpoint=True)
     shutil.rmtree(tmp_path / "out")
     checkpoint = saved("SWEPO full")
     for case in ("SWEPO lora", "SWEPO pretrained"):
-        with pytest.raises(ValueError, match="holds a full model, but this run trains the adapter"):
+        with pytest.raises(ValueError, match="peft_config was None and is 'LORA'"):
             make(case).train(resume_from_checkpoint=True)
     weights = load_file(checkpoint / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -287,27 +287,17 @@ def test_all_processes_must_have_written_their_part(saved):
 
 def test_a_lost_optimizer_is_an_error(saved, make):
     (saved("SWEPO full") / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="no optimizer state"):
+    with pytest.raises(ValueError, match="no optimizer\\*, so the optimizer would start anew"):
         make().train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
-    "name, told", [("scheduler.pt", "learning rate would start anew"), ("rng_state.pth", "no random")]
+    "name, told", [("scheduler.pt", "learning rate would start anew"), ("rng_state.pth", "no rng_state")]
 )
 def test_a_lost_part_of_the_state_is_an_error(name, told, saved, make):
     (saved("SWEPO full") / name).unlink()
     with pytest.raises(ValueError, match=told):
         make().train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    "case, name", [("SWEPO full", "model.safetensors"), ("SWEPO lora", "adapter_model.safetensors")]
-)
-def test_a_cut_file_of_weights_is_named(case, name, saved, make):
-    path = saved(case) / name
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=f"weights of .*{name} cannot be read"):
-        make(case).train(resume_from_checkpoint=True)
 
 
 # What a run starts from. `other` is a model of other weights, `merged` one that an adapter was added to.

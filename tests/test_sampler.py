@@ -12,8 +12,8 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from trainers.generation import GumbelSampler, Sample, SamplingConfig, draw, sample_responses
-from trainers.generation.collect import batches as shares_of
+from trainers.generation import GumbelSampler, SamplingConfig, collect_samples, sample_responses
+from trainers.generation.collect import batches
 from trainers.generation.sampler import encode_prompt, sample_seed
 from trainers.generation.vllm import VLLMServer
 
@@ -195,20 +195,6 @@ def test_works_without_a_pad_token(policy):
     assert ids(sample_responses(model, bare, PROMPTS, config(), **QUIET)) == expected
 
 
-def test_known_samples_are_kept_and_new_ones_reported(policy):
-    full = sample_responses(*policy, PROMPTS, config(), **QUIET)
-    marked = Sample("kept as it is", [9], False)
-    known = {(0, 1): marked, (3, 2): full[3][2]}
-    batches = []
-    samples = sample_responses(*policy, PROMPTS, config(), known=known, on_batch=batches.append, **QUIET)
-    assert samples[0][1] == marked
-    assert [row[2] for row in samples] == [row[2] for row in full]
-    made = {key: sample for batch in batches for key, sample in batch.items()}
-    assert len(made) == 10 and not made.keys() & known.keys()
-    assert all(len(batch) <= 4 for batch in batches)
-    assert all(samples[i][j] == sample for (i, j), sample in made.items())
-
-
 def test_training_mode_and_checkpointing_are_put_back(policy):
     model, tokenizer = policy
     expected = ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET))
@@ -223,9 +209,6 @@ def test_training_mode_and_checkpointing_are_put_back(policy):
     )
     assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) == expected
     assert during and not any(during)
-    assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()] == before
-    with pytest.raises(KeyError):
-        sample_responses(model, tokenizer, PROMPTS, config(), on_batch=lambda batch: {}["x"], **QUIET)
     assert [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()] == before
     ids_ = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
     model(ids_, labels=ids_).loss.backward()  # sampling left nothing behind that autograd cannot use
@@ -248,11 +231,10 @@ def test_adapters_change_the_samples(policy):
 def test_processes_share_the_work_in_lock_step():
     todo = [(i, j) for i in range(5) for j in range(3)]
     for world, size in ((2, 4), (4, 1), (7, 2), (16, 3)):
-        shares = [list(shares_of(todo, size, rank, world)) for rank in range(world)]
+        shares = [list(batches(todo, size, rank, world)) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        real = [key for share in shares for batch in share if not batch.filler for key in batch.keys]
-        assert sorted(real) == todo
-        assert all(len(batch.keys) <= size for share in shares for batch in share)
+        assert sorted(key for share in shares for keys in share for key in keys) == todo
+        assert all(len(keys) <= size for share in shares for keys in share)
 
 
 def test_wrong_settings_and_long_prompts_are_refused(policy):
@@ -299,7 +281,7 @@ def server():
 
 def test_vllm_server_gets_one_seeded_request_per_sample(server):
     tokenizer = build_tokenizer()
-    samples = draw(VLLMServer(server.url, "tiny", tokenizer), PROMPTS, config(), round=2, **QUIET)
+    samples = collect_samples(None, lambda: VLLMServer(server.url, "tiny", tokenizer), PROMPTS, config(), round=2)
     for prompt, row in zip(PROMPTS, samples, strict=True):
         seeds = [sample_seed(7, 2, prompt, j) for j in range(3)]
         assert [sample.token_ids for sample in row] == [[seed % 97, 2] for seed in seeds]
@@ -309,4 +291,4 @@ def test_vllm_server_gets_one_seeded_request_per_sample(server):
     assert first["path"] == "/v1/completions" and first["top_p"] == 0.9 and first["max_tokens"] == 12
     assert [r["prompt"] for r in server.requests].count(encode_prompt(tokenizer, PROMPTS[2])) == 3
     with pytest.raises(RuntimeError, match="no such model"):
-        draw(VLLMServer(server.url, "other", tokenizer), PROMPTS, config(), **QUIET)
+        collect_samples(None, lambda: VLLMServer(server.url, "other", tokenizer), PROMPTS, config())

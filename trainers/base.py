@@ -246,11 +246,6 @@ class PreferenceTrainer(Trainer):
         know of them; None for those of the data set."""
         return None, []
 
-    @classmethod
-    def probed(cls, args: PreferenceConfig, rows: Dataset) -> tuple[type[Trainer], PreferenceConfig, Dataset]:
-        """The training that `--probe` makes steps of: its trainer, and arguments and tokenised rows of its own."""
-        return cls, args, rows
-
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
         return self.runner(model, batch)
@@ -515,9 +510,7 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            begin_checkpoint(
-                folder, self._settings, self.args, model=policies.base_model(self.model).config.name_or_path
-            )
+            begin_checkpoint(folder, self._settings, self.args)
         super()._save_checkpoint(model, trial)
 
     def _issue_warnings_after_load(self, load_result):

@@ -38,7 +38,7 @@ from .generation.start import load_for_sampling, load_start
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
 from .runs.processes import uses_fsdp
-from .runs.settings import digest, model_settings, run_settings
+from .runs.settings import digest, policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
 
@@ -93,7 +93,7 @@ def run(
 
     own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
     own |= {"trainer": trainer_class.__name__, "training rows": digest(rows)}
-    own |= {"held-out prompts": digest([row["prompt"] for row in held_out])} | model_settings(model, **keywords)
+    own |= {"held-out prompts": digest([row["prompt"] for row in held_out])} | policy_settings(model, **keywords)
     settings = run_settings(args, adapter=peft_config, **own)
     Rounds(options, rows, held_out, Stage(args.output_dir, settings, settings_name=SETTINGS), load, train, args.seed)()
 

@@ -5,9 +5,8 @@ depend on the batch, so it does not matter where the run was cut.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -22,22 +21,10 @@ from .scorer import Scorer
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
 
 
-class Batch(NamedTuple):
-    keys: list
-    filler: bool  # repeats work of another process
-
-
 def collect(
-    todo: list[Hashable],
-    make: Callable[[list], list],
-    *,
-    size: int,
-    processes: Processes,
-    on_batch: Callable[[dict], None] | None = None,
-    lockstep: bool = False,
-    title: str = "",
-    progress: bool = True,
-) -> dict:
+    todo: list[Hashable], make: Callable[[list], list], *, size: int, processes: Processes, title: str,
+    on_batch: Callable[[dict], None] | None = None, lockstep: bool = False, progress: bool = True,
+) -> dict:  # fmt: skip
     """Makes what is missing: `make(keys)` for batches of `todo`, shared by the processes, of which all get the result.
 
     Args:
@@ -46,13 +33,12 @@ def collect(
     """
     own, made = todo[processes.process_index :: processes.num_processes], {}
     with tqdm(total=len(own), desc=title, disable=not (progress and own and processes.is_main_process)) as bar:
-        for batch in batches(todo, size, processes.process_index, processes.num_processes):
-            if batch.filler and not lockstep:
+        for keys in batches(todo, size, processes.process_index, processes.num_processes):
+            if not keys:
+                if lockstep:
+                    make(todo[:1])  # for the collectives alone
                 continue
-            values = make(batch.keys)
-            if batch.filler:
-                continue
-            new = dict(zip(batch.keys, values, strict=True))
+            new = dict(zip(keys, make(keys), strict=True))
             made.update(new)
             bar.update(len(new))
             if on_batch is not None:
@@ -60,71 +46,22 @@ def collect(
     return dict(gather_object(list(made.items()))) if processes.num_processes > 1 else made
 
 
-def batches(todo: list, size: int, rank: int, world: int) -> Iterator[Batch]:
-    """This process's batches; the same number of them in every process."""
-    own, longest = todo[rank::world], len(todo[0::world])
-    for start in range(0, longest, size):
-        keys = own[start : start + size]
-        yield Batch(keys or todo[:1], filler=not keys)
+def batches(todo: list, size: int, rank: int, world: int) -> Iterator[list]:
+    """This process's batches; the same number of them in every process, the last ones empty in some."""
+    own = todo[rank::world]
+    return (own[start : start + size] for start in range(0, len(todo[0::world]), size))
 
 
-# Samples.
-
-
-def draw(
-    backend: Backend,
-    prompts: list[Prompt],
-    config: SamplingConfig,
-    *,
-    round: int = 0,
-    accelerator=None,
-    progress: bool = True,
-    known: Mapping[Key, Sample] | None = None,
-    on_batch: Callable[[dict[Key, Sample]], None] | None = None,
+def sample_responses(
+    model, tokenizer, prompts: list[Prompt], config: SamplingConfig, *, accelerator=None, **options
 ) -> list[list[Sample]]:
-    """`config.num_generations` responses of a backend to each prompt, in the order of `prompts`.
-
-    Args:
-        prompts: plain texts or lists of messages.
-        round: counts the rounds of a loop; another round gives other samples.
-        accelerator: with several processes each one samples its share and all return the full result. All must
-            make the call with the same arguments.
-        known: samples that exist already, by (prompt position, sample index); they are returned, not made again.
-        on_batch: called in each process after each batch with that batch's new samples, for instance to save them.
-
-    Raises:
-        ValueError: a prompt without tokens, messages without a chat template, a prompt that does not fit in the
-            context together with `max_new_tokens`.
-    """
-    encoded, known = encode_prompts(backend.tokenizer, prompts), known or {}
-    for i, ids in enumerate(encoded):
-        if backend.context is not None and len(ids) + config.max_new_tokens > backend.context:
-            raise ValueError(
-                f"Prompt {i} has {len(ids)} tokens; with max_new_tokens={config.max_new_tokens} that exceeds the "
-                f"model's context of {backend.context}. Shorten the prompt or lower max_new_tokens."
-            )
-
-    def make(keys: list[Key]) -> list[Sample]:
-        requests = [Request(encoded[i], sample_seed(config.seed, round, prompts[i], j)) for i, j in keys]
-        return backend.sample(requests, config)
-
-    keys = [(i, j) for i in range(len(prompts)) for j in range(config.num_generations)]
-    todo = sorted((key for key in keys if key not in known), key=lambda key: (-len(encoded[key[0]]), key))
-    made = collect(
-        todo, make, size=config.batch_size, processes=accelerator or Processes(), on_batch=on_batch, lockstep=True,
-        title="sampling", progress=progress,
-    )  # fmt: skip
-    return _rows({**known, **made}, len(prompts), config)
-
-
-def sample_responses(model, tokenizer, prompts: list[Prompt], config: SamplingConfig, *, accelerator=None, **options):
-    """`draw` from a Hugging Face model, see `HuggingFace`; returns [prompts][num_generations] samples."""
+    """`collect_samples` of a Hugging Face model that keeps nothing: [prompts][num_generations] samples."""
     backend = HuggingFace(model, tokenizer, accelerator or Processes())
-    return draw(backend, prompts, config, accelerator=accelerator, **options)
+    return collect_samples(None, lambda: backend, prompts, config, accelerator=accelerator, **options)
 
 
 def collect_samples(
-    folder: str | Path,
+    folder: str | Path | None,
     load: Callable[[], Backend],
     prompts: list[Prompt],
     config: SamplingConfig,
@@ -133,27 +70,50 @@ def collect_samples(
     accelerator=None,
     progress: bool = True,
 ) -> list[list[Sample]]:
-    """As `draw`, kept in `folder`. `load()` is not called when all samples are there already."""
+    """`config.num_generations` responses to each prompt, in the order of `prompts`.
+
+    Args:
+        folder: where they are kept, and samples that exist already are found; None keeps nothing.
+        load: gives the backend; it is not called when all samples are there already.
+        prompts: plain texts or lists of messages.
+        round: counts the rounds of a loop; another round gives other samples.
+        accelerator: with several processes each one samples its share and all return the full result. All must
+            make the call with the same arguments.
+
+    Raises:
+        ValueError: a prompt without tokens, messages without a chat template, a prompt that does not fit in the
+            context together with `max_new_tokens`.
+    """
     journal = Journal(folder, "samples", accelerator or Processes())
     known: dict[Key, Sample] = {
         (record["prompt"], record["index"]): Sample(record["text"], record["token_ids"], record["truncated"])
         for record in journal.read()
     }
-    if len(known) == len(prompts) * config.num_generations:
-        return _rows(known, len(prompts), config)
-
-    def save(batch: dict[Key, Sample]) -> None:
-        journal.append({"prompt": i, "index": j, **sample._asdict()} for (i, j), sample in batch.items())
-
-    options = {"round": round, "accelerator": accelerator, "progress": progress}
-    return draw(load(), prompts, config, known=known, on_batch=save, **options)
+    keys = [(i, j) for i in range(len(prompts)) for j in range(config.num_generations)]
+    if todo := [key for key in keys if key not in known]:
+        known |= _sample(load(), todo, prompts, config, journal, round, progress)
+    return [[known[i, j] for j in range(config.num_generations)] for i in range(len(prompts))]
 
 
-def _rows(samples: dict[Key, Sample], prompts: int, config: SamplingConfig) -> list[list[Sample]]:
-    return [[samples[i, j] for j in range(config.num_generations)] for i in range(prompts)]
+def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal, round: int, progress: bool) -> dict:
+    encoded = encode_prompts(backend.tokenizer, prompts)
+    longest = max(range(len(prompts)), key=lambda i: len(encoded[i]))
+    if backend.context is not None and len(encoded[longest]) + config.max_new_tokens > backend.context:
+        raise ValueError(
+            f"Prompt {longest} has {len(encoded[longest])} tokens; with max_new_tokens={config.max_new_tokens} that "
+            f"exceeds the model's context of {backend.context}. Shorten the prompt or lower max_new_tokens."
+        )
 
+    def make(keys: list[Key]) -> list[Sample]:
+        requests = [Request(encoded[i], sample_seed(config.seed, round, prompts[i], j)) for i, j in keys]
+        return backend.sample(requests, config)
 
-# Scores.
+    def save(made: dict[Key, Sample]) -> None:
+        journal.append({"prompt": i, "index": j, **sample._asdict()} for (i, j), sample in made.items())
+
+    todo = sorted(todo, key=lambda key: (-len(encoded[key[0]]), key))
+    options = {"size": config.batch_size, "processes": journal.processes, "on_batch": save, "progress": progress}
+    return collect(todo, make, lockstep=True, title="sampling", **options)
 
 
 def collect_scores(
@@ -164,7 +124,6 @@ def collect_scores(
     *,
     columns: dict[str, list] | None = None,
     accelerator=None,
-    progress: bool = True,
 ) -> list[list[float]]:
     """Scores all responses, kept in `folder`.
 
@@ -175,16 +134,15 @@ def collect_scores(
     known = {record["prompt"]: record["scores"] for record in journal.read()}
     todo = [i for i in range(len(prompts)) if i not in known]
     scorer = load() if todo else None
-    made = collect(
-        todo, lambda chunk: score(scorer, chunk, prompts, responses, columns or {}), size=SCORE_CHUNK,
-        processes=journal.processes, title="scoring", progress=progress,
+    known |= collect(
+        todo, lambda at: _score(scorer, at, prompts, responses, columns or {}), size=SCORE_CHUNK, title="scoring",
+        processes=journal.processes,
         on_batch=lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
     )  # fmt: skip
-    return [(known | made)[i] for i in range(len(prompts))]
+    return [known[i] for i in range(len(prompts))]
 
 
-def score(scorer: Scorer, at: list[int], prompts, responses, columns: dict[str, list]) -> list[list[float]]:
-    """Scores of all responses to the prompts at these positions, from one call of the scorer."""
+def _score(scorer: Scorer, at: list[int], prompts, responses, columns: dict[str, list]) -> list[list[float]]:
     owner = [i for i in at for _ in responses[i]]
     completions = [as_completion(prompts[i], text) for i in at for text in responses[i]]
     repeated = {name: [values[i] for i in owner] for name, values in columns.items()}
@@ -198,8 +156,7 @@ def summarize(samples: list[list[Sample]], scores: list[list[float]]) -> dict[st
     values = [score for row in scores for score in row]
     texts = [[sample.text.strip() for sample in row] for row in samples]
     repeats = sum(count - 1 for row in texts for count in Counter(row).values())
-    count, tokens = len(flat), sum(len(sample.token_ids) for sample in flat)
-    mean = sum(values) / count
+    count, tokens, mean = len(flat), sum(len(sample.token_ids) for sample in flat), sum(values) / len(values)
     statistics = {
         "prompts": len(samples),
         "responses": count,

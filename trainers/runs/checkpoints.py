@@ -15,10 +15,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from .settings import plain, refuse_other_settings
+from .settings import refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
-ADAPTER, FULL = "adapter_model.safetensors", ("model.safetensors", "model.safetensors.index.json")
+ADAPTER = "adapter_model.safetensors"
 
 
 # Which are whole.
@@ -26,8 +26,8 @@ ADAPTER, FULL = "adapter_model.safetensors", ("model.safetensors", "model.safete
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest of the trainer's checkpoints in `folder` that was saved to its end."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
-    return str(max(found, key=_step)) if found else None
+    whole = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
@@ -46,20 +46,12 @@ def is_complete(checkpoint: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     states = list(checkpoint.glob("rng_state_*.pth"))
-    return not states or len(states) >= _processes(checkpoint) and all(map(zipfile.is_zipfile, states))
+    return not states or len(states) >= _saved(checkpoint).get("processes", 1) and all(map(zipfile.is_zipfile, states))
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _processes(checkpoint: Path) -> int:
-    return (_saved(checkpoint) or {}).get("processes", 1)
-
-
-def _saved(checkpoint: Path) -> dict | None:
+def _saved(checkpoint: Path) -> dict:
     path = checkpoint / SETTINGS
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -90,16 +82,12 @@ def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
 # What is in them.
 
 
-def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments, *, model: str) -> None:
-    """Write what the run depends on. An older checkpoint there is no longer whole, until this one is.
-
-    The path of the `model` and how it was loaded are written down and not compared: `settings` know its weights.
-    """
+def begin_checkpoint(folder: Path, settings: dict, args: TrainingArguments) -> None:
+    """Write what the run depends on. An older checkpoint there is no longer whole, until this one is."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.save_on_each_node else args.world_size
     (folder / STATE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = {"model": model, "model_init_kwargs": plain(args.model_init_kwargs)}
-    (folder / SETTINGS).write_text(json.dumps({"processes": processes, **loaded, "settings": settings}, indent=1))
+    (folder / SETTINGS).write_text(json.dumps({"processes": processes, "settings": settings}, indent=1))
 
 
 # Whether one fits.
@@ -114,8 +102,8 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
         engine: "deepspeed" or "fsdp", which keep weights in files of their own, or None.
 
     Raises:
-        ValueError: the folder is not a whole checkpoint, holds weights of another kind, lacks the state of optimizer,
-            learning rate or random numbers, or belongs to a run with other settings.
+        ValueError: the folder is not a whole checkpoint, belongs to a run with other settings, or lacks the adapter or
+            the state of optimizer, learning rate or random numbers.
     """
     folder = Path(checkpoint)
     if not is_complete(folder):
@@ -123,62 +111,38 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
             f"resume_from_checkpoint: {folder} is not a whole checkpoint (a kill may have cut it short). Name another "
             "one, or true for the last whole one."
         )
-    _check_weights(folder, model, whole=engine is None)
-    if not list(folder.glob("latest" if engine == "deepspeed" else "optimizer*")):
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} has no optimizer state for this run (save_only_model leaves it out, "
-            "and DeepSpeed keeps its own): go on under the same engine, or start a new run with it as the model."
-        )
-    if engine != "deepspeed" and not (folder / "scheduler.pt").is_file():  # DeepSpeed may keep it in its own files
-        raise ValueError(
-            f"resume_from_checkpoint: {folder / 'scheduler.pt'} is missing, so the learning rate would start anew: "
-            "put the file back, or take another checkpoint."
-        )
-    if not any(folder.glob("rng_state*.pth")):
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} has no random state (rng_state*.pth), so dropout, masks and samples "
-            "would be other ones: put the file back, or take another checkpoint."
-        )
     refuse_other_run(folder, settings)
+    needed = {"optimizer*": "the optimizer", "scheduler.pt": "the learning rate", "rng_state*.pth": "random numbers"}
+    if engine == "deepspeed":  # keeps the first two in files of its own
+        needed = {"latest": "the optimizer", "rng_state*.pth": "random numbers"}
+    adapter = model.active_adapter if isinstance(model, PeftModel) and engine is None else None
+    weights = folder / ("" if adapter == "default" else adapter or "") / ADAPTER
+    if adapter is not None:
+        needed[str(weights.relative_to(folder))] = f"the adapter {adapter!r}"
+    for pattern, what in needed.items():
+        if not any(folder.glob(pattern)):
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} has no {pattern}, so {what} would start anew (save_only_model "
+                "leaves it out): put the file back, go on under the same engine, or take another checkpoint."
+            )
+    if adapter is not None:
+        _check_adapter(weights, model, adapter)
 
 
 def refuse_other_run(checkpoint: str | Path, settings: dict) -> None:
     """Raises ValueError naming what differs where the checkpoint was written for other settings."""
-    saved = (_saved(Path(checkpoint)) or {}).get("settings", {})
     refuse_other_settings(
-        f"resume_from_checkpoint: {checkpoint}", saved, settings,
+        f"resume_from_checkpoint: {checkpoint}", _saved(Path(checkpoint)).get("settings", {}), settings,
         ways_out="start a new run with this folder as the model and another output_dir",
     )  # fmt: skip
 
 
-def _check_weights(folder: Path, model: nn.Module, *, whole: bool) -> None:
-    """`whole` says that the weights lie in safetensors files, and not in those of an engine."""
-    adapter = model.active_adapter if isinstance(model, PeftModel) else None
-    has_full = any((folder / name).is_file() for name in FULL)
-    if adapter is None:
-        if not has_full and any(folder.glob("**/adapter_config.json")):
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} holds an adapter, but this run trains the full model: pass the "
-                "same peft_config (use_peft on the command line) as in the saved run."
-            )
-        return
-    path = (folder if adapter == "default" else folder / adapter) / ADAPTER
-    if has_full:
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} holds a full model, but this run trains the adapter {adapter!r}: leave "
-            "the adapter out as in the saved run."
-        )
-    if not whole:
-        return
-    if not path.is_file():
-        raise ValueError(
-            f"resume_from_checkpoint: {path} is missing, so the adapter {adapter!r} would start afresh: put the file "
-            "back, give the adapter the name that it was saved under, or take another checkpoint."
-        )
+def _check_adapter(path: Path, model: PeftModel, adapter: str) -> None:
+    """PEFT leaves those weights of an adapter as they are that the file has not."""
     with safe_open(path, "pt") as file:
-        found = set(file.keys())
+        there = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
-    if wrong := sorted(wanted - found) or sorted(name for name in found - wanted if ".lora_" in name):
+    if wrong := sorted(wanted - there) or sorted(name for name in there - wanted if ".lora_" in name):
         raise ValueError(
             f"resume_from_checkpoint: {path} is of another adapter: {len(wrong)} weights differ by name, such as "
             f"{wrong[0]}. Pass the same peft_config as in the saved run."

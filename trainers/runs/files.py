@@ -10,11 +10,13 @@ from .processes import Processes
 
 
 class Journal:
-    """Records of all processes under one name in a folder; each process appends to a file of its own."""
+    """Records of all processes under one name in a folder; each process appends to a file of its own.
 
-    def __init__(self, folder: str | Path, name: str, processes: Processes):
-        self.folder, self.name, self.processes = Path(folder), name, processes
-        self.path = self.folder / f"{name}-{processes.process_index:05d}.jsonl"
+    Without a folder nothing is kept.
+    """
+
+    def __init__(self, folder: str | Path | None, name: str, processes: Processes):
+        self.folder, self.name, self.processes = folder and Path(folder), name, processes
 
     def read(self) -> list[dict]:
         """All whole records. Every process must call this, and none may append before.
@@ -22,17 +24,20 @@ class Journal:
         Raises:
             ValueError: a complete line that is not JSON, which no kill of a writer explains.
         """
+        if self.folder is None:
+            return []
         paths = sorted(self.folder.glob(f"{self.name}-*.jsonl"))
         if self.processes.is_main_process:
             for path in paths:
                 repair_journal(path)
         self.processes.wait_for_everyone()
-        records = [record for path in paths for record in read_journal(path)]
+        records = [record for path in paths for record in read_rows(path)]
         self.processes.wait_for_everyone()
         return records
 
     def append(self, records: Iterable[dict]) -> None:
-        append_records(self.path, records)
+        if self.folder is not None:
+            append_records(self.folder / f"{self.name}-{self.processes.process_index:05d}.jsonl", records)
 
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:

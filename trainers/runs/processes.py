@@ -16,6 +16,8 @@ class Processes:
     """What sampling and scoring ask of an accelerator, for a policy that every process holds whole and unwrapped."""
 
     distributed_type = DistributedType.NO
+    gather = staticmethod(gather)
+    autocast = staticmethod(nullcontext)  # the policy computes in the dtype that it was loaded in
 
     def __init__(self):
         state = PartialState()
@@ -25,12 +27,6 @@ class Processes:
 
     def unwrap_model(self, model):
         return model
-
-    def autocast(self):
-        return nullcontext()  # the policy computes in the dtype that it was loaded in
-
-    def gather(self, tensor):
-        return gather(tensor)
 
     def say(self, text: str) -> None:
         if self.is_main_process:

@@ -68,16 +68,14 @@ def run_settings(
     return plain(settings | more)
 
 
-def model_settings(model: str, init_kwargs: dict | None = None, quantization_config=None) -> dict:
-    """The model that a run starts from, for `more` of `run_settings`: its files and how they are read."""
+def policy_settings(
+    model: str, quantization_config=None, peft_config=None, *, init_kwargs: dict | None = None
+) -> dict:
+    """For `more` of `run_settings`: the model that a run starts from, by its files, and how they are read."""
     how = {f"model.{name}": value for name, value in (init_kwargs or {}).items()}
     quantization = quantization_config and quantization_config.to_dict()
-    return {"model files": model_fingerprint(model) or model, "quantization_config": quantization, **how}
-
-
-def policy_settings(model: str, quantization_config=None, peft_config=None) -> dict:
-    """`model_settings` with the adapter on top."""
-    return run_settings(adapter=peft_config, **model_settings(model, None, quantization_config))
+    start = {"model files": model_fingerprint(model) or model, "quantization_config": quantization, **how}
+    return run_settings(adapter=peft_config, **start)
 
 
 def refuse_other_settings(source: str | Path, before: dict, now: dict, *, ways_out: str) -> None:

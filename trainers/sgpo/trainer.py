@@ -150,13 +150,6 @@ class SGPOTrainer(DPOTrainer):
         ]
 
     @classmethod
-    def probed(cls, args: SGPOConfig, rows: Dataset):
-        """The DPO stage."""
-        own = args.of_dpo()
-        own.model_init_kwargs = args.model_init_kwargs
-        return cls, own, rows
-
-    @classmethod
     def run(cls, args: SGPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> None:
         """All stages from one recipe, in `args.output_dir`, where the last model lies in the end.
 
