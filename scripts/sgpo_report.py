@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.sgpo_report`."""
+"""Moved: `polypo report`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.sgpo_report", "python -m trainers.cli.sgpo_report")
+    run("trainers.cli.report", "polypo report")

@@ -16,9 +16,18 @@ PROMPTS = [
     "it is", "over the fox", "bad day today", "of course", "jumps", "who had a",
 ]  # fmt: skip
 ANSWERS = ["the dog sleeps", "a lazy day", "it is Paris, of course", "jumps over", "it rains"]
+SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 3}
+# Options of the whole run, as a recipe and from Python.
+OPTIONS = {
+    "as_chat": True, "sampling": SAMPLING, "reviser_analysis": False, "max_length": 2000, "learning_rate": 0.01,
+    "improver": {"learning_rate": 0.01, "num_train_epochs": 2}, "num_train_epochs": 2,
+    "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
+    "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3,
+    "scorer": "sgpo_rows.vowels",
+}  # fmt: skip
 
 
-def write_inputs(folder, *, chat=True):
+def write_inputs(folder):
     """A model that ends its answers after some ten tokens, and rows of prompt and answer."""
     tokenizer = family_tokenizer("llama3")
     tokenizer.save_pretrained(folder / "model")
@@ -30,33 +39,24 @@ def write_inputs(folder, *, chat=True):
     return folder
 
 
-def arguments(inputs, output, **changes):
-    sampling = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "batch_size": 3}
-    flags = {
-        "trainer": "SGPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
-        "dataset_train_split": "train[:5]", "preference_split": "train[5:10]", "dataset_test_split": "train[10:]",
-        "as_chat": True, "output_dir": output, "sampling": sampling, "reviser_analysis": False, "max_length": 2000,
-        "improver": {"learning_rate": 0.01, "num_train_epochs": 2}, "learning_rate": 0.01, "num_train_epochs": 2,
-        "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
-        "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 3,
-    }  # fmt: skip
-    return [
-        str(part)
-        for name, value in (flags | changes).items()
-        if value is not None
-        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
-    ]
-
-
 def vowels(prompts, completions, *, reference, **columns):
     texts = [completion[0]["content"] for completion in completions]
     return [sum(c in "aeiou" for c in text) / (len(text) + 1) for text in texts]
 
 
 def command(inputs, output, **changes):
-    sft = {"dataset_name": str(inputs / "rows.jsonl"), "dataset_split": "train[:5]", "learning_rate": 0.01}
-    options = {"sft": sft, "scorer": "sgpo_rows.vowels"} | changes
-    return arguments(inputs, output, **options)
+    """Flags of a whole run; None leaves one out."""
+    flags = OPTIONS | {
+        "trainer": "SGPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
+        "dataset_train_split": "train[:5]", "preference_split": "train[5:10]", "dataset_test_split": "train[10:]",
+        "output_dir": output, "sft": {"dataset_name": str(inputs / "rows.jsonl"), "dataset_split": "train[:5]"},
+    } | changes  # fmt: skip
+    return [
+        str(part)
+        for name, value in flags.items()
+        if value is not None
+        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
+    ]
 
 
 @cache
@@ -72,12 +72,12 @@ def rows(folder, stage, name="rows.jsonl.gz"):
     return read_rows(folder / "round-00" / stage / name)
 
 
-def manifest(folder, stage):
-    return json.loads((folder / "round-00" / stage / "manifest.json").read_text())
+def counts(folder, stage):
+    return json.loads((folder / "round-00" / stage / "manifest.json").read_text())["counts"]
 
 
 def weights(folder):
-    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    return load_file(folder / "model.safetensors")
 
 
 def same(one, other):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trainers.cli import train
 from trainers.data import load_preferences
 from trainers.data.mixture import mix
-from trainers.sgpo.trainer import _read_data
+from trainers.sgpo.data import read_data
 
 
 @pytest.fixture(autouse=True)
@@ -126,4 +126,4 @@ def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):
 def test_a_method_that_reads_one_data_set_says_so(tmp_path):
     data, args = arguments(tmp_path, "--trainer", "SGPOTrainer", dataset_name=["a", "b"])
     with pytest.raises(ValueError, match="SGPO reads one data set"):
-        _read_data(args, data)
+        read_data(args, data)

@@ -1,7 +1,6 @@
 """The loss, the filters, the texts and the metrics of SGPO on hand-worked vectors, and their properties."""
 
 import json
-import logging
 import math
 import random
 from itertools import permutations
@@ -14,20 +13,9 @@ from torch.nn.functional import logsigmoid
 
 from trainers.dpo import dpo_loss
 from trainers.sgpo import filters, sgpo_loss
-from trainers.sgpo.edits import distinct_n, edit_distance, edit_metrics, round_metrics
-from trainers.sgpo.filters import fault, filter_statistic, fits, iqr_fences, iqr_keep, meta_text
-from trainers.sgpo.improver import completion_nll, improver_loss
-from trainers.sgpo.text import (
-    BLOCKS,
-    IMPROVER_V1,
-    MARKER,
-    REVISER_V1,
-    free_marker,
-    improver_prompt,
-    parse_revision,
-    reviser_prompt,
-    template_hash,
-)
+from trainers.sgpo.filters import fault, filter_statistic, iqr_fences, iqr_keep, meta_text
+from trainers.sgpo.monitor import distinct_n, edit_distance, edit_metrics, round_metrics
+from trainers.sgpo.text import BLOCKS, MARKER, free_marker, improver_prompt, parse_revision, reviser_prompt
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "sgpo.json").read_text())
 
@@ -87,12 +75,10 @@ def test_the_loss_is_the_formula_written_out_for_one_pair_at_a_time():
         assert float(found[i]) == pytest.approx(float(-logsigmoid(margin) - 0.7 * logps[i, w] / lengths[i, w]))
 
 
-def test_without_the_sft_term_it_is_dpo_and_needs_no_lengths():
+def test_without_the_sft_term_it_is_dpo():
     logratios = torch.tensor([[0.5, -0.25]])
     scores, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
     assert torch.equal(sgpo_loss(logratios, scores, mask), dpo_loss(logratios, scores, mask))
-    with pytest.raises(ValueError, match="sft_weight needs logps and lengths"):
-        sgpo_loss(logratios, scores, mask, sft_weight=0.1)
 
 
 def test_gradcheck():
@@ -104,26 +90,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda x: sgpo_loss(x - reference, *arguments, logps=x, lengths=lengths, sft_weight=0.5), (logps,)
     )
-
-
-@cases("completion_nll")
-def test_only_target_tokens_count(case):
-    logps = torch.tensor(case["inputs"]["logps"], dtype=torch.float64)
-    mask = torch.tensor(case["inputs"]["completion_mask"])
-    sums, expected = completion_nll(logps, mask), case["expected"]
-    close(sums, expected["sequence_sums"])
-    close(sums.mean(), expected["sum_then_batch_mean"])
-    close(sums.sum() / mask.sum(), expected["token_mean_over_batch"])
-    close(sums / mask.sum(-1), expected["sequence_token_means"])
-    other = torch.where(mask.bool(), logps, torch.randn_like(logps))  # whatever the prompt's tokens are
-    assert torch.equal(completion_nll(other, mask), sums)
-
-
-@cases("improver_loss")
-def test_the_guard_is_added(case):
-    inputs = case["inputs"]
-    close(improver_loss(inputs["improver_nll"], inputs["policy_nll"], **case["options"]), case["expected"]["loss"])
-    assert improver_loss(2.5, 1.75) == 2.5
 
 
 # Filters.
@@ -169,37 +135,15 @@ def _quartiles(values):
     return found
 
 
-def test_a_filter_that_is_not_applied_says_so(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert iqr_keep([0.1, 5.0, math.nan, -3.0]).tolist() == [True, True, False, True]
-        assert iqr_keep([0.2] * 6 + [5.0]).all()
-    assert "keeps all examples: too few examples" in caplog.text
-    assert "keeps all examples: zero interquartile range" in caplog.text
-    assert iqr_keep([]).tolist() == []
-
-
-@pytest.mark.parametrize("options, message", [({"factor": 0}, "filter_factor=0 must"), ({"side": "left"}, "'left'")])
-def test_filter_options_outside_their_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        iqr_keep([1, 2, 3, 4], **options)
-
-
 @cases("filter_statistic")
 def test_filter_statistic(case):
-    for name, expected in case["expected"].items():
-        close(filter_statistic(name, **case["inputs"]), expected)
-
-
-def test_filter_statistic_of_texts_and_of_an_unknown_name():
-    assert filter_statistic("edit_ratio", [], [], [("a b c d", "a b c e"), ("x", "x")]) == [0.25, 0.0]
-    with pytest.raises(ValueError, match="filter_statistic='perplexity' is unknown: choose one of logp_gain"):
-        filter_statistic("perplexity", [[-1.0]], [[-1.0]])
+    close(filter_statistic("logp_gain", **case["inputs"]), case["expected"]["logp_gain"])
 
 
 @pytest.mark.parametrize(
     "text, options, reason",
     [
-        (None, {}, filters.UNPARSABLE),
+        (None, {}, filters.TOO_LONG),
         (" \n", {}, filters.EMPTY),
         ("A fine answer.", {"truncated": True}, filters.TRUNCATED),
         ("a  b\n c", {"before": "a b c"}, filters.COPY),
@@ -232,10 +176,6 @@ def test_plain_answers_are_no_text_about_the_task(text):
     assert not meta_text(text)
 
 
-def test_the_length_budget_is_a_limit_that_may_be_reached():
-    assert fits(10, 6, 16) and not fits(10, 7, 16) and fits(10**6, 10**6, None)
-
-
 # Texts.
 
 
@@ -245,16 +185,10 @@ def test_parse_revision(case):
     assert case["inputs"]["marker"] == MARKER
 
 
-def test_a_revision_without_analysis_is_the_whole_output():
-    assert parse_revision(" The sky. \n", None) == "The sky." and parse_revision(" \n", None) is None
-
-
 def test_the_improver_sees_prompt_and_response_and_no_reference():
     [turn] = improver_prompt([{"role": "user", "content": "Name {a} colour."}], "Red {x}.")
     assert turn["role"] == "user" and "reference" not in turn["content"]
     assert "[[prompt]]\nName {a} colour.\n[[/prompt]]\n\n[[response]]\nRed {x}.\n[[/response]]" in turn["content"]
-    [turn] = improver_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.")
-    assert "[[reference]]\nGreen.\n[[/reference]]" in turn["content"]
     text = improver_prompt("Name a colour.", "Red.")
     assert isinstance(text, str) and text.endswith("\n\nResponse:\n")
 
@@ -299,10 +233,6 @@ def test_no_text_can_end_its_own_block():
     texts = [MARKER, "<<REVISED 2>>"]
     marker = free_marker(texts)
     assert marker == "<<REVISED 3>>" and parse_revision(f"{MARKER} {marker} Red.", marker) == "Red."
-
-
-def test_the_hash_of_a_template_changes_with_the_text():
-    assert template_hash(IMPROVER_V1) != template_hash(REVISER_V1) != template_hash(REVISER_V1 + " ")
 
 
 # Metrics.

@@ -1,26 +1,28 @@
-"""The stages of SGPO from one recipe: what each leaves, and what the options change."""
+"""The stages of SGPO from one recipe and from Python: what each leaves, what the options change, and the page."""
 
-import json
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 
 from helpers import family_tokenizer
-from sgpo_rows import PROMPTS, command, finished_run, history, manifest, rows, same, vowels, weights
-from trainers import SGPOTrainer
+from sgpo_rows import OPTIONS, PROMPTS, command, counts, finished_run, history, rows, same, vowels, weights
+from trainers import SGPOConfig, SGPOTrainer
 from trainers.cli import train
-from trainers.cli.sgpo_report import word_diff, write_report
+from trainers.cli.report import write_report
 from trainers.data.tokenization import tokenize_row
-from trainers.generation import SamplingConfig, sample_responses
+from trainers.generation.collect import sample_responses
+from trainers.generation.sampler import SamplingConfig
 from trainers.generation.start import load_for_sampling
-from trainers.sgpo.config import STAGES, SGPOConfig
 from trainers.sgpo.improver import sft_rows
-from trainers.sgpo.monitor import Limits
 from trainers.sgpo.text import improver_prompt
+
+LN_2 = 0.6931472
+SHORT = {"sft": None, "scorer": None, "dataset_test_split": None, "save_strategy": "no"}
 
 
 def shorter(prompts, drafts, references):
@@ -39,38 +41,30 @@ def finished(tmp_path_factory):
     return finished_run(tmp_path_factory.getbasetemp() / "sgpo")[1]
 
 
-# What the stages leave.
-
-
-def test_every_stage_ends_with_a_manifest_of_inputs_outputs_seed_and_counts(finished):
-    for name in STAGES:
-        found = manifest(finished, name)
-        assert set(found) == {"hash", "inputs", "template", "seed", "outputs", "counts"} and found["seed"] == 3
-        assert found["counts"] and all(found["outputs"].values())
-    assert manifest(finished, "dpo")["inputs"]["pairs"] == manifest(finished, "pairs")["outputs"]["rows.jsonl.gz"]
-    assert manifest(finished, "pairs")["inputs"]["improver"] == manifest(finished, "improver")["outputs"]["model"]
-    assert manifest(finished, "improver")["inputs"]["start"] == manifest(finished, "sft")["outputs"]["model"]
-    assert manifest(finished, "targets")["template"] != manifest(finished, "pairs")["template"]
-    assert not list(finished.glob("**/checkpoint-*")) and not list(finished.glob("**/training"))
+def test_from_python_it_is_the_same_run(inputs, finished, tmp_path):
+    dataset = load_dataset("json", data_files=str(inputs / "rows.jsonl"), split="train")
+    parts = {"train": range(5), "preferences": range(5, 10), "test": range(10, 12), "sft": range(5)}
+    args = SGPOConfig(output_dir=str(tmp_path), sft={}, **OPTIONS)
+    SGPOTrainer.run(args, {name: dataset.select(part) for name, part in parts.items()}, str(inputs / "model"))
+    assert rows(tmp_path, "pairs") == rows(finished, "pairs") and same(weights(tmp_path), weights(finished))
 
 
 def test_counts_add_up_and_no_prompt_is_in_two_sets(finished):
-    for name, size in (("filter", 5), ("pairs", 5)):
-        counts = manifest(finished, name)["counts"]
+    for name in ("filter", "pairs"):
         kept, dropped = rows(finished, name), rows(finished, name, "dropped.jsonl.gz")
-        assert len(kept) == counts["kept"] and len(kept) + len(dropped) == size
-        assert sum(counts["dropped"].values()) == len(dropped) and all(row["reason"] for row in dropped)
-    sets = [{row["prompt"][0]["content"] for row in rows(finished, name)} for name in ("current", "pairs", "before")]
+        assert len(kept) == counts(finished, name)["kept"] and len(kept) + len(dropped) == 5
+        assert sum(counts(finished, name)["dropped"].values()) == len(dropped) and all(r["reason"] for r in dropped)
+    found = (rows(finished, "current"), rows(finished, "pairs"), rows(finished, "measure", "before.jsonl.gz"))
+    sets = [{row["prompt"][0]["content"] for row in part} for part in found]
     assert sets[0] == set(PROMPTS[:5]) and sets[1] <= set(PROMPTS[5:10]) and sets[2] == set(PROMPTS[10:])
+    assert not list(finished.glob("**/checkpoint-*")) and not list(finished.glob("**/training"))
 
 
 def test_both_sides_of_a_pair_come_from_the_improver(inputs, finished):
     """Rejected is its answer to the plain prompt, chosen what it makes of that; each with its own random stream."""
     args = SGPOConfig(output_dir=str(finished), use_cpu=True, report_to="none")
     model, tokenizer = load_for_sampling(str(inputs / "model"), finished / "round-00/improver/model", args, dtype=None)
-    pairs = sorted(
-        rows(finished, "pairs") + rows(finished, "pairs", "dropped.jsonl.gz"), key=lambda r: r["prompt"][0]["content"]
-    )
+    pairs = rows(finished, "pairs") + rows(finished, "pairs", "dropped.jsonl.gz")
     config = {"num_generations": 1, "max_new_tokens": 24, "top_p": 1.0, "seed": 3}
     plain = [row["prompt"] for row in pairs]
     drawn = sample_responses(model, tokenizer, plain, SamplingConfig(temperature=1.0, **config), progress=False)
@@ -82,57 +76,48 @@ def test_both_sides_of_a_pair_come_from_the_improver(inputs, finished):
 
 def test_dpo_starts_at_ln_2_and_moves(finished):
     logs = [log for log in history(finished, "dpo") if "loss" in log]
-    assert logs[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and logs[0]["rewards/margins"] == 0
-    assert logs[-1]["loss"] != pytest.approx(0.6931472, abs=1e-3)
-    counts = manifest(finished, "dpo")["counts"]
-    assert counts["first_loss"] == logs[0]["loss"] and counts["margin"] == logs[-1]["rewards/margins"]
+    assert logs[0]["loss"] == pytest.approx(LN_2, abs=1e-5) and logs[0]["rewards/margins"] == 0
+    assert logs[-1]["loss"] != pytest.approx(LN_2, abs=1e-3)
+    assert counts(finished, "dpo")["chosen_drift"] == logs[-1]["rewards/chosen"] / 0.1
     assert not same(weights(finished / "round-00/dpo/model"), weights(finished / "round-00/improver/model"))
     for name in ("model.safetensors", "tokenizer.json", "README.md", "train_results.json"):
         assert (finished / name).read_bytes() == (finished / "round-00/dpo/model" / name).read_bytes()
 
 
-def test_chosen_and_rejected_follow_the_same_plain_prompt():
+def test_a_target_has_the_same_tokens_in_the_improver_and_in_dpo():
     tokenizer = family_tokenizer("llama3")
     prompt = [{"role": "user", "content": "where is the dog"}]
     responses = [[{"role": "assistant", "content": text}] for text in ("it is in Paris", "over")]
     pair = tokenize_row({"prompt": prompt, "responses": responses, "scores": [1.0, 0.0]}, tokenizer)
-    plain = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    assert pair["prompt_ids"] == list(plain)
-    asked = improver_prompt(prompt, "over")
-    columns = sft_rows([(asked, "it is in Paris")], tokenizer)
+    columns = sft_rows([(improver_prompt(prompt, "over"), "it is in Paris")], tokenizer)
     mask = columns["completion_mask"][0]
     target = [token for token, kept in zip(columns["input_ids"][0], mask, strict=True) if kept]
-    assert target == pair["response_ids"][0]  # the same tokens in the improver's training as in the DPO stage
-    assert mask == sorted(mask) and sum(mask) == len(target)
+    assert target == pair["response_ids"][0] and mask == sorted(mask)
 
 
-def test_held_out_answers_use_the_same_streams_for_every_model(inputs, finished):
-    improver, policy = (rows(finished, "measure", f"{name}.jsonl.gz") for name in ("improver", "policy"))
-    assert [row["prompt"] for row in improver] == [row["prompt"] for row in policy]
-    counts = manifest(finished, "measure")["counts"]
-    texts = [[row["chosen"], row["rejected"]] for row in policy]
+def test_the_scorer_sees_held_out_answers(finished):
+    texts = [[row["chosen"], row["rejected"]] for row in rows(finished, "measure", "policy.jsonl.gz")]
     scores = [vowels(None, [[{"content": t}] for t in pair], reference=None) for pair in texts]
     gain = sum(chosen - rejected for chosen, rejected in scores) / len(scores)
-    assert counts["policy_scorer_gain"] == pytest.approx(gain)
+    assert counts(finished, "measure")["policy_scorer_gain"] == pytest.approx(gain)
 
 
 # Options.
 
 
 def test_a_reviser_with_a_known_edit_gives_known_targets_and_drops(inputs, tmp_path):
-    argv = command(inputs, tmp_path, sft=None, scorer=None, reviser="external", stage="before",
-                   reviser_function="test_sgpo_stages.shorter", filter_statistic="none")  # fmt: skip
-    for name in ("before", "current", "targets", "filter"):
-        argv[argv.index("--stage") + 1] = name
-        train.main(argv)
+    train.main(command(inputs, tmp_path, **SHORT, reviser="external", reviser_function="test_sgpo_stages.shorter",
+                       filter_statistic="none"))  # fmt: skip
     current, targets = rows(tmp_path, "current"), rows(tmp_path, "targets")
     usable = [not row["current_truncated"] and bool(row["current"].strip()) for row in current]
     expected = shorter([row["prompt"] for row in current], [row["current"] for row in current], [])
-    assert [row["target"] for row in targets] == [e if ok else None for e, ok in zip(expected, usable, strict=True)]
+    assert [row["target"] or None for row in targets] == [
+        e if ok else None for e, ok in zip(expected, usable, strict=True)
+    ]
     dropped = {row["prompt"][0]["content"]: row["reason"] for row in rows(tmp_path, "filter", "dropped.jsonl.gz")}
-    assert dropped[PROMPTS[0]] == "target: the reviser gave none" and dropped[PROMPTS[1]] == "target: empty"
-    assert manifest(tmp_path, "targets")["counts"]["revised"] == sum(usable[2:])
-    assert "statistic" not in rows(tmp_path, "filter")[0]
+    assert dropped[PROMPTS[0]] == dropped[PROMPTS[1]] == "target: empty, or no revision in it"
+    assert counts(tmp_path, "targets")["revised"] == sum(usable[2:])
+    assert "statistic" not in rows(tmp_path, "filter")[0] and not (tmp_path / "round-00/measure").exists()
 
 
 def test_vllm_loads_the_model_of_each_stage(inputs, finished, tmp_path, monkeypatch):
@@ -145,69 +130,54 @@ def test_vllm_loads_the_model_of_each_stage(inputs, finished, tmp_path, monkeypa
 
         def generate(self, prompts, params, use_tqdm):
             assert all(p.kwargs["max_tokens"] == 24 and p.kwargs["temperature"] == 1.0 for p in params)
-            answer = SimpleNamespace(text="a kind day", token_ids=[5, 6, 2], finish_reason="stop")
+            answer = SimpleNamespace(text="a kind day", token_ids=[5, 6, 2], finish_reason="length")
             return [SimpleNamespace(outputs=[answer]) for _ in prompts]
 
     parts = {"LLM": LLM, "SamplingParams": lambda **kwargs: SimpleNamespace(kwargs=kwargs),
              "TokensPrompt": lambda prompt_token_ids: prompt_token_ids}  # fmt: skip
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**parts))
     shutil.copytree(finished / "round-00/sft", tmp_path / "round-00/sft")
-    for stage in ("before", "current"):
-        train.main(command(inputs, tmp_path, use_vllm=True, stage=stage))
-    assert asked == [(str(tmp_path / "round-00/sft/model"), {})] * 2
+    with pytest.raises(ValueError, match=r"filter: no row is left, .*{'current: cut at max_new_tokens': 5}"):
+        train.main(command(inputs, tmp_path, use_vllm=True))
+    assert asked == [(str(tmp_path / "round-00/sft/model"), {"dtype": "auto"})]
     assert [row["current"] for row in rows(tmp_path, "current")] == ["a kind day"] * 5
-    with pytest.raises(ValueError, match=r"current/settings.json .*use_vllm was True and is False"):
-        train.main(command(inputs, tmp_path, dataset_test_split=None))
+    page = write_report(tmp_path, []).read_text()
+    assert "Round 1, filter: begun, and not finished. Dropped: current: cut at max_new_tokens" in page
 
 
 @pytest.mark.slow
 def test_two_rounds_start_from_the_policy_of_the_round_before(inputs, tmp_path):
-    argv = command(inputs, tmp_path, sft=None, scorer=None, dataset_test_split=None, rounds=1, save_strategy="no",
-                   num_train_epochs=1, policy_weight=0.5, sft_weight=0.1)  # fmt: skip
+    argv = command(inputs, tmp_path, **SHORT, rounds=1, policy_weight=0.5, sft_weight=0.1)
     train.main(argv)
     first = weights(tmp_path)
     argv[argv.index("--rounds") + 1] = "2"
     train.main(argv)  # rounds can be added
-    settings = json.loads((tmp_path / "round-01/current/settings.json").read_text())["settings"]
-    assert settings["inputs"]["start"] == manifest(tmp_path, "dpo")["outputs"]["model"]
     assert same(first, weights(tmp_path / "round-00/dpo/model")) and not same(first, weights(tmp_path))
-    state = json.loads((tmp_path / "round-01/dpo/model/trainer_state.json").read_text())
+    log = history(tmp_path / "round-01" / "..", "dpo")[0]
     # ln 2 and the SFT term at the start of the round: the reference is the newest improver.
-    log = state["log_history"][0]
-    assert log["rewards/margins"] == 0 and log["loss"] > 0.6931472
-    assert not (tmp_path / "round-01/measure").exists() and not (tmp_path / "round-00/before").exists()
-
-
-def _copies(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert log["rewards/margins"] == 0 and log["loss"] > LN_2
+    argv[argv.index("--rounds") + 1] = "1"
+    with pytest.raises(ValueError, match="rounds=1, but .* holds more"):  # and are not taken back
+        train.main(argv)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option, start, reference", [("ref", "improver", "model"), ("separate", "model", "model")])
-def test_the_reference_and_the_start_of_dpo(inputs, finished, tmp_path, option, start, reference, monkeypatch):
-    """`ref: initial` compares with the model before all rounds; a separate improver leaves the policy there."""
+def test_the_reference_may_be_the_model_before_all_rounds(inputs, tmp_path, monkeypatch):
     seen, loss = {}, SGPOTrainer.loss
 
-    def spy(self, batch, policy, found):
+    def spy(self, batch, policy, reference):
         if not seen:
-            logratios = (policy.logps - found.logps).detach().abs().max()
-            seen.update(logratios=float(logratios), policy=_copies(self.model),
-                        reference=_copies(self.reference.model))  # fmt: skip
-        return loss(self, batch, policy, found)
+            models = {"policy": self.model, "reference": self.reference.model}
+            seen.update({k: {n: p.detach().clone() for n, p in m.named_parameters()} for k, m in models.items()})
+        return loss(self, batch, policy, reference)
 
     monkeypatch.setattr(SGPOTrainer, "loss", spy)
-    options = {"ref": "initial"} if option == "ref" else {"separate_improver": True}
-    train.main(
-        command(inputs, tmp_path, sft=None, scorer=None, dataset_test_split=None, save_strategy="no", **options)
-    )
-    paths = {"improver": tmp_path / "round-00/improver/model", "model": inputs / "model"}
-    for name, path in (("policy", start), ("reference", reference)):
-        expected = weights(paths[path])
+    train.main(command(inputs, tmp_path, **SHORT, ref="initial"))
+    for name, path in (("policy", tmp_path / "round-00/improver/model"), ("reference", inputs / "model")):
+        expected = weights(path)
         assert all(torch.equal(seen[name][n], expected[n]) for n in expected)
-    assert (seen["logratios"] == 0) == (start == reference)
     logs = [log["rewards/chosen"] for log in history(tmp_path, "dpo") if "loss" in log]
-    assert (logs[0] == 0) == (start == reference)
-    assert manifest(tmp_path, "dpo")["counts"]["chosen_drift"] == pytest.approx((logs[-1] - logs[0]) / 0.1)
+    assert logs[0] != 0 and counts(tmp_path, "dpo")["chosen_drift"] == pytest.approx((logs[-1] - logs[0]) / 0.1)
 
 
 @pytest.mark.slow
@@ -219,67 +189,35 @@ def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
     ]
     assert adapters[0].keys() == adapters[1].keys() == adapters[2].keys()
     assert not any(torch.equal(a[n], b[n]) for a, b in zip(adapters, adapters[1:], strict=False) for n in a)
-    assert history(tmp_path, "dpo")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert history(tmp_path, "dpo")[0]["loss"] == pytest.approx(LN_2, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"preference_split": None}, "preference_split is missing"),
-        ({"preference_split": "train[:5]"}, "no preference prompt is left"),
-        ({"sft_target_source": "answer"}, "set sft_target_source to the one with the reference answer"),
+        ({"stage": "dpo"}, "stage is no option any more: the stages of SGPO run one after the other"),
         ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
-        ({"use_vllm": True}, "use_vllm needs vLLM: pip install vllm"),
+        ({"save_only_model": True}, "save_only_model=True leaves out what a killed stage goes on from"),
+        ({"scorer": "sgpo_rows.consonants"}, "has no attribute .consonants"),
         ({"push_to_hub": True}, "push_to_hub does not work"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(inputs, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train.main(command(inputs, tmp_path / "out", **changes))
-    assert not (tmp_path / "out" / "round-00").exists()
-
-
-def test_an_empty_set_of_pairs_stops_the_run(inputs, tmp_path):
-    with pytest.raises(ValueError, match=r"filter: no row is left, .*cut at max_new_tokens"):
-        train.main(command(inputs, tmp_path, sampling={"max_new_tokens": 1}, scorer=None, sft=None))
-    assert len(rows(tmp_path, "filter", "dropped.jsonl.gz")) == 5
-    page = write_report(tmp_path).read_text()
-    assert "Round 1, filter: no row was kept, so the run ended there. Dropped: 5 draft: cut at max_new_tokens." in page
-    assert "Nothing is beyond" not in page  # all drafts are cut off
-
-
-def test_a_stage_that_has_not_ended_is_named_on_the_page(finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run")
-    (run / "round-00/measure/manifest.json").unlink()
-    (run / "limits.json").write_text(json.dumps({"limits": {name: None for name in vars(Limits())}}))
-    page = write_report(run).read_text()
-    assert (
-        "Round 1, measure: begun, and not finished." in page and "Nothing is beyond the run&#x27;s limits so" in page
-    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_alarms_warn_or_stop(inputs, finished, capsys):
-    train.main(command(inputs, finished, limits={"lowest_edit": 1.1}))
-    assert "WARNING: pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in capsys.readouterr().out
-    page = write_report(finished).read_text()
-    assert "pairs/median_edit_ratio is 1, below 1.1 (limits.lowest_edit)" in page and "the run&#x27;s limits" in page
-    (finished / "limits.json").unlink()
-    page = write_report(finished).read_text()
-    assert "below 1.1" not in page and "the default limits (the run&#x27;s own were not kept)" in page
-    with pytest.raises(ValueError, match="on_alarm is stop, and the monitor found: .*limits.lowest_edit"):
-        train.main(command(inputs, finished, limits={"lowest_edit": 1.1}, on_alarm="stop"))
-
-
-# The page.
+    train.main(command(inputs, finished))
+    assert "WARNING: pairs/median_edit_ratio is 1, above 0.8: the responses" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="on_alarm is stop, and the monitor says: .*targets/"):
+        train.main(command(inputs, finished, on_alarm="stop"))
 
 
 def test_the_page_shows_stages_alarms_numbers_and_edits(finished):
-    page = write_report(finished).read_text()
-    for text in ("2, dpo", "measure/pairs_scorer_gain", "<script", "http://", "https://", "nan"):
-        assert text not in page
-    reasons = manifest(finished, "filter")["counts"]["dropped"]
-    for text in ("1, dpo", "Share of copies: targets against drafts", "<svg", "<ins>", "ln 2", *reasons):
+    page = write_report(finished, []).read_text()
+    assert not any(text in page for text in ("2, dpo", "<script", "nan"))
+    reasons = counts(finished, "filter")["dropped"]
+    for text in ("1, dpo", "Share of copies: targets against drafts", "<svg", "<ins>", "ln 2", "above 0.8", *reasons):
         assert text in page
-    first = rows(finished, "pairs")[0]
-    left, right = word_diff(first["rejected"], first["chosen"])
-    assert left in page and right in page

@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model
 from helpers import family_tokenizer, tiny_llama
 from trainers.sgpo import SGPOTrainer
 from trainers.sgpo.config import SGPOConfig
-from trainers.sgpo.filters import TOO_LONG
-from trainers.sgpo.improver import length_faults, sft_config, tokenise, train_sft
+from trainers.sgpo.improver import fits, sft_config, tokenise, train_sft
 from trainers.sgpo.text import improver_prompt
 
 LN_2 = 0.6931472
@@ -71,8 +70,8 @@ def test_what_is_too_long_is_left_out_and_never_cut():
     tokenizer = family_tokenizer("llama3")
     lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in tokenise(EXAMPLES, tokenizer)]
     limit = sorted(lengths)[1]
-    assert length_faults(EXAMPLES, tokenizer, limit) == [None if n <= limit else TOO_LONG for n in lengths]
-    assert length_faults(EXAMPLES, tokenizer, None) == [None] * 4 and length_faults([], tokenizer, 5) == []
+    assert fits(EXAMPLES, tokenizer, limit) == [n <= limit for n in lengths]
+    assert fits(EXAMPLES, tokenizer, None) == [True] * 4 and fits([], tokenizer, 5) == []
 
 
 def pairs():
@@ -121,6 +120,13 @@ def test_a_stale_reference_is_found_before_the_first_step(tmp_path):
     tokenizer = family_tokenizer("llama3")
     trainer = dpo_trainer(tmp_path, ref_model=tiny_llama(len(tokenizer), seed=1), max_steps=1)
     trainer.train()  # a reference of one's own may be any model
+    with pytest.raises(ValueError, match="^ref='initial' has no effect without ref_model"):
+        dpo_trainer(tmp_path, ref="initial")
+
+
+def test_what_belongs_to_the_run_is_refused_for_a_stage(tmp_path):
+    with pytest.raises(ValueError, match="^seed cannot be set for one stage alone"):
+        sft_config(config(tmp_path), {"seed": 3}, tmp_path, 1)
 
 
 def test_a_trained_policy_may_be_trained_again(tmp_path):

@@ -10,7 +10,6 @@ from trainers.cli import generate
 from trainers.cli import prepare as prepare_data
 from trainers.data import canonicalize, load_preferences, tokenize_dataset
 from trainers.data.load import _refuse_mixed
-from trainers.sgpo.data import read_rows
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{{ style }}"
@@ -161,8 +160,6 @@ def test_tools_that_cannot_be_used_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="row 0: 'chat_template_kwargs' is the list .*; give a dict"):
         canonicalize(Dataset.from_list([pair(*ANSWER, chat_template_kwargs=["x"])]))
     path = write(tmp_path / "rows.jsonl", [{"prompt": USER, "reference": "a", "tools": [WEATHER]}])
-    with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
-        read_rows(str(path), None, source="reference")
     with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
         generate.load_prompts(generate.GenerateArguments(model="m", prompts=str(path), output="o", scorer=["s"]))
 

@@ -9,9 +9,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 # Keys and flags of older releases, and what to do now.
-DROPPED = dict.fromkeys(
-    ("gpu_tflops", "utilisation"), "hours are no longer reckoned from an assumed speed: --probe measures them."
-)
+DROPPED = {
+    "gpu_tflops": "hours are no longer reckoned from an assumed speed: --probe measures them.",
+    "utilisation": "hours are no longer reckoned from an assumed speed: --probe measures them.",
+    "limits": "the limits of SGPO are constants of trainers/sgpo/monitor.py, and all figures are in its manifests.",
+    "stage": "the stages of SGPO run one after the other, and a run that was stopped goes on where it was.",
+    "separate_improver": "with SGPO one model is policy and improver, as the paper's abstract says.",
+    "reference_in_input": "SGPO's improver must work where there is no reference, as on the prompts of the pairs.",
+}
 ENV = "env"  # a key that TRL's parser knows: environment variables to set
 
 
@@ -47,10 +52,10 @@ def read_files(paths: list[str]) -> dict[str, tuple[Any, str]]:
     return merged
 
 
-def refuse_dropped(names: Iterable[str]) -> None:
-    """Raises ValueError for the name of an option that is no longer there; the message says what to do instead."""
+def refuse_dropped(names: Iterable[str], classes: Iterable[type]) -> None:
+    """Raises ValueError for the name of an option that is no longer there, and no field of the dataclasses either."""
     for name in names:
-        if name in DROPPED:
+        if name in DROPPED and not any(name in cls.__dataclass_fields__ for cls in classes):
             raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
 
 

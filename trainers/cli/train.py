@@ -50,13 +50,13 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
     """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
     flags, files = _split_files([part for argument in argv for part in _split_flag(argument)])
     found = read_files(files)
-    refuse_dropped([*found, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
         argv = [*flags, *(["--config", _write(found, folder)] if files else [])]
         parser = TrlParser((DataArguments,), add_help=False, allow_abbrev=False)
         first, _ = parser.parse_args_and_config(argv, return_remaining_strings=True)
         trainer_class = find_trainer(first.trainer)
         classes = (DataArguments, trainer_class.config_class, ModelArguments)
+        refuse_dropped([*found, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))], classes)
         check_keys(found, classes)
         if first.dry_run:
             argv = [*argv, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16

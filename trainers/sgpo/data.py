@@ -2,85 +2,129 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from datasets import Dataset
 
+from ..data.canonical import canonicalize
 from ..data.drops import DropReport, refuse
 from ..data.load import load_preferences, read_dataset
 from ..data.rows import refuse_template_options
 from ..data.tokenization import unfinished
 from ..generation.sampler import Prompt
 from ..rounds import plain
+from .config import SGPOConfig
 from .text import turns
 
 logger = logging.getLogger(__name__)
 
-BEST = "best"
-MESSAGES = "messages"
+BEST, MESSAGES = "best", "messages"
 
 
-def read_rows(
-    name: str, split: str | None, *, source: str, data_format: str | None = None, config: str | None = None,
-    as_chat: bool = False,
-    limit: int | None = None, needs_reference: bool = True, repeats: bool = False, invalid: str = "drop",
-) -> list[dict]:  # fmt: skip
+class Rows(NamedTuple):
+    """Rows of `prompt` and `reference` to train the improver on, to make pairs of, to measure on, and for SFT."""
+
+    improver: list[dict]
+    preferences: list[dict]
+    held_out: list[dict]
+    conversations: list[dict] | None
+
+
+def read_data(args: SGPOConfig, data) -> Rows:
+    """All rows of a run; no prompt is in two of held-out rows, the improver's rows and those of the pairs.
+
+    Args:
+        data: splits `train` and `preferences`, and optionally `test` and `sft`, by name; or data arguments, of which
+            a run reads `dataset_name` with its splits, beside what `args` say of preferences and SFT.
+
+    Raises:
+        ValueError: a split is missing, or has no row of its own.
+    """
+    held_out = _read(args, data, "test", needs_reference=False) or []
+    improver = _without(_read(args, data, "train"), held_out, "improver prompts are held out")
+    preferences = _read(args, data, "preferences", needs_reference=False)
+    preferences = _without(preferences, held_out, "preference prompts are held out")
+    preferences = _without(preferences, improver, "preference prompts are the improver's")
+    conversations = _read(args, data, "sft", repeats=True)
+    if conversations is not None:
+        conversations = _without(conversations, held_out, "conversations are held out")
+    if not improver or not preferences:
+        raise ValueError("no prompt is left for the improver or for the pairs: all are in the other splits.")
+    return Rows(improver, preferences, held_out, conversations)
+
+
+def _read(args: SGPOConfig, data, split: str, **options) -> list[dict] | None:
+    with args.main_process_first(desc=f"reading {split}"):
+        dataset = data.get(split) if isinstance(data, Mapping) else _load(args, data, split)
+        if dataset is None and split in ("train", "preferences"):
+            raise ValueError(f"the split of {split} is missing: name it (preference_split), or hand it over.")
+        return None if dataset is None else read_rows(dataset, args, title=split, **options)
+
+
+def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
+    """The split as it is on the hub or on the disk."""
+    if len(data.names) > 1 or data.dataset_weights is not None:
+        raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
+    name, data_format, config, limit, part = data.dataset_name, data.data_format, data.dataset_config, None, None
+    if split == "sft":
+        options = args.sft or {}
+        name, data_format, config, limit = options.get("dataset_name"), None, None, options.get("max_rows")
+        part = options.get("dataset_split", "train") if name else None
+    elif split == "preferences":
+        part, limit = args.preference_split, args.max_preference_rows
+        if args.preference_dataset:
+            name, data_format, config, part = args.preference_dataset, None, None, part or "train"
+    else:
+        part = data.dataset_train_split if split == "train" else data.dataset_test_split
+        limit = data.max_train_rows if split == "train" else None
+    if not part:
+        return None
+    options = {"name": config} if config else {}
+    if data_format is not None:
+        return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
+    dataset = read_dataset(name, part, options, {"prompt", "responses", "scores", MESSAGES, args.sft_target_source})
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def read_rows(dataset: Dataset, args: SGPOConfig, *, title: str = "", needs_reference=True, repeats=False) -> list:
     """Rows of `prompt` and `reference` (None where there is none and none is needed); drops are counted and logged.
 
     Args:
-        source: column of the reference, or `best` for the response with the best score. A conversation is split: its
-            last turn is the reference, the turns before it are the prompt. A column `messages` is taken without
-            being named.
-        data_format: of `load_preferences`; its rows have responses and scores, so `source` is `best`.
-        config: configuration of a data set that has several.
-        as_chat: make text prompts user messages.
-        repeats: keep several rows of one prompt. Else the first one stays, whatever `invalid` says: a repeated prompt
-            is no fault.
-        invalid: `drop` leaves out and counts rows without a prompt or an answer, `error` refuses the first one.
+        args: `sft_target_source` is the column of the reference, or `best` for the response with the best score. A
+            conversation is split: its last turn is the reference, the turns before it are the prompt. A column
+            `messages` is taken without being named.
+        repeats: keep several rows of one prompt. Else the first one stays: a repeated prompt is no fault.
 
     Raises:
-        ValueError: no column can be read as that, no row is left, or `invalid` is `error` and a row has a fault; the
-            message names the row.
+        ValueError: no column can be read as that, no row is left, or `invalid_rows` is `error` and a row has a fault.
     """
-    if data_format is not None and source != BEST:
-        raise ValueError(f"sft_target_source={source!r} does not go with data_format: set it to {BEST!r}.")
-    strict = {"prompt", "responses", "scores", MESSAGES, source}
-    options = {"name": config} if config else {}
-    dataset = None if data_format is not None else read_dataset(name, split or "train", options, strict)
-    if dataset is None or (source == BEST and {"responses", "scores"} <= set(dataset.column_names)):
-        dataset = load_preferences(name, split, data_format, max_rows=limit, invalid_rows=invalid, **options)
-    elif limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
+    source = args.sft_target_source
+    if source == BEST and {"responses", "scores"} <= set(dataset.column_names):
+        dataset, report = canonicalize(dataset, invalid=args.invalid_rows)
+        report.log(logger, title)
+    column = _reference_column(dataset.column_names, source, needs_reference)
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
-    column = _reference_column(dataset, source, needs_reference, name)
     for index, row in enumerate(dataset):
         refuse_template_options(row)
         prompt, reference = _split(row, column)
         reason = _fault(prompt, reference if needs_reference else "-")
-        if reason is not None and invalid == "error":
-            refuse(f"row {index} of {name}, {split or 'train'}", reason)
+        if reason is not None and args.invalid_rows == "error":
+            refuse(f"row {index} of {title}", reason)
         if reason is None and not repeats and key(prompt) in seen:
             reason = "the same prompt again"
         if reason is not None:
             report.reasons[reason] += 1
             continue
         seen.add(key(prompt))
-        if as_chat and isinstance(prompt, str):
+        if args.as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         rows.append({"prompt": plain(prompt), "reference": reference})
     report.rows_out = len(rows)
-    report.log(logger, name)
+    report.log(logger, title)
     if not rows:
-        raise ValueError(f"{name}, {split}: no usable row is left.\n{report}")
+        raise ValueError(f"{title}: no usable row is left.\n{report}")
     return rows
-
-
-def without(rows: list[dict], others: list[dict], what: str, why: str) -> list[dict]:
-    """The rows whose prompt is in none of `others`; how many of `what` go, and why, is logged."""
-    taken = {key(row["prompt"]) for row in others}
-    kept = [row for row in rows if key(row["prompt"]) not in taken]
-    if len(kept) < len(rows):
-        logger.warning("%d of %d %s are left out, since %s.", len(rows) - len(kept), len(rows), what, why)
-    return kept
 
 
 def key(prompt: Prompt) -> str:
@@ -88,29 +132,31 @@ def key(prompt: Prompt) -> str:
     return "\0".join(" ".join(message["content"].lower().split()) for message in turns(prompt))
 
 
-def count_drops(reasons: list[str | None]) -> dict[str, int]:
+def count_drops(reasons: list[str | None]) -> dict:
     """How many rows stay, and how many go for which reason."""
     dropped = Counter(reason for reason in reasons if reason is not None)
     return {"kept": reasons.count(None), "dropped": dict(sorted(dropped.items()))}
 
 
-def _reference_column(dataset: Dataset, source: str, needed: bool, name: str) -> str | None:
-    columns = dataset.column_names
+def _without(rows: list[dict], others: list[dict], why: str) -> list[dict]:
+    """The rows whose prompt is in none of `others`; how many go is logged."""
+    taken = {key(row["prompt"]) for row in others}
+    kept = [row for row in rows if key(row["prompt"]) not in taken]
+    if len(kept) < len(rows):
+        logger.warning("%d of %d rows are left out, since these %s.", len(rows) - len(kept), len(rows), why)
+    return kept
+
+
+def _reference_column(columns: list[str], source: str, needed: bool) -> str | None:
     if source == BEST and {"responses", "scores"} <= set(columns):
         return BEST
     for column in (source, MESSAGES):
         if column in columns:
             return column
-    if source == BEST and needed:
-        raise ValueError(
-            f"{name} has the columns {sorted(columns)}, but sft_target_source={BEST!r} takes the response with the "
-            "best score: give rows of responses and scores, name their data_format, or set sft_target_source to the "
-            "column with the reference answer."
-        )
     if needed or "prompt" not in columns:
         raise ValueError(
-            f"{name} has the columns {sorted(columns)}: set sft_target_source to the one with the reference answer "
-            f"(now {source!r}), or to {BEST!r} for rows of responses and scores."
+            f"the data has the columns {sorted(columns)}: set sft_target_source to the one with the reference answer "
+            f"(now {source!r}), or to {BEST!r} for rows of responses and scores, with their data_format."
         )
     return None
 
@@ -119,11 +165,10 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
     prompt = row.get("prompt")
     if column is None:
         return prompt, None
+    value = row[column] if column != BEST else None
     if column == BEST:
         whole = [k for k, cut in enumerate(unfinished(row)) if not cut]
         value = row["responses"][max(whole, key=row["scores"].__getitem__)] if whole else None
-    else:
-        value = row[column]
     if not isinstance(value, list):
         return prompt, value
     if not value or not isinstance(value[-1], dict) or value[-1].get("role") != "assistant":
@@ -135,8 +180,4 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
 def _fault(prompt: Prompt | None, reference: str | None) -> str | None:
     if not prompt or not isinstance(prompt, str | list) or not all(m["content"].strip() for m in turns(prompt)):
         return "no prompt"
-    if isinstance(reference, bool | int | float):
-        return f"the reference answer is a number ({type(reference).__name__}), and not text"
-    if not isinstance(reference, str) or not reference.strip():
-        return "no reference answer at the end"
-    return None
+    return None if isinstance(reference, str) and reference.strip() else "no reference answer at the end"

@@ -4,7 +4,6 @@ Hygiene looks at one text, the IQR filter at a statistic of all rows. Which quan
 sides, is unknown; the factor 1.5 is Tukey's.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -12,37 +11,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .edits import edit_metrics
-
 logger = logging.getLogger(__name__)
 
-STATISTICS = ("logp_gain", "target_nll", "edit_ratio", "log_length_ratio", "none")
-SIDES = ("both", "lower", "upper")
 FEWEST = 4  # examples that quartiles are taken of
 
-UNPARSABLE, NONE, EMPTY, TRUNCATED, META, COPY, TOO_LONG = (
-    "no single marker with text after it", "the reviser gave none", "empty", "cut at max_new_tokens",
-    "speaks of the task", "equal to the response before it", "does not fit in the length budget",
-)  # fmt: skip
+TOO_LONG, TRUNCATED = "does not fit in the length budget", "cut at max_new_tokens"
+EMPTY, META = "empty, or no revision in it", "speaks of the task"
+COPY = "equal to the response before it"
 NOT_FINITE, OUTLIER = "statistic is not finite", "outside the fences of the statistic"
 
 # What only a text about the task of improving says. Looked for at the start, except for our own delimiters.
 _KIND = r"(?:improved|revised|rewritten|edited|refined|enhanced|polished)"
-_THING = r"(?:response|answer|version|draft|reply|revision|text)"
+_NOUN = r"(?:response|answer|version|draft|reply|revision|text)"
 META_START = re.compile(
     rf"\b(?:here is|here's|below is|this is)\s+(?:the|an|a|my|your)\s+(?:\w+\s+)?{_KIND}\b"
-    rf"|^\W*(?:the\s+)?{_KIND}\s+{_THING}\b\W*:"
+    rf"|^\W*(?:the\s+)?{_KIND}\s+{_NOUN}\b\W*:"
     rf"|\b(?:the|this|your|my|original|current)\s+(?:draft|original response|original answer|reference answer)\b"
     rf"|\b{_KIND}\s+(?:the|your|this)\s+(?:response|answer|draft)\b",
     re.IGNORECASE,
 )
 META_ANYWHERE = re.compile(
     r"<<REVISED( \d+)?>>|\[\[/?(?:prompt|response|draft|reference)(?: \d+)?\]\]"
-    rf"|\bthe reference (?:shows|is|highlights|states|mentions|answer|response)\b|\bthe {_KIND} {_THING}\b",
+    rf"|\bthe reference (?:shows|is|highlights|states|mentions|answer|response)\b|\bthe {_KIND} {_NOUN}\b",
     re.IGNORECASE,
 )
 START = 160  # characters
-VERSION = hashlib.sha256("\0".join((META_START.pattern, META_ANYWHERE.pattern, str(START))).encode()).hexdigest()
 
 
 def meta_text(text: str) -> bool:
@@ -56,21 +49,14 @@ def meta_text(text: str) -> bool:
 def fault(text: str | None, *, truncated: bool = False, before: str | None = None) -> str | None:
     """Why a generated text cannot be used, or None. `before` is the response that it must differ from."""
     if text is None:
-        return UNPARSABLE
-    if not text.strip():
-        return EMPTY
+        return TOO_LONG
     if truncated:
         return TRUNCATED
+    if not text.strip():
+        return EMPTY
     if meta_text(text):
         return META
-    if before is not None and text.split() == before.split():
-        return COPY
-    return None
-
-
-def fits(prompt_tokens: int, response_tokens: int, limit: int | None) -> bool:
-    """Whether prompt and response are at most `limit` tokens; None is no limit. What does not fit is never cut."""
-    return limit is None or prompt_tokens + response_tokens <= limit
+    return COPY if before is not None and text.split() == before.split() else None
 
 
 class Fences(NamedTuple):
@@ -88,14 +74,7 @@ def iqr_fences(values, factor: float = 1.5, side: str = "both", fewest: int = FE
     """Q1 - factor*IQR and Q3 + factor*IQR of the finite values; a side that is not asked for is infinite.
 
     Quartiles are interpolated linearly at position (n-1)p, NumPy's default.
-
-    Raises:
-        ValueError: `factor` or `side` is outside its range.
     """
-    if not 0 < factor < math.inf:
-        raise ValueError(f"filter_factor={factor!r} must be finite and positive.")
-    if side not in SIDES:
-        raise ValueError(f"filter_side={side!r} is unknown: choose one of {', '.join(SIDES)}.")
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) < fewest:
@@ -121,32 +100,17 @@ def iqr_keep(values, factor: float = 1.5, side: str = "both", fewest: int = FEWE
     return np.isfinite(values) & (values >= fences.lower) & (values <= fences.upper)
 
 
-def filter_statistic(
-    name: str, target_logps: list[list[float]], current_logps: list[list[float]], texts: list[tuple[str, str]] = ()
-) -> list[float]:
-    """One number per example.
+def filter_statistic(name: str, target_logps: list[list[float]], current_logps: list[list[float]]) -> list[float]:
+    """One number per example: `logp_gain`, the mean log-probability per token of the target minus that of the draft.
 
     Args:
-        name: `logp_gain` (mean log-probability per token of the target minus that of the current response),
-            `target_nll`, `log_length_ratio` (tokens of target over current), or `edit_ratio`.
         target_logps, current_logps: log-probability of each token under the initial policy and the plain prompt, the
-            end token included. Only their number counts for `log_length_ratio`.
-        texts: (current, target) of each example, for `edit_ratio`.
+            end token included.
 
     Raises:
         ValueError: no such statistic.
     """
-    if name == "edit_ratio":
-        return [edit_metrics(current, target).ratio for current, target in texts]
-    pairs = list(zip(target_logps, current_logps, strict=True))
-    if name == "logp_gain":
-        return [_mean(target) - _mean(current) for target, current in pairs]
-    if name == "target_nll":
-        return [-_mean(target) for target, _ in pairs]
-    if name == "log_length_ratio":
-        return [math.log(len(target) / len(current)) for target, current in pairs]
-    raise ValueError(f"filter_statistic={name!r} is unknown: choose one of {', '.join(STATISTICS)}.")
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+    if name != "logp_gain":
+        raise ValueError(f"filter_statistic={name!r} is unknown: logp_gain is the only one.")
+    mean = lambda logps: math.fsum(logps) / len(logps)  # noqa: E731
+    return [mean(target) - mean(current) for target, current in zip(target_logps, current_logps, strict=True)]

@@ -1,79 +1,130 @@
-"""Responses and log-probabilities of the models of a run, each kept in a folder and made once."""
+"""Responses, revisions and log-probabilities of the models of a run, each kept in a folder and made once."""
 
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
 from ..generation.backends import Backend, HuggingFace
-from ..generation.collect import collect_samples, open_folder
+from ..generation.collect import collect, collect_samples
 from ..generation.logps import collect_logps
-from ..generation.sampler import Prompt, Sample, encode_prompts
+from ..generation.sampler import Prompt, encode_prompts
 from ..generation.start import load_for_sampling
 from ..generation.vllm import VLLM
+from ..runs.files import Journal
 from ..runs.processes import Processes, free_memory
-from .config import Sampling, SGPOConfig
-from .filters import fits
+from .config import SGPOConfig
+from .text import free_marker, parse_revision, reviser_prompt, turns
+
+CHUNK = 16  # drafts per call of a reviser function
 
 
+@dataclass
 class Sampler:
     """Draws with the model of a run, or what a stage made of it; at most one policy is in memory.
 
     Args:
         model: path or hub id of the model before all rounds; a start folder may hold an adapter on it.
+        tokenizer: that of `model`.
     """
 
-    def __init__(self, args: SGPOConfig, model: str, processes: Processes, quantization_config=None):
-        self.args, self.model, self.processes = args, model, processes
-        self.quantization_config = quantization_config
+    args: SGPOConfig
+    model: str
+    tokenizer: object
+    processes: Processes
+    quantization_config: object = None
 
     def draw(
-        self, folder: Path, start: Path | None, prompts: list[Prompt], options: Sampling, round: int,
-        *, settings_hash: str, model: str | None = None,
-    ) -> list[Sample | None]:  # fmt: skip
-        """One response for each prompt; None for a prompt that has no room for one in the model's context.
+        self, folder: Path, rows: list[dict], column: str, ask: Callable[[dict], Prompt | None], start: Path | None,
+        option: str, round: int, *, model: str | None = None,
+    ) -> list[dict]:  # fmt: skip
+        """The rows with a response in `column` and, in `<column>_truncated`, whether it was cut.
+
+        It is None where `ask(row)`, its prompt, is None or leaves no room for one in the model's context.
 
         Args:
             start: a model that a stage left, or None for the model of the run.
-            settings_hash: of the stage, which `folder` is tied to.
+            option: `sampling` or `revision`, which says how.
             model: another model, in place of the run's.
         """
-        name = model or self.model
-        at = self._with_room(name, prompts, options.max_new_tokens)
-        if not at:
-            return [None] * len(prompts)
-        open_folder(folder, {"stage": settings_hash}, self.processes)
-        load = lambda: self._load(name, None if model else start, options)  # noqa: E731
+        options, name, prompts = getattr(self.args, option), model or self.model, [ask(row) for row in rows]
+        at = self._with_room(name, prompts, options["max_new_tokens"])
+        rows = [row | {column: None, f"{column}_truncated": False} for row in rows]
+        folder.mkdir(parents=True, exist_ok=True)
         drawn = collect_samples(
-            folder, load, [prompts[i] for i in at], options.config(self.args.seed), round=round,
-            accelerator=self.processes,
+            folder, lambda: self._load(name, None if model else start, options["dtype"]), [prompts[i] for i in at],
+            self.args.sampling_config(option), round=round, accelerator=self.processes,
         )  # fmt: skip
         free_memory()
-        found = dict(zip(at, (row[0] for row in drawn), strict=True))
-        return [found.get(i) for i in range(len(prompts))]
+        for i, [sample] in zip(at, drawn, strict=True):
+            rows[i] |= {column: sample.text, f"{column}_truncated": sample.truncated}
+        return rows
 
-    def logps(self, folder: Path, start: Path | None, tokenizer, rows: list[dict], names: tuple[str, ...]) -> list:
+    def revise(self, folder: Path, rows: list[dict], start: Path | None, round: int) -> list[dict]:
+        """The rows with what the reviser makes of the draft in `current` as `target`; "" where there is none."""
+        args = self.args
+        if args.reviser == "external":
+            return self._revise_outside(folder, rows)
+
+        def ask(row: dict) -> Prompt:
+            return reviser_prompt(row["prompt"], row["current"], row["reference"], analysis=args.reviser_analysis)
+
+        rows = self.draw(folder, rows, "target", ask, start, "revision", round, model=args.reviser_model)
+        for row in rows:
+            texts = [*(turn["content"] for turn in turns(row["prompt"])), row["current"], row["reference"]]
+            marker = free_marker(texts) if args.reviser_analysis else None
+            if row["target"] is not None:
+                row["target"] = parse_revision(row["target"], marker) or ""
+        return rows
+
+    def _revise_outside(self, folder: Path, rows: list[dict]) -> list[dict]:
+        module, _, name = self.args.reviser_function.rpartition(".")
+        function = getattr(importlib.import_module(module), name)
+        columns = {"prompts": "prompt", "drafts": "current", "references": "reference"}
+
+        def make(at: list[int]) -> list[str | None]:
+            return function(**{key: [rows[i][column] for i in at] for key, column in columns.items()})
+
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = Journal(folder, "revisions", self.processes)
+        known = {record["row"]: record["text"] for record in journal.read()}
+        made = collect(
+            [i for i in range(len(rows)) if i not in known], make, size=CHUNK, processes=self.processes,
+            title="revising", on_batch=lambda new: journal.append({"row": i, "text": t} for i, t in new.items()),
+        )  # fmt: skip
+        texts = known | made
+        return [row | {"target": texts[i] or "", "target_truncated": False} for i, row in enumerate(rows)]
+
+    def logps(self, folder: Path, start: Path | None, rows: list[dict], names: tuple[str, ...]) -> list:
         """Log-probabilities of the tokens of `row[name]` under the plain prompt, for each row and name."""
-        load = lambda: self.load_policy(self.model, start, self.args.sampling["dtype"])  # noqa: E731
         return collect_logps(
-            folder, load, tokenizer, [row["prompt"] for row in rows], [[row[name] for name in names] for row in rows],
+            folder, lambda: self.load_policy(self.model, start, self.args.sampling["dtype"]), self.tokenizer,
+            [row["prompt"] for row in rows], [[row[name] for name in names] for row in rows],
             layout=self.args.layout, processes=self.processes,
         )  # fmt: skip
 
-    def _load(self, name: str, start: Path | None, options: Sampling) -> Backend:
-        if not self.args.use_vllm:
-            return HuggingFace(*self.load_policy(name, start, options.dtype))
-        from vllm import LLM  # not installed with the project
-
-        dtype = {} if options.dtype is None else {"dtype": options.dtype}
-        return VLLM(LLM(model=str(start or name), **dtype), AutoTokenizer.from_pretrained(name))
-
     def load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
-        """Model and tokenizer, on the device; see `load_for_sampling`."""
+        """Model and tokenizer, on the device."""
         quantization = self.quantization_config if name == self.model else None
         return load_for_sampling(name, start, self.args, dtype=dtype, quantization_config=quantization)
 
-    def _with_room(self, name: str, prompts: list[Prompt], new_tokens: int) -> list[int]:
-        config = AutoConfig.from_pretrained(name).get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        encoded = encode_prompts(AutoTokenizer.from_pretrained(name), prompts)
-        return [i for i, ids in enumerate(encoded) if fits(len(ids), new_tokens, limit)]
+    def _load(self, name: str, start: Path | None, dtype: str | None) -> Backend:
+        if not self.args.use_vllm:
+            return HuggingFace(*self.load_policy(name, start, dtype))
+        from vllm import LLM  # not installed with the project
+
+        return VLLM(LLM(model=str(start or name), dtype=dtype or "auto"), AutoTokenizer.from_pretrained(name))
+
+    def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> list[int]:
+        limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        at = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        tokenizer = self.tokenizer if name == self.model else AutoTokenizer.from_pretrained(name)
+        encoded = encode_prompts(tokenizer, [prompts[i] for i in at])
+        return [i for i, ids in zip(at, encoded, strict=True) if limit is None or len(ids) + new_tokens <= limit]
+
+
+def reference_answer(prompts: list, drafts: list[str], references: list[str]) -> list[str | None]:
+    """A reviser whose target is the reference itself: no revision at all, for comparisons."""
+    return list(references)

@@ -1,78 +1,392 @@
-"""A stage of a run on disk: what it depends on, what it left, and whether it is done.
+"""The stages of SGPO in their order. Each is a folder (trainers/runs/stage.py says what every one holds):
 
-    <folder>/settings.json   what its result depends on, written before any work: other settings are refused
-    <folder>/...             journals and files of the work itself, each with a way to go on after a kill
-    <folder>/manifest.json   hash of the settings and of the outputs, seed, counts; written last, which ends the stage
+    round-00/sft/        supervised fine-tuning of the start, if asked for
+    round-00/current/    the policy's responses to the improver's prompts
+    round-00/targets/    what the reviser makes of them
+    round-00/filter/     rows.jsonl.gz: what the improver is trained on; dropped.jsonl.gz: the rest, with reasons
+    round-00/improver/   model/: one model that answers prompts and improves answers
+    round-00/pairs/      rows.jsonl.gz: improved responses over the responses they were made of
+    round-00/dpo/        model/: the policy that the round ends with
+    round-00/measure/    held-out answers before all rounds, of improver and of policy, in both modes; scores
 
-The settings hold the hashes of what earlier stages left, so a stage is tied to all that came before it.
+A killed run goes on where it stopped when the same command is given again, and ends with the same pairs and the same
+weights: a stage depends on nothing but its settings and the files of earlier stages. Every sample has a random stream
+of its own, seeded by (seed, round, prompt), and every training starts from weights on disk.
 """
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..generation.collect import check_settings
-from ..runs.files import write_json
-from ..runs.processes import Processes
-from ..runs.settings import WEIGHTS, digest, fingerprint
+import numpy as np
+from datasets import Dataset
+from transformers import AutoTokenizer
 
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
-WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
-WAYS_OUT = "delete the stage's folder and those of later stages, or choose another output_dir"
+from ..forward.policy import set_pad_token
+from ..generation.collect import collect_scores
+from ..generation.scorer import load_scorer
+from ..generation.start import load_start
+from ..runs.checkpoints import last_checkpoint
+from ..runs.files import read_rows, write_rows
+from ..runs.processes import Processes
+from ..runs.settings import digest, model_fingerprint, policy_settings, run_settings
+from ..runs.stage import Stage, train_into
+from ..statistics import bootstrap_interval
+from . import filters, text
+from .config import SFT_DATA, SGPOConfig
+from .data import Rows, count_drops
+from .improver import Example, fits, sft_config, train_sft
+from .monitor import alarms, distinct_n, dpo_metrics, edit_metrics, rewrite_metrics
+from .sampling import Sampler
+
+STAGES = ("sft", "current", "targets", "filter", "improver", "pairs", "dpo", "measure")
+ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"
+WAYS_OUT = "delete the folders of this stage and of later ones, or choose another output_dir"
 
 
 @dataclass
-class Stage:
-    """One stage in `folder`; `outputs` are the names of the files or model folders that later stages read."""
+class Run:
+    """A run of SGPO in `args.output_dir`.
 
-    folder: Path
-    settings: dict
-    outputs: tuple[str, ...]
+    Args:
+        trainer_class: makes the trainer of the DPO stage.
+        model: path or hub id of the model before all rounds.
+        dataset: name of the data, for model cards.
+    """
+
+    trainer_class: type
+    args: SGPOConfig
+    model: str
+    rows: Rows
+    quantization_config: object = None
+    peft_config: object = None
+    dataset: str | None = None
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self):
-        self.settings = json.loads(json.dumps(self.settings, default=str))  # as it reads back from a file
-        self.key = digest(self.settings)
+        self.folder = Path(self.args.output_dir)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        set_pad_token(self.tokenizer, self.args.pad_token)
+        self.sampler = Sampler(self.args, self.model, self.tokenizer, self.processes, self.quantization_config)
 
-    def done(self) -> bool:
-        """Whether the stage has ended.
+    def run(self) -> Path:
+        """Does what is not done yet and copies the last policy to the run's folder; returns where it was made.
 
         Raises:
-            ValueError: it was made with other settings, or an output was changed since.
+            ValueError: a stage was made with other settings, no row is left to train on, a limit is crossed and
+                `args.on_alarm` is stop, or the folder holds more rounds.
         """
-        if (self.folder / SETTINGS).exists() and self._has_work():
-            check_settings(self.folder / SETTINGS, self.settings, ways_out=WAYS_OUT)
-        if not (self.folder / MANIFEST).exists():
-            return False
-        for name, found in self.manifest()["outputs"].items():
-            if found != fingerprint(self.folder / name):
-                raise ValueError(f"{self.folder / name} was changed after the stage had ended: {WAYS_OUT}.")
-        return True
+        if (self.folder / f"round-{self.args.rounds:02d}").exists():
+            raise ValueError(
+                f"rounds={self.args.rounds}, but {self.folder} holds more, whose policy would be replaced by an older "
+                "one: raise rounds, or choose another output_dir."
+            )
+        earlier, settings = None, self.settings()
+        for index in range(self.args.rounds):
+            for name, own in settings.items():
+                if name == "sft" and index:
+                    continue
+                own = own | {"stage": name, "round": index, "earlier stages": earlier}
+                stage = Stage(self.at(name, index), own, processes=self.processes, ways_out=WAYS_OUT)
+                if name != "measure":
+                    earlier = stage.key
+                self._run_stage(stage, name, index)
+        end = self.at("dpo", self.args.rounds - 1) / MODEL
+        self.processes.main(lambda: shutil.copytree(end, self.folder, dirs_exist_ok=True))
+        self.processes.say(f"\nAll stages are done: the policy is in {self.folder}.")
+        return end
 
-    def open(self) -> None:
-        """Writes the settings; those of a stage that was given up before it made anything are replaced."""
+    def _run_stage(self, stage: Stage, name: str, index: int) -> None:
+        if not stage.done():
+            self.processes.say(f"\nRound {index + 1} of {self.args.rounds}, {name}: {stage.folder}")
+            work: dict[str, Callable[[int, Path], dict]] = {
+                "sft": self._sft, "current": self._current, "targets": self._targets, "filter": self._filter,
+                "improver": self._improver, "pairs": self._pairs, "dpo": self._dpo, "measure": self._measure,
+            }  # fmt: skip
+            counts = work[name](index, stage.open())
+            # A figure that is not a number is left out, as JSON has no such thing.
+            stage.finish(counts={key: value for key, value in counts.items() if value == value})
+            self.processes.say(json.dumps(counts, indent=2, default=str))
+        found = alarms(name, stage.manifest()["counts"])
+        for sentence in found:
+            self.processes.say(f"  WARNING: {sentence}")
+        if found and self.args.on_alarm == "stop":
+            raise ValueError(f"on_alarm is stop, and the monitor says: {' '.join(found)}")
 
-        def write() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / SETTINGS, {"settings": self.settings, "hash": self.key})
-
-        self.processes.main(lambda: self._has_work() or write())
-        check_settings(self.folder / SETTINGS, self.settings, ways_out=WAYS_OUT)
-
-    def finish(self, counts: dict) -> None:
-        """Writes the manifest, atomically. A count that is not a number is left out, as JSON has no such thing."""
-        manifest = {
-            "hash": self.key,
-            "inputs": self.settings.get("inputs", {}),
-            "template": self.settings.get("template"),
-            "seed": self.settings.get("seed"),
-            "outputs": {name: fingerprint(self.folder / name) for name in self.outputs},
-            "counts": {name: value for name, value in counts.items() if value == value},
+    def settings(self) -> dict[str, dict]:
+        """What each stage of a round depends on beside the stages before it."""
+        args, rows, adapter = self.args, self.rows, self.peft_config
+        common = policy_settings(self.model, self.quantization_config) | {
+            "seed": args.seed, "model_init_kwargs": args.model_init_kwargs, "padding token": args.pad_token
+        }  # fmt: skip
+        drawn = {
+            name: {f"{name}.{k}": v for k, v in getattr(args, name).items() if k != "batch_size"}
+            | {"use_vllm": args.use_vllm}
+            for name in ("sampling", "revision")
         }
-        self.processes.main(lambda: write_json(self.folder / MANIFEST, manifest))
+        reviser = args.reviser_model and (model_fingerprint(args.reviser_model) or args.reviser_model)
+        targets = {
+            "reviser": args.reviser, "reviser_model": reviser, "reviser_function": args.reviser_function,
+            "template": digest(text.REVISER_V1 if args.reviser_analysis else text.REVISER_DIRECT_V1),
+        }  # fmt: skip
+        names = ("filter_statistic", "filter_factor", "filter_side", "max_length")
+        kept = {name: getattr(args, name) for name in names} | {"improver.max_length": args.improver["max_length"]}
+        improver, template = self._sft_config("improver", 0), {"template": digest(text.IMPROVER_V1)}
+        stages = {
+            "sft": None,
+            "current": drawn["sampling"] | {"improver prompts": digest(rows.improver)},
+            "targets": drawn["revision"] | targets,
+            "filter": kept | template | {"guarded": args.policy_weight > 0},
+            "improver": run_settings(improver, adapter=adapter, policy_weight=args.policy_weight),
+            "pairs": drawn["sampling"] | drawn["revision"] | template | {"prompts": digest(rows.preferences)},
+            "dpo": run_settings(args.of_dpo(self.folder, args.seed), adapter=adapter),
+            "measure": {"held-out rows": digest(rows.held_out), "scorer": args.scorer},
+        }
+        if rows.conversations is not None:
+            conversations = digest(rows.conversations)
+            stages["sft"] = run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=conversations)
+        if not rows.held_out and args.scorer is None:
+            stages["measure"] = None
+        return {name: common | own for name, own in stages.items() if own is not None}
 
-    def manifest(self) -> dict:
-        return json.loads((self.folder / MANIFEST).read_text())
+    # Where files lie.
 
-    def _has_work(self) -> bool:
-        return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+    def at(self, name: str, index: int) -> Path:
+        """Folder of a stage."""
+        return self.folder / f"round-{index:02d}" / name
+
+    def start(self, index: int) -> Path | None:
+        """The model where a round starts; None is the model of the settings."""
+        if index:
+            return self.at("dpo", index - 1) / MODEL
+        return self.at("sft", 0) / MODEL if self.rows.conversations is not None else None
+
+    def _write(self, path: Path, rows: list[dict]) -> None:
+        self.processes.main(lambda: write_rows(path, rows))
+
+    def _write_kept(self, folder: Path, rows: list[dict], reasons: list[str | None]) -> dict:
+        """Rows without a reason go to rows.jsonl.gz, the others to dropped.jsonl.gz with theirs; returns the counts.
+
+        Raises:
+            ValueError: no row is left; rows.jsonl.gz is then empty.
+        """
+        marked = list(zip(rows, reasons, strict=True))
+        kept, counts = [row for row, reason in marked if reason is None], count_drops(reasons)
+        self._write(folder / DROPPED, [row | {"reason": reason} for row, reason in marked if reason is not None])
+        self._write(folder / ROWS, kept)
+        if not kept:
+            raise ValueError(
+                f"{folder.name}: no row is left, so there is nothing to train on. Dropped: {counts['dropped']}; "
+                f"{folder / DROPPED} holds them."
+            )
+        return counts
+
+    # Trainings.
+
+    def _sft_config(self, name: str, index: int, folder: Path | None = None):
+        options = {key: value for key, value in getattr(self.args, name).items() if key not in SFT_DATA}
+        return sft_config(self.args, options, folder or self.folder, self.args.seed + index)
+
+    def _load(self, start: Path | None, **options):
+        return load_start(
+            self.model, start, init_kwargs=self.args.model_init_kwargs, quantization_config=self.quantization_config,
+            **options,
+        )  # fmt: skip
+
+    def _sft(self, index: int, folder: Path) -> dict:
+        examples = [(row["prompt"], row["reference"]) for row in self.rows.conversations]
+        kept = fits(examples, self.tokenizer, self.args.sft.get("max_length", self.args.max_length))
+        counts = count_drops([None if fit else filters.TOO_LONG for fit in kept])
+        examples = [example for example, fit in zip(examples, kept, strict=True) if fit]
+        return counts | self._train("sft", index, folder, None, examples)
+
+    def _improver(self, index: int, folder: Path) -> dict:
+        rows = read_rows(self.at("filter", index) / ROWS)
+        examples = [(text.improver_prompt(row["prompt"], row["current"]), row["target"]) for row in rows]
+        policy = [(row["prompt"], row["reference"]) for row in rows]
+        trained = self._train("improver", index, folder, self.start(index), examples, policy_examples=policy,
+                              policy_weight=self.args.policy_weight)  # fmt: skip
+        return {"examples": len(rows)} | trained
+
+    def _train(self, name: str, index: int, folder: Path, start: Path | None, examples: list[Example], **more) -> dict:
+        def train(training: Path) -> None:
+            adapter = self.peft_config if start is None else None
+            train_sft(self._load(start, trainable=True), self.tokenizer, self._sft_config(name, index, training),
+                      examples, peft_config=adapter, **more)  # fmt: skip
+
+        train_into(folder / MODEL, train, self.processes)
+        state = trainer_state(folder / MODEL)
+        losses = [log["loss"] for log in state["log_history"] if "loss" in log]
+        return {"steps": state["global_step"]} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
+
+    def _dpo(self, index: int, folder: Path) -> dict:
+        rows = [pair(row) for row in read_rows(self.at("pairs", index) / ROWS)]
+        start = self.at("improver", index) / MODEL
+        improved = self.args.ref == "improved"
+
+        def train(training: Path) -> None:
+            trainer = self.trainer_class(
+                self._load(start, trainable=True),
+                ref_model=None if improved else self._load(self.start(0)),
+                args=self.args.of_dpo(training, self.args.seed + index),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=self.tokenizer,
+            )
+            trainer.train_and_save(last_checkpoint(training), self.dataset)
+
+        train_into(folder / MODEL, train, self.processes)
+        state = trainer_state(folder / MODEL)
+        metrics = dpo_metrics(state["log_history"], self.args.beta, starts_at_reference=improved)
+        return {"pairs": len(rows), "steps": state["global_step"]} | metrics
+
+    # Texts.
+
+    def _current(self, index: int, folder: Path) -> dict:
+        start = self.start(index)
+        rows = self.sampler.draw(folder / "samples", self.rows.improver, "current", plain, start, "sampling", index)
+        self._write(folder / ROWS, rows)
+        made = [row for row in rows if row["current"] is not None]
+        cut = {"truncated": float(np.mean([row["current_truncated"] for row in made]))} if made else {}
+        return {"prompts": len(rows), "no_room": len(rows) - len(made)} | cut
+
+    def _targets(self, index: int, folder: Path) -> dict:
+        rows = read_rows(self.at("current", index) / ROWS)
+        # A draft that cannot be used is kept in the rows, so that the filter counts it with its reason.
+        at = [i for i, row in enumerate(rows) if column_fault(row, "current") is None]
+        usable = self.sampler.revise(folder / "samples", [rows[i] for i in at], self.start(index), index)
+        for i, row in zip(at, usable, strict=True):
+            rows[i] = row
+        rows = [{"target": None, "target_truncated": False} | row for row in rows]
+        self._write(folder / ROWS, rows)
+        revised = [row for row in rows if row["target"] and row["target"].strip()]
+        ratios = [
+            [edit_metrics(row[name], row["target"]).ratio for name in ("reference", "current")] for row in revised
+        ]
+        counts = {"drafts": len(rows), "usable_drafts": len(usable), "revised": len(revised)}
+        counts |= {"closer_to_reference": float(np.mean([a < b for a, b in ratios]))} if ratios else {}
+        return counts | rewrite_metrics(rows, "current", "target")
+
+    def _filter(self, index: int, folder: Path) -> dict:
+        args, rows = self.args, read_rows(self.at("targets", index) / ROWS)
+        reasons = [column_fault(row, "current") or column_fault(row, "target", "current") for row in rows]
+        limit = args.improver["max_length"]
+        asked = lambda row: (text.improver_prompt(row["prompt"], row["current"]), row["target"])  # noqa: E731
+        self._mark_long(rows, reasons, asked, limit)
+        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["target"]), args.max_length)
+        if args.policy_weight:
+            self._mark_long(rows, reasons, lambda row: (row["prompt"], row["reference"]), limit)
+        at, counts = [i for i, reason in enumerate(reasons) if reason is None], {}
+        if args.filter_statistic != "none" and at:
+            usable = [rows[i] for i in at]
+            logps = self.sampler.logps(folder, self.start(index), usable, ("target", "current"))
+            values = filters.filter_statistic(args.filter_statistic, *zip(*logps, strict=True))
+            keep = filters.iqr_keep(values, args.filter_factor, args.filter_side)
+            for i, value, kept in zip(at, values, keep, strict=True):
+                rows[i] = rows[i] | {"statistic": value if math.isfinite(value) else None}
+                if not kept:
+                    reasons[i] = filters.OUTLIER if math.isfinite(value) else filters.NOT_FINITE
+            fences = filters.iqr_fences(values, args.filter_factor, args.filter_side)._asdict()
+            counts = {"fences": {k: None if v in (-math.inf, math.inf) else v for k, v in fences.items()}}
+        return self._write_kept(folder, rows, reasons) | counts
+
+    def _mark_long(self, rows: list[dict], reasons: list, example: Callable[[dict], Example], limit) -> None:
+        """Gives a reason to rows without one whose example is too long."""
+        at = [i for i, reason in enumerate(reasons) if reason is None]
+        for i, fit in zip(at, fits([example(rows[i]) for i in at], self.tokenizer, limit), strict=True):
+            reasons[i] = None if fit else filters.TOO_LONG
+
+    def _pairs(self, index: int, folder: Path) -> dict:
+        rows = self._rewrite(folder, self.at("improver", index) / MODEL, self.rows.preferences, index)
+        reasons = [column_fault(row, "rejected") or column_fault(row, "chosen", "rejected") for row in rows]
+        for name in ("chosen", "rejected"):
+            self._mark_long(rows, reasons, lambda row, name=name: (row["prompt"], row[name]), self.args.max_length)
+        counts = self._write_kept(folder, rows, reasons)
+        # Rates are of all pairs; what DPO learns of length is in the pairs that stay.
+        kept = rewrite_metrics(read_rows(folder / ROWS), "rejected", "chosen")
+        counts |= {f"kept_{key}": value for key, value in kept.items() if key.endswith("ratio")}
+        return counts | rewrite_metrics(rows, "rejected", "chosen")
+
+    def _rewrite(self, folder: Path, model: Path | None, rows: list[dict], index: int) -> list[dict]:
+        """Rows with `rejected`, a plain response of the model, and `chosen`, what it makes of that as improver."""
+        rows = self.sampler.draw(folder / "rejected", rows, "rejected", plain, model, "sampling", index)
+
+        def asked(row: dict):
+            return None if row["rejected"] is None else text.improver_prompt(row["prompt"], row["rejected"])
+
+        return self.sampler.draw(folder / "chosen", rows, "chosen", asked, model, "revision", index)
+
+    # What a round did to held-out prompts. Their random streams are those of round 0 for every model, so that answers
+    # can be compared prompt by prompt.
+
+    def _measure(self, index: int, folder: Path) -> dict:
+        counts = self._scores(folder, "pairs", read_rows(self.at("pairs", index) / ROWS))
+        if not (held_out := self.rows.held_out):
+            return counts
+        first = self.at("measure", 0) / "before.jsonl.gz"
+        if index == 0:
+            drawn = self.sampler.draw(folder / "before", held_out, "answer", plain, self.start(0), "sampling", 0)
+            self._write(first, drawn)
+        before = read_rows(first)
+        for name, model in {"improver": self.at("improver", index), "policy": self.at("dpo", index)}.items():
+            rows = self._rewrite(folder / name, model / MODEL, held_out, 0)
+            self._write(folder / f"{name}.jsonl.gz", rows)
+            metrics = rewrite_metrics(rows, "rejected", "chosen") | _against(before, rows)
+            counts |= {f"{name}_{key}": value for key, value in metrics.items()} | self._scores(folder, name, rows)
+        return counts
+
+    def _scores(self, folder: Path, name: str, rows: list[dict]) -> dict:
+        """Mean score of chosen minus rejected with its interval over prompts; empty without a scorer."""
+        rows = [row for row in rows if row["chosen"] is not None]
+        if self.args.scorer is None or not rows:
+            return {}
+        folder = folder / f"{name}-scores"
+        folder.mkdir(exist_ok=True)
+        scores = collect_scores(
+            folder, lambda: load_scorer(self.args.scorer, device=self.processes.device),
+            [row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows],
+            columns={"reference": [row["reference"] for row in rows]}, accelerator=self.processes,
+        )  # fmt: skip
+        gain = bootstrap_interval([chosen - rejected for chosen, rejected in scores])
+        wins = [float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores]
+        return {
+            f"{name}_scorer_gain": gain["mean"],
+            f"{name}_scorer_gain_interval": [gain["low"], gain["high"]],
+            f"{name}_scorer_win_rate": float(np.mean(wins)),
+        }
+
+
+def plain(row: dict):
+    """What a row's prompt asks."""
+    return row["prompt"]
+
+
+def pair(row: dict) -> dict:
+    """A canonical row: chosen over rejected, both under the plain prompt."""
+    texts = [row["chosen"], row["rejected"]]
+    responses = texts if isinstance(row["prompt"], str) else [[{"role": "assistant", "content": t}] for t in texts]
+    return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
+
+
+def column_fault(row: dict, name: str, before: str | None = None) -> str | None:
+    """Why the text in a column cannot be used, or None; it must differ from the text in the column `before`."""
+    reason = filters.fault(row[name], truncated=row[f"{name}_truncated"], before=before and row[before])
+    return reason and f"{name}: {reason}"
+
+
+def trainer_state(folder: Path) -> dict:
+    """What a trainer left of its steps and logs."""
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def _against(before: list[dict], rows: list[dict]) -> dict:
+    """Plain answers of a model against those of the model before all rounds."""
+    pairs = [(b["answer"], r["rejected"]) for b, r in zip(before, rows, strict=True)]
+    pairs = [sides for sides in pairs if None not in sides]
+    if not pairs:
+        return {}
+    first, second = (distinct_n([sides[i] for sides in pairs]) for i in (0, 1))
+    lengths = [len(after.split()) / max(1, len(first.split())) for first, after in pairs]
+    return {"distinct_2_fall": 1 - second / first, "length_ratio": float(np.mean(lengths))}

@@ -1,11 +1,9 @@
 """What the reviser and the improver are asked, and how a revision is read from an answer.
 
-The templates of the paper are unknown: these are ours. Each is a constant with a version in its name; a changed text
-is a new constant, because `template_hash` is kept with the data that it made. Texts stand between delimiters that
-occur in none of them, so that no prompt or response can end its own block.
+The templates of the paper are unknown: these are ours. A changed text is a new constant, because its hash is kept with
+the data that it made. Texts stand between delimiters that occur in none of them, so that no prompt or response can end
+its own block.
 """
-
-import hashlib
 
 from ..generation.sampler import Prompt
 
@@ -15,16 +13,6 @@ clear. Keep roughly its length. Write only the improved response.
 {prompt}
 
 {response}"""
-
-IMPROVER_WITH_REFERENCE_V1 = """Improve the response to the prompt below, using the reference. Keep what is right and \
-make it more helpful, correct and clear. Keep roughly its length. Do not copy the reference. Write only the improved \
-response.
-
-{prompt}
-
-{response}
-
-{reference}"""
 
 REVISER_V1 = """You edit answers. Below are a prompt, a draft that answers it and a reference answer of good quality. \
 Edit the draft so that it becomes a little, but noticeably, better. Keep its wording, order and length where they are \
@@ -52,38 +40,20 @@ reference shows to be wrong or missing. Do not paste the reference. Write only t
 about it."""
 
 MARKER = "<<REVISED>>"
-ROLES = ("system", "user", "assistant", "tool")
-BLOCKS = ("prompt", "response", "draft", "reference", *ROLES)
+BLOCKS = ("prompt", "response", "draft", "reference", "system", "user", "assistant", "tool")
 PLAIN_CUE = "\n\nResponse:\n"  # where a model without a chat template begins to write
 
 
-def improver_template(*, with_reference: bool = False) -> str:
-    return IMPROVER_WITH_REFERENCE_V1 if with_reference else IMPROVER_V1
-
-
-def reviser_template(*, analysis: bool = True) -> str:
-    return REVISER_V1 if analysis else REVISER_DIRECT_V1
-
-
-def template_hash(template: str) -> str:
-    """sha256 of a template and of everything else that its prompts are built with."""
-    return hashlib.sha256("\0".join((template, MARKER, PLAIN_CUE, *BLOCKS)).encode()).hexdigest()
-
-
-def improver_prompt(prompt: Prompt, response: str, reference: str | None = None) -> Prompt:
-    """m(x, y): one user turn with the instruction, the prompt and the response; text if `prompt` is text.
-
-    `reference` is None unless `reference_in_input` is set: the improver must work where there is none.
-    """
-    texts = {"response": response} | ({} if reference is None else {"reference": reference})
-    return _ask(improver_template(with_reference=reference is not None), prompt, texts)
+def improver_prompt(prompt: Prompt, response: str) -> Prompt:
+    """m(x, y): one user turn with the instruction, the prompt and the response; text if `prompt` is text."""
+    return _ask(IMPROVER_V1, prompt, {"response": response})
 
 
 def reviser_prompt(prompt: Prompt, draft: str, reference: str, *, analysis: bool = True) -> Prompt:
     """What the reviser sees. With `analysis` its answer is to be read by `parse_revision` with `free_marker`."""
-    texts = {"draft": draft, "reference": reference}
     marker = free_marker([*_contents(prompt), draft, reference])
-    return _ask(reviser_template(analysis=analysis), prompt, texts, marker=marker)
+    template = REVISER_V1 if analysis else REVISER_DIRECT_V1
+    return _ask(template, prompt, {"draft": draft, "reference": reference}, marker=marker)
 
 
 def parse_revision(output: str, marker: str | None) -> str | None:
@@ -91,18 +61,13 @@ def parse_revision(output: str, marker: str | None) -> str | None:
 
     `marker` None takes the whole output.
     """
-    if marker is None:
-        return output.strip() or None
-    parts = output.split(marker)
+    parts = ["", output] if marker is None else output.split(marker)
     return parts[1].strip() or None if len(parts) == 2 else None
 
 
 def free_marker(texts: list[str]) -> str:
     """The marker, numbered so that it occurs in none of the texts."""
-    number = 1
-    while any(_numbered(MARKER, number) in text for text in texts):
-        number += 1
-    return _numbered(MARKER, number)
+    return _marker(_free_number(texts, lambda number: [_marker(number)]))
 
 
 def turns(prompt: Prompt) -> list[dict]:
@@ -119,13 +84,19 @@ def turns(prompt: Prompt) -> list[dict]:
 
 
 def _ask(template: str, prompt: Prompt, texts: dict[str, str], **fields: str) -> Prompt:
-    number = _free_number([*_contents(prompt), *texts.values()])
     messages = turns(prompt)
-    if len(messages) == 1:
-        shown = messages[0]["content"]
-    else:
-        shown = "\n".join(_block(message["role"], message["content"], number) for message in messages)
-    blocks = {name: _block(name, text, number) for name, text in ({"prompt": shown} | texts).items()}
+    number = _free_number(
+        [*_contents(prompt), *texts.values()], lambda number: [side for b in BLOCKS for side in _sides(b, number)]
+    )
+
+    def block(name: str, text: str) -> str:
+        first, last = _sides(name, number)
+        return f"{first}\n{text.strip()}\n{last}"
+
+    shown = messages[0]["content"]
+    if len(messages) > 1:
+        shown = "\n".join(block(message["role"], message["content"]) for message in messages)
+    blocks = {name: block(name, text) for name, text in ({"prompt": shown} | texts).items()}
     content = template.format(**blocks, **fields)
     return content + PLAIN_CUE if isinstance(prompt, str) else [{"role": "user", "content": content}]
 
@@ -134,23 +105,18 @@ def _contents(prompt: Prompt) -> list[str]:
     return [message["content"] for message in turns(prompt)]
 
 
-def _free_number(texts: list[str]) -> int:
-    """The smallest number whose delimiters occur in no text."""
+def _free_number(texts: list[str], signs) -> int:
+    """The smallest number whose `signs(number)` occur in no text."""
     number = 1
-    while any(side in text for name in BLOCKS for side in _delimiters(name, number) for text in texts):
+    while any(sign in text for sign in signs(number) for text in texts):
         number += 1
     return number
 
 
-def _delimiters(name: str, number: int) -> tuple[str, str]:
+def _sides(name: str, number: int) -> tuple[str, str]:
     label = name if number == 1 else f"{name} {number}"
     return f"[[{label}]]", f"[[/{label}]]"
 
 
-def _block(name: str, text: str, number: int) -> str:
-    first, last = _delimiters(name, number)
-    return f"{first}\n{text.strip()}\n{last}"
-
-
-def _numbered(marker: str, number: int) -> str:
-    return marker if number == 1 else f"{marker[:-2]} {number}{marker[-2:]}"
+def _marker(number: int) -> str:
+    return MARKER if number == 1 else f"{MARKER[:-2]} {number}>>"
