@@ -60,6 +60,7 @@ MORE = {
     "SWEPO, pretrained LoRA on the LM head": {"pretrained": ["q_proj", "lm_head"]},
     "SWEPO, LoRA and a whole LM head": {"peft": ["q_proj"], "whole": ["lm_head"]},
     "SWEPO, LoRA on the LM head, tied embeddings": {"peft": ["q_proj", "lm_head"], "tied": True},
+    "SWEPO, probe": {"probe": True},
     "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2}},
 }
 

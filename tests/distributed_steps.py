@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/distributed_steps.py '{"engine": "zero3", "folder": FOLDER, "cells": [{...}, ...]}'
 
-A cell names a `trainer`; its other keys are those of `build` and `cut`, and `cut` says that the latter runs. Each cell
+A cell names a `trainer`; its other keys are those of `arguments` and `cut`; `cut` and `probe` say what runs. Each cell
 leaves one line of JSON in FOLDER/results.jsonl as soon as it is done: {"cell": its name, and "found": numbers by name,
 or "refused": message}.
 """
@@ -10,6 +10,7 @@ or "refused": message}.
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -31,6 +32,8 @@ import trainers  # noqa: E402
 from emdpo_rows import em_config, opposed_rows  # noqa: E402
 from helpers import build_tokenizer, leave_processes, tiny_gemma3, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
+from trainers.cli.arguments import ModelArguments  # noqa: E402
+from trainers.cli.probe import probe  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # Adam's first step is the sign of the gradient: with its usual 1e-8, a gradient of 0 but for rounding is a whole step.
@@ -92,6 +95,7 @@ def saved_model(folder: Path, vocabulary: int, args, *, tied: bool = False) -> s
     path = folder / ("tied" if tied else "model")
     if int(os.environ.get("RANK", "0")) == 0 and not path.exists():
         tiny_llama(vocabulary, tie_word_embeddings=tied).save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
     args.distributed_state.wait_for_everyone()
     args.model_init_kwargs = {"dtype": "float32"}
     return str(path)
@@ -114,14 +118,13 @@ def numbers(logs: dict, prefix: str = "") -> dict[str, float]:
     return {name: value for name, value in found.items() if not any(part in name for part in UNCOMPARED + FIRST)}
 
 
-def build(cell: dict, engine: str, folder: Path, **changes):
-    """The trainer of a cell, whose output goes to the folder of its name, or to `out`.
+def arguments(cell: dict, engine: str, folder: Path, **changes):
+    """The config of a cell, whose output goes to the folder of its name, or to `out`.
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `whole` (layers that train whole
     beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `batch` of all processes
     together, `accumulation`, `budget`, `tower` (a model with one for images) and `settings` (of the config).
     """
-    tokenizer, trainer_class = build_tokenizer(), getattr(trainers, cell["trainer"])
     fields = dict(
         output_dir=str(folder / cell.get("out", cell["name"])), use_cpu=True, report_to="none", learning_rate=0.01,
         seed=3, optim="adamw_torch", lr_scheduler_type="constant", max_grad_norm=100.0, max_steps=5, logging_steps=1,
@@ -134,8 +137,14 @@ def build(cell: dict, engine: str, folder: Path, **changes):
         ref_cache_dir=str(folder / cell["name"] / "cache"), max_tokens_per_batch=cell.get("budget"),
         **engine_arguments(engine),
     )  # fmt: skip
-    args = trainer_class.config_class(**fields | cell.get("settings", {}) | changes)
+    args = getattr(trainers, cell["trainer"]).config_class(**fields | cell.get("settings", {}) | changes)
     prepare(args, engine)
+    return args
+
+
+def build(cell: dict, engine: str, folder: Path, **changes):
+    """The trainer of a cell (see `arguments`)."""
+    tokenizer, args = build_tokenizer(), arguments(cell, engine, folder, **changes)
     size, tied = len(tokenizer), cell.get("tied", False)
     if engine == "zero3":
         model = saved_model(folder, size, args, tied=tied)
@@ -146,7 +155,7 @@ def build(cell: dict, engine: str, folder: Path, **changes):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
         torch.manual_seed(7)
         model = get_peft_model(model, adapter(cell["pretrained"], init_lora_weights=False))
-    return trainer_class(
+    return getattr(trainers, cell["trainer"])(
         model, args=args, processing_class=tokenizer, callbacks=[Numbers()],
         peft_config=adapter(cell.get("peft"), modules_to_save=cell.get("whole")),
         train_dataset=Dataset.from_list(rows(cell.get("rows", 11))), eval_dataset=Dataset.from_list(rows(7, seed=2)),
@@ -183,6 +192,23 @@ def cut(cell: dict, engine: str, folder: Path) -> dict:
     found = results(trainer, folder / f"final {cell['name']} again")
     assert sum(name.endswith(" loss") for name in found) == 3
     return {"found": found, "whole": {name: whole[name] for name in found}}
+
+
+def probed(cell: dict, engine: str, folder: Path) -> dict:
+    """What a probe says of steps and tokens; it must leave nothing in its folder."""
+
+    class Checked(getattr(trainers, cell["trainer"])):
+        def train(self, *arguments, **keywords):
+            super().train(*arguments, **keywords)
+            check_engine(self, engine)
+            release(self)
+
+    args = arguments(cell, engine, folder)
+    model = ModelArguments(model_name_or_path=saved_model(folder, len(build_tokenizer()), args))
+    report = probe(Checked, {"train": Dataset.from_list(rows(11))}, args, model)
+    assert f"{PROCESSES} process(es) on cpu" in report and not Path(args.output_dir).exists(), report
+    names = ("longest batches, (.*) tokens", "typical batches, (.*) tokens", "(.*) steps: ")
+    return {"found": {name: float(re.search(name, report)[1]) for name in names}}
 
 
 class Death(TrainerCallback):
@@ -270,7 +296,8 @@ def main(options: dict) -> None:
     for cell in options["cells"]:
         started = time.monotonic()
         try:
-            run = em_rounds if cell["trainer"] == "EMDPOTrainer" else cut if cell.get("cut") else steps
+            run = cut if cell.get("cut") else probed if cell.get("probe") else steps
+            run = em_rounds if cell["trainer"] == "EMDPOTrainer" else run
             line = {"cell": cell["name"], **run(cell, engine, folder)}
         except ValueError as refusal:  # on every process alike, before its first step
             line = {"cell": cell["name"], "refused": str(refusal)}

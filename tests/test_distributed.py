@@ -10,15 +10,24 @@ import distributed_matrix as matrix
 
 # One launch per engine: starting processes and engines costs more than the steps do.
 CHOSEN = {
-    "ddp": ["SWEPO, token budget", "LIRE, full", "PlackettLuce, LoRA", "EMDPO, halves", "SWEPO, full, gone on"],
-    "zero2": ["SWEPO, LoRA, reference cache", "DPO, full, checkpointing", "NCA, LoRA"],
+    "ddp": [
+        "SWEPO, probe",
+        "SWEPO, token budget",
+        "LIRE, full",
+        "PlackettLuce, LoRA",
+        "EMDPO, halves",
+        "SWEPO, full, gone on",
+    ],
+    "zero2": ["SWEPO, probe", "SWEPO, LoRA, reference cache", "DPO, full, checkpointing", "NCA, LoRA"],
     "zero3": [
+        "SWEPO, probe",
         "SWEPO, reference cache",
         "SparsePO, LoRA, checkpointing",
         "RRHF, full",
         "EMDPO, LoRA",
     ],
     "fsdp2": [
+        "SWEPO, probe",
         "SWEPO, 9 rows",
         "SparsePO, full",
         "SparsePO, LoRA on the LM head",

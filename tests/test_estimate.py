@@ -1,6 +1,5 @@
 """The estimate of memory against measured steps of each trainer, real layouts and numbers worked out by hand."""
 
-import dataclasses
 import json
 
 import pytest
@@ -116,7 +115,7 @@ def check_peak(trainer, step, path, *, rel):
         used += event["args"]["Bytes"]
         peak = max(peak, used)
     estimate = estimate_of(type(trainer), trainer.args, ModelConfig(), trainer.model, Plan())
-    estimate.run = dataclasses.replace(estimate.run, chunk_elements=CPU_CHUNK_ELEMENTS)
+    estimate.run = estimate.run._replace(chunk_elements=CPU_CHUNK_ELEMENTS)
     batch = fed(token_lengths(trainer.train_dataset), shared=trainer.runner.layout != "rows")
     assert sum(estimate.step(batch).values()) == pytest.approx(peak, rel=rel)
     there = sum(estimate.states()[name] for name in STATES)

@@ -246,6 +246,11 @@ class PreferenceTrainer(Trainer):
         know of them; None for those of the data set."""
         return None, []
 
+    @classmethod
+    def probed(cls, args: PreferenceConfig, rows: Dataset) -> tuple[type[Trainer], PreferenceConfig, Dataset]:
+        """The training that `--probe` makes steps of: its trainer, and arguments and tokenised rows of its own."""
+        return cls, args, rows
+
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Per-token log-probabilities (B,K,R) of every response under `model`."""
         return self.runner(model, batch)

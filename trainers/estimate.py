@@ -129,8 +129,7 @@ def fed(groups: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
     return Fed(tokens, sum(responses), trunks + queries, trunks + len(responses) * (trunk + branch), mask)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What the arithmetic needs to know of the training arguments."""
 
     half: bool = False  # bf16 or fp16, from the recipe or the accelerate file

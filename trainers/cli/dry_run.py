@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config
@@ -43,9 +50,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     if engine in trainer_class.unsupported_engines:
         raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
     planned, notes = trainer_class.planned_rows(args, data)
-    model = build_model(model_args, args, plan)
-    tokenizer = policies.load_tokenizer(model, args.model_init_kwargs)
-    policies.set_pad_token(tokenizer, args.pad_token)
+    tokenizer = load_tokenizer(model_args, args)
     splits, reports = {}, []
     for name in ("train", "test"):
         with collected_reports() as passes:
@@ -56,6 +61,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
             trainer_class.check_rows(splits[name], args, training=name == "train")
     lengths = token_lengths(splits["train"])
     per_process, large, largest = plan_batches(lengths, args, plan.processes)
+    model = build_model(model_args, args, plan)
     estimate = estimate_of(trainer_class, args, model_args, model, plan)
     layout, flex = _layout(model, model_args, args)
     batches = [cheaper([lengths[i] for i in rows], layout, flex=flex) for rows in (large, largest)]
@@ -74,29 +80,51 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
 # Model and batches.
 
 
-def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> PreTrainedModel | PeftModel:
-    """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
+def find_config(model_args: ModelConfig, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
+    """Config of the model, or of the base under the adapter that it is, and that adapter.
+
+    Raises:
+        ValueError: it cannot be read; the message names what is needed.
+    """
     options = {"trust_remote_code": False, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
-    dtype, attention = options.pop("dtype", model_args.dtype), options.pop("attn_implementation", None)
-    attention = attention or model_args.attn_implementation
     adapter, name = None, model_args.model_name_or_path
+    for key in ("dtype", "attn_implementation"):
+        options.pop(key, None)
     try:
         if find_adapter_config_file(name, revision=options["revision"] or "main") is not None:
             adapter = PeftConfig.from_pretrained(name, revision=options["revision"])
             adapter.inference_mode = False  # as saved, it would be frozen
             name, options["revision"] = adapter.base_model_name_or_path, adapter.revision
-        config = AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(name, **options), adapter
     except OSError as error:
         raise ValueError(
             f"model_name_or_path={name!r}: its config cannot be read ({error}). A dry run needs config and tokenizer "
             "of the model: give a local folder with these files, or fetch them to the cache with a network."
         ) from error
+
+
+def load_tokenizer(model_args: ModelConfig, args: PreferenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, with its pad token."""
+    path = find_config(model_args, args)[0].name_or_path
+    options = args.model_init_kwargs or {}
+    options = {"revision": options.get("revision") or "main", "trust_remote_code": options.get("trust_remote_code")}
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    policies.set_pad_token(tokenizer, args.pad_token)
+    return tokenizer
+
+
+def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> PreTrainedModel | PeftModel:
+    """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
+    config, adapter = find_config(model_args, args)
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    options |= args.model_init_kwargs or {}
+    dtype, attention = options["dtype"], options["attn_implementation"] or model_args.attn_implementation
     if dtype in (None, "auto"):
         dtype = config.get_text_config().dtype or "float32"
     if is_deepspeed_zero3_enabled():
         unset_hf_deepspeed_config()  # or transformers would shard a model that has no storage
     keywords = {"attn_implementation": attention} if attention in KNOWN_ATTENTION else {}
-    keywords["trust_remote_code"] = options["trust_remote_code"]
+    keywords["trust_remote_code"] = options.get("trust_remote_code", False)
     with torch.device("meta"):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)

@@ -37,6 +37,13 @@ def main(argv: list[str]) -> None:
         if args.process_index == 0:
             print(report)
         return
+    if data.probe:
+        from .probe import probe  # reads counters that not every system has
+
+        report = probe(trainer_class, data, args, model)
+        if args.process_index == 0:
+            print(report)
+        return
     trainer_class.run(
         args,
         data,

@@ -110,9 +110,16 @@ def budget_loader(dataset: Dataset, collate: Callable, args: TrainingArguments) 
     if sampler.oversized:
         logger.warning("%d rows are longer than max_tokens_per_batch=%d; each is a batch of its own.",
                        sampler.oversized, budget)  # fmt: skip
+    return batch_loader(dataset, sampler, collate, args)
+
+
+def batch_loader(
+    dataset: Dataset, batches: Sampler[list[int]] | list[list[int]], collate: Callable, args: TrainingArguments
+) -> DataLoader:
+    """These batches in this order, dealt out to the processes, whose number divides theirs."""
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,

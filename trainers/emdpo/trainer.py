@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -224,6 +225,13 @@ class EMDPOTrainer(TypePolicyTrainer):
             return load_start(self._ref_model or self._name, None, init_kwargs=self._init_kwargs,
                               quantization_config=self._quantization_config)  # fmt: skip
         return self._ref_model
+
+    @classmethod
+    def probed(cls, args: EMDPOConfig, rows: Dataset):
+        """An M-step on all rows, whose posterior and reference are made up: they change no shape."""
+        gamma, weights = np.full(len(rows), 1 / args.num_types), np.ones(len(rows))
+        reference = [[0.0] * len(scores) for scores in rows["scores"]]
+        return TypePolicyTrainer, args, m_step_rows(rows, gamma, weights, reference, args.normalize)
 
     # The folder.
 

@@ -1,0 +1,207 @@
+"""A few real steps of a run, on its longest rows and on typical ones: what it needs and how long it takes (`--probe`).
+
+Everything is as in the run that it stands for: data, model, engine, processes, precision, accumulation. Only the rows
+are chosen, and nothing is written: the trainer works in a folder that is deleted.
+"""
+
+import copy
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from trl import get_peft_config, get_quantization_config
+
+from .. import PreferenceConfig, PreferenceTrainer
+from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
+from ..data.load import load_split
+from ..estimate import read_plan
+from ..inputs import prepare_rows
+from .dry_run import budget_batches, build_model, cheaper, count_steps, estimate_of, load_tokenizer, plan_batches
+
+LONGEST, TYPICAL = 3, 2  # steps; the first one warms up, so its time is not counted
+FULL, GIB = 0.9, 2**30  # share of the memory that advice fills
+
+
+class Measured(NamedTuple):
+    """What the steps showed. Memory is in bytes, of the process that came nearest to its limit.
+
+    On CPUs it is the process's resident set, loading included, of its share of the machine's memory.
+    """
+
+    seconds: list[float]  # of every step
+    tokens: list[int]  # of every step, all processes together, each prompt counted once
+    peak: int
+    reserved: int  # by CUDA's allocator; on CPUs the peak again
+    resting: int  # between two steps; on CPUs before the first, because freed memory may stay with the process
+    limit: int
+
+    def extrapolate(self, tokens: float) -> tuple[float, float, float]:
+        """Seconds of training on so many tokens: by the typical steps, and by the fastest and the slowest counted."""
+        rates = [s / t for s, t in zip(self.seconds, self.tokens, strict=True)][1:]
+        typical = sum(self.seconds[LONGEST:]) / sum(self.tokens[LONGEST:])
+        return typical * tokens, min(rates) * tokens, max(rates) * tokens
+
+
+def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, model_args) -> str:
+    """Makes the steps and gives the report; every process of a run calls it, with the launcher's arguments."""
+    planned, notes = trainer_class.planned_rows(args, data)
+    tokenizer = load_tokenizer(model_args, args)
+    rows = prepare_rows(load_split(data, args, "train") if planned is None else planned, tokenizer, args)
+    trainer_class.check_rows(rows, args, training=True)
+    lengths = token_lengths(rows)
+    steps = choose_batches(lengths, args, args.world_size)
+    measured = measure(trainer_class, args, model_args, tokenizer, rows, steps)
+    advice = advise(measured, trainer_class, args, model_args, lengths, steps[0][0])
+    return "\n  ".join([*_report(measured, trainer_class, args, lengths), *notes, *(f"advice: {a}" for a in advice)])
+
+
+def choose_batches(lengths: list[Lengths], args: PreferenceConfig, processes: int) -> list[list[list[int]]]:
+    """Micro-batches of rows for each step, of all processes: the longest, from the largest on, then typical ones.
+
+    Typical rows are spread evenly over the lengths of all rows, and dealt to the batches at random.
+    """
+    sizes = [packed_tokens(row) for row in lengths]
+    if args.max_tokens_per_batch is None:
+        size, units = args.per_device_train_batch_size, [[i] for i in np.argsort(sizes, kind="stable").tolist()]
+    else:
+        size, units = 1, budget_batches(sizes, args, processes)
+    count = size * processes * args.gradient_accumulation_steps
+    chosen = [[units[-1 - i % len(units)] for i in range(count)]] * LONGEST
+    for k in range(TYPICAL):
+        places = [(i + (k + 1) / (TYPICAL + 1)) / count for i in range(count)]
+        chosen.append(random.Random(k).sample([units[int(place * len(units))] for place in places], count))
+    return [[sum(step[i : i + size], []) for i in range(0, count, size)] for step in chosen]
+
+
+def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, steps) -> Measured:
+    """Trains on the chosen rows of the tokenised `rows`, in a folder that is deleted."""
+    cls, args, rows = trainer_class.probed(copy.copy(args), rows)
+    flat = [batch for step in steps for batch in step]
+    rows, starts = rows.select(sum(flat, [])), np.cumsum([0, *map(len, flat)])
+
+    class Probing(cls):
+        """The trainer, on these batches in this order."""
+
+        def get_train_dataloader(self):
+            batches = [list(range(*bounds)) for bounds in zip(starts[:-1], starts[1:], strict=True)]
+            return batch_loader(self.train_dataset, batches, self.data_collator, self.args)
+
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = args.ref_cache_dir = folder
+        args.max_steps, args.report_to, args.disable_tqdm, args.do_eval = len(steps), [], True, False
+        args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        args.logging_strategy, args.logging_first_step = IntervalStrategy.NO, False
+        args.push_to_hub = args.load_best_model_at_end = False
+        args.self_enhance = None
+        clock = Clock(args.device)
+        trainer = Probing(
+            model_args.model_name_or_path, args=args, train_dataset=rows, processing_class=tokenizer,
+            callbacks=[clock], quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    tokens = np.add.reduceat([packed_tokens(row) for row in token_lengths(rows)], starts[:-1])
+    tokens = [int(part.sum()) for part in np.split(tokens, len(steps))]
+    worst = max(gather_object([clock.memory()]), key=lambda memory: memory[0] / memory[-1])
+    return Measured(np.diff(clock.ends).tolist(), tokens, *worst)
+
+
+class Clock(TrainerCallback):
+    """The ends of all steps, and memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.ends, self.resting = device, [], 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            self.resting = torch.cuda.memory_allocated(self.device)
+        elif state.global_step == 0:
+            self.resting = psutil.Process().memory_info().rss
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ends.append(time.perf_counter())
+
+    def memory(self) -> tuple[int, int, int, int]:
+        """Peak, reserved, between steps, and there at all."""
+        if self.device.type == "cuda":
+            peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            return peak, reserved, self.resting, torch.cuda.mem_get_info(self.device)[1]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return peak, peak, self.resting, psutil.virtual_memory().total // local
+
+
+def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Lengths], batch: list[int]) -> list[str]:
+    """What else would fit: what the largest `batch` adds to the memory between steps is scaled."""
+    room, added = FULL * measured.limit - measured.resting, measured.peak - measured.resting
+    size = "per_device_train_batch_size" if args.max_tokens_per_batch is None else "max_tokens_per_batch"
+    window, lines = args.gradient_accumulation_steps, []
+
+    def needs(factor: float) -> str:
+        return f"needs about {(measured.resting + added * factor) / GIB:.2f} of {measured.limit / GIB:.2f} GiB"
+
+    factor = max(n for n in range(1, window + 1) if n == 1 or window % n == 0 and n * added <= room)
+    if added > room:
+        lines.append(f"memory is nearly full: half of {size}, with twice the accumulation, {needs(0.5)}.")
+    elif factor > 1:
+        larger = f"{size}: {getattr(args, size) * factor}, gradient_accumulation_steps: {window // factor}"
+        lines.append(f"{larger} keeps the prompts per step and {needs(factor)}.")
+    rows = [lengths[i] for i in batch]
+    if args.gradient_checkpointing:
+        plan = read_plan()
+        estimate = estimate_of(trainer_class, args, model_args, build_model(model_args, args, plan), plan)
+        fed = cheaper(rows, args.layout)
+        recomputed = sum(estimate.step(fed).values())
+        estimate.run = estimate.run._replace(recompute=False)
+        factor = sum(estimate.step(fed).values()) / recomputed
+        if factor * added <= room:
+            saves = "gradient_checkpointing: false saves a forward pass per step and"
+            lines.append(f"{saves} {needs(factor)}; the factor {factor:.2g} on what a step adds is the estimate's.")
+    shorter = int(np.percentile([p + max(r) for p, r in lengths], 99, method="lower"))
+    cut = sum(p + r > shorter for p, responses in lengths for r in responses)
+    kept = sum(packed_tokens((p, [min(r, max(1, shorter - p)) for r in responses])) for p, responses in rows)
+    factor = kept / sum(map(packed_tokens, rows))
+    if cut and (1 - factor) * added > 0.1 * measured.peak:
+        lines.append(f"max_length: {shorter} would cut {cut:,} responses and {needs(factor)}.")
+    return lines
+
+
+def _report(measured: Measured, trainer_class, args: PreferenceConfig, lengths: list[Lengths]) -> list[str]:
+    per_epoch, in_all = count_steps(args, plan_batches(lengths, args, args.world_size)[0])
+    trainings, scorings = args.demands.trainings, args.demands.scorings
+    tokens = sum(map(packed_tokens, lengths)) / per_epoch * in_all * trainings
+    total, fastest, slowest = (timedelta(seconds=round(time)) for time in measured.extrapolate(tokens))
+    left_out = {
+        "loading": True, "evaluation": True, "saving": True, "sampling": args.self_enhance is not None,
+        "the reference's scores of all rows": trainer_class.needs_reference and args.precompute_ref_logps,
+        f"{scorings} scorings of all rows": scorings > 0,
+    }  # fmt: skip
+    first, *long = (f"{seconds:.3g} s" for seconds in measured.seconds[:LONGEST])
+    typical = [f"{seconds:.3g} s" for seconds in measured.seconds[LONGEST:]]
+    peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:])
+    return [
+        f"probe of {trainer_class.method} ({trainer_class.__name__}), {args.world_size} process(es) on {args.device}",
+        f"longest batches, {measured.tokens[0]:,} tokens per step: {', '.join(long)} (after {first})",
+        f"typical batches, {sum(measured.tokens[LONGEST:]) / TYPICAL:,.0f} tokens per step: {', '.join(typical)}",
+        f"memory: {peak} GiB at the peak ({reserved} reserved), {resting} between steps, of {limit}",
+        f"{in_all:,} steps{f' in each of {trainings:g} trainings' if trainings != 1 else ''}: {total} ({fastest} to "
+        f"{slowest}), which is the run's tokens at the speed of the typical steps (of the fastest and of the slowest "
+        f"step but the first). Not in it: {', '.join(name for name, part in left_out.items() if part)}.",
+    ]
