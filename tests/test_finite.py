@@ -1,13 +1,10 @@
 """A loss that is not finite ends the run, and says where."""
 
-import logging
-
 import pytest
 import torch
 
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows, trainer
-from trainers.finite import check_finite
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +61,3 @@ def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(tmp_path, token
     found = [log["eval_loss"] for log in t.state.log_history if "eval_loss" in log]
     assert [value == value for value in found] == [False, True, False]
     assert t.state.best_model_checkpoint.endswith("checkpoint-2")
-
-
-def test_under_a_loss_scaler_it_is_a_warning(tokenizer, caplog):
-    ids = torch.tensor([tokenizer("good ")["input_ids"][:2], tokenizer("bad ")["input_ids"][:2]])
-    batch = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids, dtype=torch.bool)}
-    losses = torch.tensor([1.0, float("nan")])
-    with caplog.at_level(logging.WARNING):
-        check_finite(torch.tensor(1.0), losses, batch, tokenizer, step=3, fatal=False)
-        assert not caplog.text
-        check_finite(losses.sum(), losses, batch, tokenizer, step=3, fatal=False)
-    assert "step 3" in caplog.text and "1 of 2 prompts" in caplog.text

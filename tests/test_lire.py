@@ -209,12 +209,6 @@ def test_rounds_are_not_forgotten_when_a_trainer_is_built_by_hand(tmp_path):
         trainer(tmp_path, data=rows([3, 5, 4]), self_enhance=options).train()
 
 
-def test_a_reference_cache_without_a_reference_is_said_to_have_no_effect(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="trainers.base"):
-        trainer(tmp_path, data=rows([3, 5, 4]), precompute_ref_logps=True)
-    assert "precompute_ref_logps has no effect: LIRE needs no reference" in caplog.text
-
-
 def test_a_collapsed_distribution_is_warned_of_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="trainers.lire"):
         t = trainer(tmp_path, data=rows([3, 30, 60]))

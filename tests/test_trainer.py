@@ -274,7 +274,7 @@ def test_a_callback_may_leave_the_model_in_evaluation_mode(tmp_path, tokenizer):
 
 
 def test_rows_that_fill_no_batch_are_an_error(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="dataloader_drop_last .* 3 rows .* batch of 4 .*1 process"):
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves no batch of the 3 rows"):
         trainer(tmp_path, tokenizer, data=rows(3), dataloader_drop_last=True).train()
     t = trainer(tmp_path, tokenizer, data=rows(4), dataloader_drop_last=True)
     t.train()

@@ -6,22 +6,16 @@ is here and in the packages `data` and `forward`.
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from . import rounds
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
-from .data.load import load_split, name_of
-from .finite import check_finite
 from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
@@ -31,25 +25,15 @@ from .forward.run import Forward, Runner
 from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
-from .runs.checkpoints import (
-    begin_checkpoint,
-    check_checkpoint,
-    checkpoint_to_resume,
-    has_ended,
-    last_checkpoint,
-    lost_weights,
-    refuse_other_run,
-)
-from .runs.settings import rows_digest, run_settings
+from .running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
 REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(RunningTrainer):
     """Fine-tunes a causal language model on prompts with K scored responses.
 
     Args:
@@ -68,9 +52,6 @@ class PreferenceTrainer(Trainer):
         ValueError: an option or a row that cannot be used; the message names it and the fix.
     """
 
-    config_class: type[PreferenceConfig] = PreferenceConfig
-    method: str = "preferences"
-    paper: tuple[str, str] | None = None  # title, arXiv number
     columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
@@ -107,35 +88,28 @@ class PreferenceTrainer(Trainer):
             processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         processing_class = policies.text_tokenizer(processing_class)
         policies.set_pad_token(processing_class, args.pad_token)
-        if ref_model is None:
-            inert = peft_config is not None and changes_nothing_yet(peft_config)
-            source, adapter = model, reference_adapter(model, inert_adapter=inert)
-        else:
-            source, adapter = ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
-        self._start = start_of_run(model, source if self.needs_reference else None, adapter)
+        source, adapter = self._start_of_reference(model, ref_model, peft_config)
+        self.start = start_of_run(model, source if self.needs_reference else None, adapter)
         train_dataset = prepare_rows(train_dataset, processing_class, args)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args, several=True)
         for part in _parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in _parts(eval_dataset):
             self.check_rows(part, args, training=False)
+        rows = _parts(train_dataset, eval_dataset)
 
-        if args.precompute_ref_logps and not self.needs_reference:
-            logger.warning("precompute_ref_logps has no effect: %s needs no reference.", self.method)
         self.table, self.reference, models = None, None, [model]
         if self.needs_reference and args.precompute_ref_logps:
             name = reference_fingerprint(source, args, adapter=adapter, per_token=self.reference_per_token)
             self.table = LogpsCache(args.ref_cache_dir, name, per_token=self.reference_per_token)
         if self.needs_reference:
-            copy_policy = self.table is None or bool(self.table.missing(_parts(train_dataset, eval_dataset)))
-            self.reference = make_reference(
-                model, ref_model, adapter=adapter, copy_policy=copy_policy, init_kwargs=args.model_init_kwargs
-            )
+            copied = self.table is None or bool(self.table.missing(rows))
+            keywords = {"adapter": adapter, "copy_policy": copied, "init_kwargs": args.model_init_kwargs}
+            self.reference = make_reference(model, ref_model, **keywords)
             models += [self.reference.model] if self.reference.model is not None else []
         models = [policies.base_model(m) for m in models]
         self.runner = Runner(models, args.layout)
-        for rows in (train_dataset, eval_dataset):
-            check_ranges(rows, models)
+        check_ranges(rows, models)
 
         super().__init__(
             model=model,
@@ -143,9 +117,7 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=PreferenceCollator(
-                processing_class.pad_token_id,
-                args.pad_to_multiple_of,
-                columns=self.columns,
+                processing_class.pad_token_id, args.pad_to_multiple_of, columns=self.columns
             ),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -159,69 +131,16 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        self._untouched = True  # whether the policy is as it was given
         self.add_callback(_Beginning(self))
         self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
 
-    @classmethod
-    def run(
-        cls,
-        args: PreferenceConfig,
-        data,
-        model: str,
-        *,
-        quantization_config=None,
-        peft_config: PeftConfig | None = None,
-    ) -> "PreferenceTrainer | None":
-        """Train, evaluate, and write model, metrics and model card to `args.output_dir`: what the launcher calls.
-
-        It goes on from the checkpoint that `args.resume_from_checkpoint` names (true: the last whole one, if there is
-        one), and leaves a finished run as it is. With `args.self_enhance` it trains in rounds (rounds.py).
-
-        Args:
-            data: splits, `{"train": rows, "test": rows}`, of which "test" may be missing; or `DataArguments`.
-            model: path or hub id, loaded with `args.model_init_kwargs`.
-
-        Returns:
-            the trainer; None for a run that was finished before, and for rounds, each of which has a trainer of its
-            own. The model lies in `args.output_dir` in any case.
-
-        Raises:
-            ValueError: `output_dir` holds a run with other settings; the message names them.
-        """
-        loading = {"quantization_config": quantization_config, "peft_config": peft_config}
-        splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
-        if args.self_enhance is not None:
-            rounds.run(cls, args, model, dataset=name_of(data), **splits, **loading)
-            return None
-        rounds.refuse_folder_of_rounds(args.output_dir)
-        checkpoint = checkpoint_to_resume(args)
-        trainer = cls(model, args=args, **splits, **loading)
-        if checkpoint is not None and has_ended(args, checkpoint):
-            refuse_other_run(checkpoint, trainer.run_settings())
-            if args.process_index == 0:
-                print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
-            return None
-        trainer.train_and_save(checkpoint, name_of(data))
-        return trainer
-
-    def train_and_save(self, checkpoint: str | None = None, dataset: str | list[str] | None = None) -> None:
-        """Train from `checkpoint` or from the start, evaluate, and write everything to `args.output_dir`.
-
-        `dataset` names the data on the model card, which is written last and says that the run is finished.
-        """
-        result = self.train(resume_from_checkpoint=checkpoint)
-        self.log_metrics("train", result.metrics)
-        self.save_metrics("train", result.metrics)
-        self.save_model()  # before the evaluation, which may cast the weights
-        if self.eval_dataset is not None:
-            metrics = self.evaluate()
-            self.log_metrics("eval", metrics)
-            self.save_metrics("eval", metrics)
-        self.save_state()
-        self.create_model_card(dataset=dataset)
-        if self.args.push_to_hub:
-            self.push_to_hub(dataset=dataset)
+    @staticmethod
+    def _start_of_reference(model, ref_model, peft_config: PeftConfig | None) -> tuple[nn.Module, str | None]:
+        """The model that is the reference as it is now, and the adapter that is on in it."""
+        if ref_model is not None:
+            return ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
+        inert = peft_config is not None and changes_nothing_yet(peft_config)
+        return model, reference_adapter(model, inert_adapter=inert)
 
     # What a method writes or overrides.
 
@@ -276,10 +195,24 @@ class PreferenceTrainer(Trainer):
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = (losses * weights).sum() * processes / total.clamp(min=torch.finfo(weights.dtype).tiny)
-        if self.model.training:
-            check_finite(loss.detach(), losses.detach(), inputs, self.processing_class,
-                         step=self.state.global_step + 1, fatal=not self.args.fp16)  # fmt: skip
+        if self.model.training and not self.args.fp16:  # the loss scaler of float16 skips such a step
+            self._check_finite(loss.detach(), losses.detach(), inputs)
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
+
+    def _check_finite(self, loss: Tensor, losses: Tensor, batch: Batch) -> None:
+        """Raises FloatingPointError before a loss that is not finite reaches a weight: the Trainer would show it as 0
+        and train on."""
+        if torch.isfinite(loss):
+            return
+        wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        ends = [self.processing_class.decode(batch["prompt_ids"][b][batch["prompt_mask"][b]])[-80:] for b in wrong[:3]]
+        step = self.state.global_step
+        raise FloatingPointError(
+            f"The loss of step {step + 1} is {float(loss)}: that of {len(wrong)} of {len(losses)} prompts is not "
+            f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: "
+            "look at these rows (scores, lengths), lower learning_rate or set max_grad_norm, and go on from the last "
+            "checkpoint."
+        )
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
         reference = self._reference_forward(model, batch) if self.reference is not None else None
@@ -312,7 +245,7 @@ class PreferenceTrainer(Trainer):
             ValueError: rows are missing, and neither the reference nor the policy as it was given is left.
             StaleCacheError: a cached value is not what the reference says.
         """
-        stands_in = self._untouched and not self.reference.given  # the policy for its reference
+        stands_in = self.untouched and not self.reference.given  # the policy for its reference
 
         def score(rows: list[dict]) -> Tensor:
             batch = self._prepare_inputs(self.data_collator(rows))
@@ -374,19 +307,14 @@ class PreferenceTrainer(Trainer):
     # Data.
 
     def get_train_dataloader(self):
-        """The Trainer's loader, or batches of at most `max_tokens_per_batch` tokens.
-
-        Raises:
-            ValueError: it has no batch.
-        """
+        """The Trainer's loader, or batches of `max_tokens_per_batch` tokens. Raises ValueError where there is none."""
         if self.args.max_tokens_per_batch is not None and self.train_dataset is not None:
             return budget_loader(self.train_dataset, self.data_collator, self.args)
         loader = super().get_train_dataloader()
         if not len(loader):
             raise ValueError(
-                f"dataloader_drop_last leaves nothing to train on: the {len(self.train_dataset)} rows do not fill one "
-                f"batch of {self._train_batch_size} on each of {self.accelerator.num_processes} process(es). Set it "
-                "to false, or lower per_device_train_batch_size."
+                f"dataloader_drop_last leaves no batch of the {len(self.train_dataset)} rows to train on: set it to "
+                "false, or lower per_device_train_batch_size."
             )
         return loader
 
@@ -394,18 +322,14 @@ class PreferenceTrainer(Trainer):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args, several=True)
-            check_ranges(eval_dataset, [policies.base_model(self.model)])
+            check_ranges(_parts(eval_dataset), [policies.base_model(self.model)])
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
         test_dataset = prepare_rows(test_dataset, self.processing_class, self.args)
-        check_ranges(test_dataset, [policies.base_model(self.model)])
+        check_ranges(_parts(test_dataset), [policies.base_model(self.model)])
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    def hyperparameter_search(self, *args, **kwargs):
-        """Raises ValueError: a trainer has one model and one reference."""
-        raise ValueError("hyperparameter_search needs a new model per trial: make one trainer per trial.")
 
     # Metrics and evaluation.
 
@@ -468,79 +392,6 @@ class PreferenceTrainer(Trainer):
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
 
-    # Saving and going on.
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
-        """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
-
-        Raises:
-            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`);
-                no weight of the policy is trainable; `self_enhance` is set, whose rounds `run` starts.
-        """
-        if self.args.self_enhance is not None:
-            raise ValueError(
-                "self_enhance trains in rounds, each with a trainer of its own: start them with "
-                f"{type(self).__name__}.run(args, data, model), or leave it out."
-            )
-        policies.refuse_frozen(self.model)
-        self._settings = self.run_settings()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: there is no whole checkpoint in output_dir={self.args.output_dir}. "
-                    "Leave it out to begin at step 0."
-                )
-        if resume_from_checkpoint:
-            self.check_checkpoint(resume_from_checkpoint)
-            self._untouched = False
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
-                # The Trainer of older releases passes over this one of several adapters.
-                self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
-        return super().train(resume_from_checkpoint or None, *arguments, **keywords)
-
-    def run_settings(self) -> dict:
-        """What the weights depend on: a checkpoint written with other settings is refused."""
-        adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
-        rows = None if self.train_dataset is None else rows_digest(self.train_dataset)
-        own = {"trainer": type(self).__name__, "training rows": rows, **broadcast_object_list([self._start])[0]}
-        return run_settings(self.args, length=False, adapter=adapter, **own)
-
-    def check_checkpoint(self, checkpoint: str) -> None:
-        """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
-        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
-        check_checkpoint(checkpoint, self.model, self._settings, engine=engine)
-
-    def _save_checkpoint(self, model, trial):
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            begin_checkpoint(folder, self._settings, self.args)
-        super()._save_checkpoint(model, trial)
-
-    def _issue_warnings_after_load(self, load_result):
-        """The Trainer warns where weights of a checkpoint are missing or left over, and trains on."""
-        lost = lost_weights(self.model, load_result.missing_keys)
-        if wrong := lost or sorted(load_result.unexpected_keys):
-            raise ValueError(
-                f"The checkpoint is of another model: {len(wrong)} weights differ by name, such as {wrong[0]}."
-            )
-
-    def create_model_card(self, **kwargs):
-        """The Trainer's card, tagged and headed with the method, its paper and the data."""
-        tags = kwargs.pop("tags", None) or []
-        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "polypo", self.method.lower()]
-        super().create_model_card(**kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "README.md"
-        card = ModelCard.load(path)
-        paper = f"\nPaper: [{self.paper[0]}](https://arxiv.org/abs/{self.paper[1]})\n" if self.paper else ""
-        data = kwargs.get("dataset") or kwargs.get("dataset_args")
-        data = f"\nData: {data if isinstance(data, str) else ', '.join(data)}\n" if data else ""
-        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{data}{card.text}"
-        card.save(path)
-
 
 def _parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
     """Each data set once, those of a dict one by one."""
@@ -559,4 +410,4 @@ class _Beginning(TrainerCallback):
             self._trainer.precompute_reference()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._trainer._untouched = False
+        self._trainer.untouched = False

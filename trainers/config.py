@@ -57,12 +57,13 @@ def option(default, help: str, *, choices: Sequence[str] | None = None, **bounds
 def check_options(options) -> None:
     """Raises ValueError for the first field of a dataclass that is outside its choices or bounds.
 
-    None is allowed where the field's type says so.
+    None is allowed where it is the default or the field's type says so.
     """
     types = get_type_hints(type(options))  # not `field.type`, from which argument parsers take None away
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), field.metadata.get("choices")
-        if allowed is None or value in allowed or (value is None and type(None) in get_args(types[field.name])):
+        optional = field.default is None or type(None) in get_args(types[field.name])
+        if allowed is None or value in allowed or (value is None and optional):
             continue
         kind = "must be a finite number," if isinstance(allowed, Range) else "is unknown: choose one of"
         raise ValueError(f"{field.name}={value!r} {kind} {', '.join(allowed)}.")

@@ -1,7 +1,7 @@
 """The data sets that a trainer is given, as tokenised rows."""
 
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig
@@ -19,26 +19,16 @@ def prepare_rows(
     """Canonical rows, TRL pairs or tokenised rows -> tokenised rows as `args` want them; of `several`, a dict by name.
 
     Raises:
-        ValueError: it is no data set that can be held, or several where one is needed, or a row cannot be used.
+        ValueError: it is no `datasets.Dataset`, or a row cannot be used.
     """
     if dataset is None:
         return None
-    if isinstance(dataset, dict):
-        if not several:
-            raise ValueError(
-                f"A {type(dataset).__name__} of {', '.join(map(repr, dataset))} is no data set of rows: pass one of "
-                "its splits, such as data['train']."
-            )
+    if isinstance(dataset, dict) and several:
         return {name: prepare_rows(part, tokenizer, args) for name, part in dataset.items()}
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            "A stream cannot be trained on, as rows are counted, checked and numbered before the first step: load the "
-            "data set without streaming, or write it to a file with scripts/prepare_data.py first."
-        )
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"A data set of type {type(dataset).__name__} is not supported: give a datasets.Dataset, for example "
-            "Dataset.from_list(rows) or load_preferences(path)."
+            f"A {type(dataset).__name__} is no data set of rows, which are counted before the first step: give a "
+            "datasets.Dataset, such as one split of several (data['train']), or Dataset.from_list(rows)."
         )
     with args.main_process_first(desc="preparing the data set"):
         return prepare_dataset(
@@ -52,19 +42,17 @@ def prepare_rows(
         )
 
 
-def check_ranges(dataset: Dataset | dict[str, Dataset] | None, models: list[PreTrainedModel]) -> None:
+def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None:
     """Compare the token ids and the lengths of tokenised rows with the tables of the models that they will be fed to.
 
     Raises:
-        ValueError: a row holds a token or a position that a model has no entry for.
+        ValueError: a row holds a token or a position that a model has no entry for, which training might only meet
+            after hours.
     """
-    if dataset is None:
+    if not datasets:
         return
-    if isinstance(dataset, dict):
-        for part in dataset.values():
-            check_ranges(part, models)
-        return
-    lowest, highest, longest = _extremes(dataset)
+    lows, highs, lengths = zip(*map(_extremes, datasets), strict=True)
+    lowest, highest, longest = min(lows), max(highs), max(lengths)
     for model in models:
         tokens, positions = table_sizes(model)
         if lowest < 0 or highest >= tokens:

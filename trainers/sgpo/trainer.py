@@ -86,7 +86,7 @@ class SGPOTrainer(DPOTrainer):
         Raises:
             RuntimeError: it is not.
         """
-        if not (self._starts_at_reference and self._untouched and self.model.training):
+        if not (self._starts_at_reference and self.untouched and self.model.training):
             return
         self._starts_at_reference = False  # once is enough
         difference = float((logratios.abs() / lengths.clamp(min=1)).max())

@@ -1,0 +1,169 @@
+"""How a run starts, goes on after a kill, and ends: what surrounds the steps of a trainer."""
+
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from transformers import Trainer
+
+from . import rounds
+from .config import PreferenceConfig
+from .data.load import load_split, name_of
+from .forward import policy as policies
+from .runs.checkpoints import (
+    begin_checkpoint,
+    check_checkpoint,
+    checkpoint_to_resume,
+    has_ended,
+    last_checkpoint,
+    lost_weights,
+    refuse_other_run,
+)
+from .runs.settings import rows_digest, run_settings
+
+DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
+
+
+class RunningTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoints are whole and of the same run, or refused.
+
+    A subclass sets `start`, what its run starts from (`start_of_run`).
+    """
+
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    method: str = "preferences"
+    paper: tuple[str, str] | None = None  # title, arXiv number
+    start: dict[str, str]
+    untouched = True  # whether the policy is as it was given
+
+    @classmethod
+    def run(
+        cls,
+        args: PreferenceConfig,
+        data,
+        model: str,
+        *,
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ) -> "RunningTrainer | None":
+        """Train, evaluate, and write model, metrics and model card to `args.output_dir`: what the launcher calls.
+
+        It goes on from the checkpoint that `args.resume_from_checkpoint` names (true: the last whole one, if there is
+        one), and leaves a finished run as it is. With `args.self_enhance` it trains in rounds (rounds.py).
+
+        Args:
+            data: splits, `{"train": rows, "test": rows}`, of which "test" may be missing; or `DataArguments`.
+            model: path or hub id, loaded with `args.model_init_kwargs`.
+
+        Returns:
+            the trainer; None for a run that was finished before, and for rounds, each of which has a trainer of its
+            own. The model lies in `args.output_dir` in any case.
+
+        Raises:
+            ValueError: `output_dir` holds a run with other settings; the message names them.
+        """
+        loading = {"quantization_config": quantization_config, "peft_config": peft_config}
+        splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
+        if args.self_enhance is not None:
+            rounds.run(cls, args, model, dataset=name_of(data), **splits, **loading)
+            return None
+        rounds.refuse_folder_of_rounds(args.output_dir)
+        checkpoint = checkpoint_to_resume(args)
+        trainer = cls(model, args=args, **splits, **loading)
+        if checkpoint is not None and has_ended(args, checkpoint):
+            refuse_other_run(checkpoint, trainer.run_settings())
+            if args.process_index == 0:
+                print(f"The run in output_dir={args.output_dir} is finished: nothing is trained.")
+            return None
+        trainer.train_and_save(checkpoint, name_of(data))
+        return trainer
+
+    def train_and_save(self, checkpoint: str | None = None, dataset: str | list[str] | None = None) -> None:
+        """Train from `checkpoint` or from the start, evaluate, and write everything to `args.output_dir`.
+
+        `dataset` names the data on the model card, which is written last and says that the run is finished.
+        """
+        result = self.train(resume_from_checkpoint=checkpoint)
+        self.log_metrics("train", result.metrics)
+        self.save_metrics("train", result.metrics)
+        self.save_model()  # before the evaluation, which may cast the weights
+        if self.eval_dataset is not None:
+            metrics = self.evaluate()
+            self.log_metrics("eval", metrics)
+            self.save_metrics("eval", metrics)
+        self.save_state()
+        self.create_model_card(dataset=dataset)
+        if self.args.push_to_hub:
+            self.push_to_hub(dataset=dataset)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
+        """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
+
+        Raises:
+            ValueError: there is no such checkpoint, or the one that is named is of another run (`check_checkpoint`);
+                no weight of the policy is trainable; `self_enhance` is set, whose rounds `run` starts.
+        """
+        if self.args.self_enhance is not None:
+            raise ValueError(
+                "self_enhance trains in rounds, each with a trainer of its own: start them with "
+                f"{type(self).__name__}.run(args, data, model), or leave it out."
+            )
+        policies.refuse_frozen(self.model)
+        self._settings = self.run_settings()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: there is no whole checkpoint in output_dir={self.args.output_dir}. "
+                    "Leave it out to begin at step 0."
+                )
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
+            self.untouched = False
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
+                # The Trainer of older releases passes over this one of several adapters.
+                self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
+        return super().train(resume_from_checkpoint or None, *arguments, **keywords)
+
+    def run_settings(self) -> dict:
+        """What the weights depend on: a checkpoint written with other settings is refused."""
+        adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        rows = None if self.train_dataset is None else rows_digest(self.train_dataset)
+        own = {"trainer": type(self).__name__, "training rows": rows, **broadcast_object_list([self.start])[0]}
+        return run_settings(self.args, length=False, adapter=adapter, **own)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
+        check_checkpoint(checkpoint, self.model, self._settings, engine=engine)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder, self._settings, self.args)
+        super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result):
+        """The Trainer warns where weights of a checkpoint are missing or left over, and trains on."""
+        lost = lost_weights(self.model, load_result.missing_keys)
+        if wrong := lost or sorted(load_result.unexpected_keys):
+            raise ValueError(
+                f"The checkpoint is of another model: {len(wrong)} weights differ by name, such as {wrong[0]}."
+            )
+
+    def create_model_card(self, **kwargs):
+        """The Trainer's card, tagged and headed with the method, its paper and the data."""
+        tags = kwargs.pop("tags", None) or []
+        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "polypo", self.method.lower()]
+        super().create_model_card(**kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        paper = f"\nPaper: [{self.paper[0]}](https://arxiv.org/abs/{self.paper[1]})\n" if self.paper else ""
+        data = kwargs.get("dataset") or kwargs.get("dataset_args")
+        data = f"\nData: {data if isinstance(data, str) else ', '.join(data)}\n" if data else ""
+        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{data}{card.text}"
+        card.save(path)
