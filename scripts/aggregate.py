@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.aggregate`."""
+"""Moved: `polypo aggregate`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.aggregate", "python -m trainers.cli.aggregate")
+    run("trainers.cli.aggregate", "polypo aggregate")

@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.types`."""
+"""Moved: `polypo types`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.types", "python -m trainers.cli.types")
+    run("trainers.cli.types", "polypo types")

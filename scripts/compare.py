@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.compare`."""
+"""Moved: `polypo compare`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.compare", "python -m trainers.cli.compare")
+    run("trainers.cli.compare", "polypo compare")

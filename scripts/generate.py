@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.generate`."""
+"""Moved: `polypo generate`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.generate", "python -m trainers.cli.generate")
+    run("trainers.cli.generate", "polypo generate")

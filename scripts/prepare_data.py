@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.prepare`."""
+"""Moved: `polypo prepare`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.prepare", "python -m trainers.cli.prepare")
+    run("trainers.cli.prepare", "polypo prepare")

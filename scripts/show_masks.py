@@ -1,6 +1,6 @@
-"""Moved: `python -m trainers.cli.masks`."""
+"""Moved: `polypo masks`."""
 
 from moved import run
 
 if __name__ == "__main__":
-    run("trainers.cli.masks", "python -m trainers.cli.masks")
+    run("trainers.cli.masks", "polypo masks")

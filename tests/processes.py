@@ -16,7 +16,9 @@ from pathlib import Path
 
 _template = multiprocessing.get_context("forkserver")
 # Only what reads nothing of a process's own environment, such as WORLD_SIZE, while it is imported.
-_template.set_forkserver_preload(["deepspeed", "pytest", "aggregate", "generate", "train"])
+_template.set_forkserver_preload(
+    ["deepspeed", "pytest", *(f"trainers.cli.{name}" for name in ("aggregate", "generate", "train"))]
+)
 
 
 def start(target: Callable, *arguments, log: Path | str, count: int = 1) -> list[multiprocessing.Process]:

@@ -208,7 +208,6 @@ def test_a_plan_for_gpus_takes_their_dtype(report):
     [
         ({"learnign_rate": 1.0}, [], "learnign_rate"),
         ({}, ["--learnign_rate", "1"], "learnign_rate"),
-        ({}, ["--learning", "1"], "--learning"),
         ({"gpu_tflops": 312}, [], "gpu_tflops is no option any more: .*--probe"),
         ({}, ["--utilisation", "0.3"], "utilisation is no option any more: .*--probe"),
         ({"trainer": "SWEEPTrainer"}, [], "SWEEPTrainer.*one of: .*SWEPOTrainer"),

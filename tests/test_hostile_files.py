@@ -251,63 +251,6 @@ def launch(inputs, output, **changes):
     train.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
 
 
-CONFIGS = {
-    "unknown key": ("learning_rat: 1", "learning_rat"),
-    "not a mapping": ("- a\n- b", "config"),
-    "a text": ("hello", "config"),
-    "empty": ("", "config"),
-    "broken": ("a: [1", "config|line"),
-    "tabs": ("a:\n\t- b", "config|tab|token"),
-    "tag that runs code": ("trainer: !!python/object/apply:os.mkdir ['{ran}']", "constructor|tag|config"),
-    "tag of a name": ("trainer: !!python/name:os.system", "constructor|tag|config"),
-    "binary": ("\x00\x01", "config|special characters"),
-    "trainer is no class": ("trainer: os.system", "trainer="),
-    "trainer is nowhere": ("trainer: no.such.Trainer", "trainer="),
-    "trainer of another kind": ("trainer: transformers.Trainer", "trainer="),
-    "a key twice": ("beta: 1\nbeta: 2", "key 'beta' is there twice"),
-    "a near key": ("learning_rat: 1", "config.yaml: the key 'learning_rat' is not known: did you mean learning_rate"),
-    "a far key": ("xyzzy: 1", "config.yaml: the key 'xyzzy' is not known: `--help`"),
-    "a number as key": ("5: 1", "config.yaml: the key '5' is not known"),
-    "boolean for a number": ("max_steps: true", "max_steps: True is a bool, but max_steps takes int"),
-    "boolean for a share": ("beta: true", "beta: True is a bool, but beta takes float"),
-    "number for a boolean": ("bf16: 3", "bf16: 3 is a int, but bf16 takes bool"),
-    "share for a count": ("max_steps: 2.5", "max_steps: 2.5 is a float, but max_steps takes int"),
-    "share for a seed": ("seed: 1.5", "seed: 1.5 is a float, but seed takes int"),
-    "nothing for a number": ("beta:", "beta: None is a NoneType, but beta takes float"),
-    "list for a text": ("model_name_or_path: [a]", "model_name_or_path: .* is a list"),
-    "mapping for a number": ("lora_r: {a: 1}", "lora_r: .* is a dict"),
-    "an unquoted no": ("save_strategy: no", "save_strategy: False is a bool.*quotes around"),
-    "no rows": ("max_train_rows: 0", "max_train_rows=0 must be positive"),
-    "fewer rows": ("max_train_rows: -3", "max_train_rows=-3 must be positive"),
-    "no data": ("model_name_or_path: x", "dataset_name"),
-    "no model": ("dataset_name: x", "model_name_or_path"),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_broken_config_file_is_named(name, tmp_path):
-    content, match = CONFIGS[name]
-    (tmp_path / "config.yaml").write_text(content.replace("{ran}", str(tmp_path / "ran")))
-    with pytest.raises(ValueError, match=match):
-        train.main(
-            ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-        )
-    assert not (tmp_path / "ran").exists()
-
-
-def test_values_of_every_kind_that_the_parser_reads_are_taken(tmp_path):
-    """A text stands for what a flag would give, a whole number for any, and null for what may be left out."""
-    (tmp_path / "config.yaml").write_text(
-        "learning_rate: 1e-4\nbeta: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: 'no'\n"
-        "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: float32}\n"
-        "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
-        "dataset_name: y\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
-    )
-    _, _, args, model = train.parse(["--config", str(tmp_path / "config.yaml"), "--use_cpu", "true"])
-    assert (args.learning_rate, args.beta, args.max_steps, args.bf16, args.max_length) == (1e-4, 1, 3, False, None)
-    assert model.lora_target_modules == ["q_proj", "v_proj"] and args.save_strategy == "no"
-
-
 @pytest.mark.parametrize("wanted", ["absent", "file", "empty", "a\x00b", "maybe"])
 def test_a_checkpoint_that_is_none_is_named(wanted, inputs, tmp_path):
     (tmp_path / "file").write_text("x")

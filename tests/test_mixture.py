@@ -112,11 +112,10 @@ def test_a_mixture_keeps_which_responses_are_unfinished():
     ("change", "message"),
     [
         ({"dataset_weights": [1]}, "dataset_weights has 1 items for 2 data sets"),
-        ({"dataset_weights": [1, 0]}, "dataset_weights has 0: give positive numbers"),
-        ({"dataset_weights": [1, "much"]}, "dataset_weights has 'much': give positive numbers"),
+        ({"dataset_weights": [1, 0]}, r"dataset_weights=\[1, 0\]: give positive numbers"),
         ({"dataset_config": ["x", "y", "z"]}, "dataset_config has 3 items for 2 data sets"),
     ],
-    ids=["few", "zero", "text", "many"],
+    ids=["few", "zero", "many"],
 )
 def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):

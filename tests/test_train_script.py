@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deepspeed.accelerator
 import pytest
 import torch
 from datasets import Dataset
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file
 
 from helpers import build_tokenizer, tiny_llama
@@ -119,28 +117,6 @@ def test_processes_that_the_launcher_did_not_start_are_missed(environment, lost)
             train.refuse_lost_processes(1, environment)
     else:
         train.refuse_lost_processes(1, environment)
-
-
-@pytest.mark.parametrize("asked", ["flag", "file", "launcher"])
-def test_zero_on_cpus_names_what_compiling_needs_before_anything_is_loaded(asked, inputs, tmp_path, monkeypatch):
-    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (tmp_path / "zero.yaml").write_text(f"deepspeed: {tmp_path / 'zero.json'}\n")
-    changes = {"flag": {"deepspeed": tmp_path / "zero.json"}, "file": {"config": tmp_path / "zero.yaml"}}.get(
-        asked, {}
-    )
-    if asked == "launcher":
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", CPU_Accelerator)
-    monkeypatch.setattr(train.DataArguments, "load", lambda *args: pytest.fail("rows were read"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "my-compiler")
-    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match=r"\(my-compiler\), ninja \(ninja\), Python's headers .*apt install g\+\+"):
-        run(inputs, tmp_path / "out", **changes)
-    for name in ("my-compiler", "ninja"):
-        (tmp_path / name).touch(mode=0o755)
-    (tmp_path / "Python.h").touch()
-    train.refuse_missing_compiler()
 
 
 def test_accelerate_with_two_cpu_processes_is_stopped(inputs, tmp_path):

@@ -1,12 +1,9 @@
-"""What users of TRL bring along: data, models, callbacks, reports, the hub, sweeps, their scripts and files."""
+"""What users of TRL bring along: data, models, callbacks, reports, their scripts and files."""
 
-import base64
 import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,17 +11,14 @@ import torch
 import yaml
 from accelerate.utils import write_basic_config
 from datasets import Dataset
-from huggingface_hub import constants
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers.utils.hub import hf_api
 from trl import LogCompletionsCallback, RichProgressCallback
 
 from helpers import build_tokenizer, family_tokenizer, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
-from trainers.cli import train
 from trainers.config import COMPILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,87 +77,6 @@ def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, ca
     assert len(found.Scalars("eval/rewards/margins")) == 2
 
 
-@pytest.mark.parametrize("backend", ["trackio", "wandb"])
-def test_offline_reports_to(backend, tmp_path, tokenizer, monkeypatch):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path / "trackio"}.items():
-        monkeypatch.setenv(name, str(value))
-    pytest.importorskip(backend)  # trackio reads its folder when it is imported
-    trainer(tmp_path / "out", tokenizer, report_to=backend).train()
-    assert any(path.is_file() for path in tmp_path.rglob(f"*{backend}*/**/*"))
-
-
-# The hub.
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload needs: it takes a repository, and commits of regular and of large files."""
-
-    def answer(self, content, status=200):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        self.answer({"error": "not found"}, 404)
-
-    def do_POST(self):
-        body, path = self.rfile.read(int(self.headers["Content-Length"])), self.path
-        self.server.asked.append(path)
-        base = f"http://127.0.0.1:{self.server.server_port}"
-        if path.endswith("/repos/create"):
-            self.answer({"url": f"{base}/lab/{json.loads(body)['name']}", "name": f"lab/{json.loads(body)['name']}"})
-        elif "/preupload/" in path:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for f in json.loads(body)["files"]]  # fmt: skip
-            self.answer({"files": files})
-        elif "/commit/" in path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer(
-                {"success": True, "commitUrl": f"{base}/lab/m/commit/abc", "commitOid": "abc", "pullRequestUrl": None}
-            )
-        else:
-            self.answer({})
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub on this machine, which huggingface_hub is pointed to."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.asked = {}, []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(hf_api(), "endpoint", address)  # one for the whole process, which may be older
-    yield server
-    server.shutdown()
-    thread.join()
-
-
-def test_the_model_goes_to_the_hub(hub, tmp_path, tokenizer):
-    t = trainer(tmp_path / "my-swepo", tokenizer, push_to_hub=True, hub_token="hf_test")
-    t.train()
-    t.push_to_hub(dataset="lab/preferences")
-    assert t.hub_model_id == "lab/my-swepo"
-    card = hub.files["README.md"].decode()
-    assert "polypo" in card and "lab/preferences" in card and "2412.04628" in card
-    assert hub.files["model.safetensors"] == (tmp_path / "my-swepo/model.safetensors").read_bytes()
-    assert {"config.json", "tokenizer.json"} <= hub.files.keys()
-
-
-# Sweeps.
-
-
 def test_a_sweep_scores_the_reference_once(tmp_path, tokenizer):
     cached = {"precompute_ref_logps": True, "ref_cache_dir": str(tmp_path / "cache")}
     missing, ends = [], []
@@ -173,20 +86,6 @@ def test_a_sweep_scores_the_reference_once(tmp_path, tokenizer):
         t.train()
         ends.append(t.evaluate()["eval_loss"])
     assert missing[0] > 0 and missing[1] == 0 and ends[0] != ends[1]
-
-
-def test_optuna_picks_a_learning_rate(tmp_path, tokenizer):
-    optuna = pytest.importorskip("optuna")
-
-    def objective(trial):
-        rate = trial.suggest_float("learning_rate", 1e-4, 0.3, log=True)
-        t = trainer(tmp_path / str(trial.number), tokenizer, eval_data=rows(6), learning_rate=rate)
-        t.train()
-        return t.evaluate()["eval_loss"]
-
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    study.optimize(objective, n_trials=3)
-    assert len({trial.value for trial in study.trials}) == 3 and study.best_value == min(t.value for t in study.trials)
 
 
 # Scripts and files.
@@ -258,18 +157,6 @@ def test_a_trl_file_and_an_accelerate_config_file(inputs, tmp_path):
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in history if "loss" in log] == [1, 2]
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("trainer", ["SWEPOTrainer"])
-def test_without_bitsandbytes_qlora_names_the_package(trainer, inputs, tmp_path):
-    if __import__("importlib.util").util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
-    with pytest.raises(ImportError, match="bitsandbytes.*pip install"):
-        train.main([
-            "--trainer", trainer, "--model_name_or_path", str(inputs / "model"), "--dataset_name",
-            str(inputs / "pairs.jsonl"), "--output_dir", str(tmp_path), "--use_cpu", "--use_peft", "--load_in_4bit",
-            "true", "--report_to", "none",
-        ])  # fmt: skip
 
 
 # Fields of TrainingArguments.

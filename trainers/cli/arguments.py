@@ -8,7 +8,10 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import ModelConfig
 
+from polypo.recipes import accelerate_file, shipped
+
 from .. import load_preferences
+from ..config import check_options, option
 from ..data.mixture import mix
 from ..precision import FAST, settle_dtype
 
@@ -19,42 +22,37 @@ PER_DATA_SET = ("dataset_config", "dataset_train_split", "dataset_test_split", "
 class DataArguments:
     """What to train with and on."""
 
-    trainer: str = field(default="SWEPOTrainer", metadata={"help": "Class of `trainers`, or a dotted import path."})
+    trainer: str = option("SWEPOTrainer", "Class of `trainers`, or a dotted import path.")
     # Of these, a list with one item becomes the item.
-    dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Hub id, file or folder of preference rows; several are mixed."}
+    dataset_name: list[str] | None = option(None, "Hub id, file or folder of preference rows; several are mixed.")
+    dataset_weights: list[float] | None = option(
+        None, "Which share of the training rows of each data set is taken: 0.5 half, 2 each row twice."
     )
-    dataset_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Which share of the training rows of each data set is taken: 0.5 half, 2 each row twice."},
-    )
-    dataset_config: list[str] | None = field(
-        default=None,
-        metadata={"help": "Configuration of a data set with several. This and what follows: one for all, or each."},
+    dataset_config: list[str] | None = option(
+        None, "Configuration of a data set with several. This and what follows: one for all, or each."
     )
     dataset_train_split: list[str] = field(
         default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
     )
-    dataset_test_split: list[str] | None = field(
-        default=None, metadata={"help": "Split to evaluate on; none without it."}
+    dataset_test_split: list[str] | None = option(None, "Split to evaluate on; none without it.")
+    data_format: list[str] | None = option(
+        None, "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."
     )
-    data_format: list[str] | None = field(
-        default=None,
-        metadata={"help": "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."},
+    max_train_rows: int | None = option(None, "Use only so many training rows.", at_least=1)
+    dry_run: bool = option(False, "Describe the run and its memory without any weights.")
+    accelerate_config: str | None = option(
+        None,
+        "Accelerate file, or a name in configs/accelerate such as zero3: polypo train starts with it, and a dry run "
+        "estimates memory for it.",
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use only so many training rows."})
-    dry_run: bool = field(default=False, metadata={"help": "Describe the run and its memory without any weights."})
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "Accelerate file that a dry run estimates memory for."}
-    )
-    probe: bool = field(
-        default=False,
-        metadata={"help": "Make a few real steps on the longest and on typical batches: memory, time and advice."},
+    probe: bool = option(
+        False, "Make a few real steps on the longest and on typical batches: memory, time and advice."
     )
 
     def __post_init__(self):
-        if self.max_train_rows is not None and self.max_train_rows < 1:
-            raise ValueError(f"max_train_rows={self.max_train_rows} must be positive: leave it out for all rows.")
+        check_options(self)
+        if self.accelerate_config is not None:
+            self.accelerate_config = accelerate_file(self.accelerate_config)
         for name in ("dataset_name", *PER_DATA_SET):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) == 1:
@@ -66,8 +64,8 @@ class DataArguments:
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(names):
                 raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
-        if self.dataset_weights is not None:
-            self.dataset_weights = [_weight(value) for value in self.dataset_weights]
+        if not all(0 < weight < math.inf for weight in self.dataset_weights or ()):
+            raise ValueError(f"dataset_weights={self.dataset_weights}: give positive numbers.")
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +89,7 @@ class DataArguments:
         with args.main_process_first(desc=f"reading {self.dataset_name}"):
             parts = [
                 load_preferences(
-                    self.names[i],
+                    shipped(self.names[i]),
                     split=splits[i],
                     data_format=formats[i],
                     as_chat=args.as_chat,
@@ -108,26 +106,15 @@ class DataArguments:
             return mix(parts, names, weights, seed=args.seed, max_rows=limit)
 
 
-def _weight(value) -> float:
-    try:
-        if 0 < (weight := float(value)) < math.inf:
-            return weight
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"dataset_weights has {value!r}: give positive numbers.")
-
-
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's options of the model, with a dtype that goes by the machine."""
 
-    dtype: str | None = field(
-        default="float32",
-        metadata={
-            "help": "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, "
-            "and float32 elsewhere.",
-            "choices": ["auto", FAST, "bfloat16", "float16", "float32"],
-        },
+    dtype: str | None = option(
+        "float32",
+        "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, and float32 "
+        "elsewhere.",
+        choices=["auto", "fast", "bfloat16", "float16", "float32"],
     )
 
 

@@ -1,0 +1,6 @@
+"""`python -m polypo` is `polypo`."""
+
+from . import main
+
+if __name__ == "__main__":
+    main()

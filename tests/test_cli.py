@@ -1,0 +1,201 @@
+"""The program `polypo`: usages without imports, recipes and flags, what it hands to accelerate, and the wheel."""
+
+import dataclasses
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
+
+import polypo
+import trainers
+from helpers import family_tokenizer, tiny_llama
+from polypo import recipes, usage
+from test_trainer import rows
+from trainers import SWEPOConfig, SWEPOTrainer
+from trainers.cli import train
+from trainers.cli.arguments import DataArguments, ModelArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINERS = [name for name in trainers.__all__ if name.endswith("Trainer") and name != "PreferenceTrainer"]
+LIBRARIES = ("torch", "transformers", "trl", "deepspeed", "datasets", "numpy")
+
+
+# Usages.
+
+
+def test_usages_import_none_of_the_libraries_that_take_seconds():
+    code = (
+        "import sys, polypo\npolypo.main(['--help'])\npolypo.main(['train', '--help', '--config', 'lire/demo.yaml'])\n"
+        f"assert not {set(LIBRARIES)} & sys.modules.keys(), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in polypo.COMMANDS)
+    assert "LIRETrainer" in done.stdout and "--sft_alpha" in done.stdout and "--config_name" not in done.stdout
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_usage_has_the_options_of_the_classes(name):
+    shown = usage.train(["--help", "all", "--trainer", name])
+    cls = getattr(trainers, name).config_class
+    fields = [field for c in (cls, DataArguments, ModelArguments) for field in dataclasses.fields(c) if field.init]
+    assert {*re.findall(r"^  --(\w+)", shown, flags=re.M)} == {field.name for field in fields} | usage.LAUNCH.keys()
+    read = usage.config_of(name)
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING and isinstance(field.default, float | bool | None):
+            assert read[field.name].default == str(field.default)
+        if isinstance(text := field.metadata.get("help"), str):
+            assert read[field.name].help == text
+    short = usage.train(["--help", "--trainer", name])
+    assert all(f"--{name} " in short for name in (*usage.MODEL, *usage.TRAINING)) and "--help all" in short
+
+
+def test_commands_are_modules_and_forwards_lead_to_some():
+    for name in polypo.COMMANDS:
+        assert callable(importlib.import_module(f"trainers.cli.{name}").main)
+    for script in (ROOT / "scripts").glob("*.py"):
+        if moved := re.search(r'^    run\("([\w.]+)", ', script.read_text(), flags=re.M):
+            assert importlib.util.find_spec(moved[1])
+    with pytest.raises(SystemExit, match="did you mean train"):
+        polypo.main(["trian"])
+
+
+# Recipes and flags.
+
+CONFIGS = {  # content of a recipe -> what is said of it
+    "a: [1": "config.yaml is no YAML",
+    "- a": "is not a YAML mapping",
+    "a: !!python/object/apply:os.system [touch ran]": "is no YAML of plain values",
+    "beta: 1\nbeta: 2": "the key 'beta' is there twice",
+    "learning_rat: 1": "'learning_rat' is not known: did you mean learning_rate",
+    "utilisation: 0.3": "utilisation is no option any more: hours .* --probe",
+    "max_steps: true": "max-steps: invalid int value: 'True'",
+    "beta: true": "beta: invalid float value: 'True'",
+    "bf16: 3": "bf16: Truthy value expected: got 3",
+    "seed: 1.5": "seed: invalid int value: '1.5'",
+    "beta:": "beta=None must be a finite number",
+    "save_strategy: no": "False is not a valid SaveStrategy",
+    "max_train_rows: 0": "max_train_rows=0 must be",
+    "dataset_weights: [-1]": "dataset_weights=.* give positive numbers",
+    "model_name_or_path: x": "dataset_name is missing",
+    "dataset_name: x": "model_name_or_path is missing",
+    "model_name_or_path: runs/no/model": "is not there. A recipe of the demo takes it",
+    "trainer: NoTrainer": "was not found .* or one of: DPOTrainer, ",
+    "accelerate_config: zero9": "is no file: name one, or one of ddp, ",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS)
+def test_what_is_wrong_in_a_recipe_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=CONFIGS[content]):
+        train.main(["--config", "config.yaml", "--output_dir", "out", "--use_cpu", "true"])
+    assert not Path("ran").exists()
+
+
+def test_an_unknown_flag_is_named_with_the_nearest_known_one():
+    with pytest.raises(ValueError, match="'bteta' is not known: did you mean beta"):
+        train.parse(["--output_dir", "out", "--bteta=3"])
+
+
+def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
+    """A text stands for what a flag would give, a whole number for any, and null for what may be left out."""
+    monkeypatch.delenv("SOME_NAME", raising=False)
+    (tmp_path / "a.yaml").write_text("beta: 0.5\nalpha: 0.5\ngamma: 0.5\noutput_dir: out\nuse_cpu: true\n")
+    (tmp_path / "b.yaml").write_text(
+        "learning_rate: 1e-4\nalpha: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: 'no'\n"
+        "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: float32}\n"
+        "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
+        "dataset_name: y\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
+    )
+    files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+    for argv in (["--config", *files, "--gamma", "2"], ["--gamma", "2", f"--config={files[0]}", "--config", files[1]]):
+        _, data, args, model = train.parse(argv)
+        assert (args.beta, args.alpha, args.gamma) == (0.5, 1, 2)
+        assert (args.learning_rate, args.max_steps, args.bf16, args.max_length) == (1e-4, 3, False, None)
+        assert model.lora_target_modules == ["q_proj", "v_proj"] and args.save_strategy == "no"
+        assert data.dataset_name == "y" and args.model_init_kwargs == {"dtype": "float32"} and args.data_seed == 5
+    assert os.environ.pop("SOME_NAME") == "a"
+
+
+# Accelerate.
+
+ZERO3, DDP = (str(ROOT / f"polypo/configs/accelerate/{name}.yaml") for name in ("zero3", "ddp"))
+
+
+@pytest.mark.parametrize(
+    "argv, needed, launch",
+    [
+        (["--beta", "1"], True, []),
+        (["--beta", "1"], False, None),
+        (["--beta", "1", "--num_processes=2", "--cpu"], False, ["--num_processes", "2", "--cpu"]),
+        (["--accelerate_config", "zero3", "--beta", "1"], True, ["--config_file", ZERO3]),
+        (["--config", "recipe.yaml"], True, ["--config_file", ZERO3]),
+        (["--config", "recipe.yaml", "--accelerate_config", "ddp"], True, ["--config_file", DDP]),
+        (["--config", "recipe.yaml", "--dry_run"], True, None),
+    ],
+)  # fmt: skip
+def test_what_goes_to_accelerate_and_what_to_the_command(argv, needed, launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("accelerate_config: zero3\nbeta: 1\n")
+    found, rest = polypo.split_launch(argv, needed=needed)
+    assert found == launch
+    assert rest == [part for part in argv if part not in ("--num_processes=2", "--cpu")]
+
+
+def test_accelerate_has_the_options_that_are_handed_to_it():
+    values = {name: "1" for name in usage.LAUNCH} | {"main_process_ip": "10.0.0.1"}
+    parts = [part for name, value in values.items() for part in (f"--{name}", value)]
+    known = launch_command_parser().parse_args([*parts, "--cpu", "--quiet", "--config_file", "a", "--module", "b"])
+    assert known.training_script == "b" and known.gpu_ids == "1" and known.machine_rank == 1
+
+
+def test_the_wheel_trains_a_recipe_on_the_demo_rows_without_a_checkout(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("trainers", "polypo", "configs", "data"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source]
+    subprocess.run(build, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("polypo-*.whl"))) as wheel:
+        wheel.extractall(site)
+    [entry] = site.glob("*.dist-info/entry_points.txt")
+    assert "polypo = polypo:main" in entry.read_text()
+    recipe = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert recipe == {path.relative_to(site / "polypo") for path in (site / "polypo/configs").rglob("*.yaml")}
+
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    command = ["train", "--config", "dpo/demo.yaml", "--accelerate_config", "single", "--cpu", "--use_cpu", "true"]
+    command += ["--model_name_or_path", "model", "--max_steps", "1", "--lora_target_modules", "q_proj", "v_proj"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-m", "polypo", *command], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/dpo-demo/adapter_model.safetensors").is_file()
+    assert recipes.shipped("data/demo/prompts.jsonl") == "data/demo/prompts.jsonl" or Path.cwd() != ROOT
+
+
+# From Python.
+
+
+def test_a_method_is_started_in_five_lines_of_python(tmp_path, start):
+    args = SWEPOConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_steps=1,
+                       per_device_train_batch_size=2, resume_from_checkpoint="true")  # fmt: skip
+    data = {"train": Dataset.from_list(rows(8)), "test": Dataset.from_list(rows(4))}
+    trainer = SWEPOTrainer.run(args, data, str(start))
+    assert trainer.state.global_step == 2
+    names = ("model.safetensors", "tokenizer.json", "README.md", "train_results.json", "eval_results.json")
+    assert all((tmp_path / name).is_file() for name in names)
+    assert SWEPOTrainer.run(args, data, str(start)) is None  # it is finished
