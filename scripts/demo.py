@@ -33,8 +33,7 @@ from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
 from trainers.cli.arguments import set_model_options
 from trainers.cli.compare_samples import SampleOptions, sample_and_measure, sum_logps
-from trainers.data.prepare import prepare_dataset
-from trainers.data.tokenization import UNFINISHED
+from trainers.data.tokenization import UNFINISHED, prepare_dataset
 from trainers.forward.policy import base_model
 from trainers.forward.run import Runner
 from trainers.generation import sample_responses

@@ -82,7 +82,7 @@ def test_auto_lists_all_formats_where_columns_fit_none(tmp_path):
 def test_a_rating_that_is_no_number_is_named():
     source = CASES["ultrafeedback_fine_grained"][0][0]
     completions = [{**c, "annotations": {"honesty": {"Rating": "4/5"}}} for c in source["completions"]]
-    with pytest.raises(ValueError, match="row 0: 'Rating' is the str '4/5'; give a number, or 'N/A'"):
+    with pytest.raises(ValueError, match="row 0: could not convert string to float: '4/5'"):
         canonicalize(Dataset.from_list([{**source, "completions": completions}]),
                      FORMATS["ultrafeedback_fine_grained"].adapter)  # fmt: skip
 

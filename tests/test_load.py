@@ -101,7 +101,7 @@ def test_drops_are_logged_once_with_the_file(tmp_path, caplog):
     assert record.levelname == "WARNING"
     assert "data.jsonl: 3 rows in, 2 kept, 1 dropped" in record.getMessage()
     assert "responses dropped: 2 (empty text)" in record.getMessage()
-    with pytest.raises(ValueError, match=r"row 2: responses\[1\]: empty text"):
+    with pytest.raises(ValueError, match="row 2: response: empty text"):
         load_preferences(path, invalid_rows="error")
 
 
@@ -126,7 +126,7 @@ def test_unknown_columns_and_formats(tmp_path):
     with pytest.raises(ValueError, match="'no_such_module.f' cannot be imported"):
         load_preferences(path, data_format="no_such_module.f")
     (tmp_path / "data.txt").write_text("hello")
-    with pytest.raises(ValueError, match="cannot read 'data.txt'; give a file ending in"):
+    with pytest.raises(ValueError, match="cannot read 'data.txt'; give files of one kind, ending in"):
         load_preferences(str(tmp_path / "data.txt"))
 
 
@@ -226,21 +226,11 @@ def test_real_pairs_with_empty_responses(caplog):
     assert all(len(row) == 2 for row in dataset["responses"])
 
 
-def test_an_empty_file_and_a_misspelled_column_are_named(tmp_path, caplog):
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl is empty"):
-        load_preferences(tmp_path / "empty.jsonl")
-    row = {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0], "weigth": 0.5, "source": "x"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    assert len(load_preferences(tmp_path / "rows.jsonl")) == 1
-    assert "'weigth' is not used: did you mean 'weight'" in caplog.text and "source" not in caplog.text
-
-
 def test_a_column_that_datasets_keeps_as_raw_json_is_refused():
     mixed = Dataset.from_dict({"prompt": ["a"], "id": ["1"]}, features=Features(prompt=Json(), id=Json()))
     with pytest.raises(ValueError, match="column 'prompt' of lab/rows mixes types"):
-        load._refuse_mixed(mixed, "lab/rows", strict={"prompt"})
-    load._refuse_mixed(mixed, "lab/rows", strict={"scores"})
+        load._refuse_mixed(mixed, "lab/rows", ["prompt"])
+    load._refuse_mixed(mixed, "lab/rows", ["scores"])
 
 
 def test_a_split_of_a_mapping_and_of_arguments():

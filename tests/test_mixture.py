@@ -88,7 +88,7 @@ def test_each_data_set_has_its_format(tmp_path):
     found = data.load(args, "train")
     assert found["scores"][:] == [[1.0, 0.0], [1.0, 2.0]]
     assert [prompt[0]["content"] for prompt in found["prompt"]] == ["a0 ", "q"]
-    with pytest.raises(ValueError, match="b.jsonl differs from the data sets before it .* With as_chat"):
+    with pytest.raises(ValueError, match="b.jsonl holds .* and the data sets before it .* With as_chat"):
         read(tmp_path, dataset_name=names, data_format=["pairs", "ultrafeedback"])
 
 

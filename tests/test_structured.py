@@ -103,7 +103,7 @@ def test_json_inside_a_table_keeps_its_nulls():
     found = canonicalize(Dataset.from_list(rows, features=features))[0][0]["responses"]
     assert found[0][0]["tool_calls"] == [{"function": {"arguments": {"x": None}, "name": "f"}}]
     assert found[1][0]["tool_calls"] == [{"function": {}}]
-    _refuse_mixed(Dataset.from_list(rows, features=features), "lab/calls", strict={"chosen"})
+    _refuse_mixed(Dataset.from_list(rows, features=features), "lab/calls", ["chosen"])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
@@ -161,7 +161,7 @@ def test_tools_that_cannot_be_used_are_refused(tokenizer, tmp_path):
         canonicalize(Dataset.from_list([pair(*ANSWER, chat_template_kwargs=["x"])]))
     path = write(tmp_path / "rows.jsonl", [{"prompt": USER, "reference": "a", "tools": [WEATHER]}])
     with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
-        generate.load_prompts(generate.GenerateArguments(model="m", prompts=str(path), output="o", scorer=["s"]))
+        generate.load_prompts(generate.GenerateArguments(model="m", prompts=str(path), output="o.jsonl", scorer=["s"]))
 
 
 @pytest.mark.parametrize("name", ["image", "images", "videos"])

@@ -147,13 +147,6 @@ def test_a_response_that_was_cut_gets_no_end(family):
     assert ids[0] == [*ids[2], tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("marks", [["true", "false"], [0.7, 0.2], [True], [True, False, False], True])
-def test_marks_of_unfinished_responses_are_booleans_one_for_each(marks):
-    rows = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0, 0.0], "unfinished_responses": marks}]
-    with pytest.raises(ValueError, match="row 0: 'unfinished_responses' is .* true or false for each of 2 responses"):
-        tokenize_dataset(Dataset.from_list(rows), build_tokenizer())
-
-
 def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_path):
     tokenizer = family_tokenizer("qwen")
     rows = [chat_row("the dog", "", "a fox", prompt="p") | {"unfinished_responses": [True, False, False]},
@@ -194,8 +187,6 @@ def test_prompt_that_fills_the_window_is_dropped_and_one_token_less_is_kept():
     assert len(dataset) == 2 and [len(ids) for ids in dataset[0]["response_ids"]] == [1, 1, 1]
     with pytest.raises(ValueError, match="row 0: prompt fills max_length"):
         tokenize_dataset(data, tokenizer, max_length=p, invalid="error")
-    with pytest.raises(ValueError, match="max_length is 1"):
-        tokenize_dataset(data, tokenizer, max_length=1)
 
 
 def test_prompt_without_tokens_is_dropped():
@@ -218,7 +209,9 @@ def test_token_ids_are_accepted_and_truncated_with_their_per_token_columns():
             annotator="bert",
         ),
     ]
-    dataset, report = tokenize_dataset(Dataset.from_list(rows), build_tokenizer(), max_length=4)
+    dataset, report = tokenize_dataset(
+        Dataset.from_list(rows), build_tokenizer(), max_length=4, columns=("weights", "ref")
+    )
     assert dataset.to_list() == [
         token_row(response_ids=[[1, 2], [4]], weights=[[0.1, 0.2], [0.4]], ref=[-1.5, -2.5], annotator="anna"),
         token_row(
@@ -239,10 +232,10 @@ def test_token_rows_with_faults():
     data = Dataset.from_list([token_row(), token_row(scores=[None, 1.0]), token_row(scores=[float("nan"), 1.0])])
     dataset, report = tokenize_dataset(data, tokenizer)
     assert len(dataset) == 1
-    assert report.responses_dropped == {"missing or infinite score": 2}
+    assert report.responses_dropped == {"missing score": 2}
     _, report = tokenize_dataset(Dataset.from_list([token_row(), token_row(scores=[1e39, 1.0])]), tokenizer)
-    assert report.responses_dropped == {"missing or infinite score": 1}
-    with pytest.raises(ValueError, match="row 1: .*missing or infinite score"):
+    assert report.responses_dropped == {"score too large for float32": 1}
+    with pytest.raises(ValueError, match="row 1: response: missing score"):
         tokenize_dataset(data, tokenizer, invalid="error")
     with pytest.raises(ValueError, match="row 1: 'response_ids' has 2 items but 'scores' has 1"):
         tokenize_dataset(Dataset.from_list([token_row(), token_row(scores=[1.0])]), tokenizer)
@@ -250,10 +243,9 @@ def test_token_rows_with_faults():
 
 def test_scalar_columns_and_the_prompt_are_kept_and_other_text_is_not():
     row = {**PLAIN, "annotator": "anna", "weight": 0.5, "id": 3, "models": ["m", "n", "o"], "ref": [1.0, 2.0, 3.0]}
-    dataset, _ = tokenize_dataset(as_dataset(row), build_tokenizer())
-    assert set(dataset.column_names) == {
-        "prompt", "prompt_ids", "response_ids", "scores", "annotator", "weight", "id", "ref",
-    }  # fmt: skip
+    dataset, _ = tokenize_dataset(as_dataset(row), build_tokenizer(), columns=("id",))
+    ids = {"prompt", "prompt_ids", "response_ids", "scores"}
+    assert set(dataset.column_names) == ids | {"annotator", "weight", "id"}
     assert (dataset[0]["annotator"], dataset[0]["weight"], dataset[0]["id"]) == ("anna", 0.5, 3)
 
 
@@ -281,8 +273,6 @@ def test_errors_say_the_fix():
         tokenize_dataset(as_dataset(chat_row("a", "b")), build_tokenizer())
     with pytest.raises(ValueError, match="no EOS token .* set tokenizer.eos_token"):
         tokenize_dataset(as_dataset(PLAIN), build_tokenizer(eos=None))
-    with pytest.raises(ValueError, match="are not canonical rows"):
-        tokenize_dataset(Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), build_tokenizer())
     system = chat_row("a", "b")
     system["prompt"].insert(0, {"role": "system", "content": "be kind"})
     with pytest.raises(ValueError, match="row 1: the chat template refuses these messages: no system turn"):

@@ -90,8 +90,8 @@ class PreferenceTrainer(RunningTrainer):
         policies.set_pad_token(processing_class, args.pad_token)
         source, adapter = self._start_of_reference(model, ref_model, peft_config)
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
-        train_dataset = prepare_rows(train_dataset, processing_class, args)
-        eval_dataset = prepare_rows(eval_dataset, processing_class, args, several=True)
+        train_dataset = prepare_rows(train_dataset, processing_class, args, columns=self.columns)
+        eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
         for part in _parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in _parts(eval_dataset):
@@ -323,13 +323,14 @@ class PreferenceTrainer(RunningTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = prepare_rows(eval_dataset, self.processing_class, self.args, several=True)
+            tokenizer, columns = self.processing_class, self.columns
+            eval_dataset = prepare_rows(eval_dataset, tokenizer, self.args, columns=columns, several=True)
             check_ranges(_parts(eval_dataset), [policies.base_model(self.model)])
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
-        test_dataset = prepare_rows(test_dataset, self.processing_class, self.args)
+        test_dataset = prepare_rows(test_dataset, self.processing_class, self.args, columns=self.columns)
         check_ranges(_parts(test_dataset), [policies.base_model(self.model)])
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig
-from .data.prepare import prepare_dataset
+from .data.tokenization import prepare_dataset
 from .forward.policy import table_sizes
 
 
@@ -14,9 +14,13 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
     args: PreferenceConfig,
     *,
+    columns: tuple[str, ...] = (),
     several: bool = False,
 ) -> Dataset | dict[str, Dataset] | None:
     """Canonical rows, TRL pairs or tokenised rows -> tokenised rows as `args` want them; of `several`, a dict by name.
+
+    Args:
+        columns: further columns to carry along, which a method reads.
 
     Raises:
         ValueError: it is no `datasets.Dataset`, or a row cannot be used.
@@ -24,7 +28,7 @@ def prepare_rows(
     if dataset is None:
         return None
     if isinstance(dataset, dict) and several:
-        return {name: prepare_rows(part, tokenizer, args) for name, part in dataset.items()}
+        return {name: prepare_rows(part, tokenizer, args, columns=columns) for name, part in dataset.items()}
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"A {type(dataset).__name__} is no data set of rows, which are counted before the first step: give a "
@@ -39,6 +43,7 @@ def prepare_rows(
             as_chat=args.as_chat,
             num_proc=args.dataset_num_proc,
             chat_template_kwargs=args.chat_template_kwargs,
+            columns=columns,
         )
 
 

@@ -28,8 +28,8 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 from .. import load_preferences
 from ..config import check_options, option
 from ..data.budget import packed_tokens, token_lengths
-from ..data.prepare import prepare_dataset
 from ..data.rows import refuse_template_options
+from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..forward.run import Runner
 from ..generation.start import load_start

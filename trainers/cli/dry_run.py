@@ -55,7 +55,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     for name in ("train", "test"):
         with collected_reports() as passes:
             rows = data.load(args, name) if planned is None else planned if name == "train" else None
-            splits[name] = prepare_rows(rows, tokenizer, args)
+            splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
         reports += [f"{name}, {title}: {report}" for title, report in passes]
         if splits[name] is not None:
             trainer_class.check_rows(splits[name], args, training=name == "train")

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import pyarrow
 import yaml
-from datasets import Dataset, Features, Value
+from datasets import Features
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow.parquet import ParquetWriter
@@ -30,13 +30,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..data import detect_format, load_preferences
+from ..data.canonical import in_columns
 from ..data.drops import collected_reports
 from ..data.json_rows import file_digest
-from ..data.structured import packed
 from ..runs.files import write_atomic
 
 ROWS_PER_GROUP = 1000
-UNSIGNED = Value("uint64")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
@@ -165,12 +164,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
     count, rows = 0, iter(rows)
     with ParquetWriter(file, features.arrow_schema) as writer:
-        while group := [packed(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
-            plain = Features({name: kind for name, kind in features.items() if kind != UNSIGNED})
-            table = Dataset.from_list([{n: row[n] for n in plain} for row in group], plain).with_format("arrow")[:]
-            for name in features.keys() - plain.keys():  # `datasets` takes no integers from 2**63 on
-                table = table.append_column(name, pyarrow.array([row[name] for row in group], pyarrow.uint64()))
-            writer.write_table(table.select(list(features)).cast(features.arrow_schema))
+        while group := [in_columns(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
+            writer.write_table(pyarrow.Table.from_pylist(group, features.arrow_schema))
             count += len(group)
     return count
 

@@ -3,9 +3,13 @@
 An adapter is a plain function `row -> row or None`. Where one row of the data set is not yet one prompt with all its
 responses, the adapter is a generator function instead: it reads the rows one after the other and yields canonical
 rows. Both raise (a generator yields) `Drop(reason)` for what they leave out.
+
+The columns of the result have one fixed type each: texts, or JSON for messages, and float64 for scores. Further
+columns keep the type that they have in a table; those of an adapter get one of `column_type`.
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -19,29 +23,28 @@ from .drops import (
     KEPT,
     Drop,
     DropReport,
-    batch_to_rows,
-    check_invalid,
+    counted_features,
     refuse,
     source_digest,
     split_off_drops,
-    unsigned,
-    with_event_columns,
     without_format,
 )
-from .rows import NO_WEIGHT, Row, chat_row, clean_row, describe, response_faults, to_canonical
-from .structured import TEMPLATE, TEXT, blanked, packed, padded_columns, with_json, without_padding
+from .json_rows import JsonRows, column_type
+from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, without_padding
 
 logger = logging.getLogger(__name__)
 
 Adapter = Callable[[Row], Row | None] | Callable[[Iterable[Row]], Iterator[Row | Drop]]
 Result = tuple[Row | None, list[str]]  # the row to keep or None, and what was left out of it
 
-FEATURE_SAMPLE = 64  # kept rows from which the column types are inferred
+SAMPLE = 64  # kept rows from which the columns are taken that an adapter gives
 LONG_SAMPLE = 1024  # the same where a value is missing in all of those
+FIXED = {"weight": Value("float64"), UNFINISHED: List(Value("bool")), **dict.fromkeys(TEMPLATE, Json())}
+KINDS = {"string": str, "large_string": str, "bool": bool, "int64": int, "float64": int | float}
 
 
 def canonicalize(
-    dataset: Dataset,
+    dataset: Dataset | JsonRows,
     adapter: Adapter | None = None,
     invalid: str = "drop",
     num_proc: int | None = None,
@@ -54,126 +57,132 @@ def canonicalize(
             `Drop(reason)` for rows to leave out. Or a generator function from all rows to canonical rows. Default: the
             rows are canonical rows or TRL pairs already.
         invalid: `"drop"` leaves out and counts unusable rows and responses, `"error"` refuses the first one.
-        num_proc: processes for `Dataset.map`; a generator function runs in one.
+        num_proc: processes; a generator function runs in one.
         as_chat: wrap text prompts and responses in user and assistant messages.
 
     Raises:
         ValueError: naming the row index and the field, if a row is built wrongly, if `invalid="error"` and a row is
             unusable, or if no row is left.
     """
-    check_invalid(invalid)
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
-    dataset = without_format(dataset)
-    padded = padded_columns(dataset.features)
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat, "padded": padded}
-    features = _features(_results(dataset, **options), dataset.features, passed=adapter is None)
-    keywords = {**options, "columns": features, "code": source_digest(adapter)}
-    if inspect.isgeneratorfunction(adapter):
-        try:
-            mapped = Dataset.from_generator(
-                _grouped_events, features=with_event_columns(features), gen_kwargs={"dataset": dataset, **keywords}
-            )
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
-        kept, report = split_off_drops(mapped)
-        report.source_rows = len(dataset)
-        return kept, report
-    mapped = dataset.map(
-        _canonical_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=with_event_columns(features),
-        num_proc=num_proc,
-        fn_kwargs=keywords,
-        desc="Reading preference rows",
-    )
-    return split_off_drops(mapped)
+    dataset = without_format(dataset) if isinstance(dataset, Dataset) else dataset
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    columns = row_features(_results(_rows_of(dataset), **options), dataset.features if adapter is None else {})
+    grouped = inspect.isgeneratorfunction(adapter)
+    shards = 1 if grouped else min(num_proc or 1, len(dataset))
+    starts = [len(dataset) * i // shards for i in range(shards + 1)]
+    parts = [(a, dataset.select(range(a, b)) if shards > 1 else dataset) for a, b in zip(starts, starts[1:])]  # noqa: B905
+    keywords = {"parts": parts, "columns": columns, "code": source_digest(adapter), **options}
+    try:
+        mapped = Dataset.from_generator(
+            _counted_rows,
+            features=counted_features(columns),
+            gen_kwargs=keywords,
+            num_proc=shards if shards > 1 else None,
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    kept, report = split_off_drops(mapped)
+    report.source_rows = len(dataset) if grouped else None
+    return kept, report
 
 
 def canonical_stream(
-    source: IterableDataset, adapter: Adapter | None, invalid: str = "drop", as_chat: bool = False, title: str = ""
+    source: IterableDataset | JsonRows,
+    adapter: Adapter | None,
+    invalid: str = "drop",
+    as_chat: bool = False,
+    title: str = "",
 ) -> IterableDataset:
     """The same for a stream. What is left out is counted while the rows are read, and logged when a pass ends.
 
-    The first rows are read once more than the others, to infer the types of the columns.
+    The first rows are read once more than the others, for the types of the columns.
 
     Raises:
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
-    check_invalid(invalid)
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat, "padded": padded_columns(source.features)}
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    known = source.features if adapter is None and isinstance(source, IterableDataset) else None
+    columns = row_features(_results(_rows_of(source), **options), known or {})
+    keywords = {"source": source, "columns": columns, "title": title, **options}
+    return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
+
+
+def row_features(results: Iterable[Result], known: dict[str, Any]) -> dict[str, Any]:
+    """The columns of canonical rows, and their types; those of further columns are `known`, or go by the first rows.
+
+    Raises:
+        ValueError: there is no row; the message holds the counts.
+    """
     report = DropReport()
-    results = _counted(_results(source, **options), report)
-    features = _features(results, source.features or {}, passed=adapter is None)
-    if not report.rows_out:
+    kept = _kept(results, report)
+    sample = list(islice(kept, SAMPLE))
+    if not sample:
         raise ValueError(f"no usable row is left.\n{report}")
-    keywords = {"source": source, "columns": features, "title": title, **options}
-    return IterableDataset.from_generator(_reported, features=Features(features), gen_kwargs=keywords)
+    names = dict.fromkeys(name for row in sample for name in row)
+    if any(all(row.get(name) is None for row in sample) for name in names.keys() - known.keys()):
+        sample += islice(kept, LONG_SAMPLE - SAMPLE)
+    chat = isinstance(sample[0]["prompt"], list)
+    features = {
+        "prompt": Json() if chat else Value("string"),
+        "responses": Json() if chat else List(Value("string")),
+        "scores": List(Value("float64")),
+    }
+    names |= dict.fromkeys(name for row in sample for name in row)
+    for name in [*names, *(name for name in known if name not in ("chosen", "rejected"))]:
+        kind = FIXED.get(name) or known.get(name) or column_type([row.get(name) for row in sample], name)
+        features.setdefault(name, Json() if kind == Value("uint64") else kind)
+    if features.get("annotator") == Json():
+        raise ValueError("column 'annotator' mixes types; give text, or integers of 64 bits, in every row.")
+    return features
 
 
-def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
-    report, source = DropReport(), _whole(source)
-    rows = _counting_source(source, report) if inspect.isgeneratorfunction(options["adapter"]) else source
-    try:
-        results = (_weighed(result, columns, options["invalid"]) for result in _results(rows, **options))
-        for index, (row, _) in enumerate(_counted(results, report)):
-            if row is not None:
-                yield _in_columns(row, columns, f"row {index}")
-    finally:  # also where the reader stops before the end
-        report.log(logger, title)
-
-
-def _whole(source: IterableDataset) -> Iterator[Row]:
-    """All rows, also in the one worker of a data loader that has this pass: it would read a part of the files."""
-    shards = source.num_shards
-    for index in range(shards):
-        yield from source.shard(num_shards=shards, index=index) if shards > 1 else source
-
-
-def _counting_source(rows: Iterable[Row], report: DropReport) -> Iterator[Row]:
-    report.source_rows = 0
-    for row in rows:
-        report.source_rows += 1
-        yield row
-
-
-def _counted(results: Iterable[Result], report: DropReport) -> Iterator[Result]:
+def _kept(results: Iterable[Result], report: DropReport) -> Iterator[Row]:
     for row, reasons in results:
         report.add(row is not None, reasons)
-        yield row, reasons
+        if row is not None:
+            yield row
 
 
 # Rows.
 
 
 def _results(
-    rows: Iterable[Row], adapter: Adapter | None, invalid: str, as_chat: bool, padded: dict[str, Any]
+    rows: Iterable[Row], adapter: Adapter | None, invalid: str, as_chat: bool, start: int = 0
 ) -> Iterator[Result]:
-    rows = (without_padding(row, padded) for row in rows)
+    """What becomes of each row; the first one has the index `start` in messages."""
+    options = {"invalid": invalid, "as_chat": as_chat}
     if inspect.isgeneratorfunction(adapter):
-        yield from _grouped(rows, adapter, invalid, as_chat)
+        yield from _grouped(rows, adapter, options)
         return
-    for index, row in enumerate(rows):
-        yield _read_row(index, row, adapter, invalid, as_chat)
+    for index, source in enumerate(rows, start):
+        where = f"row {index}"
+        try:
+            row = source if adapter is None else adapter(source)
+        except Drop as drop:
+            row = drop
+        except Exception as error:
+            raise _explained(error, where, source, adapter) from error
+        yield _result(Drop(f"left out by {adapter.__name__}") if row is None else row, where, options)
 
 
-def _read_row(index: int, source: Row, adapter, invalid: str, as_chat: bool) -> Result:
-    where = f"row {index}"
-    if adapter is None:
-        return _checked(where, source, invalid, as_chat)
-    try:
-        row = adapter(source)
-        row = Drop(f"left out by {_name(adapter)}") if row is None else row
-    except Drop as drop:
-        row = drop
-    except Exception as error:
-        raise _explained(error, where, source, adapter) from error
-    return _checked(where, row, invalid, as_chat)
+def unpadded(rows: Iterable[Row], features: dict[str, Any]) -> Iterator[Row]:
+    """The rows of a table with these columns, without the nulls that it filled in (`without_padding`)."""
+    nested = {name: kind for name, kind in features.items() if isinstance(kind, List | dict)}
+    for row in rows:
+        yield row | {name: without_padding(row[name], kind, name in TEMPLATE) for name, kind in nested.items()}
 
 
-def _grouped(rows: Iterable[Row], adapter, invalid: str, as_chat: bool) -> Iterator[Result]:
+def _result(row: Row | Drop, where: str, options: dict[str, Any]) -> Result:
+    if not isinstance(row, Drop):
+        return checked_row(row, where, **options)
+    if options["invalid"] == "error":
+        refuse(where, str(row))
+    return None, [f"row: {row}"]
+
+
+def _grouped(rows: Iterable[Row], adapter, options: dict[str, Any]) -> Iterator[Result]:
     """The results of a generator function; its drops of responses count for the row that follows them."""
     index, source, pending = -1, {}, []
 
@@ -182,43 +191,25 @@ def _grouped(rows: Iterable[Row], adapter, invalid: str, as_chat: bool) -> Itera
         for index, source in enumerate(rows):  # noqa: B007
             yield source
 
-    found = adapter(watched())
+    made = adapter(watched())
     while True:
         try:
-            row = next(found)
+            row = next(made)
         except StopIteration:
             break
         except Exception as error:
             raise _explained(error, f"the group that was read up to row {index}", source, adapter) from error
         where = f"the group that was read up to row {index}"
-        if isinstance(row, Drop) and row.kind != "row":
-            pending.append(f"{row.kind}: {row}")
-            if invalid == "error" and row.kind == "response":
+        if isinstance(row, Drop) and row.kind == "response":
+            pending.append(f"response: {row}")
+            if options["invalid"] == "error":
                 refuse(where, str(row))
             continue
-        kept, reasons = _checked(where, row, invalid, as_chat)
+        kept, reasons = _result(row, where, options)
         yield kept, [*pending, *reasons]
         pending = []
     if pending:
         yield None, [*pending, "row: no row follows the last dropped response"]
-
-
-def _checked(where: str, row: Row | Drop, invalid: str, as_chat: bool) -> Result:
-    """Validate and clean what an adapter gave."""
-    try:
-        if isinstance(row, Drop):
-            raise row
-        row = to_canonical(row)
-    except Drop as drop:
-        row, clean, reasons = None, None, [f"row: {drop}"]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    else:
-        clean, reasons = clean_row(row)
-    if reasons and invalid == "error":
-        faults = response_faults(row) if reasons[0].startswith("response") else {}
-        refuse(where, next((f"responses[{k}]: {fault}" for k, fault in faults.items()), reasons[0]))
-    return (chat_row(clean) if clean and as_chat else clean), reasons
 
 
 def _explained(error: Exception, where: str, source: Row, adapter) -> Exception:
@@ -227,49 +218,51 @@ def _explained(error: Exception, where: str, source: Row, adapter) -> Exception:
         return ValueError(f"{where}: no field {error} for this data_format; found columns {sorted(source)}.")
     if isinstance(error, ValueError):
         return ValueError(f"{where}: {error}")
-    if isinstance(error, TypeError | AttributeError | IndexError):
-        return ValueError(
-            f"{where}: {_name(adapter)} cannot read it ({type(error).__name__}: {error}); repair the row, or name the "
-            "data_format that fits."
-        )
-    return error
-
-
-def _name(adapter) -> str:
-    return getattr(adapter, "__name__", "the adapter")
+    return ValueError(
+        f"{where}: {adapter.__name__} cannot read it ({type(error).__name__}: {error}); repair the row, or name the "
+        "data_format that fits."
+    )
 
 
 # Columns.
 
 
-def _canonical_batch(
-    batch: dict[str, list],
-    indices: list[int],
-    adapter,
-    invalid: str,
-    as_chat: bool,
-    padded: dict[str, Any],
-    columns: dict[str, Any],
-    code: str,
-) -> dict[str, list]:
-    results = (
-        _read_row(index, without_padding(source, padded), adapter, invalid, as_chat)
-        for index, source in zip(indices, batch_to_rows(batch), strict=True)
-    )
-    weighed = (_weighed(result, columns, invalid) for result in results)
-    marked = [_marked(result, columns, f"row {index}") for index, result in zip(indices, weighed, strict=True)]
-    out = {name: [row[name] for row in marked] for name in (*columns, EVENTS, KEPT)}
-    return out | {name: unsigned(out[name], out[KEPT], kind) for name, kind in columns.items()}
+def _counted_rows(parts: list[tuple[int, Iterable[Row]]], columns: dict[str, Any], code: str, **options) -> Iterator:
+    for start, rows in parts:
+        for index, result in enumerate(_results(_rows_of(rows), **options, start=start), start):
+            row, reasons = _weighed(result, columns, options["invalid"])
+            packed = in_columns(row or {}, columns, f"row {index}")
+            yield {**packed, EVENTS: reasons, KEPT: row is not None}
 
 
-def _grouped_events(dataset: Dataset, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
-    for index, result in enumerate(_results(dataset, **options)):
-        yield _marked(_weighed(result, columns, options["invalid"]), columns, f"group {index}")
+def _reported(source: Iterable[Row], columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
+    report, rows = DropReport(), _rows_of(source)
+    if inspect.isgeneratorfunction(options["adapter"]):
+        rows = _counting_source(rows, report)
+    try:
+        results = (_weighed(result, columns, options["invalid"]) for result in _results(rows, **options))
+        for index, row in enumerate(_kept(results, report)):
+            yield in_columns(row, columns, f"row {index}")
+    finally:  # also where the reader stops before the end
+        report.log(logger, title)
 
 
-def _marked(result: Result, columns: dict[str, Any], where: str) -> Row:
-    row, reasons = result
-    return {**_in_columns(row or {}, columns, where), EVENTS: reasons, KEPT: row is not None}
+def _rows_of(source: Dataset | IterableDataset | JsonRows) -> Iterator[Row]:
+    """All rows, also in the one worker of a data loader that has this pass: it would read a part of the files."""
+    if isinstance(source, JsonRows):
+        yield from source
+        return
+    shards = source.num_shards if isinstance(source, IterableDataset) else 1
+    for index in range(shards):
+        part = source.shard(num_shards=shards, index=index) if shards > 1 else source
+        yield from unpadded(part, source.features or {})
+
+
+def _counting_source(rows: Iterable[Row], report: DropReport) -> Iterator[Row]:
+    report.source_rows = 0
+    for row in rows:
+        report.source_rows += 1
+        yield row
 
 
 def _weighed(result: Result, columns: dict[str, Any], invalid: str) -> Result:
@@ -282,95 +275,31 @@ def _weighed(result: Result, columns: dict[str, Any], invalid: str) -> Result:
     return result
 
 
-def _in_columns(row: Row, columns: dict[str, Any], where: str) -> Row:
-    new = sorted(set(row) - set(columns))
-    if new:
+def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:
+    """The row as a table takes it: all columns, and JSON text where they say JSON.
+
+    Raises:
+        ValueError: a value does not fit the type of its column, which `datasets` would turn into another value.
+    """
+    if new := sorted(row.keys() - columns.keys()):
         raise ValueError(f"{where}: column {new[0]!r} is not in the rows before it; give it in every row.")
     for name, value in row.items():
-        if not _fits(value, columns[name]):
+        if name not in FIXED and not _fits(value, columns[name], name):
             raise ValueError(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")
-    return packed({name: row.get(name) for name in columns}, columns)
+    return {name: as_json(row.get(name), kind) for name, kind in columns.items()}
 
 
-def _fits(value: Any, feature: Any) -> bool:
-    """Whether a column takes a value as it is; `datasets` would make text of messages and numbers of text."""
+def as_json(value: Any, kind: Any) -> Any:
+    """JSON text in a JSON column: what `datasets` itself makes of texts and numbers there is not always the same."""
+    return json.dumps(value) if isinstance(kind, Json) and value is not None else value
+
+
+def _fits(value: Any, kind: Any, name: str) -> bool:
     if value is None:
         return True
-    if isinstance(feature, List):
-        return isinstance(value, list) and all(_fits(item, feature.feature) for item in value)
-    if isinstance(feature, Json):
-        return True
-    if isinstance(feature, dict):
-        return isinstance(value, dict) and all(
-            item is None or (name in feature and _fits(item, feature[name])) for name, item in value.items()
-        )
-    kinds = {"string": str, "large_string": str, "bool": bool, "int64": int, "float64": int | float}
-    expected = kinds.get(getattr(feature, "dtype", None), object)
-    return isinstance(value, expected) and (expected is bool or expected is object or not isinstance(value, bool))
-
-
-def _features(results: Iterable[Result], source: dict[str, Any], *, passed: bool) -> dict[str, Any]:
-    """Column types of the result. Fixed before the pass, because inference batch by batch fails on columns that happen
-    to be all None in the first batch. `passed`: further columns are those of the source, and so are their types."""
-    kept = (row for row, _ in results if row is not None)
-    sample = list(islice(kept, FEATURE_SAMPLE))
-    if not sample:
-        return {"prompt": Value("string"), "responses": List(Value("string")), "scores": List(Value("float64"))}
-    own = ("prompt", "responses", "scores", "weight", *TEMPLATE)
-    known = {name: kind for name, kind in source.items() if passed and name not in own}
-    inferred = _types(sample, known)
-    if "null" in repr(inferred):  # some value is missing in all of them
-        inferred = _types([*sample, *islice(kept, LONG_SAMPLE - FEATURE_SAMPLE)], known)
-    features = _without_null(inferred, _message_fields(source))
-    for name in features.keys() & source.keys() - set(own):
-        if inferred[name] == Value("null") or _alike(inferred[name], source[name]):
-            features[name] = source[name]
-    features["scores"] = List(Value("float64"))
-    if "weight" in features:
-        features["weight"] = Value("float64")
-    return features
-
-
-def _types(sample: list[Row], known: dict[str, Any]) -> dict[str, Any]:
-    names = dict.fromkeys(name for row in sample for name in row)
-    return {name: known.get(name) or _inferred(name, [row.get(name) for row in sample]) for name in names}
-
-
-def _inferred(name: str, values: list) -> Any:
-    if name in TEMPLATE:
-        return Json()
-    keys = set()
-    try:
-        return with_json(Dataset.from_dict({name: blanked(values, keys)}).features[name], keys)
-    except Exception as error:  # whatever Arrow, or the values' own code, raises
-        raise ValueError(
-            f"column {name!r} of the first rows fits into no table ({error}); give plain values of one type."
-        ) from error
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether an adapter passed a column through, as far as its type tells."""
-    if isinstance(one, Value) and isinstance(other, Value):
-        return ("string" in one.dtype) == ("string" in other.dtype)
-    return type(one) is type(other)
-
-
-def _message_fields(features: dict[str, Any]) -> dict[str, Any]:
-    fields = {}
-    for name in ("prompt", "responses", "chosen", "rejected"):
-        feature = features.get(name)
-        while isinstance(feature, List):
-            feature = feature.feature
-        for field, kind in feature.items() if isinstance(feature, dict) else ():
-            kind = kind if isinstance(kind, Value) or field in TEXT else Json()
-            fields[field] = kind if fields.get(field, Value("null")) == Value("null") else fields[field]
-    return fields
-
-
-def _without_null(feature: Any, message_fields: dict[str, Any]) -> Any:
-    if isinstance(feature, dict):
-        known = message_fields if "role" in feature else {}
-        return {name: known.get(name) or _without_null(part, message_fields) for name, part in feature.items()}
-    if isinstance(feature, List):
-        return List(_without_null(feature.feature, message_fields))
-    return Value("string") if feature == Value("null") else feature
+    if isinstance(kind, List):
+        return isinstance(value, list) and all(_fits(item, kind.feature, "") for item in value)
+    if isinstance(kind, Json):
+        return name not in ("prompt", "responses") or isinstance(value, list)
+    expected = KINDS.get(getattr(kind, "dtype", None), object)
+    return isinstance(value, expected) and (expected in (bool, object) or not isinstance(value, bool))

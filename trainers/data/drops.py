@@ -1,7 +1,7 @@
 """The count of what a pass over a dataset leaves out: no row and no response disappears without a reason.
 
-A mapped function writes its reasons to a temporary column, and the column is tallied after the map. Counting inside
-the mapped function would be wrong with several processes and would count nothing when the result comes from the cache.
+A pass writes its reasons to a temporary column, which is tallied afterwards. Counting inside the pass would be wrong
+with several processes and would count nothing when the result comes from the cache.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Features, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
+COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
 
 
 class Drop(Exception):
@@ -68,39 +68,40 @@ class DropReport:
 
     def log(self, logger: logging.Logger, title: str) -> None:
         """Print the report once: on the first process only, as a warning if anything was dropped or changed."""
-        if not is_first_process():
-            return
-        level = logging.WARNING if self.reasons or self.responses_dropped or self.notes else logging.INFO
-        logger.log(level, "%s: %s", title, self)
+        if is_first_process():
+            level = logging.WARNING if self.reasons or self.responses_dropped or self.notes else logging.INFO
+            logger.log(level, "%s: %s", title, self)
 
 
 @contextmanager
 def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
     """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    found = []
+    reports = []
 
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if isinstance(record.args, tuple) and record.args and isinstance(record.args[-1], DropReport):
-                found.append(record.args)
-            elif record.levelno >= logging.WARNING:
-                logging.lastResort.handle(record)
+    def collect(record: logging.LogRecord) -> bool:
+        is_report = isinstance(record.args, tuple) and len(record.args) == 2 and isinstance(record.args[1], DropReport)
+        reports.extend([record.args] if is_report else [])
+        return not is_report
 
-    logger, handler = logging.getLogger(__package__), Collector()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    loggers = [logging.getLogger(f"{__package__}.{name}") for name in ("load", "canonical", "tokenization")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addFilter(collect)
+        logger.setLevel(logging.INFO)
     try:
-        yield found
+        yield reports
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeFilter(collect)
+            logger.setLevel(level)
 
 
 def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
-    """Tally and remove the temporary columns of a mapped dataset, and remove the rows that were marked as dropped."""
+    """Tally and remove the temporary columns of a mapped dataset, and remove the rows that were marked as dropped.
+
+    Raises:
+        ValueError: no row is left; the message holds the counts.
+    """
     report, kept = DropReport(), []
     for index, (keep, events) in enumerate(zip(mapped[KEPT], mapped[EVENTS], strict=True)):
         report.add(keep, events)
@@ -112,20 +113,16 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
     return (dataset if len(kept) == len(mapped) else dataset.select(kept)), report
 
 
+def counted_features(features: dict[str, Any]) -> Features:
+    """The columns of a pass with the temporary ones."""
+    if clash := sorted(COUNTED.keys() & features.keys()):
+        raise ValueError(f"column {clash[0]!r} has a name this package uses; rename it.")
+    return Features({**features, **COUNTED})
+
+
 def without_format(dataset: Dataset) -> Dataset:
     """Its values as Python has them, whatever they were set to come as; a transform of one's own is kept."""
     return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-
-
-def unsigned(values: list, kept: list[bool], feature: Any) -> list | np.ndarray:
-    """A column as `datasets` takes it: integers from 2**63 on as an array only. Rows that go may hold anything."""
-    if feature != Value("uint64") or any(keep and v is None for v, keep in zip(values, kept, strict=True)):
-        return values
-    return np.array([value or 0 for value in values], dtype=np.uint64)
-
-
-def batch_to_rows(batch: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def refuse(where: str, reason: str) -> None:
@@ -136,18 +133,6 @@ def refuse(where: str, reason: str) -> None:
 def is_first_process() -> bool:
     """Whether this process should print; the launchers of torch and accelerate set RANK."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def check_invalid(invalid: str) -> None:
-    if invalid not in ("drop", "error"):
-        raise ValueError(f"invalid_rows must be 'drop' or 'error', not {invalid!r}.")
-
-
-def with_event_columns(features: dict[str, Any]) -> Features:
-    clash = sorted({EVENTS, KEPT} & set(features))
-    if clash:
-        raise ValueError(f"column {clash[0]!r} has a name this package uses; rename it.")
-    return Features({**features, EVENTS: List(Value("string")), KEPT: Value("bool")})
 
 
 def source_digest(*functions: Callable | None) -> str:

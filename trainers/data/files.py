@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import logging
-from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow
@@ -23,84 +22,52 @@ from datasets import (
 )
 
 from .drops import is_first_process, without_format
-from .faults import explained
-from .json_rows import file_digest, json_dataset, json_stream
+from .json_rows import JsonRows, explained, file_digest
 
 logger = logging.getLogger(__name__)
 
-Rows = Dataset | IterableDataset
+Source = Dataset | IterableDataset | JsonRows
 
+OF_FOLDERS = {"name", "data_files", "data_dir"}  # options of `load_dataset` that say which files are read
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-OF_FOLDERS = ("name", "data_files", "data_dir")  # arguments of `load_dataset` that say which files are read
 
 
-def read_file(
-    path: Path, split: str, kwargs: dict, strict: Collection[str] | None = None
-) -> Dataset | IterableDataset:
-    """The rows of a .jsonl, .json or .parquet file, each also with .gz; `kwargs` are those of `load_dataset`.
+def read_local(path: Path, split: str, streaming: bool = False, **options) -> Source:
+    """The rows of a file or folder; `options` are those of `load_dataset` that say what is read of a folder.
+
+    A file ends in .jsonl, .json or .parquet, each also with .gz. A folder is one that `save_to_disk` wrote, or holds
+    such files of one kind, whose splits are those that `datasets` finds.
 
     Raises:
-        ValueError: the file cannot be read; for JSON the message names the row. A stream raises it on its way.
+        ValueError: naming the file, and for JSON the row, if there is nothing to read or it cannot be read. A stream
+            of JSON raises it on its way.
     """
-    kind, streaming = kind_of(path), kwargs.get("streaming", False)
-    if kind is None:
-        raise ValueError(f"cannot read {path.name!r}; give a file ending in {', '.join(SUFFIXES)}, or these with .gz.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: give a file with at least one row.")
-    if kind == "parquet" and path.suffix != ".gz" and "name" not in kwargs:
-        return _read_parquet({"train": [path]}, path, split, kwargs)
-    if options := sorted(set(kwargs) - {"streaming"}):
-        raise ValueError(f"{path.name!r} takes no {options[0]}; leave it out.")
-    if kind == "json":
-        return _read_json({"train": [path]}, path, split, streaming, strict)
     with explained(path):
-        # datasets does not unpack a packed parquet file
-        table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
-    found = in_split({"train": Dataset(table)}, split, path)
-    return found.to_iterable_dataset() if streaming else found
-
-
-def read_folder(
-    path: Path, split: str, kwargs: dict, strict: Collection[str] | None = None
-) -> Dataset | IterableDataset:
-    """A folder of files, whose splits are those that `datasets` finds; or what `save_to_disk` wrote.
-
-    Raises:
-        ValueError: there is nothing to read, or the files differ in the types of a column.
-    """
-    streaming = kwargs.get("streaming", False)
-    if any(letter in str(path) for letter in "*?["):
-        raise ValueError(f"{str(path)!r} reads as a pattern of several names: rename the folder without *, ? and [.")
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        if strange := sorted(set(kwargs) - {"streaming"}):
-            raise ValueError(f"the saved data set {path.name!r} takes no {strange[0]}; leave it out.")
-        with explained(path):
+        is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        known = OF_FOLDERS if path.is_dir() and not is_saved else set()
+        if strange := sorted(options.keys() - known):
+            raise ValueError(f"{path.name!r} takes no {strange[0]}; leave it out.")
+        if path.is_file():
+            files = {"train": [path]}
+        elif is_saved:
             saved = load_from_disk(str(path))
-        found = in_split(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
-        return without_format(found).to_iterable_dataset() if streaming else found
-    if strange := sorted(set(kwargs) - {"streaming", *OF_FOLDERS}):
-        raise ValueError(f"the folder {path.name!r} takes no {strange[0]}; leave it out.")
-    with explained(path):
-        options = {name: value for name, value in kwargs.items() if name != "streaming"}
-        found = load_dataset_builder(str(path), **options).config.data_files
-    files = {str(name): [Path(file) for file in some if kind_of(Path(file))] for name, some in found.items()}
-    read = {file for some in files.values() for file in some}
-    _warn_of_unread(path, read)
-    kinds = {kind_of(file) for file in read}
-    if len(kinds) != 1:
-        what = "holds JSON and parquet: put them apart" if kinds else f"has no file ending in {', '.join(SUFFIXES)}"
-        raise ValueError(f"{str(path)!r} {what}.")
-    if kinds == {"json"}:
-        return _read_json(files, path, split, streaming, strict)
-    return _read_parquet(files, path, split, {"features": _common_features(files), "streaming": streaming})
+            rows = in_split(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
+            return without_format(rows).to_iterable_dataset() if streaming else rows
+        else:
+            files = _files_of(path, options)
+        kinds = {kind_of(file) for some in files.values() for file in some}
+        if len(kinds) != 1 or None in kinds:
+            raise ValueError(f"cannot read {path.name!r}; give files of one kind, ending in {', '.join(SUFFIXES)}.")
+        return (_read_json if kinds == {"json"} else _read_parquet)(files, path, split, streaming)
 
 
 def kind_of(path: Path) -> str | None:
+    """What a file holds, by its name."""
     return SUFFIXES.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
-def in_split(splits: dict[str, Dataset], split: str, path: Path, known: Collection[str] | None = None) -> Dataset:
-    """A split in the syntax of `datasets`: slices like train[:90%], and sums. `known` names all, for the message.
+def in_split(splits: dict[str, Dataset] | dict[str, JsonRows], split: str, path: Path) -> Dataset | JsonRows:
+    """A split in the syntax of `datasets`: slices like train[:90%], and sums.
 
     Raises:
         ValueError: there is no such split.
@@ -108,69 +75,71 @@ def in_split(splits: dict[str, Dataset], split: str, path: Path, known: Collecti
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"unknown split {split!r} of {path.name!r}; give one of {sorted(known or splits)}."
-        ) from error
-    found = [
+        raise ValueError(f"unknown split {split!r} of {path.name!r}; give one of {sorted(splits)}.") from error
+    rows = [
         rows if (part.from_, part.to) in ((None, None), (0, len(rows))) else rows.select(range(part.from_, part.to))
         for part in parts
         for rows in [splits[part.splitname]]
     ]
-    return found[0] if len(found) == 1 else concatenate_datasets(found)
+    if isinstance(rows[0], JsonRows):
+        return sum(rows[1:], rows[0])
+    return rows[0] if len(rows) == 1 else concatenate_datasets(rows)
 
 
-def _read_json(
-    files: dict[str, list[Path]], path: Path, split: str, streaming: bool, strict
-) -> Dataset | IterableDataset:
-    if streaming:
-        if split not in files:
-            raise ValueError(
-                f"a stream of {path.name!r} has whole splits only; give one of {sorted(files)}, not {split!r}."
-            )
-        return json_stream(files[split])
+def _files_of(folder: Path, options: dict) -> dict[str, list[Path]]:
+    """The files of each split; `datasets` passes over those of other kinds and names, which are named in the log."""
+    splits = load_dataset_builder(str(folder), **options).config.data_files
+    files = {str(name): [Path(file) for file in some if kind_of(Path(file))] for name, some in splits.items()}
     files = {name: some for name, some in files.items() if some}
-    wanted = [name for name in files if name in split] or list(files)
-    return in_split({name: json_dataset(files[name], strict) for name in wanted}, split, path, known=files)
-
-
-def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, kwargs: dict) -> Dataset | IterableDataset:
-    names = {name: [glob.escape(str(file)) for file in some] for name, some in files.items() if some}
-    name = None
-    if not kwargs.get("streaming"):
-        # A configuration of another name has a cache of its own: `datasets` knows a file by its size and date only.
-        digests = "".join(file_digest(file) for some in files.values() for file in some)
-        name = "rows-" + hashlib.sha256(digests.encode()).hexdigest()[:16]
-    with explained(path):
-        return load_dataset("parquet", name, data_files=names, split=split, **kwargs)
-
-
-def _common_features(files: dict[str, list[Path]]) -> Features:
-    """The columns of parquet files, wide enough for all of them.
-
-    Raises:
-        ValueError: two files have different types in a column.
-    """
-    common = pyarrow.schema([])
-    for file in (file for found in files.values() for file in found):
-        with explained(file):
-            schema = pyarrow.parquet.read_schema(file).remove_metadata()
-        try:
-            common = pyarrow.unify_schemas([common, schema], promote_options="permissive")
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{file.name!r} differs from the files before it: {error}") from error
-    return Features.from_arrow_schema(common)
-
-
-def _warn_of_unread(folder: Path, read: set[Path]) -> None:
-    """`datasets` takes the files of one kind, or those whose names are those of splits, and passes over the others."""
-    read = {file.resolve() for file in read}
+    read = {file.resolve() for some in files.values() for file in some}
     names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
     left = [str(name) for name in names if (folder / name).resolve() not in read and not _is_no_data(name)]
     if left and is_first_process():
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
         logger.warning("%s: %d file(s) are NOT read: %s. Name a file, or put them apart.", folder, len(left), shown)
+    return files
 
 
 def _is_no_data(name: Path) -> bool:
-    """Hidden files, notes and what scripts/prepare_data.py says of a file."""
+    """Hidden files, notes and the manifest of a prepared file."""
     return any(part.startswith(".") for part in name.parts) or name.name.endswith((".md", ".manifest.yaml", "LICENSE"))
+
+
+def _read_json(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> JsonRows:
+    if not streaming:
+        wanted = [name for name in files if name in split]
+        return in_split({name: JsonRows.read(files[name]) for name in wanted or files}, split, path)
+    if split not in files:
+        raise ValueError(f"a stream of {path.name!r} has whole splits: give one of {sorted(files)}, not {split!r}.")
+    return JsonRows.stream(files[split])
+
+
+def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if path.suffix == ".gz":  # `datasets` does not unpack these
+        table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
+        rows = in_split({"train": Dataset(table)}, split, path)
+        return rows.to_iterable_dataset() if streaming else rows
+    # A configuration of another name has a cache of its own: `datasets` knows a file by its size and date only.
+    digests = "" if streaming else "".join(file_digest(file) for some in files.values() for file in some)
+    return load_dataset(
+        "parquet",
+        f"rows-{hashlib.sha256(digests.encode()).hexdigest()[:16]}",
+        data_files={name: [glob.escape(str(file)) for file in some] for name, some in files.items()},
+        split=split,
+        features=_common_features([file for some in files.values() for file in some]),
+        streaming=streaming,
+    )
+
+
+def _common_features(files: list[Path]) -> Features:
+    """The columns of parquet files, wide enough for all of them: integers and floats become floats."""
+    common = pyarrow.schema([])
+    for file in files:
+        schema = pyarrow.parquet.read_schema(file)
+        if len(files) == 1:
+            return Features.from_arrow_schema(schema)
+        try:
+            common = pyarrow.unify_schemas([common, schema.remove_metadata()], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{file.name!r} differs from the files before it: {error}") from error
+    return Features.from_arrow_schema(common)

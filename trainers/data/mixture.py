@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
-from .structured import TEMPLATE
-from .tokenization import UNFINISHED
+from .canonical import FIXED
 
-OWN = ("prompt", "responses", "scores", "weight", "annotator", UNFINISHED, *TEMPLATE)
+OWN = ("prompt", "responses", "scores", "annotator", *FIXED)
 
 
 def mix(
@@ -37,11 +35,20 @@ def mix(
     parts = [_share(part, weights[i], (seed, i)) for i, part in enumerate(parts)]
     if any("weight" in part.column_names for part in parts):
         parts = [p if "weight" in p.column_names else p.add_column("weight", [1.0] * len(p)) for p in parts]
-    first = parts[0].features
-    shared = {name for name in first if all(part.features.get(name) == first[name] for part in parts)}
-    parts = [part.select_columns([n for n in part.column_names if n in shared or n in OWN]) for part in parts]
-    features = _common_features(parts, names)
-    mixed = concatenate_datasets([part.cast(Features({n: features[n] for n in part.column_names})) for part in parts])
+    features = {}
+    for part, name in zip(parts, names, strict=True):
+        for column in set(OWN) & set(part.column_names):
+            kind = part.features[column]
+            if features.setdefault(column, kind) != kind:
+                raise ValueError(
+                    f"{name} holds {kind} in {column!r}, and the data sets before it {features[column]}: give every "
+                    "column one type. With as_chat, texts become messages."
+                )
+    for column, kind in parts[0].features.items():
+        if all(part.features.get(column) == kind for part in parts):
+            features[column] = kind
+    kept = [part.select_columns([name for name in part.column_names if name in features]) for part in parts]
+    mixed = concatenate_datasets(kept)
     if max_rows is None or max_rows >= len(mixed):
         return mixed
     return mixed.select(np.random.default_rng(seed).permutation(len(mixed))[:max_rows])
@@ -53,17 +60,3 @@ def _share(part: Dataset, weight: float, seed: tuple[int, int]) -> Dataset:
     count = max(1, round(weight * len(part)))
     order = np.random.default_rng(seed).permutation(len(part))
     return part.select(np.sort(order[np.arange(count) % len(part)]))
-
-
-def _common_features(parts: list[Dataset], names: Sequence[str]) -> Features:
-    common = pyarrow.schema([])
-    for part, name in zip(parts, names, strict=True):
-        try:
-            schema = part.features.arrow_schema.remove_metadata()
-            common = pyarrow.unify_schemas([common, schema], promote_options="permissive")
-        except pyarrow.ArrowException as error:
-            raise ValueError(
-                f"{name} differs from the data sets before it ({error}): give every column one type. With as_chat, "
-                "texts become messages."
-            ) from error
-    return Features.from_arrow_schema(common)

@@ -1,9 +1,9 @@
 """The canonical row and what makes it valid.
 
 A canonical row is `{"prompt": str | messages, "responses": [K str | messages], "scores": [K floats]}` where a higher
-score is better, with optional `annotator` (str or int), `weight` (float), and for messages `tools` (list of JSON
-schemas) and `chat_template_kwargs` (dict). Every other column is passed through; a list column with K items is taken
-to belong to the responses and follows them when one is dropped.
+score is better, with optional `annotator` (str or int), `weight` (float), `unfinished_responses` (K bools), and for
+messages `tools` (list of JSON schemas) and `chat_template_kwargs` (dict). Every other column is passed through; a list
+with K items is taken to belong to the responses and follows them when one is dropped.
 
 There are two kinds of fault. A row that is built wrongly (a missing column, two lists of different length, a string
 where a number belongs) raises `ValueError`: no setting can repair it. A row with unusable content (an empty response,
@@ -17,20 +17,38 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from datasets import List
 from trl import extract_prompt
 
-from .drops import Drop
-from .structured import TEMPLATE
+from .drops import Drop, refuse
 
 Row = dict[str, Any]
 
+TEXT = {"role", "content"}  # of a message
+TEMPLATE = ("tools", "chat_template_kwargs")  # columns for the chat template
+UNFINISHED = "unfinished_responses"  # column: which of the K responses stopped at a limit, and not at their end
 MIN_RESPONSES = 2
 NO_WEIGHT = "weight is missing or not finite"
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-ASKED = (
-    "question", "instruction", "input", "query", "system", "history", "messages", "conversation", "conversations"
-)  # fmt: skip
+ASKED = ("question", "instruction", "input", "query", "system", "history", "messages", "conversation", "conversations")
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
+
+
+def checked_row(source: Row, where: str, *, invalid: str = "drop", as_chat: bool = False) -> tuple[Row | None, list]:
+    """The canonical row that can be used of a source's row, or None, and the reasons of `clean_row`.
+
+    Raises:
+        ValueError: the row is built wrongly, or it has a fault and `invalid` is "error"; `where` begins the message.
+    """
+    try:
+        row, reasons = clean_row(to_canonical(source))
+    except Drop as drop:
+        row, reasons = None, [f"row: {drop}"]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if reasons and invalid == "error":
+        refuse(where, reasons[0])
+    return (chat_row(row) if row and as_chat else row), reasons
 
 
 def to_canonical(row: Row) -> Row:
@@ -51,8 +69,8 @@ def to_canonical(row: Row) -> Row:
             f"missing column {missing[0]!r}; found columns {sorted(row)}. Give 'prompt', 'responses' and 'scores', "
             "or 'prompt', 'chosen' and 'rejected', or name the data_format."
         )
-    responses = as_list(row["responses"], "responses")
-    scores = [None] * len(responses) if row["scores"] is None else as_list(row["scores"], "scores")
+    responses = _as_list(row["responses"], "responses")
+    scores = [None] * len(responses) if row["scores"] is None else _as_list(row["scores"], "scores")
     if len(responses) != len(scores):
         raise ValueError(
             f"'responses' has {len(responses)} items but 'scores' has {len(scores)}; give one score per response."
@@ -61,15 +79,17 @@ def to_canonical(row: Row) -> Row:
     responses = [checked_text(response, f"responses[{k}]") for k, response in enumerate(responses)]
     if len({isinstance(score, bool) for score in scores if score is not None}) > 1:
         raise ValueError(f"'scores' is {describe(scores)}; give numbers, or true and false, and not both.")
-    scores = [checked_number(score, f"scores[{k}]") for k, score in enumerate(scores)]
-    if any(isinstance(text, list) for text in [prompt, *responses]):
-        prompt, responses = _as_messages(prompt, responses)
+    scores = [_number(score, f"scores[{k}]") for k, score in enumerate(scores)]
     out = {**row, "prompt": prompt, "responses": responses, "scores": scores}
+    if any(isinstance(text, list) for text in [prompt, *responses]):
+        out = chat_row(out)
     if "weight" in row:
-        out["weight"] = checked_number(row["weight"], "weight")
+        out["weight"] = _number(row["weight"], "weight")
     if row.get("annotator") is not None:
         checked_annotator(row["annotator"])
-    out |= {name: _checked_template_option(row[name], name) for name in TEMPLATE if name in row}
+    if row.get(UNFINISHED) is not None:
+        unfinished(row)
+    out |= {name: _template_option(row[name], name) for name in TEMPLATE if name in row}
     for name in NOT_TEXT:
         if row.get(name) is not None and row[name] != []:
             raise ValueError(f"{name!r} cannot be used: only text is trained on. Leave such rows out, or the column.")
@@ -83,6 +103,20 @@ def checked_annotator(value) -> str | int:
     if isinstance(value, str) and not value.strip():
         raise ValueError("'annotator' is blank; name who judged, or give null where nobody knows.")
     return value
+
+
+def unfinished(row: Row) -> list[bool]:
+    """Which of a row's K responses stopped at a limit.
+
+    Raises:
+        ValueError: the row has other marks than K booleans.
+    """
+    marks, count = row.get(UNFINISHED), len(row["responses"])
+    if marks is None:
+        return [False] * count
+    if not isinstance(marks, list) or len(marks) != count or not all(isinstance(mark, bool) for mark in marks):
+        raise ValueError(f"{UNFINISHED!r} is {marks!r}: give true or false for each of {count} responses.")
+    return marks
 
 
 def pair_to_row(row: Row) -> Row:
@@ -102,18 +136,11 @@ def pair_to_row(row: Row) -> Row:
     return {"prompt": prompt, "responses": [chosen, rejected], "scores": [1.0, 0.0], **rest}
 
 
-def is_per_token(value: Any, lengths: list[int]) -> bool:
-    """Whether a column of a row holds one item for each token of its K responses."""
-    return (
-        isinstance(value, list)
-        and len(value) == len(lengths)
-        and all(isinstance(item, list) and len(item) == n for item, n in zip(value, lengths, strict=True))
-    )
-
-
 def chat_row(row: Row) -> Row:
-    """A canonical row with a text prompt and text responses as one user turn and K assistant turns."""
-    prompt, responses = _as_messages(row["prompt"], row["responses"])
+    """A row with a text prompt and text responses as one user turn and K assistant turns."""
+    prompt = row["prompt"]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    responses = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in row["responses"]]
     return {**row, "prompt": prompt, "responses": responses}
 
 
@@ -133,42 +160,101 @@ def clean_row(row: Row) -> tuple[Row | None, list[str]]:
             return None, ["row: weight is negative"]
     if len(row["responses"]) < MIN_RESPONSES:
         return None, [f"row: fewer than {MIN_RESPONSES} responses given"]
-    faults = response_faults(row)
-    reasons = [f"response: {fault}" for fault in faults.values()]
-    keep = [k for k in range(len(row["responses"])) if k not in faults]
-    if len(keep) < MIN_RESPONSES:
+    faults = [_fault(*pair) for pair in zip(row["responses"], row["scores"], strict=True)]
+    return without_responses(row, faults)
+
+
+def without_responses(row: Row, faults: list[str | None]) -> tuple[Row | None, list[str]]:
+    """The row without the responses that have a fault, or None if too few are left; and the reasons.
+
+    Every list with one item per response goes along.
+    """
+    reasons = [f"response: {fault}" for fault in faults if fault]
+    if len(faults) - len(reasons) < MIN_RESPONSES:
         return None, [*reasons, f"row: fewer than {MIN_RESPONSES} usable responses left"]
-    return (take_responses(row, keep) if reasons else row), reasons
+    if not reasons:
+        return row, []
+
+    def left(name: str, value: Any) -> Any:
+        whole = name in ("prompt", "prompt_ids", *TEMPLATE) or not isinstance(value, list) or len(value) != len(faults)
+        return value if whole else [item for item, fault in zip(value, faults, strict=True) if not fault]
+
+    return {name: left(name, value) for name, value in row.items()}, reasons
 
 
-def take_responses(row: Row, keep: list[int]) -> Row:
-    """Keep the responses with these indices, together with every list column that has one item per response."""
-    k = len(row["scores"])
-    whole = ("prompt", "prompt_ids", *TEMPLATE)
+def score_fault(score: float | None) -> str | None:
+    """Why a score cannot be used."""
+    if score is None or math.isnan(score):
+        return "missing score"
+    if math.isinf(score):
+        return "infinite score"
+    return "score too large for float32" if abs(score) > LARGEST_SCORE else None
+
+
+def _fault(response: str | list[dict] | None, score: float | None) -> str | None:
+    if _is_blank(response):
+        return "empty text"
+    if isinstance(response, list) and response[0]["role"] in ("user", "system"):
+        return f"starts with a {response[0]['role']} turn, which belongs to the prompt"
+    return score_fault(score)
+
+
+def checked_text(value, name: str):
+    """Text or a list of messages, as it is; ValueError otherwise."""
+    if value is None or isinstance(value, str):
+        return _encodable(value, name)
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError(f"{name!r} is {describe(value)}; give text or a list of messages.")
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() >= TEXT:
+            raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
+            raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
+        _encodable(message["role"], name), _encodable(message["content"], name)
+    return messages
+
+
+def refuse_template_options(row: Row) -> None:
+    """Raises ValueError for a row with options of the chat template, where answers are sampled without them."""
+    if given := [name for name in TEMPLATE if row.get(name)]:
+        raise ValueError(f"{given[0]!r} cannot be used where answers are sampled: remove the column.")
+
+
+def without_padding(value: Any, feature: Any, inside: bool = False) -> Any:
+    """A value of a table without the nulls that the table filled into its records, which a template would write out.
+
+    A table gives all records of a column the same keys. Its own nulls cannot be told from those that were filled in,
+    so all of them are removed: below the keys of messages, and in the columns of `TEMPLATE` (`inside`). JSON columns
+    keep theirs.
+    """
+    if isinstance(feature, List) and isinstance(value, list):
+        return [without_padding(item, feature.feature, inside) for item in value]
+    if not (isinstance(feature, dict) and isinstance(value, dict)):
+        return value
+    message = feature.keys() >= TEXT
     return {
-        name: [value[i] for i in keep] if isinstance(value, list) and len(value) == k and name not in whole else value
-        for name, value in row.items()
+        name: without_padding(item, feature[name], inside or message and name not in TEXT)
+        for name, item in value.items()
+        if item is not None or not inside
     }
 
 
-def response_faults(row: Row) -> dict[int, str]:
-    """What makes responses unusable, by their index."""
-    faults = {}
-    for k, (response, score) in enumerate(zip(row["responses"], row["scores"], strict=True)):
-        if _is_blank(response):
-            faults[k] = "empty text"
-        elif isinstance(response, list) and response[0]["role"] in ("user", "system"):
-            faults[k] = f"starts with a {response[0]['role']} turn, which belongs to the prompt"
-        elif score is None or math.isnan(score):
-            faults[k] = "missing score"
-        elif math.isinf(score):
-            faults[k] = "infinite score"
-        elif abs(score) > LARGEST_SCORE:
-            faults[k] = "score too large for float32"
-    return faults
+def is_per_token(value: Any, lengths: list[int]) -> bool:
+    """Whether a column of a row holds one item for each token of its K responses."""
+    return (
+        isinstance(value, list)
+        and len(value) == len(lengths)
+        and all(isinstance(item, list) and len(item) == n for item, n in zip(value, lengths, strict=True))
+    )
 
 
-def as_list(value, name: str) -> list:
+def describe(value) -> str:
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _as_list(value, name: str) -> list:
     if value is None:
         return []
     if isinstance(value, Iterable) and not isinstance(value, str | dict):
@@ -176,43 +262,7 @@ def as_list(value, name: str) -> list:
     raise ValueError(f"{name!r} is {describe(value)}; give a list with one item per response.")
 
 
-def checked_text(value, name: str):
-    if value is None or isinstance(value, str):
-        return encodable(value, name)
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list):
-        raise ValueError(f"{name!r} is {describe(value)}; give text or a list of messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
-            raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
-        encodable(message["role"], name), encodable(message["content"], name)
-    return messages
-
-
-def refuse_template_options(row: Row) -> None:
-    """Raises ValueError for a row with options of the chat template, where answers are sampled without them."""
-    if found := [name for name in TEMPLATE if row.get(name)]:
-        raise ValueError(f"{found[0]!r} cannot be used where answers are sampled: remove the column.")
-
-
-def _checked_template_option(value, name: str) -> list[dict] | dict | None:
-    """`tools` or `chat_template_kwargs`, as such or as JSON text."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        found = value
-    if name == "tools" and isinstance(found, list) and all(isinstance(tool, dict) for tool in found):
-        return found
-    if found is None or name != "tools" and isinstance(found, dict):
-        return found
-    raise ValueError(
-        f"{name!r} is {describe(value)}; give {'a list of JSON schemas' if name == 'tools' else 'a dict'}."
-    )
-
-
-def checked_number(value, name: str) -> float | None:
+def _number(value, name: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, Real):
@@ -223,12 +273,22 @@ def checked_number(value, name: str) -> float | None:
         return math.inf if value > 0 else -math.inf
 
 
-def encodable(text: str | None, name: str) -> str | None:
-    """The text itself.
+def _template_option(value, name: str) -> list[dict] | dict | None:
+    """`tools` or `chat_template_kwargs`, as such or as JSON text."""
+    try:
+        option = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        option = value
+    if name == "tools" and isinstance(option, list) and all(isinstance(tool, dict) for tool in option):
+        return option
+    if option is None or name != "tools" and isinstance(option, dict):
+        return option
+    kind = "a list of JSON schemas" if name == "tools" else "a dict"
+    raise ValueError(f"{name!r} is {describe(value)}; give {kind}.")
 
-    Raises:
-        ValueError: it holds half a surrogate pair, which no tokenizer and no file takes.
-    """
+
+def _encodable(text: str | None, name: str) -> str | None:
+    """The text itself; ValueError where it holds half a surrogate pair, which no tokenizer and no file takes."""
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -239,11 +299,6 @@ def encodable(text: str | None, name: str) -> str | None:
     return text
 
 
-def describe(value) -> str:
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
 def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:
     if type(chosen) is not type(rejected):
         raise ValueError("'chosen' is text and 'rejected' messages, or the reverse; give a 'prompt', or both alike.")
@@ -252,22 +307,13 @@ def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and (chosen.startswith(rejected) or rejected.startswith(chosen)):
         raise Drop("chosen begins like the whole of rejected (or the reverse), so the prompt cannot be told apart")
     split = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if isinstance(chosen, str) and any(_is_inside_word(text, len(split["prompt"])) for text in (chosen, rejected)):
+    end = len(split["prompt"])
+    if isinstance(chosen, str) and any(t[end - 1 : end].isalnum() and t[end].isalnum() for t in (chosen, rejected)):
         raise ValueError(
             f"there is no 'prompt', and what 'chosen' and 'rejected' share ends inside a word: "
             f"{split['prompt'][-20:]!r}. Give the prompt in a column 'prompt', or name the data_format."
         )
     return split["prompt"], split["chosen"], split["rejected"]
-
-
-def _is_inside_word(text: str, at: int) -> bool:
-    return text[at - 1 : at].isalnum() and text[at : at + 1].isalnum()
-
-
-def _as_messages(prompt, responses: list) -> tuple[list, list]:
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    wrapped = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in responses]
-    return prompt, wrapped
 
 
 def _is_blank(text) -> bool:

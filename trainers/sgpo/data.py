@@ -83,7 +83,7 @@ def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     options = {"name": config} if config else {}
     if data_format is not None:
         return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
-    dataset = read_dataset(name, part, options, {"prompt", "responses", "scores", MESSAGES, args.sft_target_source})
+    dataset = read_dataset(name, part, **options)
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 

@@ -4,7 +4,7 @@ import re
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, carried, flag, number, records, text, user
+from .fields import assistant, user
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 LAST = "\n\nAssistant:"
@@ -22,7 +22,7 @@ def hh_rlhf(row: Row) -> Row:
     The answer begins after the last assistant marker, so an answer that quotes this marker itself does not share its
     prompt with the other side and is left out.
     """
-    prompts, answers = zip(*(_split(text(row, side) or "") for side in ("chosen", "rejected")), strict=True)
+    prompts, answers = zip(*(_split(row[side] or "") for side in ("chosen", "rejected")), strict=True)
     if prompts[0] != prompts[1]:
         raise Drop("chosen and rejected do not share one prompt")
     if answers[0] == answers[1]:
@@ -36,17 +36,16 @@ def hh_rlhf(row: Row) -> Row:
 
 def nectar(row: Row) -> Row:
     """berkeley-nest/Nectar: up to seven ranked answers, score = -rank, so that the first is the best."""
-    prompt, rest = _split(text(row, "prompt") or "")
+    prompt, rest = _split(row["prompt"] or "")
     if rest.strip():
         raise Drop("the prompt does not end where the assistant's turn begins")
-    answers = records(row, "answers")
-    ranks = [number(answer, "rank") for answer in answers]
+    answers = row["answers"] or []
     return {
         "prompt": _turns(prompt),
-        "responses": [[assistant(text(answer, "answer"))] for answer in answers],
-        "scores": [None if rank is None else -rank for rank in ranks],
-        "models": [carried(answer, "model") for answer in answers],
-        "good_natured": flag(row, "good_natured"),
+        "responses": [[assistant(answer["answer"])] for answer in answers],
+        "scores": [None if answer["rank"] is None else -answer["rank"] for answer in answers],
+        "models": [answer.get("model") for answer in answers],
+        "good_natured": bool(row.get("good_natured")),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, in_runs, number, text, user
+from .fields import assistant, in_runs, user
 
 MARKER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 OTHER_MARKS = ("correctness", "coherence", "complexity", "verbosity")
@@ -18,15 +18,15 @@ def helpsteer2(rows: Iterable[Row]) -> Iterator[Row | Drop]:
     """
     for run in in_runs(rows, "prompt"):
         try:
-            prompt = _turns(text(run[0], "prompt") or "")
+            prompt = _turns(run[0]["prompt"] or "")
         except Drop as drop:
             yield drop
             continue
         yield {
             "prompt": prompt,
-            "responses": [[assistant(text(row, "response"))] for row in run],
-            "scores": [number(row, "helpfulness") for row in run],
-            **{mark: [number(row, mark) for row in run] for mark in OTHER_MARKS},
+            "responses": [[assistant(row["response"])] for row in run],
+            "scores": [row["helpfulness"] for row in run],
+            **{mark: [row.get(mark) for row in run] for mark in OTHER_MARKS},
         }
 
 

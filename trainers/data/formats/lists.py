@@ -4,7 +4,7 @@ import re
 
 from ..drops import Drop
 from ..rows import Row, checked_text
-from .fields import assistant, carried, items, number, same_length, text, user
+from .fields import assistant, user
 
 PLACEHOLDER = "N/A"
 
@@ -23,18 +23,13 @@ def list_ultrafeedback(row: Row) -> Row:
 
 
 def _lists(row: Row, responses: str, scores: str) -> Row:
-    same_length(row, responses, scores)
+    texts = row[responses] or []
     return {
-        "prompt": [user(text(row, "prompt"))],
-        "responses": [_as_turn(r, f"{responses}[{k}]") for k, r in enumerate(items(row, responses))],
-        "scores": items(row, scores),
-        "prompt_id": carried(row, "prompt_id"),
+        "prompt": [user(row["prompt"])],
+        "responses": [response if isinstance(response, list) else [assistant(response)] for response in texts],
+        "scores": row[scores] or [None] * len(texts),
+        "prompt_id": row.get("prompt_id"),
     }
-
-
-def _as_turn(response, name: str) -> list[dict]:
-    response = checked_text(response, name)
-    return response if isinstance(response, list) else [assistant(response)]
 
 
 def numbered(row: Row) -> Row:
@@ -46,7 +41,7 @@ def numbered(row: Row) -> Row:
     names = sorted((name for name in row if re.fullmatch(r"A\d+", name)), key=lambda name: int(name[1:])) or ["A0"]
     chats = [checked_text(row[name], name) for name in names]
     if all(chat is None or isinstance(chat, str) for chat in chats):
-        prompt, answers = [user(text(row, "prompt"))], chats
+        prompt, answers = [user(row["prompt"])], chats
     else:
         prompt, answers = _split_chats(dict(zip(names, chats, strict=True)))
     if all(answer == PLACEHOLDER for answer in answers):
@@ -54,15 +49,15 @@ def numbered(row: Row) -> Row:
     return {
         "prompt": prompt,
         "responses": [[assistant(answer)] for answer in answers],
-        "scores": [number(row, f"score_{name}") for name in names],
-        "prompt_id": carried(row, "prompt_id"),
+        "scores": [row[f"score_{name}"] for name in names],
+        "prompt_id": row.get("prompt_id"),
     }
 
 
 def _split_chats(chats: dict[str, list[dict] | None]) -> tuple[list[dict], list[str | None]]:
     """The messages before the last one, which all chats share, and the text of the last."""
     for name, chat in chats.items():
-        if chat and (isinstance(chat, str) or chat[-1]["role"] != "assistant"):
+        if chat and chat[-1]["role"] != "assistant":
             raise ValueError(f"{name!r} does not end with an assistant message; give a chat that does.")
     heads = [chat[:-1] for chat in chats.values() if chat]
     if any(head != heads[0] for head in heads):

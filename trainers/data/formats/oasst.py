@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from ..drops import Drop
 from ..rows import Row
-from .fields import assistant, carried, flag, in_groups, number, text, user
+from .fields import assistant, in_groups, user
 
 ROLES = {"prompter": user, "assistant": assistant}
 
@@ -16,40 +16,27 @@ def oasst1(rows: Iterable[Row]) -> Iterator[Row | Drop]:
     those before it.
     """
     for tree in in_groups(rows, "message_tree_id"):
-        messages = _by_id(tree)
+        messages = {message["message_id"]: message for message in tree}
         replies: dict[str | None, list[Row]] = {}
         for message in tree:
-            if text(message, "role") not in ROLES:
-                raise ValueError(f"'role' is {message['role']!r}; give one of {', '.join(ROLES)}.")
             if message["role"] == "assistant":
-                replies.setdefault(text(message, "parent_id"), []).append(message)
+                replies.setdefault(message["parent_id"], []).append(message)
         for parent, group in replies.items():
             try:
                 prompt = _path(messages, parent)
             except Drop as drop:
                 yield drop
                 continue
-            yield from [Drop("deleted", kind="response") for message in group if flag(message, "deleted")]
-            group = [message for message in group if not flag(message, "deleted")]
-            ranks = [number(message, "rank") for message in group]
+            yield from [Drop("deleted", kind="response") for message in group if message.get("deleted")]
+            group = [message for message in group if not message.get("deleted")]
             yield {
                 "prompt": prompt,
-                "responses": [[assistant(text(message, "text"))] for message in group],
-                "scores": [None if rank is None else -rank for rank in ranks],
-                "langs": [carried(message, "lang") for message in group],
-                "lang": carried(messages[parent], "lang"),
+                "responses": [[assistant(message["text"])] for message in group],
+                "scores": [None if message["rank"] is None else -message["rank"] for message in group],
+                "langs": [message.get("lang") for message in group],
+                "lang": messages[parent].get("lang"),
                 "message_id": parent,
             }
-
-
-def _by_id(tree: list[Row]) -> dict[str | None, Row]:
-    messages: dict[str | None, Row] = {}
-    for message in tree:
-        name = text(message, "message_id")
-        if name is None or name in messages:
-            raise ValueError(f"'message_id' {name!r} is missing or not the only one of its tree; give each its own.")
-        messages[name] = message
-    return messages
 
 
 def _path(messages: dict[str | None, Row], last: str | None) -> list[dict]:
@@ -62,10 +49,10 @@ def _path(messages: dict[str | None, Row], last: str | None) -> list[dict]:
         if len(path) == len(messages):
             raise Drop("the messages of the prompt answer each other in a circle")
         message = messages[name]
-        if flag(message, "deleted"):
+        if message.get("deleted"):
             raise Drop("a message of the prompt is deleted")
-        path.append(ROLES[message["role"]](text(message, "text")))
-        name = text(message, "parent_id")
+        path.append(ROLES[message["role"]](message["text"]))
+        name = message["parent_id"]
         if name is None:
             break
     if path[0]["role"] == "assistant":

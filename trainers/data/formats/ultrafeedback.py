@@ -4,9 +4,11 @@ Pin `revision="40b436560ca83a8dba36114c22ab3c66e43f6d5e"` or a later one: about 
 before. Rows with source `truthful_qa` overlap with that benchmark; the column `source` is kept to leave them out by.
 """
 
+from collections.abc import Callable
+
 from ..drops import Drop
-from ..rows import Row, describe
-from .fields import assistant, carried, number, records, text, user
+from ..rows import Row
+from .fields import assistant, user
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
@@ -17,7 +19,7 @@ def ultrafeedback(row: Row) -> Row:
     The system prompts that its models were given differ from completion to completion, so they cannot be part of the
     one prompt and are left out.
     """
-    return _row(row, [number(completion, "overall_score") for completion in records(row, "completions")])
+    return _row(row, lambda completion: completion["overall_score"])
 
 
 def ultrafeedback_fine_grained(row: Row) -> Row:
@@ -25,33 +27,23 @@ def ultrafeedback_fine_grained(row: Row) -> Row:
 
     That is the data set's own `fine-grained_score`, where it has one.
     """
-    return _row(row, [_mean_rating(completion["annotations"]) for completion in records(row, "completions")])
+    return _row(row, _mean_rating)
 
 
-def _row(row: Row, scores: list[float | None]) -> Row:
-    completions = records(row, "completions")
+def _row(row: Row, score: Callable[[dict], float | None]) -> Row:
+    completions = row["completions"]
     if not completions:
         raise Drop("no completions")
     return {
-        "prompt": [user(text(row, "instruction"))],
-        "responses": [[assistant(text(completion, "response"))] for completion in completions],
-        "scores": scores,
-        "models": [carried(completion, "model") for completion in completions],
-        "source": carried(row, "source"),
+        "prompt": [user(row["instruction"])],
+        "responses": [[assistant(completion["response"])] for completion in completions],
+        "scores": [score(completion) for completion in completions],
+        "models": [completion.get("model") for completion in completions],
+        "source": row.get("source"),
     }
 
 
-def _mean_rating(annotations: dict | None) -> float | None:
-    ratings = [(annotations or {}).get(aspect) or {} for aspect in ASPECTS]
-    numbers = [float(rating["Rating"]) for rating in ratings if _is_number(rating.get("Rating"))]
+def _mean_rating(completion: dict) -> float | None:
+    ratings = [((completion["annotations"] or {}).get(aspect) or {}).get("Rating") for aspect in ASPECTS]
+    numbers = [float(rating) for rating in ratings if rating not in (None, "N/A")]
     return sum(numbers) / len(numbers) if numbers else None
-
-
-def _is_number(rating: str | None) -> bool:
-    if rating is None or rating == "N/A":
-        return False
-    try:
-        float(rating)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"'Rating' is {describe(rating)}; give a number, or 'N/A' for none.") from error
-    return True
