@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from ..forward.cache import score_rows
 from ..generation.backends import HuggingFace
-from ..generation.collect import collect_samples, open_folder
+from ..generation.collect import collect_samples
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
 from ..runs.processes import Processes, free_memory
 from ..runs.settings import digest, model_fingerprint
+from ..runs.stage import Stage
 from ..statistics import FEWEST
 from .game import min_max_regret, regret_matrix
 from .tables import read_mixture
@@ -85,7 +86,7 @@ class Arena:
             **{n: getattr(self.config, n) for n in ("num_generations", "max_new_tokens", "seed")},
         }
         ways_out = f"name another folder with --output, or remove {self.folder} to sample anew"
-        folder = open_folder(self.samples_of(player), settings, self.processes, ways_out=ways_out)
+        folder = Stage(self.samples_of(player), settings, processes=self.processes, ways_out=ways_out).open()
 
         def load() -> HuggingFace:
             return HuggingFace(self.load(player), self.tokenizer)

@@ -171,20 +171,3 @@ def summarize(samples: list[list[Sample]], scores: list[list[float]]) -> dict[st
         "prompts_with_all_scores_tied_share": sum(max(row) == min(row) for row in scores) / len(scores),
     }
     return {name: round(value, 4) for name, value in statistics.items()}
-
-
-# Until all users open a Stage and compare settings there.
-
-
-def open_folder(folder, settings: dict, accelerator=None, *, ways_out: str = "choose another output") -> Path:
-    from ..runs.stage import Stage
-
-    return Stage(folder, settings, ways_out=ways_out).open()
-
-
-def check_settings(manifest: Path, settings: dict, *, ways_out: str = "choose another output") -> None:
-    import json
-
-    from ..runs.settings import refuse_other_settings
-
-    refuse_other_settings(manifest, json.loads(manifest.read_text())["settings"], settings, ways_out=ways_out)

@@ -37,13 +37,9 @@ HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def run_settings(
-    args: TrainingArguments | None = None,
-    *,
-    length: bool = True,
-    free: tuple[str, ...] = (),
-    adapter: PeftConfig | None = None,
-    **more,
-) -> dict:
+    args: TrainingArguments | None = None, *, length: bool = True, free: tuple[str, ...] = (),
+    adapter: PeftConfig | None = None, **more,
+) -> dict:  # fmt: skip
     """What a result depends on, by name, as JSON gives it back. Every kind of run asks this function.
 
     Args:
@@ -68,14 +64,11 @@ def run_settings(
     return plain(settings | more)
 
 
-def policy_settings(
-    model: str, quantization_config=None, peft_config=None, *, init_kwargs: dict | None = None
-) -> dict:
+def policy_settings(model: str, quantization_config=None, init_kwargs: dict | None = None) -> dict:
     """For `more` of `run_settings`: the model that a run starts from, by its files, and how they are read."""
-    how = {f"model.{name}": value for name, value in (init_kwargs or {}).items()}
     quantization = quantization_config and quantization_config.to_dict()
-    start = {"model files": model_fingerprint(model) or model, "quantization_config": quantization, **how}
-    return run_settings(adapter=peft_config, **start)
+    how = {"quantization_config": quantization, "model_init_kwargs": init_kwargs}
+    return plain({"model files": model_fingerprint(model) or model, **how})
 
 
 def refuse_other_settings(source: str | Path, before: dict, now: dict, *, ways_out: str) -> None:
@@ -156,23 +149,3 @@ def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja",
                 file.seek(part * max(block, (size - block) // 31))
                 hashed.update(file.read(block))
     return hashed.hexdigest()
-
-
-# Of earlier rounds of this package, until all users are moved.
-
-# Training arguments that say where results go and how they are reported, and change no weight.
-UNCOMPARED = (
-    "output_dir", "run_name", "self_enhance", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "do_eval",
-    "dataset_num_proc", "ref_cache_dir", "ref_tokens_per_batch", "project", "prediction_loss_only", "local_rank",
-)  # fmt: skip
-UNCOMPARED_PREFIXES = ("log", "save_", "eval_", "hub_", "report_", "trackio", "ddp_", "per_device_eval",
-                       "dataloader_num", "dataloader_pin", "dataloader_per", "dataloader_pre")  # fmt: skip
-
-
-def training_settings(args, *, ignore: tuple[str, ...] = ()) -> dict:
-    """The training arguments that change a weight, without those named in `ignore`."""
-    return {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in UNCOMPARED and name not in ignore and not name.startswith(UNCOMPARED_PREFIXES)
-    }
