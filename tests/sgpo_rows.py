@@ -77,7 +77,8 @@ def counts(folder, stage):
 
 
 def weights(folder):
-    return load_file(folder / "model.safetensors")
+    # Copies, as the file is mapped and may be replaced.
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def same(one, other):

@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 def test_from_python_it_is_the_same_run(inputs, finished, tmp_path):
     dataset = load_dataset("json", data_files=str(inputs / "rows.jsonl"), split="train")
     parts = {"train": range(5), "preferences": range(5, 10), "test": range(10, 12), "sft": range(5)}
-    args = SGPOConfig(output_dir=str(tmp_path), sft={}, **OPTIONS)
+    args = SGPOConfig(output_dir=str(tmp_path), **OPTIONS)
     SGPOTrainer.run(args, {name: dataset.select(part) for name, part in parts.items()}, str(inputs / "model"))
     assert rows(tmp_path, "pairs") == rows(finished, "pairs") and same(weights(tmp_path), weights(finished))
 

@@ -31,7 +31,7 @@ class SGPOConfig(DPOConfig):
     sft: dict[str, Any] | str | None = option(
         None,
         "Supervised fine-tuning before the first round: {dataset_name, dataset_split, max_rows} and fields of TRL's "
-        "SFTConfig. Default: none, the model is fine-tuned already.",
+        "SFTConfig; learning_rate 2e-5. Default: none, the model is fine-tuned already.",
     )
     improver: dict[str, Any] | str | None = option(
         None,
@@ -107,7 +107,7 @@ class SGPOConfig(DPOConfig):
         improver = read_mapping("improver", self.improver or {}, fields)
         self.improver = {"learning_rate": 1e-5, "max_length": longest} | improver
         if self.sft is not None:
-            self.sft = {"learning_rate": 2e-5} | read_mapping("sft", self.sft, [*SFT_DATA, *fields])
+            self.sft = read_mapping("sft", self.sft, [*SFT_DATA, *fields])
         for kind, name in REVISERS.items():
             if name is not None and (getattr(self, name) is not None) != (self.reviser == kind):
                 raise ValueError(f"reviser={self.reviser!r} and {name} do not fit: set {name} with reviser: {kind}.")

@@ -34,9 +34,7 @@ class Rows(NamedTuple):
 def read_data(args: SGPOConfig, data) -> Rows:
     """All rows of a run; no prompt is in two of held-out rows, the improver's rows and those of the pairs.
 
-    Args:
-        data: splits `train` and `preferences`, and optionally `test` and `sft`, by name; or data arguments, of which
-            a run reads `dataset_name` with its splits, beside what `args` say of preferences and SFT.
+    `data` are splits by name, see `SGPOTrainer.run`, or data arguments.
 
     Raises:
         ValueError: a split is missing, or has no row of its own.
@@ -57,28 +55,27 @@ def read_data(args: SGPOConfig, data) -> Rows:
 def _read(args: SGPOConfig, data, split: str, **options) -> list[dict] | None:
     with args.main_process_first(desc=f"reading {split}"):
         dataset = data.get(split) if isinstance(data, Mapping) else _load(args, data, split)
-        if dataset is None and split in ("train", "preferences"):
-            raise ValueError(f"the split of {split} is missing: name it (preference_split), or hand it over.")
-        return None if dataset is None else read_rows(dataset, args, title=split, **options)
+        if dataset is not None:
+            return read_rows(dataset, args, title=split, **options)
+    if split in ("train", "preferences") or (split == "sft" and args.sft is not None):
+        raise ValueError(f"the rows of {split} are missing: name their data set and split, or hand them over.")
+    return None
 
 
 def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     """The split as it is on the hub or on the disk."""
     if len(data.names) > 1 or data.dataset_weights is not None:
         raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
-    name, data_format, config, limit, part = data.dataset_name, data.data_format, data.dataset_config, None, None
-    if split == "sft":
-        options = args.sft or {}
-        name, data_format, config, limit = options.get("dataset_name"), None, None, options.get("max_rows")
-        part = options.get("dataset_split", "train") if name else None
-    elif split == "preferences":
-        part, limit = args.preference_split, args.max_preference_rows
-        if args.preference_dataset:
-            name, data_format, config, part = args.preference_dataset, None, None, part or "train"
-    else:
-        part = data.dataset_train_split if split == "train" else data.dataset_test_split
-        limit = data.max_train_rows if split == "train" else None
-    if not part:
+    sft, other = args.sft or {}, args.preference_dataset
+    own, plain_rows = (data.data_format, data.dataset_config), (None, None)
+    name, part, limit, data_format, config = {
+        "train": (data.dataset_name, data.dataset_train_split, data.max_train_rows, *own),
+        "test": (data.dataset_name, data.dataset_test_split, None, *own),
+        "preferences": (other or data.dataset_name, args.preference_split or (other and "train"),
+                        args.max_preference_rows, *(plain_rows if other else own)),
+        "sft": (sft.get("dataset_name"), sft.get("dataset_split", "train"), sft.get("max_rows"), *plain_rows),
+    }[split]  # fmt: skip
+    if not (name and part):
         return None
     options = {"name": config} if config else {}
     if data_format is not None:

@@ -85,15 +85,12 @@ class Run:
                 "one: raise rounds, or choose another output_dir."
             )
         earlier, settings = None, self.settings()
-        for index in range(self.args.rounds):
-            for name, own in settings.items():
-                if name == "sft" and index:
-                    continue
-                own = own | {"stage": name, "round": index, "earlier stages": earlier}
-                stage = Stage(self.at(name, index), own, processes=self.processes, ways_out=WAYS_OUT)
-                if name != "measure":
-                    earlier = stage.key
-                self._run_stage(stage, name, index)
+        for index, name in [(i, n) for i in range(self.args.rounds) for n in settings if n != "sft" or i == 0]:
+            own = settings[name] | {"stage": name, "round": index, "earlier stages": earlier}
+            stage = Stage(self.at(name, index), own, processes=self.processes, ways_out=WAYS_OUT)
+            if name != "measure":
+                earlier = stage.key
+            self._run_stage(stage, name, index)
         end = self.at("dpo", self.args.rounds - 1) / MODEL
         self.processes.main(lambda: shutil.copytree(end, self.folder, dirs_exist_ok=True))
         self.processes.say(f"\nAll stages are done: the policy is in {self.folder}.")
@@ -187,7 +184,8 @@ class Run:
     # Trainings.
 
     def _sft_config(self, name: str, index: int, folder: Path | None = None):
-        options = {key: value for key, value in getattr(self.args, name).items() if key not in SFT_DATA}
+        options = self.args.improver if name == "improver" else {"learning_rate": 2e-5} | (self.args.sft or {})
+        options = {key: value for key, value in options.items() if key not in SFT_DATA}
         return sft_config(self.args, options, folder or self.folder, self.args.seed + index)
 
     def _load(self, start: Path | None, **options):
@@ -198,7 +196,7 @@ class Run:
 
     def _sft(self, index: int, folder: Path) -> dict:
         examples = [(row["prompt"], row["reference"]) for row in self.rows.conversations]
-        kept = fits(examples, self.tokenizer, self.args.sft.get("max_length", self.args.max_length))
+        kept = fits(examples, self.tokenizer, (self.args.sft or {}).get("max_length", self.args.max_length))
         counts = count_drops([None if fit else filters.TOO_LONG for fit in kept])
         examples = [example for example, fit in zip(examples, kept, strict=True) if fit]
         return counts | self._train("sft", index, folder, None, examples)
@@ -303,11 +301,7 @@ class Run:
         reasons = [column_fault(row, "rejected") or column_fault(row, "chosen", "rejected") for row in rows]
         for name in ("chosen", "rejected"):
             self._mark_long(rows, reasons, lambda row, name=name: (row["prompt"], row[name]), self.args.max_length)
-        counts = self._write_kept(folder, rows, reasons)
-        # Rates are of all pairs; what DPO learns of length is in the pairs that stay.
-        kept = rewrite_metrics(read_rows(folder / ROWS), "rejected", "chosen")
-        counts |= {f"kept_{key}": value for key, value in kept.items() if key.endswith("ratio")}
-        return counts | rewrite_metrics(rows, "rejected", "chosen")
+        return self._write_kept(folder, rows, reasons) | rewrite_metrics(rows, "rejected", "chosen")
 
     def _rewrite(self, folder: Path, model: Path | None, rows: list[dict], index: int) -> list[dict]:
         """Rows with `rejected`, a plain response of the model, and `chosen`, what it makes of that as improver."""
