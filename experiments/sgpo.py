@@ -84,7 +84,7 @@ def measure(base: Path) -> dict:
     set_model_options(args, model)
     gold = base / "gold_pairs" / MODEL
     train_into(gold, lambda folder: train_on_gold_pairs(folder, base / "self/round-00", args, model), Processes())
-    before = read_rows(base / "self/round-00/measure/before.jsonl.gz")
+    before = read_rows(base / "self/round-00/measure/policy.jsonl.gz")
     name = model.model_name_or_path
     sampler = Sampler(args, name, AutoTokenizer.from_pretrained(name), Processes())
 

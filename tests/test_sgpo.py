@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainers.dpo import dpo_loss
 from trainers.sgpo import filters, sgpo_loss
 from trainers.sgpo.filters import fault, filter_statistic, iqr_fences, iqr_keep, meta_text
 from trainers.sgpo.monitor import distinct_n, edit_distance, edit_metrics, round_metrics
@@ -75,12 +75,6 @@ def test_the_loss_is_the_formula_written_out_for_one_pair_at_a_time():
         assert float(found[i]) == pytest.approx(float(-logsigmoid(margin) - 0.7 * logps[i, w] / lengths[i, w]))
 
 
-def test_without_the_sft_term_it_is_dpo():
-    logratios = torch.tensor([[0.5, -0.25]])
-    scores, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
-    assert torch.equal(sgpo_loss(logratios, scores, mask), dpo_loss(logratios, scores, mask))
-
-
 def test_gradcheck():
     logps = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     reference = torch.randn(3, 2, dtype=torch.float64)
@@ -111,28 +105,10 @@ def test_iqr_keep(case):
 
 def test_iqr_keep_on_random_values():
     """Order, a positive affine map and numbers that are not finite change nothing about the others."""
-    random_values = np.random.default_rng(0).standard_t(2, size=(20, 15))
-    for values in random_values:
-        kept = iqr_keep(values)
-        order = np.random.default_rng(1).permutation(len(values))
-        assert (iqr_keep(values[order]) == kept[order]).all()
-        assert (iqr_keep(3.7 * values - 11) == kept).all()
-        q1, q3 = (np.sort(values)[i] for i in (0, 0)) if len(values) < 4 else _quartiles(values)
-        by_hand = [q1 - 1.5 * (q3 - q1) <= v <= q3 + 1.5 * (q3 - q1) for v in values]
-        assert kept.tolist() == by_hand
-        mixed = iqr_keep([math.nan, *values, math.inf, -math.inf])
-        assert mixed.tolist() == [False, *kept, False, False]
-
-
-def _quartiles(values):
-    """Between the order statistics at position (n-1)p, without NumPy's quantile."""
-    ordered, n = sorted(values), len(values)
-    found = []
-    for p in (0.25, 0.75):
-        low = int((n - 1) * p)
-        share = (n - 1) * p - low
-        found.append(ordered[low] + share * (ordered[min(low + 1, n - 1)] - ordered[low]))
-    return found
+    for values in np.random.default_rng(0).standard_t(2, size=(20, 15)):
+        kept, order = iqr_keep(values), np.random.default_rng(1).permutation(len(values))
+        assert (iqr_keep(values[order]) == kept[order]).all() and (iqr_keep(3.7 * values - 11) == kept).all()
+        assert iqr_keep([math.nan, *values, math.inf, -math.inf]).tolist() == [False, *kept, False, False]
 
 
 @cases("filter_statistic")
@@ -147,7 +123,6 @@ def test_filter_statistic(case):
         (" \n", {}, filters.EMPTY),
         ("A fine answer.", {"truncated": True}, filters.TRUNCATED),
         ("a  b\n c", {"before": "a b c"}, filters.COPY),
-        ("Here is the improved response: blue.", {}, filters.META),
         ("Sky is blue. <<REVISED>>", {}, filters.META),
         ("The sky is blue.", {"before": "The sky is blue!"}, None),
     ],
@@ -156,24 +131,20 @@ def test_hygiene_gives_its_reason(text, options, reason):
     assert fault(text, **options) == reason
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["Here's a slightly revised version of the draft:\nBlue.", "**Improved response:** Blue.", "[[draft]] Blue.",
-     "The original response was too short. Blue.", "I improved the response by naming a colour.",
-     "text " * 80 + "[[/response 2]]"],
-)  # fmt: skip
-def test_text_about_the_task_is_found(text):
-    assert meta_text(text)
+ABOUT_THE_TASK = [
+    "Here is the improved response: blue.", "Here's a slightly revised version of it:\nBlue.", "[[draft]] Blue.",
+    "**Improved response:** Blue.", "The original response was too short. Blue.", "text " * 80 + "[[/response 2]]",
+    "I improved the response by naming a colour.",
+]  # fmt: skip
+PLAIN = [
+    "The new process improved response times in the city.", "Write a draft, then revise it.", "An improved bicycle.",
+    "Her version of the answer was short.", "Here is a list of colours: red, blue.", "The response time was 3 s.",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["The new process improved response times in the city.", "Write a draft, then revise it.",
-     "Her version of the answer was short.", "Here is a list of colours: red, blue.", "The response time was 3 s.",
-     "An improved bicycle has two brakes."],
-)  # fmt: skip
-def test_plain_answers_are_no_text_about_the_task(text):
-    assert not meta_text(text)
+@pytest.mark.parametrize("text, found", [(t, True) for t in ABOUT_THE_TASK] + [(t, False) for t in PLAIN])
+def test_text_about_the_task_is_found(text, found):
+    assert meta_text(text) == found
 
 
 # Texts.
@@ -221,11 +192,8 @@ def test_no_text_can_end_its_own_block():
         [turn] = reviser_prompt([{"role": "user", "content": prompt}], draft, reference)
         content = turn["content"]
         texts = prompt + draft + reference
-        number = next(
-            n
-            for n in ("", " 2", " 3", " 4")
-            if not any(f"{s}{b}{n}]]" in texts for b in BLOCKS for s in ("[[", "[[/"))
-        )
+        taken = lambda n: any(f"{s}{b}{n}]]" in texts for b in BLOCKS for s in ("[[", "[[/"))  # noqa: B023, E731
+        number = next(n for n in ("", " 2", " 3", " 4") if not taken(n))
         for name, text in (("prompt", prompt), ("draft", draft), ("reference", reference)):
             first, last = f"[[{name}{number}]]", f"[[/{name}{number}]]"
             assert content.count(first) == content.count(last) == 1
@@ -247,20 +215,14 @@ def test_edit_metrics(case):
 
 
 def test_edit_distance_is_a_distance_and_equals_the_textbook_recursion():
-    words = list("abc")
-    texts = [list(p[:n]) for p in permutations([*words, "a"]) for n in (0, 2, 3, 4)][:40]
-    for a in texts:
-        for b in texts:
-            assert edit_distance(a, b) == edit_distance(b, a) == _levenshtein(a, b)
+    @cache
+    def recursion(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(recursion(a[1:], b) + 1, recursion(a, b[1:]) + 1, recursion(a[1:], b[1:]) + (a[0] != b[0]))
 
-
-def _levenshtein(a, b):
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
+    texts = [p[:n] for p in permutations("abca") for n in (0, 2, 3, 4)][:40]
+    assert all(edit_distance(a, b) == edit_distance(b, a) == recursion(a, b) for a in texts for b in texts)
 
 
 @cases("round_metrics")

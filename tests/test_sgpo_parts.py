@@ -99,7 +99,7 @@ def test_no_prompt_is_in_two_splits(tmp_path):
     }
     found = read_data(config(tmp_path), splits)
     assert [[row["prompt"] for row in part] for part in found] == [["a", "b"], ["c"], ["t"], ["a"]]
-    for changes, message in (({"preferences": rows("a")}, "no prompt is left"), ({"preferences": None}, "is missing")):
+    for changes, message in (({"preferences": rows("a")}, "no prompt is left"), ({"train": None}, "are missing")):
         with pytest.raises(ValueError, match=message):
             read_data(config(tmp_path), splits | changes)
 

@@ -54,7 +54,7 @@ def test_counts_add_up_and_no_prompt_is_in_two_sets(finished):
         kept, dropped = rows(finished, name), rows(finished, name, "dropped.jsonl.gz")
         assert len(kept) == counts(finished, name)["kept"] and len(kept) + len(dropped) == 5
         assert sum(counts(finished, name)["dropped"].values()) == len(dropped) and all(r["reason"] for r in dropped)
-    found = (rows(finished, "current"), rows(finished, "pairs"), rows(finished, "measure", "before.jsonl.gz"))
+    found = (rows(finished, "current"), rows(finished, "pairs"), rows(finished, "measure", "policy.jsonl.gz"))
     sets = [{row["prompt"][0]["content"] for row in part} for part in found]
     assert sets[0] == set(PROMPTS[:5]) and sets[1] <= set(PROMPTS[5:10]) and sets[2] == set(PROMPTS[10:])
     assert not list(finished.glob("**/checkpoint-*")) and not list(finished.glob("**/training"))
@@ -219,5 +219,5 @@ def test_the_page_shows_stages_alarms_numbers_and_edits(finished):
     page = write_report(finished, []).read_text()
     assert not any(text in page for text in ("2, dpo", "<script", "nan"))
     reasons = counts(finished, "filter")["dropped"]
-    for text in ("1, dpo", "Share of copies: targets against drafts", "<svg", "<ins>", "ln 2", "above 0.8", *reasons):
+    for text in ("1, dpo", "targets/copy_rate", "<svg", "<ins>", "ln 2", "above 0.8", *reasons):
         assert text in page

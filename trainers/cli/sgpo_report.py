@@ -17,27 +17,26 @@ from ..sgpo.stages import STAGES
 from ..sgpo.text import turns
 
 SAMPLES = 6
-# Title, and by label the metric (stage/name) that is drawn over the rounds.
+# Title, and the metrics (stage/name) that are drawn over the rounds.
 CURVES = (
-    ("Share of copies", {"targets against drafts": "targets/copy_rate", "chosen against rejected": "pairs/copy_rate"}),
-    ("Median edit ratio", {"targets": "targets/median_edit_ratio", "pairs": "pairs/median_edit_ratio"}),
-    ("Words after / words before", {"targets": "targets/mean_word_ratio", "pairs": "pairs/mean_word_ratio",
-                                    "policy against the start": "measure/policy_length_ratio"}),
-    ("Share of text that speaks of the task", {
-        "improver mode": "pairs/chosen_meta_text", "plain mode": "pairs/rejected_meta_text",
-        "improver mode, held out, after DPO": "measure/policy_chosen_meta_text",
-        "plain mode, held out, after DPO": "measure/policy_rejected_meta_text"}),
-    ("Share cut off at the limit", {"drafts": "current/truncated", "targets": "targets/target_truncated",
-                              "rejected": "pairs/rejected_truncated", "chosen": "pairs/chosen_truncated"}),
-    ("Distinct word pairs", {"rejected": "pairs/rejected_distinct_2", "chosen": "pairs/chosen_distinct_2"}),
-    ("Log-probability since the start of DPO, nats", {"chosen": "dpo/chosen_drift", "rejected": "dpo/rejected_drift"}),
-    ("Outside score, improved minus plain", {"pairs": "measure/pairs_scorer_gain",
-                                             "held out, improver": "measure/improver_scorer_gain",
-                                             "held out, after DPO": "measure/policy_scorer_gain"}),
+    ("Share of copies", ("targets/copy_rate", "pairs/copy_rate")),
+    ("Median edit ratio", ("targets/median_edit_ratio", "pairs/median_edit_ratio")),
+    ("Words after / words before",
+     ("targets/mean_word_ratio", "pairs/mean_word_ratio", "measure/policy_length_ratio")),
+    ("Share of text that speaks of the task",
+     ("pairs/chosen_meta_text", "pairs/rejected_meta_text", "measure/policy_chosen_meta_text",
+      "measure/policy_rejected_meta_text")),
+    ("Share cut off at the limit",
+     ("current/truncated", "targets/target_truncated", "pairs/rejected_truncated", "pairs/chosen_truncated")),
+    ("Distinct word pairs", ("pairs/rejected_distinct_2", "pairs/chosen_distinct_2")),
+    ("Log-probability since the start of DPO, nats", ("dpo/chosen_drift", "dpo/rejected_drift")),
+    ("Outside score, improved minus plain",
+     ("measure/pairs_scorer_gain", "measure/improver_scorer_gain", "measure/policy_scorer_gain")),
 )  # fmt: skip
 TEXTS = (
     ("Improver's data: draft and target", "filter/rows.jsonl.gz", "current", "target"),
     ("Pairs: rejected and chosen", "pairs/rows.jsonl.gz", "rejected", "chosen"),
+    ("Held-out prompts: before all rounds and after the last", "measure/policy.jsonl.gz", "answer", "rejected"),
 )
 
 
@@ -100,24 +99,19 @@ def kept(rounds: list[dict]) -> list[list[str]]:
 
 
 def figures(metrics: list[dict]) -> list[list[str]]:
-    """What the curves show, as numbers: a row per metric, a column per round."""
-    return [
-        [f"{title}: {label}", *(short(values.get(name)) for values in metrics)]
-        for title, names in CURVES
-        for label, name in names.items()
-        if any(values.get(name) is not None for values in metrics)
-    ]
+    """A row per metric, a column per round."""
+    names = dict.fromkeys(name for values in metrics for name, value in values.items() if isinstance(value, float))
+    return [[name, *(short(values.get(name)) for values in metrics)] for name in names]
 
 
 def short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def curve(metrics: list[dict], title: str, names: dict[str, str]) -> str:
+def curve(metrics: list[dict], title: str, names: tuple[str, ...]) -> str:
     rounds = range(1, len(metrics) + 1)
-    points = {label: [(i, m[name]) for i, m in zip(rounds, metrics, strict=True) if m.get(name) is not None]
-              for label, name in names.items()}  # fmt: skip
-    series = [Series(label, *zip(*found, strict=True)) for label, found in points.items() if found]
+    points = {name: [(i, m[name]) for i, m in zip(rounds, metrics, strict=True) if name in m] for name in names}
+    series = [Series(name, *zip(*found, strict=True)) for name, found in points.items() if found]
     return plots.chart(title, "round", series, xticks=list(rounds), ymargin=0.3)
 
 
@@ -144,8 +138,8 @@ def histogram(last: Path) -> str:
 def training(last: Path, name: str) -> str:
     path = last / name / "model/trainer_state.json"
     logs = [log for log in json.loads(path.read_text())["log_history"] if "loss" in log] if path.exists() else []
-    steps, series = [log["step"] for log in logs], [Series("loss", [log["step"] for log in logs],
-                                                           [log["loss"] for log in logs], ".-")]  # fmt: skip
+    steps = [log["step"] for log in logs]
+    series = [Series("loss", steps, [log["loss"] for log in logs], ".-")]
     if name == "improver":
         return plots.chart("Improver: loss per token", "step", series)
     series.append(Series("reward margin", steps, [log["rewards/margins"] for log in logs], ".-", COLOURS[2]))
@@ -159,11 +153,6 @@ def samples(last: Path) -> list[str]:
         if (last / path).exists():
             rows = read_rows(last / path)[:SAMPLES]
             parts += [page.heading(title), *(edit(row["prompt"], row[before], row[after]) for row in rows)]
-    first, policy = last.with_name("round-00") / "measure/before.jsonl.gz", last / "measure/policy.jsonl.gz"
-    if first.exists() and policy.exists():
-        rows = list(zip(read_rows(first), read_rows(policy), strict=True))[:SAMPLES]
-        parts.append(page.heading("Held-out prompts: the model before all rounds and after the last"))
-        parts += [edit(old["prompt"], old["answer"], new["rejected"]) for old, new in rows]
     return parts
 
 

@@ -39,7 +39,7 @@ from . import filters, text
 from .config import SFT_DATA, SGPOConfig
 from .data import Rows, count_drops
 from .improver import Example, fits, sft_config, train_sft
-from .monitor import alarms, distinct_n, dpo_metrics, edit_metrics, rewrite_metrics
+from .monitor import alarms, dpo_metrics, edit_metrics, rewrite_metrics
 from .sampling import Sampler
 
 STAGES = ("sft", "current", "targets", "filter", "improver", "pairs", "dpo", "measure")
@@ -116,38 +116,36 @@ class Run:
     def settings(self) -> dict[str, dict]:
         """What each stage of a round depends on beside the stages before it."""
         args, rows, adapter = self.args, self.rows, self.peft_config
-        common = policy_settings(self.model, self.quantization_config) | {
-            "seed": args.seed, "model_init_kwargs": args.model_init_kwargs, "padding token": args.pad_token
-        }  # fmt: skip
-        drawn = {
-            name: {f"{name}.{k}": v for k, v in getattr(args, name).items() if k != "batch_size"}
-            | {"use_vllm": args.use_vllm}
+
+        def options(*names: str) -> dict:
+            return {name: getattr(args, name) for name in names}
+
+        common = policy_settings(self.model, self.quantization_config) | options(
+            "seed", "model_init_kwargs", "pad_token"
+        )  # fmt: skip
+        sampling, revision = (
+            {f"{name}.{key}": value for key, value in getattr(args, name).items() if key != "batch_size"}
             for name in ("sampling", "revision")
-        }
-        reviser = args.reviser_model and (model_fingerprint(args.reviser_model) or args.reviser_model)
-        targets = {
-            "reviser": args.reviser, "reviser_model": reviser, "reviser_function": args.reviser_function,
+        )
+        improver = {"template": digest(text.IMPROVER_V1), "improver.max_length": args.improver["max_length"]}
+        reviser = {
             "template": digest(text.REVISER_V1 if args.reviser_analysis else text.REVISER_DIRECT_V1),
-        }  # fmt: skip
-        names = ("filter_statistic", "filter_factor", "filter_side", "max_length")
-        kept = {name: getattr(args, name) for name in names} | {"improver.max_length": args.improver["max_length"]}
-        improver, template = self._sft_config("improver", 0), {"template": digest(text.IMPROVER_V1)}
-        stages = {
-            "sft": None,
-            "current": drawn["sampling"] | {"improver prompts": digest(rows.improver)},
-            "targets": drawn["revision"] | targets,
-            "filter": kept | template | {"guarded": args.policy_weight > 0},
-            "improver": run_settings(improver, adapter=adapter, policy_weight=args.policy_weight),
-            "pairs": drawn["sampling"] | drawn["revision"] | template | {"prompts": digest(rows.preferences)},
-            "dpo": run_settings(args.of_dpo(self.folder, args.seed), adapter=adapter),
-            "measure": {"held-out rows": digest(rows.held_out), "scorer": args.scorer},
+            "reviser files": args.reviser_model and model_fingerprint(args.reviser_model),
         }
-        if rows.conversations is not None:
-            conversations = digest(rows.conversations)
-            stages["sft"] = run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=conversations)
-        if not rows.held_out and args.scorer is None:
-            stages["measure"] = None
-        return {name: common | own for name, own in stages.items() if own is not None}
+        own = {
+            "sft": rows.conversations
+            and run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=digest(rows.conversations)),
+            "current": sampling | options("use_vllm") | {"improver prompts": digest(rows.improver)},
+            "targets": revision | reviser | options("reviser", "reviser_model", "reviser_function", "use_vllm"),
+            "filter": improver | {"guarded": args.policy_weight > 0}
+            | options("filter_statistic", "filter_factor", "filter_side", "max_length"),
+            "improver": run_settings(self._sft_config("improver", 0), adapter=adapter) | options("policy_weight"),
+            "pairs": sampling | revision | options("use_vllm") | {"preference prompts": digest(rows.preferences)},
+            "dpo": run_settings(args.of_dpo(self.folder, args.seed), adapter=adapter),
+            "measure": (rows.held_out or args.scorer)
+            and {"held-out rows": digest(rows.held_out), "scorer": args.scorer},
+        }  # fmt: skip
+        return {name: common | depends for name, depends in own.items() if depends}
 
     # Where files lie.
 
@@ -319,15 +317,16 @@ class Run:
         counts = self._scores(folder, "pairs", read_rows(self.at("pairs", index) / ROWS))
         if not (held_out := self.rows.held_out):
             return counts
-        first = self.at("measure", 0) / "before.jsonl.gz"
-        if index == 0:
-            drawn = self.sampler.draw(folder / "before", held_out, "answer", plain, self.start(0), "sampling", 0)
-            self._write(first, drawn)
-        before = read_rows(first)
+        # Answers of the model before all rounds: in later rounds these are there already.
+        before = self.at("measure", 0) / "before"
+        rows = self.sampler.draw(before, held_out, "answer", plain, self.start(0), "sampling", 0)
         for name, model in {"improver": self.at("improver", index), "policy": self.at("dpo", index)}.items():
-            rows = self._rewrite(folder / name, model / MODEL, held_out, 0)
+            rows = self._rewrite(folder / name, model / MODEL, rows, 0)
             self._write(folder / f"{name}.jsonl.gz", rows)
-            metrics = rewrite_metrics(rows, "rejected", "chosen") | _against(before, rows)
+            metrics = rewrite_metrics(rows, "rejected", "chosen")
+            if against := rewrite_metrics(rows, "answer", "rejected"):
+                metrics["length_ratio"] = against["mean_word_ratio"]
+                metrics["distinct_2_fall"] = 1 - against["rejected_distinct_2"] / against["answer_distinct_2"]
             counts |= {f"{name}_{key}": value for key, value in metrics.items()} | self._scores(folder, name, rows)
         return counts
 
@@ -373,14 +372,3 @@ def column_fault(row: dict, name: str, before: str | None = None) -> str | None:
 def trainer_state(folder: Path) -> dict:
     """What a trainer left of its steps and logs."""
     return json.loads((folder / "trainer_state.json").read_text())
-
-
-def _against(before: list[dict], rows: list[dict]) -> dict:
-    """Plain answers of a model against those of the model before all rounds."""
-    pairs = [(b["answer"], r["rejected"]) for b, r in zip(before, rows, strict=True)]
-    pairs = [sides for sides in pairs if None not in sides]
-    if not pairs:
-        return {}
-    first, second = (distinct_n([sides[i] for sides in pairs]) for i in (0, 1))
-    lengths = [len(after.split()) / max(1, len(first.split())) for first, after in pairs]
-    return {"distinct_2_fall": 1 - second / first, "length_ratio": float(np.mean(lengths))}

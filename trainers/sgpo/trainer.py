@@ -97,13 +97,6 @@ class SGPOTrainer(DPOTrainer):
             )
 
     @classmethod
-    def probed(cls, args: SGPOConfig, rows: Dataset):
-        """The DPO stage."""
-        own = args.of_dpo(args.output_dir, args.seed)
-        own.model_init_kwargs = args.model_init_kwargs
-        return cls, own, rows
-
-    @classmethod
     def run(cls, args: SGPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> None:
         """All stages in `args.output_dir`, where the last policy lies in the end; it goes on from what is done.
 
