@@ -1,6 +1,6 @@
 """Rankings of made-up annotators with opposed tastes over the demo's real samples, for configs/emdpo/demo.yaml:
 
-python scripts/emdpo_demo_rows.py            # writes runs/data/emdpo-demo.jsonl
+python -m experiments.emdpo_demo_rows     # writes runs/data/emdpo-demo.jsonl
 
 Even annotators rank three of a prompt's six answers from glad to sad (VADER), odd ones from sad to glad, with noise.
 """

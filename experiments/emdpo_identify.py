@@ -1,6 +1,6 @@
 """Can one answer per annotator tell the types apart? EM-DPO on softmax policies whose truth is known.
 
-python scripts/emdpo_identify.py --output runs/emdpo-identify --annotators 2000 --starts 3
+python -m experiments.emdpo_identify --output runs/emdpo-identify --annotators 2000 --starts 3
 
 Two types of annotators with opposed tastes theta = b and -b for the features of items, equally frequent. A policy is a
 language model without layers: the logits of its one-token answers are theta . features(token), and theta, the only
@@ -11,7 +11,7 @@ EM-DPO (the trainer itself) starts from random posteriors. A run that is there a
 import gc
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from tokenizers.models import WordLevel
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainers import EMDPOConfig, EMDPOTrainer, ranking_logps
-from trainers.emdpo.mixture import annotator_log_likelihood, observed_log_likelihood
+from trainers.config import option
+from trainers.emdpo.mixture import annotator_log_likelihood, clamp_log_prior, observed_log_likelihood
+from trainers.pages.text import markdown
 from trainers.runs.files import write_atomic, write_json
 
 TASTE = np.array([1.5, -1.0])
@@ -43,12 +45,12 @@ FEEDBACK = {
 class IdentifyArguments:
     """Size of the experiment."""
 
-    output: str = field(default="runs/emdpo-identify", metadata={"help": "Folder of the runs and of table.md."})
-    annotators: int = field(default=2000, metadata={"help": "Per run, and as many new ones to classify."})
-    items: int = field(default=500, metadata={"help": "Different items with standard normal features."})
-    starts: int = field(default=3, metadata={"help": "Random first posteriors per kind of feedback."})
-    rounds: int = field(default=60, metadata={"help": "Rounds of EM."})
-    seed: int = field(default=0, metadata={"help": "Of the data; starts count up from it."})
+    output: str = option("runs/emdpo-identify", "Folder of the runs and of table.md.")
+    annotators: int = option(2000, "Per run, and as many new ones to classify.")
+    items: int = option(500, "Different items with standard normal features.")
+    starts: int = option(3, "Random first posteriors per kind of feedback.")
+    rounds: int = option(60, "Rounds of EM.")
+    seed: int = option(0, "Of the data; starts count up from it.")
 
 
 def linear_policy(features: np.ndarray) -> LlamaForCausalLM:
@@ -127,71 +129,53 @@ def measure(kind: str, features: np.ndarray, args: IdentifyArguments) -> dict:
     random = np.random.default_rng((args.seed, list(FEEDBACK).index(kind)))
     rows, _ = draw(features, args.annotators, kind, random)
     new, new_types = draw(features, args.annotators, kind, random)
-    half = np.log([0.5, 0.5])
 
     def observed(theta) -> float:
-        return float(observed_log_likelihood(annotator_logps(rows, features, [theta, -theta], args.annotators),
-                                             half).sum())  # fmt: skip
+        logps = annotator_logps(rows, features, [theta, -theta], args.annotators)
+        return float(observed_log_likelihood(logps, np.log([0.5, 0.5])).sum())
 
-    runs = []
+    truth, runs = np.stack([TASTE, -TASTE]), []
     for start in range(args.starts):
         folder = Path(args.output) / f"{kind.replace(' ', '-')}-{start}"
         thetas, manifest = train(rows, features, folder, rounds=args.rounds, seed=args.seed + start)
-        names = min(((0, 1), (1, 0)), key=lambda n: _error(thetas, n))
-        log_prior = np.log(np.maximum(manifest["prior"], 1e-12))
-        guess = (annotator_logps(new, features, thetas, args.annotators) + log_prior).argmax(1)
-        runs.append({"thetas": [t.tolist() for t in thetas], "error": _error(thetas, names),
-                     "prior": manifest["prior"], "log_likelihood": manifest["log_likelihood"],
-                     "accuracy": float((np.array(names)[guess] == new_types).mean())})  # fmt: skip
+        errors = [float(np.linalg.norm(thetas - truth[names]) / np.linalg.norm(truth)) for names in ([0, 1], [1, 0])]
+        logps = annotator_logps(new, features, thetas, args.annotators) + clamp_log_prior(manifest["prior"])
+        names = np.array([[0, 1], [1, 0]][int(np.argmin(errors))])  # types have no names
+        runs.append({"thetas": np.array(thetas).tolist(), "error": min(errors), "prior": manifest["prior"],
+                     "log_likelihood": manifest["log_likelihood"],
+                     "accuracy": float((names[logps.argmax(1)] == new_types).mean())})  # fmt: skip
     return {"gap": observed(TASTE) - observed(OTHER), "truth": observed(TASTE), "runs": runs}
-
-
-def _error(thetas: list[np.ndarray], names) -> float:
-    """Relative error of both types' theta when type k is named names[k]."""
-    truth = [TASTE, -TASTE]
-    return float(np.sqrt(sum(((t - truth[n]) ** 2).sum() for t, n in zip(thetas, names, strict=True))
-                         / sum((t**2).sum() for t in truth)))  # fmt: skip
 
 
 def table(results: dict, args: IdentifyArguments) -> str:
     """Markdown: mean over the starts, and the smallest and the largest."""
-    lines = [
-        "| answers per annotator | log-likelihood, truth minus wrong world | relative error of theta | "
-        "log-likelihood reached, minus truth | new annotators typed right |",
-        "|---|---|---|---|---|",
-    ]
-    for kind, found in results.items():
-        runs = found["runs"]
-        columns = (
-            f"{abs(found['gap']) if abs(found['gap']) < 1e-6 else found['gap']:.3g}",
-            _range([run["error"] for run in runs], ".3f"),
-            _range([run["log_likelihood"] - found["truth"] for run in runs], "+.2f"),
-            _range([run["accuracy"] for run in runs], ".3f"),
-        )
-        lines.append(f"| {kind} | " + " | ".join(columns) + " |")
-    lines += [
-        "",
-        f"{args.annotators} annotators, half of taste b = (1.5, -1), half of -b; {args.items} items with standard "
-        f"normal features; {args.rounds} rounds; data seed {args.seed}. Mean and "
-        f"range of {args.starts} random first guesses. The wrong world is half c, half -c, c = (0.3, "
-        "2). An error of 1 is that of theta = 0.",
-    ]
-    return "\n".join(lines) + "\n"
 
+    def spread(values: list[float], form: str) -> str:
+        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
-def _range(values: list[float], form: str) -> str:
-    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    head = ["answers per annotator", "log-likelihood, truth minus wrong world", "relative error of theta",
+            "log-likelihood reached, minus truth", "new annotators typed right"]  # fmt: skip
+    rows = [
+        [kind, f"{result['gap'] if abs(result['gap']) > 1e-6 else 0:.3g}",
+         spread([run["error"] for run in result["runs"]], ".3f"),
+         spread([run["log_likelihood"] - result["truth"] for run in result["runs"]], "+.2f"),
+         spread([run["accuracy"] for run in result["runs"]], ".3f")]
+        for kind, result in results.items()
+    ]  # fmt: skip
+    return markdown(head, rows) + (
+        f"\n{args.annotators} annotators, half of taste b = (1.5, -1), half of -b; {args.items} items with standard "
+        f"normal features; {args.rounds} rounds; data seed {args.seed}. Mean and range of {args.starts} random first "
+        "guesses. The wrong world is half c, half -c, c = (0.3, 2). An error of 1 is that of theta = 0.\n"
+    )
 
 
 def main(argv: list[str]) -> dict:
     (args,) = HfArgumentParser(IdentifyArguments).parse_args_into_dataclasses(argv)
     gc.freeze()  # EM collects garbage between policies, which are tiny here
     features = np.random.default_rng((args.seed, 99)).normal(size=(args.items, 2))
-    results = {}
-    for kind in FEEDBACK:
-        results[kind] = measure(kind, features, args)
-        write_json(Path(args.output) / "identify.json", {"settings": vars(args), "results": results})
-        write_atomic(Path(args.output) / "table.md", table(results, args).encode())
+    results = {kind: measure(kind, features, args) for kind in FEEDBACK}
+    write_json(Path(args.output) / "identify.json", {"settings": vars(args), "results": results})
+    write_atomic(Path(args.output) / "table.md", table(results, args).encode())
     print(table(results, args))
     return results
 

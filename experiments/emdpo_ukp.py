@@ -1,6 +1,6 @@
-"""A small part of real judgments for scripts/choose_types.py: the untied choices of some busy annotators.
+"""A small part of real judgments for `types`: the untied choices of some busy annotators.
 
-python scripts/emdpo_ukp.py ../shared/data/ukp_judgments.jsonl.gz runs/data/emdpo-ukp.jsonl
+python -m experiments.emdpo_ukp ../shared/data/ukp_judgments.jsonl.gz runs/data/emdpo-ukp.jsonl
 
 Ties say nothing about a pair and are left out. Annotators are drawn among those with enough untied judgments.
 """

@@ -13,9 +13,8 @@ from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
 from emdpo_runs import em, groups, round_folder, same, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
-from trainers.emdpo.annotators import Annotators, Judged, halves
+from trainers.emdpo.annotators import halves
 from trainers.emdpo.mixture import match_types
-from trainers.emdpo.rounds import EM, Round
 from trainers.emdpo.tables import read_annotators
 
 
@@ -135,7 +134,7 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
     half, expected = halves(judged.owner, trainer.args.seed), np.zeros((6, 2))
     for index in (0, 1):
         for k in (0, 1):
-            logps = trainer.score(round_folder(trainer, index) / f"type-{k}", None, [judged], "")[0]
+            logps = trainer.score(round_folder(trainer, index) / f"type-{k}" / "policy", [judged], "")[0]
             rows = judged.log_likelihood(logps, beta=0.1, top=None)
             np.add.at(expected[:, k], judged.owner, np.where(half != index, rows, 0))
     found = read_annotators(round_folder(trainer, 1) / "annotators.csv")[2]
@@ -162,7 +161,8 @@ def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_pos
         np.zeros((6, 2)),
     )
     for k, policy in enumerate(whole.policies):
-        logps = whole.score(tmp_path / f"check-{k}", lambda path=policy: whole._load(path), [held_out], "")[0]
+        (policy.parent / "logps.parquet").unlink()  # scored alone, as in the other run
+        logps = whole.score(policy, [held_out], "")[0]
         np.add.at(expected[:, k], held_out.owner, held_out.log_likelihood(logps, beta=0.1, top=None))
     np.testing.assert_array_equal(found, expected)
     known = np.log(np.maximum(trainer.posterior, 1e-12))
@@ -241,21 +241,6 @@ def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
             em(tmp_path, start, rounds=3).train()
         with pytest.raises(ValueError, match=r"round-0\d/type-0/policy was deleted when this run went further"):
             em(tmp_path, start, **fewer).train()
-
-
-def test_a_fall_of_the_likelihood_in_the_last_round_is_warned_of(tmp_path):
-    def said(*log_likelihoods, **kwargs):
-        warnings = []
-        rows = Judged(None, Annotators(range(10), np.zeros(1, int)), np.ones(1), 0)
-        run = EM(em_config(tmp_path, **kwargs), tmp_path, rows, None, None, None, None, None, warnings.append)
-        run._warn_of_a_fall([Round(None, {"log_likelihood": value}, []) for value in log_likelihoods])
-        return warnings
-
-    assert not said(-30, -20, -10) and not said(-10)
-    assert "was -1 after round 2 and is -2 after the last" in said(-30, -10, -20)[0]
-    # The first round of halves scores half of the rows.
-    assert not said(-5, -20, -10, score_on="heldout_half")
-    assert "was -1 after round 2 and is -2" in said(-5, -10, -20, score_on="heldout_half")[0]
 
 
 def test_other_settings_are_refused_by_name(tmp_path, start):

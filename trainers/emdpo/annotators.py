@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..likelihood import ordered_stages, ranking_logps
-
-CHUNK = 4096  # rows whose likelihood is computed at a time
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,11 @@ class Annotators:
         Raises:
             ValueError: there is no such column, or a row names no annotator.
         """
-        if "annotator" not in dataset.column_names:
-            raise ValueError(
-                f"{label} has no column 'annotator': EM-DPO finds types of annotators, so a row must say who judged."
-            )
-        column = list(dataset["annotator"])
+        column = list(dataset["annotator"]) if "annotator" in dataset.column_names else [None]
         if None in column:
             raise ValueError(
-                f"row {column.index(None)} of {label}: 'annotator' is None; name who judged, or remove the row."
+                f"{label} has no column 'annotator' that says of every row who judged it: row {column.index(None)} is "
+                "nobody's."
             )
         names = list(dict.fromkeys(column))
         index = {name: i for i, name in enumerate(names)}
@@ -54,7 +50,7 @@ class Judged:
     rows: Dataset
     annotators: Annotators
     weights: np.ndarray
-    silent: int
+    silent: int = 0
     reference: list[list[float]] | None = None
 
     @classmethod
@@ -79,8 +75,16 @@ class Judged:
         return np.bincount(self.owner[counted], minlength=len(self.annotators))
 
     def log_likelihood(self, logps: list[list[float]], *, beta: float, top: int | None) -> np.ndarray:
-        """(J,) log-likelihood of each row's ranking under a policy with these log-probabilities, times its weight."""
-        return self.weights * item_logps(logps, self.reference, list(self.rows["scores"]), beta=beta, top=top)
+        """(J,) log-likelihood, in float64, of each row's ranking under a policy with these log-probabilities, times
+        the row's weight."""
+        scores, mask = _pad(list(self.rows["scores"]))
+        rewards = beta * (_pad(logps)[0] - _pad(self.reference)[0])
+        return self.weights * ranking_logps(rewards, scores, mask, top=top).numpy()
+
+
+def usable(scores: list[list[float]], top: int | None) -> np.ndarray:
+    """(J,) bool: the rows that say anything, with at least one stage."""
+    return ordered_stages(*_pad(scores), top).any(-1).numpy()
 
 
 def halves(owner: np.ndarray, seed: int) -> np.ndarray:
@@ -88,34 +92,15 @@ def halves(owner: np.ndarray, seed: int) -> np.ndarray:
 
     Which half gets an odd row is random too, so that annotators with one row lie in both.
     """
-    random = np.random.default_rng((seed, 1))
-    out = np.empty(len(owner), dtype=np.int64)
-    for annotator in range(int(owner.max()) + 1 if len(owner) else 0):
+    random, out = np.random.default_rng((seed, 1)), np.empty(len(owner), dtype=np.int64)
+    for annotator in range(int(owner.max()) + 1):
         rows = random.permutation(np.flatnonzero(owner == annotator))
         out[rows] = (np.arange(len(rows)) + random.integers(2)) % 2
     return out
 
 
-def item_logps(
-    logps: list[list[float]], reference: list[list[float]], scores: list[list[float]], *, beta: float, top: int | None
-) -> np.ndarray:
-    """(J,) log-likelihood of each row's ranking under one policy, in float64. Lists of K numbers per row."""
-    out = [np.empty(0)]
-    for start in range(0, len(scores), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        values, mask = _pad(scores[chunk])
-        rewards = beta * (_pad(logps[chunk])[0] - _pad(reference[chunk])[0])
-        out.append(ranking_logps(rewards, values, mask, top=top).numpy())
-    return np.concatenate(out)
-
-
-def usable(scores: list[list[float]], top: int | None) -> np.ndarray:
-    """(J,) bool: the rows that say anything, with at least one stage."""
-    values, mask = _pad(scores)
-    return ordered_stages(values, mask, top).any(-1).numpy()
-
-
-def _pad(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows), default=0)
-    values = torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float64)
-    return values, torch.arange(width) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)
+def _pad(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """(J,K) values in float64, and which slots hold one."""
+    values = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    sizes = torch.tensor([len(row) for row in rows])
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True), torch.arange(int(sizes.max())) < sizes[:, None]

@@ -9,43 +9,42 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset
 from scipy.cluster.vq import ClusterError, kmeans2
 from scipy.sparse import csr_matrix
 
-from .annotators import Annotators
-from .tables import TYPE
+from .annotators import Annotators, Judged
+from .tables import TYPE, read_annotators
 
 BUCKETS = 512  # token ids are counted modulo this
 DIRECTIONS = 8
 
 
-def kind_of_guess(args, rows: Dataset, annotators: Annotators) -> str:
+def first_guess(args, judged: Judged, restart: int = 0) -> np.ndarray:
+    """(N,T) first posterior of a restart, by the option `init`.
+
+    Raises:
+        ValueError: the data or `initial_posterior` do not give one.
+    """
+    annotators, types, kind = judged.annotators, args.num_types, kind_of_guess(args, judged)
+    random = np.random.default_rng((args.seed, restart))
+    if types == 1:
+        return np.ones((len(annotators), 1))
+    if kind == "given":
+        return given(args.initial_posterior, annotators, types)
+    if kind == "dirichlet":
+        return random.dirichlet(np.ones(types), len(annotators))  # every mixture of types is equally likely
+    return (agreement if kind == "agreement" else kmeans)(judged.rows, annotators, types, random)
+
+
+def kind_of_guess(args, judged: Judged) -> str:
     """The option `init`, or what `auto` takes: the first of given, agreement and dirichlet that the data allow."""
     if args.init != "auto":
         return args.init
     if args.initial_posterior is not None:
         return "given"
-    return "agreement" if _shared(_votes(rows, annotators)).any() else "dirichlet"
-
-
-def first_guess(args, rows: Dataset, annotators: Annotators, restart: int) -> np.ndarray:
-    """(N,T) first posterior of a restart.
-
-    Raises:
-        ValueError: the data or `initial_posterior` do not give one.
-    """
-    random, types = np.random.default_rng((args.seed, restart)), args.num_types
-    if types == 1:
-        return np.ones((len(annotators), 1))
-    kind = kind_of_guess(args, rows, annotators)
-    if kind == "given":
-        return given(args.initial_posterior, annotators, types)
-    if kind == "dirichlet":
-        return random.dirichlet(np.ones(types), len(annotators))  # every mixture of types is equally likely
-    return (agreement if kind == "agreement" else kmeans)(rows, annotators, types, random)
+    return "agreement" if _shared(_votes(judged.rows, judged.annotators)).any() else "dirichlet"
 
 
 def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
@@ -125,10 +124,10 @@ def given(table: dict | str, annotators: Annotators, types: int) -> np.ndarray:
 def _read(path: str) -> dict[str, list[float]]:
     if path.endswith(".json"):
         return json.loads(Path(path).read_text())
-    table = pyarrow.parquet.read_table(path) if path.endswith(".parquet") else pyarrow.csv.read_csv(path)
-    names = [f"{TYPE}{k}" for k in range(sum(name.startswith(TYPE) for name in table.column_names))]
-    columns = [table[name].to_pylist() for name in names]
-    return dict(zip(table["annotator"].to_pylist(), map(list, zip(*columns, strict=True)), strict=True))
+    if not path.endswith(".parquet"):
+        return dict(zip(*read_annotators(path)[:2], strict=True))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    return {row["annotator"]: [value for name, value in row.items() if name.startswith(TYPE)] for row in rows}
 
 
 def _votes(rows: Dataset, annotators: Annotators) -> csr_matrix:

@@ -15,12 +15,16 @@ SURE = 0.99  # a posterior above this is certain for all purposes
 
 
 class EStep(NamedTuple):
-    """`posterior` (N,T), the next `prior` (T,), `log_likelihood` (N,T) and `observed`, that of the mixture in nats."""
+    """`posterior` (N,T), the next `prior` (T,), `log_likelihood` (N,T), `per_annotator` (N,) of the mixture."""
 
     posterior: np.ndarray
     prior: np.ndarray
     log_likelihood: np.ndarray
-    observed: float
+    per_annotator: np.ndarray
+
+    @property
+    def observed(self) -> float:
+        return float(self.per_annotator.sum())
 
 
 def annotator_log_likelihood(item_logps: np.ndarray, owner: np.ndarray, annotators: int) -> np.ndarray:
@@ -64,13 +68,13 @@ def mixture_weights(posterior: np.ndarray) -> np.ndarray:
 def e_step(item_logps: np.ndarray, owner: np.ndarray, prior: np.ndarray, annotators: int) -> EStep:
     """From the log-likelihood (J,T) of every item to the posterior and the next prior.
 
-    `prior` (T,) is the one of the M-step before, the mean of the posterior that was trained on.
+    `prior` (T,) is the one of the M-step before, the mean of the posterior that was trained on; (N,T) if something is
+    known of each annotator.
     """
     likelihood = annotator_log_likelihood(item_logps, owner, annotators)
     log_prior = clamp_log_prior(prior)
     after = posterior(likelihood, log_prior)
-    observed = float(observed_log_likelihood(likelihood, log_prior).sum())
-    return EStep(after, mixture_weights(after), likelihood, observed)
+    return EStep(after, mixture_weights(after), likelihood, observed_log_likelihood(likelihood, log_prior))
 
 
 def match_types(posterior: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from ..runs.files import write_atomic
 
 TYPE, LIKELIHOOD = "type_", "log_likelihood_"  # columns type_0, type_1, ... of a posterior, and of a log-likelihood
+ANNOTATORS, HELD_OUT = "annotators.csv", "held_out.csv"
 MIXTURE = "mixture.json"  # what MixturePolicy and the aggregation read
 START = "start"  # folder in a run of a model that was given loaded
 ROUNDS = ("restart", "round", "rows_scored", "log_likelihood", "log_likelihood_per_item", "changed_type",

@@ -12,6 +12,7 @@ One policy is in memory at a time. The parts lie beside this file: E-step, first
 import copy
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from .game import min_max_regret
 from .init import first_guess, kind_of_guess
 from .m_step import TypePolicyTrainer, m_step_rows
 from .mixture import mixture_weights, observed_log_likelihood, posterior
-from .rounds import ANNOTATORS, EM, HELD_OUT, Round, best
+from .rounds import EM, Round, best
 
 __all__ = [
     "EMDPOConfig",
@@ -96,7 +97,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         self.held_out = self.eval_dataset and Judged.of(self.eval_dataset, self.args.top_q, "eval_dataset")
         for name, judged in (("train_dataset", self.judged), ("eval_dataset", self.held_out)):
             if judged and judged.silent:
-                self._warn(
+                self.warn(
                     f"{name}: {judged.silent} of {judged.silent + len(judged.rows)} rows have a tie for the best and "
                     "say nothing about a ranking; they are left out."
                 )
@@ -123,24 +124,18 @@ class EMDPOTrainer(TypePolicyTrainer):
                 policies that these rounds and restarts need were deleted when it went further.
         """
         folder = Path(self.args.output_dir)
-        self._first_guess(0)  # what is wrong with it shall be said before anything is written
-        kind = kind_of_guess(self.args, self.judged.rows, self.annotators)
-        self.processes.say(f"First guess of the types: {kind}.")
+        first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
+        self.processes.say(f"First guess of the types: {kind_of_guess(self.args, self.judged)}.")
         self._save_start(folder / tables.START)
         self.model = self.model_wrapped = self.callback_handler.model = None
         free_memory()  # each policy that is read from disk is alone in memory
         Stage(folder, self._settings(), processes=self.processes, settings_name="emdpo.json").open()
         every = [self.judged, *([self.held_out] if self.held_out else [])]
-        reference = self.score(folder / "reference", self._load_reference, every, "Reference log-probabilities")
+        reference = self._score(folder / "reference", self._load_reference, every, "Reference log-probabilities")
         for judged, logps in zip(every, reference, strict=True):
             judged.reference = logps
         self._ref_model = None
-        em = EM(
-            self.args, folder, self.judged, self.held_out, train=self._m_step, starts=self._first_guess,
-            score=lambda policy, judged, title: self.score(policy.parent, lambda: self._load(policy), judged, title),
-            log=self._log_round, warn=self._warn, processes=self.processes,
-        )  # fmt: skip
-        runs = em.run()
+        runs = EM(self).run()
         rounds = best(runs)
         self.posterior, self.policies = rounds[-1].posterior, rounds[-1].policies
         self.processes.main(lambda: self._publish(folder, runs, rounds))
@@ -179,10 +174,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     # Steps of EM.
 
-    def _first_guess(self, restart: int) -> np.ndarray:
-        return first_guess(self.args, self.judged.rows, self.annotators, restart)
-
-    def _m_step(self, weights: np.ndarray, start: Path | None, folder: Path, seed: int) -> None:
+    def m_step(self, weights: np.ndarray, start: Path | None, folder: Path, seed: int) -> None:
         """An ordinary training in its own folder and order of the rows; it neither evaluates nor loads a model."""
         args, judged = copy.copy(self.args), self.judged
         args.output_dir, args.seed, args.model_init_kwargs = str(folder), seed, None
@@ -200,11 +192,11 @@ class EMDPOTrainer(TypePolicyTrainer):
         if trainer.is_deepspeed_enabled:
             trainer.accelerator.free_memory()  # ends the engine
 
-    def score(self, folder: Path, load, judged: list[Judged], title: str) -> list[list[list[float]]]:
-        """For each of `judged` the K log-probabilities of every row, read from `folder` or made by what `load` gives.
+    def score(self, policy: Path, judged: list[Judged], title: str) -> list[list[list[float]]]:
+        """For each of `judged` the K log-probabilities of every row, read from beside `policy` or made by it now."""
+        return self._score(policy.parent, lambda: self._load(policy), judged, title)
 
-        Rows are scored together, so that a policy is loaded once.
-        """
+    def _score(self, folder: Path, load: Callable, judged: list[Judged], title: str) -> list[list[list[float]]]:
         scores = score_rows(
             load, [part.rows for part in judged], folder, accelerator=self.accelerator, layout=self.args.layout,
             pad_token_id=self.data_collator.pad_token_id, budget=self.args.ref_tokens_per_batch, title=title,
@@ -269,7 +261,7 @@ class EMDPOTrainer(TypePolicyTrainer):
                 for policy in run[-1].policies:
                     shutil.rmtree(policy, ignore_errors=True)
         last = rounds[-1]
-        for name in (ANNOTATORS, *([HELD_OUT] if self.held_out else [])):
+        for name in (tables.ANNOTATORS, *([tables.HELD_OUT] if self.held_out else [])):
             write_atomic(folder / name, (last.folder / name).read_bytes())
         tables.write_rounds(folder / "rounds.csv", [r.manifest for run in runs for r in run])
         self._write_mixture(folder / tables.MIXTURE, last.manifest)
@@ -282,7 +274,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         if before and before["policies"] == manifest["policies"]:
             return
         if before and before["weights"] != before["prior"]:
-            self._warn(
+            self.warn(
                 f"{path} had weights ({before['weights_are']}) for the policies of an earlier round: they were set "
                 "back to the shares of the annotators. Call scripts/aggregate.py with a new --output for new ones."
             )
@@ -297,7 +289,7 @@ class EMDPOTrainer(TypePolicyTrainer):
             "beta": self.args.beta,
         }))  # fmt: skip
 
-    def _log_round(self, manifest: dict) -> None:
+    def log_round(self, manifest: dict) -> None:
         self.state.global_step = manifest["round"] + 1
         logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_item", "changed_type", "median_certainty")}
         logs |= {f"em/type_{k}": share for k, share in enumerate(manifest["prior"])}
@@ -306,7 +298,7 @@ class EMDPOTrainer(TypePolicyTrainer):
             logs[f"em/held_out_{name}"] = manifest["held_out"][name]
         self.log(logs)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         if self.args.process_index == 0:
             logger.warning(text)
 
