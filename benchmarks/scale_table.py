@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from trainers.cli import train
+from trainers.cli.arguments import set_model_options
 from trainers.cli.dry_run import build_model, cheaper, estimate_of, plan_batches
 from trainers.estimate import read_plan
 
@@ -63,14 +64,16 @@ def peak(name: str, hardware: str, method: str, engine: str) -> float | None:
     plan = read_plan(str(ROOT / f"configs/accelerate/{engine}.yaml"))
     estimate = estimate_of(trainer_class, args, model_args, build_model(model_args, args, plan), plan)
     lengths = draw(args.max_length, 2 if method == "sgpo" else 4)
-    _, large, _ = plan_batches(lengths, args, plan.processes)
+    large = plan_batches(lengths, args, plan.processes).at(0.99)
     return sum(estimate.memory(cheaper([lengths[i] for i in large])).values())
 
 
 def parse(name: str, hardware: str, method: str):
     """The command line of a recipe, on a folder that holds nothing but the model's config."""
     files = [str(ROOT / f"configs/ultrafeedback/{part}.yaml") for part in ("common", name, hardware, method)]
-    return train.parse(["--config", *files, "--model_name_or_path", folder_of(name), "--dry_run", "true"])
+    parsed = train.parse(["--config", *files, "--model_name_or_path", folder_of(name), "--dry_run", "true"])
+    set_model_options(*parsed[2:])
+    return parsed
 
 
 @cache

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
-from trainers.cli.arguments import ModelArguments
+from trainers.cli.arguments import ModelArguments, set_model_options
+from trainers.cli.dry_run import plan_batches
 from trainers.cli.probe import GIB, LONGEST, TYPICAL, Measured, advise, choose_batches
 from trainers.cli.train import main
 from trainers.data.budget import packed_tokens
@@ -26,7 +27,7 @@ def options(**changes):
 @pytest.mark.parametrize("budget", [None, 60])
 def test_the_longest_batches_and_then_typical_ones(budget):
     args = options(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_tokens_per_batch=budget)
-    steps = choose_batches(LENGTHS, args, 2)
+    steps = choose_batches(plan_batches(LENGTHS, args, 2), 4)
     sizes = [packed_tokens(row) for row in LENGTHS]
     tokens = [sum(sizes[i] for batch in step for i in batch) for step in steps]
     assert len(steps) == LONGEST + TYPICAL and all(len(step) == 2 * 2 for step in steps)
@@ -37,7 +38,7 @@ def test_the_longest_batches_and_then_typical_ones(budget):
         assert sorted(i for batch in steps[0] for i in batch) == sorted(sorted(range(60), key=sizes.__getitem__)[-16:])
         for typical in tokens[LONGEST:]:
             assert typical / 16 == pytest.approx(sum(sizes) / 60, rel=0.15)
-    few = choose_batches(LENGTHS[:3], options(per_device_train_batch_size=4), 2)
+    few = choose_batches(plan_batches(LENGTHS[:3], options(per_device_train_batch_size=4), 2), 2)
     assert all(len(batch) == 4 for step in few for batch in step)
 
 
@@ -82,6 +83,7 @@ def test_advice_scales_what_a_step_adds(memory, changes, told, folder):
 
 def test_advice_to_recompute_nothing_and_to_cut_the_longest_row(folder):
     args, model = options(gradient_checkpointing=True), ModelArguments(model_name_or_path=str(folder / "model"))
+    set_model_options(args, model)
     off, cut = advise(measured(10, 6, 40), SWEPOTrainer, args, model, LENGTHS, [59])
     factor, needs = re.search(r"needs about ([\d.]+) of 40.00 GiB; the factor ([\d.]+)", off).group(2, 1)
     assert float(factor) > 1 and float(needs) == pytest.approx(6 + 4 * float(factor), rel=0.05)

@@ -6,19 +6,14 @@ Nothing here needs weights or a GPU. The model is built on the meta device, wher
 import math
 from collections import Counter
 from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config
@@ -60,19 +55,19 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
         if splits[name] is not None:
             trainer_class.check_rows(splits[name], args, training=name == "train")
     lengths = token_lengths(splits["train"])
-    per_process, large, largest = plan_batches(lengths, args, plan.processes)
+    batches = plan_batches(lengths, args, plan.processes)
     model = build_model(model_args, args, plan)
     estimate = estimate_of(trainer_class, args, model_args, model, plan)
-    layout, flex = _layout(model, model_args, args)
-    batches = [cheaper([lengths[i] for i in rows], layout, flex=flex) for rows in (large, largest)]
+    layout, flex = _layout(policies.base_model(model), args)
+    large, largest = (cheaper([lengths[i] for i in batches.at(q)], layout, flex=flex) for q in (0.99, 1))
     sections = {
         "model": _model(trainer_class, args, model_args, estimate),
         "rows": "\n".join(reports),
         "first row": first_row(splits["train"], tokenizer),
         "tokens per training row, percentiles": _lengths(lengths),
-        "steps": _steps(args, plan, len(lengths), per_process),
-        "memory per GPU, estimated": _memory(estimate, *batches, f"{len(large)} prompt(s)"),
-        "notes": "\n".join(notes + _notes(args, estimate, layout)),
+        "steps": _steps(args, plan, len(lengths), batches),
+        "memory per GPU, estimated": _memory(estimate, large, largest),
+        "notes": "\n".join(notes + _notes(estimate)),
     }
     return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in sections.items() if text)
 
@@ -81,52 +76,39 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
 
 
 def find_config(model_args: ModelConfig, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
-    """Config of the model, or of the base under the adapter that it is, and that adapter.
-
-    Raises:
-        ValueError: it cannot be read; the message names what is needed.
-    """
-    options = {"trust_remote_code": False, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
+    """Config of the model, or of the base under the adapter that it is, and that adapter."""
+    keywords = {k: v for k, v in args.model_init_kwargs.items() if k not in ("dtype", "attn_implementation")}
     adapter, name = None, model_args.model_name_or_path
-    for key in ("dtype", "attn_implementation"):
-        options.pop(key, None)
-    try:
-        if find_adapter_config_file(name, revision=options["revision"] or "main") is not None:
-            adapter = PeftConfig.from_pretrained(name, revision=options["revision"])
-            adapter.inference_mode = False  # as saved, it would be frozen
-            name, options["revision"] = adapter.base_model_name_or_path, adapter.revision
-        return AutoConfig.from_pretrained(name, **options), adapter
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path={name!r}: its config cannot be read ({error}). A dry run needs config and tokenizer "
-            "of the model: give a local folder with these files, or fetch them to the cache with a network."
-        ) from error
+    if find_adapter_config_file(name, revision=keywords["revision"] or "main") is not None:
+        adapter = PeftConfig.from_pretrained(name, revision=keywords["revision"])
+        adapter.inference_mode = False  # as saved, it would be frozen
+        name, keywords["revision"] = adapter.base_model_name_or_path, adapter.revision
+    return AutoConfig.from_pretrained(name, **keywords), adapter
 
 
 def load_tokenizer(model_args: ModelConfig, args: PreferenceConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, with its pad token."""
-    path = find_config(model_args, args)[0].name_or_path
-    options = args.model_init_kwargs or {}
-    options = {"revision": options.get("revision") or "main", "trust_remote_code": options.get("trust_remote_code")}
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    config, _ = find_config(model_args, args)
+    tokenizer = policies.tokenizer_at(config.name_or_path, args.model_init_kwargs)
     policies.set_pad_token(tokenizer, args.pad_token)
     return tokenizer
 
 
-def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> PreTrainedModel | PeftModel:
+def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> nn.Module:
     """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
     config, adapter = find_config(model_args, args)
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    options |= args.model_init_kwargs or {}
-    dtype, attention = options["dtype"], options["attn_implementation"] or model_args.attn_implementation
+    keywords, dtype = dict(args.model_init_kwargs), args.model_init_kwargs["dtype"]
     if dtype in (None, "auto"):
         dtype = config.get_text_config().dtype or "float32"
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    known = (
+        "trust_remote_code",
+        *(["attn_implementation"] if keywords["attn_implementation"] in KNOWN_ATTENTION else []),
+    )
     if is_deepspeed_zero3_enabled():
         unset_hf_deepspeed_config()  # or transformers would shard a model that has no storage
-    keywords = {"attn_implementation": attention} if attention in KNOWN_ATTENTION else {}
-    keywords["trust_remote_code"] = options.get("trust_remote_code", False)
     with torch.device("meta"):
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        keywords = {name: value for name, value in keywords.items() if name in known}
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)
         if adapter := get_peft_config(model_args) or adapter:
             zero3 = plan.engine == "deepspeed" and plan.stage == 3 and not model_args.load_in_4bit
@@ -156,39 +138,37 @@ def estimate_of(trainer_class, args: PreferenceConfig, model_args: ModelConfig, 
     return Estimate(model, plan, run, bits=four if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None)
 
 
-def plan_batches(lengths: list[Lengths], args: PreferenceConfig, processes: int) -> tuple[int, list[int], list[int]]:
-    """Micro-batches of one process in an epoch, and the rows of a large one (99th percentile) and of the largest.
+class Batches(NamedTuple):
+    """The micro-batches of a run: `size` units of rows each, where units lie from the one of fewest tokens on."""
 
-    With a fixed number of prompts, a large batch is made of the row at that percentile; batches by token budget are
-    taken as they come, since the budget already keeps long rows apart.
+    units: list[list[int]]
+    size: int
+    per_process: int  # micro-batches of an epoch
+    per_epoch: int  # optimizer steps
+    in_all: int
+
+    def at(self, place: float) -> list[int]:
+        """The rows of a micro-batch of the unit at this place, 0 to 1."""
+        return self.units[max(0, math.ceil(place * len(self.units)) - 1)] * self.size
+
+
+def plan_batches(lengths: list[Lengths], args: PreferenceConfig, processes: int) -> Batches:
+    """Batches by token budget are units as the first epoch has them; with a fixed number of prompts each row is one.
+
+    Steps are counted as the Trainer does.
     """
     sizes = [packed_tokens(row) for row in lengths]
-    if args.max_tokens_per_batch is not None:
-        batches = budget_batches(sizes, args, processes)
-        return len(batches) // processes, batches[_rank(len(batches))], batches[-1]
-    size, rows = args.per_device_train_batch_size, len(sizes)
+    if args.max_tokens_per_batch is None:
+        units, size = [[i] for i in np.argsort(sizes, kind="stable").tolist()], args.per_device_train_batch_size
+    else:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        units = TokenBudgetSampler(sizes, args.max_tokens_per_batch, seed=seed, processes=processes).batches(0)
+        units, size = sorted(units, key=lambda batch: sum(sizes[i] for i in batch)), 1
     drop = args.dataloader_drop_last
-    per_process = rows // size // processes if drop else math.ceil(math.ceil(rows / size) / processes)
-    ordered = sorted(range(rows), key=sizes.__getitem__)
-    return per_process, [ordered[_rank(rows)]] * size, [ordered[-1]] * size
-
-
-def budget_batches(sizes: list[int], args: PreferenceConfig, processes: int) -> list[list[int]]:
-    """The batches by token budget of the first epoch, from the smallest to the largest."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    batches = TokenBudgetSampler(sizes, args.max_tokens_per_batch, seed=seed, processes=processes).batches(0)
-    return sorted(batches, key=lambda batch: sum(sizes[i] for i in batch))
-
-
-def _rank(count: int) -> int:
-    """Where the 99th percentile stands among `count` sorted values."""
-    return math.ceil(0.99 * count) - 1
-
-
-def count_steps(args: PreferenceConfig, batches_per_process: int) -> tuple[int, int]:
-    """Optimizer steps per epoch and in all, as the Trainer counts them."""
-    per_epoch = max(1, math.ceil(batches_per_process / args.gradient_accumulation_steps))
-    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    per_process = len(units) // size // processes if drop else math.ceil(math.ceil(len(units) / size) / processes)
+    per_epoch = max(1, math.ceil(per_process / args.gradient_accumulation_steps))
+    in_all = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return Batches(units, size, per_process, per_epoch, in_all)
 
 
 def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) -> Fed:
@@ -197,11 +177,9 @@ def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) ->
     return min((fed(rows, shared=shared, flex=flex) for shared in layouts), key=lambda batch: batch.tokens)
 
 
-def _layout(model, model_args: ModelConfig, args: PreferenceConfig) -> tuple[str, bool]:
+def _layout(base: nn.Module, args: PreferenceConfig) -> tuple[str, bool]:
     """The layout that the model allows, and whether attention is FlexAttention."""
-    base = policies.base_model(model)
-    attention = (args.model_init_kwargs or {}).get("attn_implementation") or model_args.attn_implementation
-    attention = attention or base.config._attn_implementation
+    attention = args.model_init_kwargs["attn_implementation"] or base.config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
     return Runner([base], args.layout if attention in KNOWN_ATTENTION else "rows").layout, attention == FLEX
 
@@ -249,51 +227,44 @@ def _lengths(lengths: list[Lengths]) -> str:
     return "\n".join([*lines, "responses per prompt: " + ", ".join(f"{k}: {n:,}" for k, n in counts)])
 
 
-def _steps(args: PreferenceConfig, plan: Plan, rows: int, batches: int) -> str:
-    per_epoch, in_all = count_steps(args, batches)
-    window = plan.processes * args.gradient_accumulation_steps
-    size, prompts = f"{args.per_device_train_batch_size} prompts", f"{args.per_device_train_batch_size * window}"
+def _steps(args: PreferenceConfig, plan: Plan, rows: int, batches: Batches) -> str:
+    window, trainings = args.gradient_accumulation_steps, args.demands.trainings
+    size, prompts = f"{batches.size} prompts", f"{batches.size * plan.processes * window}"
     if args.max_tokens_per_batch is not None:
         size = f"at most {args.max_tokens_per_batch:,} tokens"
-        prompts = f"about {rows / batches * args.gradient_accumulation_steps:.0f}"
-    trainings = args.demands.trainings
+        prompts = f"about {rows / batches.per_process * window:.0f}"
     return (
-        f"{size} x {plan.processes} process(es) x {args.gradient_accumulation_steps} accumulated = {prompts} prompts "
-        f"per step\n{per_epoch:,} steps per epoch, {in_all:,} in all"
+        f"{size} x {plan.processes} process(es) x {window} accumulated = {prompts} prompts per step\n"
+        f"{batches.per_epoch:,} steps per epoch, {batches.in_all:,} in all"
         + (f", in each of {trainings:g} trainings" if trainings != 1 else "")
     )
 
 
-def _memory(estimate: Estimate, large: Fed, largest: Fed, batch: str) -> str:
+def _memory(estimate: Estimate, large: Fed, largest: Fed) -> str:
     sizes, run, plan = estimate.memory(large), estimate.run, estimate.plan
-    unit, divisor = ("GiB", 2**30) if sum(sizes.values()) >= 2**30 else ("MiB", 2**20)
-    recomputed = ", layers recomputed" if run.recompute else ""
     parts = {**sizes, "sum": sum(sizes.values()), "with the largest batch": sum(estimate.memory(largest).values())}
+    unit, divisor = ("GiB", 2**30) if parts["sum"] >= 2**30 else ("MiB", 2**20)
     return "\n".join([
-        f"{plan.name}, {plan.processes} GPU(s), {'16-bit' if run.half else 'full'} precision{recomputed}",
-        f"batch of the 99th percentile: {batch}, {large.tokens:,} tokens; the largest: {largest.tokens:,}",
+        f"{plan.name}, {plan.processes} GPU(s), {'16-bit' if run.half else 'full'} precision"
+        + (", layers recomputed" if run.recompute else ""),
+        f"a micro-batch of the 99th percentile: {large.tokens:,} tokens; the largest: {largest.tokens:,}",
         *(f"{name:23}{size / divisor:9.2f} {unit}" for name, size in parts.items()),
-        "Not in it: about 1 GiB of CUDA context, and what the allocator cannot use. How long it takes, and what it "
-        "really needs: --probe on the machine itself.",
+        "Not in it: about 1 GiB of CUDA context, and what the allocator cannot use. --probe measures memory and time.",
     ])  # fmt: skip
 
 
-def _notes(args: PreferenceConfig, estimate: Estimate, layout: str) -> list[str]:
-    notes, run = [], estimate.run
+def _notes(estimate: Estimate) -> list[str]:
+    notes = []
     if estimate.full and not estimate.plan.engine and estimate.trained_bytes < 4 * estimate.trained:
         notes.append(
             "The trained weights are kept in half precision, where small steps are rounded away: use dtype: float32 "
             "with bf16: true, LoRA, or an accelerate file for ZeRO or FSDP, which keep float32 weights."
         )
-    if run.whole_gradients:
+    if estimate.run.whole_gradients:
         notes.append(
             "FSDP adds up whole gradients while it accumulates. Set accelerator_config: "
             "{gradient_accumulation_kwargs: {sync_each_batch: true}} to keep them sharded."
         )
-    if args.precompute_ref_logps and estimate.full:
-        notes.append("The reference is in memory only before training, while it scores rows that are not cached yet.")
-    if layout == "rows" and args.layout == "auto":
-        notes.append("This attn_implementation cannot share prompts: the layout is rows.")
     return notes
 
 

@@ -27,7 +27,7 @@ from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
 from ..data.load import load_split
 from ..estimate import read_plan
 from ..inputs import prepare_rows
-from .dry_run import budget_batches, build_model, cheaper, count_steps, estimate_of, load_tokenizer, plan_batches
+from .dry_run import Batches, build_model, cheaper, estimate_of, load_tokenizer, plan_batches
 
 LONGEST, TYPICAL = 3, 2  # steps; the first one warms up, so its time is not counted
 FULL, GIB = 0.9, 2**30  # share of the memory that advice fills
@@ -60,23 +60,22 @@ def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, 
     rows = prepare_rows(load_split(data, args, "train") if planned is None else planned, tokenizer, args)
     trainer_class.check_rows(rows, args, training=True)
     lengths = token_lengths(rows)
-    steps = choose_batches(lengths, args, args.world_size)
+    batches = plan_batches(lengths, args, args.world_size)
+    steps = choose_batches(batches, args.world_size * args.gradient_accumulation_steps)
     measured = measure(trainer_class, args, model_args, tokenizer, rows, steps)
     advice = advise(measured, trainer_class, args, model_args, lengths, steps[0][0])
-    return "\n  ".join([*_report(measured, trainer_class, args, lengths), *notes, *(f"advice: {a}" for a in advice)])
+    return "\n  ".join(
+        [*_report(measured, trainer_class, args, lengths, batches), *notes, *(f"advice: {a}" for a in advice)]
+    )
 
 
-def choose_batches(lengths: list[Lengths], args: PreferenceConfig, processes: int) -> list[list[list[int]]]:
-    """Micro-batches of rows for each step, of all processes: the longest, from the largest on, then typical ones.
+def choose_batches(batches: Batches, window: int) -> list[list[list[int]]]:
+    """The rows of each micro-batch of each step: the longest rows, from the largest on, again and then typical ones.
 
-    Typical rows are spread evenly over the lengths of all rows, and dealt to the batches at random.
+    Typical rows are spread evenly over the lengths of all rows, and dealt to the `window` micro-batches at random.
     """
-    sizes = [packed_tokens(row) for row in lengths]
-    if args.max_tokens_per_batch is None:
-        size, units = args.per_device_train_batch_size, [[i] for i in np.argsort(sizes, kind="stable").tolist()]
-    else:
-        size, units = 1, budget_batches(sizes, args, processes)
-    count = size * processes * args.gradient_accumulation_steps
+    units, size = batches.units, batches.size
+    count = size * window
     chosen = [[units[-1 - i % len(units)] for i in range(count)]] * LONGEST
     for k in range(TYPICAL):
         places = [(i + (k + 1) / (TYPICAL + 1)) / count for i in range(count)]
@@ -183,16 +182,20 @@ def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Le
     return lines
 
 
-def _report(measured: Measured, trainer_class, args: PreferenceConfig, lengths: list[Lengths]) -> list[str]:
-    per_epoch, in_all = count_steps(args, plan_batches(lengths, args, args.world_size)[0])
+def _report(
+    measured: Measured, trainer_class, args: PreferenceConfig, lengths: list[Lengths], batches: Batches
+) -> list[str]:
     trainings, scorings = args.demands.trainings, args.demands.scorings
-    tokens = sum(map(packed_tokens, lengths)) / per_epoch * in_all * trainings
+    epoch = sum(map(packed_tokens, lengths))
+    tokens = epoch / batches.per_epoch * batches.in_all * trainings
     total, fastest, slowest = (timedelta(seconds=round(time)) for time in measured.extrapolate(tokens))
-    left_out = {
+    parts = {
         "loading": True, "evaluation": True, "saving": True, "sampling": args.self_enhance is not None,
         "the reference's scores of all rows": trainer_class.needs_reference and args.precompute_ref_logps,
         f"{scorings} scorings of all rows": scorings > 0,
     }  # fmt: skip
+    left_out = ", ".join(name for name, left in parts.items() if left)
+    each = f" in each of {trainings:g} trainings" if trainings != 1 else ""
     first, *long = (f"{seconds:.3g} s" for seconds in measured.seconds[:LONGEST])
     typical = [f"{seconds:.3g} s" for seconds in measured.seconds[LONGEST:]]
     peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:])
@@ -201,7 +204,6 @@ def _report(measured: Measured, trainer_class, args: PreferenceConfig, lengths: 
         f"longest batches, {measured.tokens[0]:,} tokens per step: {', '.join(long)} (after {first})",
         f"typical batches, {sum(measured.tokens[LONGEST:]) / TYPICAL:,.0f} tokens per step: {', '.join(typical)}",
         f"memory: {peak} GiB at the peak ({reserved} reserved), {resting} between steps, of {limit}",
-        f"{in_all:,} steps{f' in each of {trainings:g} trainings' if trainings != 1 else ''}: {total} ({fastest} to "
-        f"{slowest}), which is the run's tokens at the speed of the typical steps (of the fastest and of the slowest "
-        f"step but the first). Not in it: {', '.join(name for name, part in left_out.items() if part)}.",
+        f"{batches.in_all:,} steps{each}: {total} ({fastest} to {slowest}), which is the run's tokens at the speed of "
+        f"the typical steps (of the fastest and of the slowest step but the first). Not in it: {left_out}.",
     ]

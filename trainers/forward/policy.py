@@ -188,6 +188,11 @@ def load_tokenizer(
     path = base_model(model).config.name_or_path
     if not path:
         raise ValueError("The model has no path to load a tokenizer from: pass processing_class=<tokenizer>.")
+    return tokenizer_at(path, init_kwargs)
+
+
+def tokenizer_at(path: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at a path; `init_kwargs` are those that the model there is loaded with."""
     kwargs = init_kwargs or {}
     return AutoTokenizer.from_pretrained(
         path, revision=kwargs.get("revision") or "main", trust_remote_code=kwargs.get("trust_remote_code", False)
