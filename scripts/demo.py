@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import contextmanager
@@ -25,20 +24,22 @@ import torch
 import yaml
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
-from trl import get_peft_config
 
 from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
 from trainers.cli.arguments import set_model_options
-from trainers.cli.compare_samples import SampleOptions, sample_and_measure, sum_logps
+from trainers.cli.compare_samples import SampleOptions, policy_and_base, sample_and_measure
+from trainers.cli.demo_report import write_report
+from trainers.cli.probe import choose_batches, measure
+from trainers.data.budget import token_lengths
 from trainers.data.tokenization import UNFINISHED, prepare_dataset
-from trainers.forward.policy import base_model
-from trainers.forward.run import Runner
 from trainers.generation import sample_responses
 from trainers.generation.scorer import load_scorer
+from trainers.inputs import prepare_rows
 from trainers.metrics import pairwise_accuracy
+from trainers.pages.text import interval
 from trainers.precision import instructions
 from trainers.runs.files import read_rows, write_json, write_rows
 from trainers.statistics import bootstrap_interval
@@ -100,18 +101,17 @@ def main() -> None:
         print(estimate, flush=True)
     with stage("Before training: answers to prompts that are not trained on"):
         before = sample(model, None, prompts["test"], SAMPLING)[0]
-        course = [measure(0, *sample(model, None, prompts["validation"], COURSE))]
+        start = sample(model, None, prompts["validation"], COURSE)
+        course = [point(0, *start, before=start[0])]
     with stage(f"Training: {' '.join(TRAIN)}"):
         run_training(output)
     with stage("The course of the training: the checkpoints answer held-out prompts"):
         for folder in sorted(output.glob("checkpoint-*"), key=step_of):
-            found = sample(model, folder, prompts["validation"], COURSE)
-            course.append(measure(step_of(folder), *found, course[0]["answers"]))
+            course.append(point(step_of(folder), *sample(model, folder, prompts["validation"], COURSE), start[0]))
     with stage("After training: the test prompts, and the ranking of given answers to them"):
         after, logratios = sample(model, output, prompts["test"], SAMPLING)
         ranking = rank(config, dtype, rows["test"][:RANKED])
     with stage("Writing the report"):
-        matched = matched_gain(before, after, load_scorer(SCORER))
         results = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "train_command": " ".join(TRAIN),
@@ -121,11 +121,11 @@ def main() -> None:
             "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
             "seconds": {name: round(seconds, 1) for name, seconds in stage.seconds.items()},
             "estimate": estimate,
-            "course": [{name: value for name, value in point.items() if name != "answers"} for point in course],
+            "course": course,
             "generation": compare_answers(before, after),
             "ranking": ranking,
             "checks": {
-                "gain in reward at equal length": matched,
+                "gain in reward at equal length": matched_gain(before, after, load_scorer(SCORER)),
                 "KL to the base model, nats per answer": bootstrap_interval(logratios.mean(-1).numpy()),
             },
             "answers": [
@@ -134,7 +134,7 @@ def main() -> None:
             ],
         }
         write_json(output / "results.json", results)
-        subprocess.run([sys.executable, "-m", "trainers.cli.report", str(output)], check=True)
+        write_report(output)
     print(summary(results))
 
 
@@ -165,21 +165,13 @@ def finished_first(row: dict) -> dict:
 
 def foresee(config: dict, prompts: list) -> tuple[str, str]:
     """The dtype of the training, and how long all of it will take, from a timed step and a few sampled tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"output_dir": folder, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-        given = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        trainer_class, data, args, model = train.parse(["--config", str(CONFIG), *given])
-        set_model_options(args, model)
-        rows, watch = data.load(args, "train"), StepTimes()
-        args.logging_strategy = "no"
-        trainer = trainer_class(
-            model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model),
-            callbacks=[watch],
-        )  # fmt: skip
-        trainer.train()
-    steps = config["max_steps"]
-    step = watch.seconds[-1]  # the first one has the check of the first batch in it
-    checkpoints = steps // config["save_steps"]
+    trainer_class, data, args, model = train.parse(["--config", str(CONFIG), "--use_cpu", "true"])
+    set_model_options(args, model)
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    rows = prepare_rows(data.load(args, "train"), tokenizer, args)
+    typical = choose_batches(token_lengths(rows), args, 1)[-2:]  # of which the first warms up
+    step = measure(trainer_class, args, model, tokenizer, rows, typical).seconds[-1]
+    steps, checkpoints = config["max_steps"], config["max_steps"] // config["save_steps"]
     few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
     batch = few + (SAMPLING.max_new_tokens - 2) * (more - few) / 8
     sampled = SAMPLING.num_generations * (2 * SAMPLING.prompts + (1 + checkpoints) * COURSE.prompts)
@@ -191,19 +183,6 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
         f"From here about {ceil(seconds / 60)} minutes on this machine: {steps} steps of {step:.1f} s, {sampled} "
         f"answers, {SAMPLING.batch_size} of them in {batch:.0f} s or less, and {ranking:.0f} s for the ranking."
     )
-
-
-class StepTimes(TrainerCallback):
-    """Seconds of every training step."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.begin = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.monotonic() - self.begin)
 
 
 def time_sampling(config: dict, prompts: list, tokens: int) -> float:
@@ -236,27 +215,25 @@ def step_of(checkpoint: Path) -> int:
 def sample(model: str, start: Path | None, prompts: list, options: SampleOptions) -> tuple[list, torch.Tensor]:
     """Scored answers (N rows of n) of the policy in `start`, and their log-ratios (N,n) to the base model."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = sample_and_measure(model, start, tokenizer, prompts, options, device="cpu", init_kwargs={})
-    fields = zip(found["texts"], found["rewards"], found["tokens"], found["truncated"], strict=True)
-    answers = [dict(zip(("text", "score", "tokens", "truncated"), values, strict=True)) for values in fields]
+    measured = sample_and_measure(model, start, tokenizer, prompts, options, device="cpu", init_kwargs={})
+    columns = zip(*(measured[name] for name in ("texts", "rewards", "tokens", "truncated")), strict=True)
+    answers = [dict(zip(("text", "score", "tokens", "truncated"), values, strict=True)) for values in columns]
     n = options.num_generations
-    return [answers[i : i + n] for i in range(0, len(answers), n)], torch.tensor(found["logratios"]).view(-1, n)
+    return [answers[i : i + n] for i in range(0, len(answers), n)], torch.tensor(measured["logratios"]).view(-1, n)
 
 
-def measure(step: int, answers: list[list[Answer]], logratios: torch.Tensor, before: list | None = None) -> dict:
+def point(step: int, answers: list[list[Answer]], logratios: torch.Tensor, before: list[list[Answer]]) -> dict:
     """One point of the course: how far the policy is from the base model, and what that gave."""
-    compared = compare_answers(before or answers, answers)
-    point = {name: row["after"] for name, row in compared.items()}
-    matched = matched_gain(before or answers, answers, load_scorer(SCORER))
+    means = {name: row["after"] for name, row in compare_answers(before, answers).items()}
+    matched = matched_gain(before, answers, load_scorer(SCORER))
     kl = bootstrap_interval(logratios.mean(-1).numpy())
     print(
-        f"step {step}: reward {point['reward']['mean']:.2f}, at equal length {matched['mean']:+.2f}, KL "
-        f"{kl['mean']:.1f} nats, {point['share cut off at the limit']['mean']:.0%} cut off", flush=True,
+        f"step {step}: reward {means['reward']['mean']:.2f}, at equal length {matched['mean']:+.2f}, KL "
+        f"{kl['mean']:.1f} nats, {means['share cut off at the limit']['mean']:.0%} cut off", flush=True,
     )  # fmt: skip
-    return {"step": step, "KL": kl, "gain at equal length": matched, **point, "answers": answers}
+    return {"step": step, "KL": kl, "gain at equal length": matched, **means}
 
 
-@torch.no_grad()
 def rank(config: dict, dtype: str, rows: list[dict]) -> dict[str, dict]:
     """Pairwise ranking accuracy of the trained policy, and of what could explain it without any learning."""
     name = config["model_name_or_path"]
@@ -264,10 +241,7 @@ def rank(config: dict, dtype: str, rows: list[dict]) -> dict[str, dict]:
     model = PeftModel.from_pretrained(base, config["output_dir"]).eval()
     given = Dataset.from_list([{n: row[n] for n in ("prompt", "responses", "scores", UNFINISHED)} for row in rows])
     tokens = prepare_dataset(given, tokenizer, max_length=config["max_length"])
-    runner, args = Runner([base_model(model)], "auto"), (model, list(tokens), tokenizer.pad_token_id)
-    policy = torch.tensor(sum_logps(runner, *args))
-    with model.disable_adapter():
-        reference = torch.tensor(sum_logps(runner, *args))
+    policy, reference = map(torch.tensor, policy_and_base(model, None, list(tokens), tokenizer.pad_token_id))
     lengths = torch.tensor([[len(ids) for ids in row["response_ids"]] for row in tokens], dtype=torch.float)
     rankings = {
         "after": policy - reference,
@@ -288,20 +262,14 @@ def summary(results: dict) -> str:
     ]
     for name, row in results["generation"].items():
         before, after = row["before"]["mean"], row["after"]["mean"]
-        lines.append(f"  {name:32}{before:10.3f}{after:10.3f}{_with_interval(row['gain'], '+.3f'):>27}")
+        lines.append(f"  {name:32}{before:10.3f}{after:10.3f}{interval(row['gain'], '+.3f'):>27}")
     lines.append("\nPairwise ranking accuracy on held-out answers (0.5 is chance):")
     names = {"after": "trained policy", "before": "policy before training (by construction)"}
-    for name, value in results["ranking"].items():
-        lines.append(f"  {names.get(name, name):42}{_with_interval(value, '.3f'):>22}")
-    lines += ["", *(f"{name}: {_with_interval(value, '.2f')}" for name, value in results["checks"].items())]
-    machine = results["machine"]
-    lines.append(f"Trained in {results['config']['dtype']} on a CPU with {machine['instruction set']}.")
+    lines += [f"  {names.get(n, n):42}{interval(value):>22}" for n, value in results["ranking"].items()]
+    lines += ["", *(f"{name}: {interval(value, '.2f')}" for name, value in results["checks"].items())]
+    lines.append(f"Trained in {results['config']['dtype']} on a CPU with {results['machine']['instruction set']}.")
     report = Path(results["config"]["output_dir"]) / "report.html"
     return "\n".join([*lines, f"\nOpen {report} in a browser."])
-
-
-def _with_interval(value: dict, form: str) -> str:
-    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
 if __name__ == "__main__":

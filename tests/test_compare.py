@@ -106,7 +106,7 @@ def test_figures_follow_from_the_saved_models(inputs, finished):
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
     accuracies, lengths, kls, rewards = [], [], [], []
     for seed in (1, 2):
-        run = json.loads((finished / f"dpo-best-worst/seed-{seed}/results.json").read_text())
+        run = json.loads((finished / f"dpo-best-worst/seed-{seed}/manifest.json").read_text())
         model = PeftModel.from_pretrained(base, finished / f"dpo-best-worst/seed-{seed}/model")
 
         def ratio(prompt, ids, model=model):
@@ -183,8 +183,8 @@ def test_the_table_and_the_plot(finished):
 
 
 def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypatch):
-    path = finished / "lire-at-rest" / "seed-2" / "results.json"
-    before, kept = json.loads(path.read_text()), {p: p.stat().st_mtime_ns for p in finished.glob("*/*/results.json")}
+    path = finished / "lire-at-rest" / "seed-2" / "manifest.json"
+    before, kept = json.loads(path.read_text()), {p: p.stat().st_mtime_ns for p in finished.glob("*/*/manifest.json")}
     whole = (finished / "table.md").read_text()
     path.unlink()
     trained, original = [], compare.train_and_measure
@@ -194,7 +194,7 @@ def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypa
     compare.main(config(inputs, finished))
     assert trained == [("LIRE at rest", 2)]
     after = json.loads(path.read_text())
-    for name in ("settings", "steps", "logps", "own_rewards", "samples"):
+    for name in ("hash", "steps", "logps", "own_rewards", "samples"):
         assert after[name] == before[name]
     assert {p: p.stat().st_mtime_ns for p in kept if p != path} == {p: t for p, t in kept.items() if p != path}
     without_seconds = [line.rsplit("|", 3)[0] for line in whole.splitlines()]
@@ -233,7 +233,7 @@ def test_other_settings_are_refused_by_name(inputs, finished):
 def test_wrong_settings_are_named_before_anything_is_trained(inputs, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         compare.main(config(inputs, tmp_path / "out", **changes))
-    assert not list(tmp_path.glob("**/results.json"))
+    assert not list(tmp_path.glob("**/manifest.json"))
 
 
 def test_scores_keep_their_order_and_ties_on_every_scale():

@@ -3,7 +3,7 @@
     polypo compare --config configs/compare/demo.yaml
 
 The YAML has the settings that all methods share (`base`), the methods with their own options (`methods`), and what
-data and samples they are judged on (`CompareArguments`). Every run is a folder whose results.json is written last, so
+data and samples they are judged on (`CompareArguments`). Every run is a stage, whose manifest is written last, so
 a killed comparison goes on where it stopped; methods and seeds may be added later. At the end compare_report.py
 writes the report. One process; the runs follow each other.
 """
@@ -18,30 +18,32 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import TrlParser, get_peft_config, get_quantization_config
 
-from .. import load_preferences
+from .. import PreferenceConfig, load_preferences
 from ..config import check_options, option
 from ..data.budget import packed_tokens, token_lengths
 from ..data.rows import refuse_template_options
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..forward.run import Runner
+from ..generation.options import read_options
 from ..generation.start import load_start
 from ..precision import instructions
 from ..rounds import plain
 from ..runs.files import write_json, write_rows
-from ..runs.settings import model_fingerprint, refuse_other_settings
+from ..runs.settings import model_fingerprint
+from ..runs.stage import Stage
 from .arguments import ModelArguments, set_model_options
 from .compare_data import SCALES, cut_rows, split_rows
 from .compare_report import BASE, write_report
 from .compare_samples import SampleOptions, sample_and_measure, sum_logps
-from .train import find_trainer
+from .train import parse
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
 # What makes methods comparable; a method that set it for itself would have another model or another budget.
@@ -78,10 +80,10 @@ class CompareArguments:
 
     def __post_init__(self):
         check_options(self)
-        for name in ("base", "methods", "samples"):  # JSON on a command line
+        for name in ("base", "methods"):  # JSON on a command line
             if isinstance(getattr(self, name), str):
                 setattr(self, name, json.loads(getattr(self, name)))
-        self.samples = dataclasses.asdict(SampleOptions(**(self.samples or {})))
+        self.samples = dataclasses.asdict(read_options("samples", self.samples or {}, SampleOptions))
         for method, own in (("base", self.base), *self.methods.items()):
             wrong = [name for name in own if name in SET_HERE or (own is not self.base and name.startswith(SHARED))]
             if wrong:
@@ -89,21 +91,15 @@ class CompareArguments:
                                  f"it out if it is one of {', '.join(SET_HERE)}.")  # fmt: skip
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """One method with one seed, or the base model, which has no trainer."""
 
     name: str
     seed: int | None
-    folder: Path
-    settings: dict
+    stage: Stage
     trainer: type | None
-    args: Any
+    args: PreferenceConfig
     model: ModelArguments
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results.json"
 
 
 def main(argv: list[str]) -> None:
@@ -122,30 +118,24 @@ def compare(arguments: CompareArguments) -> Path:
     data = Data(arguments)
     runs = plan(arguments, data)
     for run in runs:
-        if run.results.exists():
-            before = json.loads(run.results.read_text())["settings"]
-            refuse_other_settings(run.results, before, run.settings, ways_out="choose another output_dir")
+        run.stage.done()  # other settings of any run end it here
     for number, run in enumerate(runs, 1):
-        done = run.results.exists()
+        done = run.stage.done()
         print(f"\n[{number}/{len(runs)}] {run.name}, seed {run.seed}{': done already' if done else ''}", flush=True)
         if not done:
+            run.stage.open()
             start = time.monotonic()
             measured = measure_base(run, data) if run.trainer is None else train_and_measure(run, data)
-            run.folder.mkdir(parents=True, exist_ok=True)
-            seconds = round(time.monotonic() - start, 1)
-            write_json(run.results, {"settings": run.settings, **measured, "seconds": seconds})
+            run.stage.finish(**measured, seconds=round(time.monotonic() - start, 1))
     device = runs[0].args.device.type
     report = {
         "config": dataclasses.asdict(arguments),
         "data": data.facts,
         "machine": f"{runs[0].model.dtype} on {device}{f' with {instructions()}' if device == 'cpu' else ''}",
-        "scores": data.scores,
+        "scores": list(data.test["scores"]),
         "lengths": [[len(ids) for ids in row["response_ids"]] for row in data.test],
-        "runs": [{"name": run.name, "seed": run.seed, **json.loads(run.results.read_text())} for run in runs],
+        "runs": [{"name": run.name, "seed": run.seed, **run.stage.manifest()} for run in runs],
     }
-    for run in report["runs"]:
-        run.pop("settings")
-        run.pop("log_history", None)
     write_json(data.folder / "runs.json", report)
     page = write_report(data.folder)
     print((data.folder / "table.md").read_text())
@@ -188,7 +178,6 @@ class Data:
         )
         if len(self.train) < len(train) or len(self.test) < len(test):
             raise ValueError("Some rows do not fit in max_length: raise it, or set max_prompt_tokens.")
-        self.scores = [row["scores"] for row in self.test]
         self.facts = {
             "rows_usable": len(kept),
             "rows_left_out": dict(dropped),
@@ -208,30 +197,27 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
         "data": data.facts["digest"],
         "model files": model_fingerprint(arguments.base["model_name_or_path"]),
     }
-    runs = []
     slugs = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in arguments.methods}
     if len({*slugs.values(), "base"}) <= len(slugs):
         raise ValueError(f"methods: two names, or one and 'base', give the same folder: {', '.join(slugs.values())}.")
+    runs = []
     for seed in arguments.seeds:
         for name, own in arguments.methods.items():
             folder = data.folder / slugs[name] / f"seed-{seed}"
             trainer, args, model = parse_method(arguments.base, own, seed, folder)
             fixed["base.dtype"] = model.dtype  # the one that "fast" is here
             settings = {**fixed, **{f"{name}.{key}": value for key, value in own.items()}, "seed": seed}
-            runs.append(Run(name, seed, folder, settings, trainer, args, model))
-    return [Run(BASE, None, data.folder / "base", fixed, None, runs[0].args, runs[0].model), *runs]
+            runs.append(Run(name, seed, Stage(folder, settings), trainer, args, model))
+    return [Run(BASE, None, Stage(data.folder / "base", fixed), None, *runs[0][-2:]), *runs]
 
 
-def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, Any, ModelArguments]:
+def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, PreferenceConfig, ModelArguments]:
     """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
-    trainer = find_trainer(own["trainer"])
     config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed, "output_dir": str(folder)}
-    del config["trainer"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    parser = TrlParser((trainer.config_class, ModelArguments), allow_abbrev=False)
-    args, model = parser.parse_args_and_config(["--config", str(path)])
+    trainer, _, args, model = parse(["--config", str(path)])
     set_model_options(args, model)
     return trainer, args, model
 
@@ -256,14 +242,14 @@ def train_and_measure(run: Run, data: Data) -> dict:
         "needs_reference": run.trainer.needs_reference,
         "steps": trainer.state.global_step,
         "train_seconds": round(trained.metrics["train_runtime"], 1),
-        "logps": [row[: len(scores)].tolist() for row, scores in zip(logps, data.scores, strict=True)],
+        "logps": [row[: len(scores)].tolist() for row, scores in zip(logps, data.test["scores"], strict=True)],
         "own_rewards": {n: output.metrics[f"test_ranking/{n}"] for n in ("pairwise_accuracy", "ndcg")},
         "log_history": trainer.state.log_history,
     }
-    trainer.save_model(str(run.folder / "model"))
+    trainer.save_model(str(run.stage.folder / "model"))
     del trainer
     gc.collect()
-    return results | sampled(run, run.folder / "model", data)
+    return results | sampled(run, run.stage.folder / "model", data)
 
 
 def measure_base(run: Run, data: Data) -> dict:

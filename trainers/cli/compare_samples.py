@@ -10,6 +10,7 @@ from .. import PreferenceCollator
 from ..forward import policy as policies
 from ..forward.run import Runner
 from ..generation import sample_responses
+from ..generation.rewards import as_completion
 from ..generation.sampler import SamplingConfig, encode_prompt
 from ..generation.scorer import load_scorer
 from ..generation.start import load_start
@@ -55,51 +56,40 @@ def sample_and_measure(
     samples = sample_responses(model, tokenizer, prompts, options)
     if merge:
         model.unmerge_adapter()
+    rows = [
+        {"prompt_ids": encode_prompt(tokenizer, prompt), "response_ids": [sample.token_ids for sample in row],
+         "scores": [0.0] * len(row)}
+        for prompt, row in zip(prompts, samples, strict=True)
+    ]  # fmt: skip
+    ratios = [[0.0] * len(row) for row in samples]
+    if start is not None:
+        base = None if isinstance(model, PeftModel) else load_start(name, None, init_kwargs=init_kwargs).to(device)
+        pairs = zip(*policy_and_base(model, base, rows, tokenizer.pad_token_id), strict=True)
+        ratios = [[p - b for p, b in zip(*pair, strict=True)] for pair in pairs]
+    del model
     flat = [sample for row in samples for sample in row]
     measured = {
         "tokens": [len(sample.token_ids) for sample in flat],
         "truncated": [sample.truncated for sample in flat],
-        "logratios": log_ratios(model, name, start, tokenizer, prompts, samples, init_kwargs),
+        "logratios": sum(ratios, []),
         "texts": [sample.text for sample in flat],
         "token_ids": [sample.token_ids for sample in flat],
     }
-    del model
     if options.scorer is not None:
         owners = [prompt for prompt, row in zip(prompts, samples, strict=True) for _ in row]
-        completions = [
-            sample.text if isinstance(prompt, str) else [{"role": "assistant", "content": sample.text}]
-            for prompt, sample in zip(owners, flat, strict=True)
-        ]
-        scorer = load_scorer(options.scorer, device=device)
-        measured["rewards"] = scorer(prompts=owners, completions=completions)
+        completions = [as_completion(prompt, sample.text) for prompt, sample in zip(owners, flat, strict=True)]
+        measured["rewards"] = load_scorer(options.scorer, device=device)(prompts=owners, completions=completions)
     return measured
 
 
-def log_ratios(
-    model, name: str, start: Path | None, tokenizer, prompts: list, samples: list, init_kwargs: dict
-) -> list[float]:
-    """log pi(y|x) - log pi_base(y|x) of each sample, over the very tokens that were sampled."""
-    if start is None:
-        return [0.0 for row in samples for _ in row]
-    rows = [
-        {
-            "prompt_ids": encode_prompt(tokenizer, prompt),
-            "response_ids": [sample.token_ids for sample in row],
-            "scores": [0.0] * len(row),
-        }
-        for prompt, row in zip(prompts, samples, strict=True)
-    ]
-    pad = tokenizer.pad_token_id
-    if isinstance(model, PeftModel):
-        runner = Runner([policies.base_model(model)], "auto")
-        policy = sum_logps(runner, model, rows, pad)
-        with model.disable_adapter():
-            base = sum_logps(runner, model, rows, pad)
-    else:
-        reference = load_start(name, None, init_kwargs=init_kwargs).to(model.device).eval()
-        runner = Runner([model, reference], "auto")
-        policy, base = (sum_logps(runner, m, rows, pad) for m in (model, reference))
-    return [p - b for first, second in zip(policy, base, strict=True) for p, b in zip(first, second, strict=True)]
+def policy_and_base(model, base, rows: list[dict], pad_token_id: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Log-probabilities of the responses under a policy and under `base`; None is the policy with its adapter off."""
+    runner = Runner([policies.base_model(model), *([] if base is None else [base.eval()])], "auto")
+    policy = sum_logps(runner, model, rows, pad_token_id)
+    if base is not None:
+        return policy, sum_logps(runner, base, rows, pad_token_id)
+    with model.disable_adapter():
+        return policy, sum_logps(runner, model, rows, pad_token_id)
 
 
 @torch.no_grad()
