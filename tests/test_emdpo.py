@@ -21,7 +21,8 @@ from trainers.emdpo.tables import read_annotators
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("finished")
-    trainer = em(folder, start, eval_rows=opposed_rows(seed=1), rounds=3)
+    new = [row | {"annotator": "b" + row["annotator"]} for row in opposed_rows(annotators=3, seed=1)]
+    trainer = em(folder, start, eval_rows=[*opposed_rows(seed=1), *new], rounds=3)
     trainer.train()
     return trainer
 
@@ -55,40 +56,17 @@ def test_policies_of_earlier_rounds_are_deleted_and_their_scores_kept(finished):
 
 
 def test_held_out_rows_are_scored_under_the_mixture(finished):
+    """Annotators with training rows by their posterior, new ones by the mixture weights."""
     metrics = finished.evaluate()
-    folder = Path(finished.args.output_dir)
-    names, _, likelihood = read_annotators(folder / "held_out.csv")
+    names, posterior, likelihood = read_annotators(Path(finished.args.output_dir) / "held_out.csv")
     known = dict(zip(map(str, finished.annotators.names), finished.posterior, strict=True))
-    expected = [
-        np.logaddexp.reduce(np.log(np.maximum(known[n], 1e-12)) + row)
-        for n, row in zip(names, likelihood, strict=True)
-    ]
+    prior = np.stack([known.get(name, finished.posterior.mean(0)) for name in names])
+    joint = np.log(np.maximum(prior, 1e-12)) + likelihood
+    expected = np.logaddexp.reduce(joint, 1)
+    np.testing.assert_allclose(posterior, np.exp(joint - expected[:, None]), atol=1e-9)
     assert metrics["eval_log_likelihood_per_annotator"] == pytest.approx(np.mean(expected))
-    assert metrics["eval_items"] == 30 and metrics["eval_known_annotators"] == 6
-    assert metrics["eval_loss"] == pytest.approx(-np.sum(expected) / 30)
-
-
-def test_new_annotators_are_met_with_the_mixture_weights(tmp_path, start):
-    others = [row | {"annotator": "b" + row["annotator"]} for row in opposed_rows(annotators=3, seed=1)]
-    trainer = em(tmp_path, start, eval_rows=others)
-    trainer.train()
-    names, posterior, likelihood = read_annotators(tmp_path / "held_out.csv")
-    prior = np.log(np.maximum(trainer.posterior.mean(0), 1e-12))
-    joint = prior + likelihood
-    np.testing.assert_allclose(posterior, np.exp(joint - np.logaddexp.reduce(joint, 1)[:, None]), atol=1e-9)
-    assert trainer.evaluate()["eval_known_annotators"] == 0
-
-
-def test_every_row_is_scored_whatever_the_batch_size(tmp_path, start):
-    """Seven rows and batches of four: the last row counts, and no row counts twice."""
-    rows = opposed_rows()[:7]
-    trainer = em(tmp_path, start, rows, rounds=1, num_types=1, ref_tokens_per_batch=60)
-    trainer.train()
-    args = PlackettLuceConfig(output_dir=str(tmp_path / "check"), use_cpu=True, report_to="none")
-    judge = PlackettLuceTrainer(str(trainer.policies[0]), ref_model=str(start), args=args,
-                                eval_dataset=Dataset.from_list(rows), processing_class=build_tokenizer())  # fmt: skip
-    total = -7 * judge.evaluate()["eval_loss"]
-    assert read_annotators(tmp_path / "annotators.csv")[2].sum() == pytest.approx(total, abs=1e-3)
+    assert metrics["eval_items"] == 45 and metrics["eval_known_annotators"] == 6 and metrics["eval_annotators"] == 9
+    assert metrics["eval_loss"] == pytest.approx(-np.sum(expected) / 45)
 
 
 def test_weights_scale_the_likelihood_and_zero_removes_a_row(tmp_path, start):
@@ -196,16 +174,6 @@ def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_roun
     for found, expected in zip(longer.policies, whole.policies, strict=True):
         same(weights(found), weights(expected))
     assert len(list((tmp_path / "longer").glob("**/policy"))) == 2
-
-
-def test_one_type_of_halves_is_trained_on_all_rows(tmp_path, start):
-    halved, whole = (
-        em(tmp_path / name, start, num_types=1, seed=seed, score_on=name)
-        for name, seed in (("heldout_half", 3), ("train", 4))
-    )
-    halved.train()
-    whole.train()
-    same(weights(halved.policies[0]), weights(whole.policies[0]))
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):

@@ -11,12 +11,11 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import LORA, em, groups, round_folder, same, weights
+from emdpo_runs import LORA, em, round_folder, same, weights
 from helpers import build_tokenizer, tiny_llama
 from test_emdpo_parts import CASES, close
 from trainers import DPOConfig, DPOTrainer
 from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
-from trainers.emdpo.mixture import match_types
 from trainers.forward.run import Forward
 
 
@@ -124,15 +123,6 @@ def test_micro_batches_do_not_change_an_m_step(tmp_path, start, normalize):
         found.append(weights(trainer.policies[0]))
     same(found[1], found[0], rtol=1e-4, atol=1e-6)
     assert max(float((found[0][n] - v).abs().max()) for n, v in weights(start).items()) > 1e-3
-
-
-def test_adapters_share_one_base(tmp_path, start):
-    trainer = em(tmp_path, start, peft=True, learning_rate=0.02, rounds=3)
-    trainer.train()
-    assert match_types(trainer.posterior, groups(trainer.annotators.names))[0] == 1
-    saved = sorted(path.name for path in tmp_path.glob("**/*.safetensors"))
-    assert saved == ["adapter_model.safetensors"] * 2  # no base weights anywhere
-    assert json.loads((tmp_path / "mixture.json").read_text())["adapters"] is True
 
 
 @pytest.mark.parametrize("peft", [False, True])
