@@ -1,48 +1,28 @@
-"""swepo_loss on hand-worked vectors, its limits and its invariances."""
+"""SWEPO: who is contrasted with whom, its limits, and what its metrics say. Vectors and invariants: test_losses.py."""
 
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from test_losses import VECTORS, close, swepo_options
 from trainers import SWEPOConfig, SWEPOTrainer
-from trainers.metrics import ranking_metrics
 from trainers.swepo import score_split, swepo_loss
 
-VECTORS = json.loads((Path(__file__).parent / "vectors" / "swepo.json").read_text())
-SWEPO_CASES = [case for case in VECTORS["cases"] if case["function"] == "swepo"]
-RENAMED = {"m": "top_m"}
+VECTORS = VECTORS["swepo"]
+CASES = {case["id"]: case for case in VECTORS["cases"]}
 
 
-def options(case):
-    return {"alpha": 0.0, **{RENAMED.get(k, k): v for k, v in case["options"].items()}}
+def tensors(case):
+    logratios, scores = (torch.tensor([case["inputs"][k]], dtype=torch.float64) for k in ("logratios", "scores"))
+    return logratios.requires_grad_(), scores, torch.ones_like(scores, dtype=torch.bool)
 
 
-def tensors(case, dtype=torch.float64):
-    inputs = {k: torch.tensor([v], dtype=dtype) for k, v in case["inputs"].items()}
-    mask = torch.ones_like(inputs["scores"], dtype=torch.bool)
-    return inputs["logratios"].requires_grad_(), inputs["scores"], mask
-
-
-def close(found, expected, dtype=torch.float64):
-    tolerance = VECTORS["tolerance"][str(dtype).removeprefix("torch.")]
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    error = (found.detach().double() - expected).abs() / expected.abs().clamp(min=1)
-    assert error.max() <= tolerance, (found, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", SWEPO_CASES, ids=lambda case: case["id"])
-def test_vector(case, dtype):
-    logratios, scores, mask = tensors(case, dtype)
-    losses = swepo_loss(logratios, scores, mask, **options(case))
-    losses.sum().backward()
-    close(losses[0], case["expected"]["loss"], dtype)
-    close(logratios.grad[0], case["expected"]["grad_logratios"], dtype)
-    keep = {k: v for k, v in options(case).items() if k in ("positives", "top_m", "mean_over")}
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c["function"] == "swepo"], ids=lambda case: case["id"])
+def test_sides_of_the_vectors(case):
+    _, scores, mask = tensors(case)
+    keep = {k: v for k, v in swepo_options(case).items() if k in ("positives", "top_m", "mean_over")}
     split = score_split(scores, mask, **keep)
     assert bool(split.positive.any()) == case["expected"]["used"]
     for side in ("positive", "negative"):
@@ -60,91 +40,16 @@ def test_split(case):
     assert bool(split.positive.any()) == case["used"]
 
 
-@pytest.mark.parametrize("case", VECTORS["batch_cases"], ids=lambda case: case["id"])
-def test_padded_batch_with_garbage(case):
-    logratios = torch.tensor(case["inputs"]["logratios"], dtype=torch.float64, requires_grad=True)
-    scores, mask = torch.tensor(case["inputs"]["scores"]).double(), torch.tensor(case["inputs"]["mask"]).bool()
-    losses = swepo_loss(logratios, scores, mask, **options(case))
-    close(losses, case["expected"]["losses"])
-    used = score_split(scores, mask).positive.any(-1)
-    assert used.tolist() == case["expected"]["used"]
-    mean = losses.sum() / used.sum()
-    close(mean, case["expected"]["loss"])
-    mean.backward()
-    close(logratios.grad, case["expected"]["grad_logratios_of_loss"])
-
-
-def test_infinite_and_nan_garbage_in_padded_slots_changes_nothing():
-    case = VECTORS["batch_cases"][0]
-    clean, scores = (torch.tensor(case["inputs"][k], dtype=torch.float64) for k in ("logratios", "scores"))
-    mask = torch.tensor(case["inputs"]["mask"]).bool()
-    for garbage in (math.nan, math.inf, -math.inf):
-        logratios = clean.masked_fill(~mask, garbage).requires_grad_()
-        losses = swepo_loss(logratios, scores.masked_fill(~mask, garbage), mask, **options(case))
-        close(losses, case["expected"]["losses"])
-        losses.sum().backward()
-        assert logratios.grad[mask].isfinite().all() and not logratios.grad[~mask].nan_to_num(0).any()
-
-
-@pytest.mark.parametrize("case", VECTORS["token_cases"], ids=lambda case: case["id"])
-def test_tokens_are_summed_not_averaged(case):
-    inputs = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["inputs"].items()}
-    logps = inputs["logps"].requires_grad_()
-    logratios = ((logps - inputs["ref_logps"]) * inputs["completion_mask"]).sum(-1)
-    mask = inputs["completion_mask"].any(-1)
-    loss = swepo_loss(logratios, inputs["scores"], mask, **options(case))
-    close(loss[0], case["expected"]["loss"])
-    loss.sum().backward()
-    close(logps.grad, case["expected"]["grad_logps"])
-    assert abs(loss.item() - case["not_expected"]["loss_if_token_mean_were_used"]) > 1e-3
-
-
 def test_cases_that_must_equal_another_methods_case_do():
-    by_id = {case["id"]: case for case in VECTORS["cases"]}
-    pairs = [(by_id[a], by_id[b]) for a, b in VECTORS["identities"]]
+    pairs = [(CASES[a], CASES[b]) for a, b in VECTORS["identities"]]
     pairs = [(a, b) for x, y in pairs for a, b in ((x, y), (y, x)) if a["function"] == "swepo"]
     assert len(pairs) >= 5 and {b["function"] for _, b in pairs} >= {"dpo", "infonca"}
     for case, other in pairs:
         logratios, scores, mask = tensors(case)
-        losses = swepo_loss(logratios, scores, mask, **options(case))
+        losses = swepo_loss(logratios, scores, mask, **swepo_options(case))
         losses.sum().backward()
         close(losses[0], other["expected"]["loss"])
         close(logratios.grad[0], other["expected"]["grad_logratios"])
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"weighting": "none"},
-        {"weighting": "absolute"},
-        {"weighting": "signed"},
-        {"weighting": "signed", "power": 2},
-        {"positives": "best"},
-        {"positives": "top_m", "top_m": 2},
-        {"positives": "top_m", "top_m": 2, "mean_over": "all"},
-        {"gamma": 2.5},
-        {"alpha_inside_beta": True},
-        {"power": 0},
-    ],
-    ids=str,
-)
-def test_gradcheck_permutation_and_shift(kwargs):
-    generator = torch.Generator().manual_seed(0)
-    logratios = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    scores = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 3
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
-
-    def loss(x, scores=scores, mask=mask):
-        return swepo_loss(x, scores, mask, **{"beta": 0.3, "alpha": 0.4, **kwargs})
-
-    assert torch.autograd.gradcheck(loss, logratios)
-    gradient = torch.autograd.grad(loss(logratios).sum(), logratios)[0]
-    torch.testing.assert_close(gradient.sum(-1), torch.zeros(3).double(), rtol=0, atol=1e-12)
-    assert not gradient[~mask].any()
-    order = torch.tensor([3, 0, 4, 2, 1])
-    moved = torch.autograd.grad(loss(logratios[:, order], scores[:, order], mask[:, order]).sum(), logratios)[0]
-    torch.testing.assert_close(moved, gradient)
-    torch.testing.assert_close(loss(logratios + 7, scores - 1000), loss(logratios))
 
 
 def test_two_responses_are_dpo_whatever_the_weights():
@@ -182,23 +87,6 @@ def test_scores_times_c_with_alpha_over_c_change_nothing():
     )
 
 
-def test_metrics_of_the_default_example():
-    expected = VECTORS["metrics"]
-    case = next(case for case in SWEPO_CASES if case["id"] == expected["case"])
-    logratios, scores, mask = tensors(case)
-    metrics = ranking_metrics(case["options"]["beta"] * logratios.detach(), scores, mask)
-    close(metrics["rewards/margins"][0], expected["margin_best_worst"])
-    close(metrics["rewards/accuracies"][0], expected["accuracy_best_worst"])
-
-
-@pytest.mark.parametrize("weighting", ["absolute", "signed"])
-def test_no_gradient_passes_through_the_scores(weighting):
-    logratios, scores, mask = tensors(next(case for case in SWEPO_CASES if case["id"] == "A2"))
-    losses = swepo_loss(logratios, scores.requires_grad_(), mask, beta=0.1, alpha=0.25, weighting=weighting)
-    losses.sum().backward()
-    assert scores.grad is None and logratios.grad.abs().min() > 0
-
-
 @pytest.mark.parametrize(
     "options, weights",
     [
@@ -212,7 +100,7 @@ def test_no_gradient_passes_through_the_scores(weighting):
 def test_the_metrics_show_the_weights_of_the_loss(tmp_path, options, weights):
     trainer = SWEPOTrainer.__new__(SWEPOTrainer)
     trainer.args = SWEPOConfig(output_dir=str(tmp_path), use_cpu=True, beta=0.1, alpha=0.25, **options)
-    logratios, scores, mask = tensors(next(case for case in SWEPO_CASES if case["id"] == "A2"))
+    logratios, scores, mask = tensors(CASES["A2"])
     batch = {"scores": scores, "mask": mask}
     policy, reference = (SimpleNamespace(logps=x.unsqueeze(-1)) for x in (logratios, torch.zeros_like(logratios)))
     losses, metrics = trainer.loss(batch, policy, reference)
