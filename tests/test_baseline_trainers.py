@@ -3,17 +3,26 @@
 import copy
 import itertools
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 
+import trainers
 from helpers import build_tokenizer, tiny_llama
-from trainers.dpo import DPOConfig, DPOTrainer
-from trainers.infonca import InfoNCAConfig, InfoNCATrainer, NCAConfig, NCATrainer
-from trainers.lire import LIREConfig, LIRETrainer
-from trainers.plackett_luce import PlackettLuceConfig, PlackettLuceTrainer
-from trainers.rrhf import RRHFConfig, RRHFTrainer
+from trainers import (
+    DPOTrainer,
+    InfoNCATrainer,
+    LIRETrainer,
+    NCATrainer,
+    PlackettLuceTrainer,
+    RRHFTrainer,
+    SWEPOTrainer,
+)
+from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +84,12 @@ STEP_ZERO = {
     LIRETrainer: lire_by_hand,
     RRHFTrainer: rrhf_by_hand,
 }
-CONFIGS = {
-    DPOTrainer: DPOConfig, PlackettLuceTrainer: PlackettLuceConfig, InfoNCATrainer: InfoNCAConfig,
-    NCATrainer: NCAConfig, LIRETrainer: LIREConfig, RRHFTrainer: RRHFConfig,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", STEP_ZERO, ids=lambda cls: cls.__name__)
 def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokenizer, cls):
     data, model = ranked_rows(), tiny_llama(len(tokenizer))
-    args = CONFIGS[cls](
+    args = cls.config_class(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd",
         per_device_train_batch_size=6, max_steps=2, learning_rate=2e-3, lr_scheduler_type="constant", logging_steps=1,
     )  # fmt: skip
@@ -100,25 +105,24 @@ def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokeni
     assert 0 <= t.state.log_history[1]["ranking/pairwise_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, smoothing):
-    import trl
-
+@pytest.mark.parametrize("cls, smoothing", [(DPOTrainer, 0.0), (DPOTrainer, 0.2), (SWEPOTrainer, None)])
+def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, cls, smoothing):
     words = " the cat sat on a mat and saw the sun rise over an old green hill".replace(" ", "| ").split("|")[1:]
     rows = [{"prompt": words[i] + words[i + 2], "chosen": "".join(words[i : i + 4]),
              "rejected": "".join(words[i + 3 : 2 * i + 5])} for i in range(5)]  # fmt: skip
     policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
     common = {
         "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 5,
-        "bf16": False, "max_length": 64, "beta": 0.3, "label_smoothing": smoothing, "gradient_checkpointing": False,
-        "disable_tqdm": True,
+        "bf16": False, "max_length": 64, "beta": 0.3, "gradient_checkpointing": False, "disable_tqdm": True,
     }  # fmt: skip
+    robust = {} if smoothing is None else {"label_smoothing": smoothing}
+    loss_type = {} if smoothing is None else {"loss_type": "robust"}
     losses, gradients = [], []
-    for cls, args in (
-        (trl.DPOTrainer, trl.DPOConfig(**common, loss_type="robust")),
-        (DPOTrainer, DPOConfig(**common)),
+    for trainer, args in (
+        (trl.DPOTrainer, trl.DPOConfig(**common, **robust, **loss_type)),
+        (cls, cls.config_class(**common, **robust)),
     ):
-        t = cls(
+        t = trainer(
             copy.deepcopy(policy), ref_model=copy.deepcopy(reference), args=args,
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         )  # fmt: skip
@@ -130,3 +134,26 @@ def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, smo
     assert abs(losses[0] - math.log(2)) > 1e-3
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+THEIRS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}  # of transformers
+
+
+@pytest.mark.parametrize("name", [name for name in trainers.__all__ if name.endswith("Trainer")])
+def test_every_logged_metric_is_on_its_page(tmp_path, tokenizer, name):
+    cls = {"EMDPOTrainer": TypePolicyTrainer}.get(name, getattr(trainers, name))
+    if cls is trainers.PreferenceTrainer:
+        return
+    page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
+    rows = [row | {column: row[column][:2] for column in ("response_ids", "scores")} for row in ranked_rows()]
+    if cls is TypePolicyTrainer:
+        rows = m_step_rows(Dataset.from_list(rows), np.full(6, 0.5), np.ones(6), [[0.0, 0.0]] * 6, "batch").to_list()
+    options = {"independent": True} if cls is trainers.SparsePOTrainer else {}
+    args = cls.config_class(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2,
+        logging_steps=1, learning_rate=1e-2, **options,
+    )  # fmt: skip
+    t = cls(tiny_llama(len(tokenizer)), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    t.train()
+    logged = set().union(*[log for log in t.state.log_history if "loss" in log]) - THEIRS
+    assert len(logged) > 10 and not [metric for metric in logged if f"`{metric}`" not in page]
