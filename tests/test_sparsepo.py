@@ -124,19 +124,6 @@ def test_tdpo2_vector():
         close(pair.leaves[f"logits_{side}"].grad, case["expected"][f"grad_logits_{side}"])
 
 
-def test_identities_of_the_vectors():
-    found = {}
-    for name in ("S5", "S6", "P1", "P2"):
-        pair = Pair(CASES[name])
-        if name == "P1":
-            pair.kl_mask = torch.zeros_like(pair.kl_mask)
-        found[name] = pair.loss(beta=0.8)
-    pairs = [p for p in VECTORS["identities"] if set(p) <= set(found)]
-    assert len(pairs) == 2
-    for a, b in pairs:
-        torch.testing.assert_close(found[a], found[b], rtol=0, atol=1e-14)
-
-
 def test_unshifted_sequences_with_garbage():
     case = CASES["X1"]
     inputs, sides = case["inputs"], []
@@ -267,22 +254,6 @@ def test_gradcheck_permutation_and_ragged_k(ranking):
     assert not tied.any() and not any(g.any() for g in torch.autograd.grad(tied.sum(), tensors, allow_unused=False))
 
 
-@pytest.mark.parametrize("ranking", ["best_worst", "plackett_luce"])
-def test_two_responses_are_the_papers_loss_exactly(ranking):
-    tensors, tokens, _, _ = random_inputs(b=4, k=2)
-    mask, scores = torch.ones(4, 2, dtype=torch.bool), torch.tensor([[1.0, 0], [3, 5], [2, 1], [0, 9]]).double()
-    u, d_side, l1 = [], [], []
-    logratios, kls, reward_mask, kl_mask = (x * tokens for x in tensors)
-    for i in range(4):
-        w, lost = (0, 1) if scores[i, 0] > scores[i, 1] else (1, 0)
-        u.append((reward_mask * logratios)[i, w].sum() - (reward_mask * logratios)[i, lost].sum())
-        d_side.append((kl_mask * kls)[i, lost].sum() - (kl_mask * kls)[i, w].sum())
-        l1.append(0.02 * reward_mask[i].sum() + 0.05 * kl_mask[i].sum())
-    z = 0.7 * (torch.stack(u) - torch.stack(d_side))
-    found = sparsepo_loss(*tensors, tokens, scores, mask, beta=0.7, reward_l1=0.02, kl_l1=0.05, ranking=ranking)
-    torch.testing.assert_close(found, softplus(-z) + torch.stack(l1), rtol=0, atol=1e-13)
-
-
 def test_more_responses_compare_best_with_worst_or_rank_all():
     tensors, tokens, scores, mask = random_inputs()
     f = ((tensors[2] * tensors[0] + tensors[3] * tensors[1]) * tokens).sum(-1)
@@ -317,37 +288,9 @@ def test_limits_and_scale_of_the_masks():
     torch.testing.assert_close(start, torch.full_like(start, math.log(2)))
 
 
-def test_without_l1_the_kl_mask_rises_on_chosen_and_falls_on_rejected_tokens():
-    tensors, tokens, scores, mask = random_inputs()
-    kl_mask = tensors[3].requires_grad_()
-    sparsepo_loss(*tensors, tokens, scores, mask, beta=0.3).sum().backward()
-    best, worst = scores.masked_fill(~mask, -9).argmax(-1), scores.masked_fill(~mask, 9).argmin(-1)
-    rows = torch.arange(3)
-    assert (kl_mask.grad[rows, best] <= 0).all() and (kl_mask.grad[rows, worst] >= 0).all()
-    assert kl_mask.grad[rows, best].any() and kl_mask.grad[rows, worst].any()
-
-
-def test_tdpo2_gives_the_better_responses_kl_no_gradient():
-    (logratios, kls, _, _), tokens, scores, mask = random_inputs()
-    kls.requires_grad_()
-    tdpo2_loss(logratios, kls, tokens, scores, mask, beta=0.3, alpha=0.5).sum().backward()
-    best, worst = scores.masked_fill(~mask, -9).argmax(-1), scores.masked_fill(~mask, 9).argmin(-1)
-    rows = torch.arange(3)
-    assert not kls.grad[rows, best].any() and kls.grad[rows, worst].any()
-
-
 @pytest.mark.parametrize(
     "wrong, word",
     [
-        ({"beta": 0}, "beta"),
-        ({"reward_l1": -1.0}, "reward_l1"),
-        ({"kl_l1": math.nan}, "kl_l1"),
-        ({"ranking": "all"}, "ranking"),
-        ({"mask": "binary"}, "mask"),
-        ({"kl_term": "yes"}, "kl_term"),
-        ({"mask_init": "zero"}, "mask_init"),
-        ({"mask_init_std": 0.0}, "mask_init_std"),
-        ({"mask_weight_decay": -1.0}, "mask_weight_decay"),
         ({"mask_reward": False, "mask_kl": False}, "mask to ones"),
         ({"mask_reward": False, "kl_term": "none"}, "mask to ones"),
         ({"independent": True, "mask": "activations"}, "independent"),
@@ -355,8 +298,6 @@ def test_tdpo2_gives_the_better_responses_kl_no_gradient():
         ({"mask": "ones", "reward_l1": 0.1}, "reward_l1"),
         ({"mask_kl": False, "kl_l1": 0.1}, "kl_l1"),
         ({"mask": "ones", "mask_learning_rate": 0.1}, "mask_learning_rate"),
-        ({"mask_learning_rate": math.nan}, "mask_learning_rate"),
-        ({"mask_learning_rate": -0.01}, "mask_learning_rate"),
         ({"tdpo2_alpha": 0.1}, "tdpo2_alpha"),
         ({"kl_term": "tdpo2"}, "tdpo2"),
         ({"kl_term": "tdpo2", "mask": "ones", "ranking": "plackett_luce"}, "tdpo2"),

@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import TrlParser, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
+
+from polypo import recipes
 
 from .. import PreferenceConfig, load_preferences
 from ..config import check_options, option
@@ -39,6 +41,7 @@ from ..rounds import plain
 from ..runs.files import write_json, write_rows
 from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
+from . import config_files
 from .arguments import ModelArguments, set_model_options
 from .compare_data import SCALES, cut_rows, split_rows
 from .compare_report import BASE, write_report
@@ -103,7 +106,7 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    (arguments,) = TrlParser((CompareArguments,), allow_abbrev=False).parse_args_and_config(argv)
+    (arguments,) = config_files.parse([CompareArguments], *recipes.split_recipe(argv))
     print(f"{compare(arguments)} is ready.")
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from transformers.utils import logging
-from trl import TrlParser
+
+from polypo import recipes
 
 from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
@@ -26,6 +27,7 @@ from ..metrics import best_and_worst
 from ..pages import page, plots
 from ..precision import settle_dtype
 from ..runs.checkpoints import last_checkpoint
+from . import config_files
 from .arguments import DataArguments, ModelArguments
 
 MAPS: dict[str, Callable[[dict], list[float]]] = {  # title: the values of the tokens from their terms
@@ -65,8 +67,8 @@ def write_report(argv: list[str]) -> Path:
     Raises:
         ValueError: the folder holds no policy, or a row cannot be shown.
     """
-    parser = TrlParser((ShowArguments, DataArguments, SparsePOConfig, ModelArguments), allow_abbrev=False)
-    show, data, args, model = parser.parse_args_and_config(argv)
+    classes = [ShowArguments, DataArguments, SparsePOConfig, ModelArguments]
+    show, data, args, model = config_files.parse(classes, *recipes.split_recipe(argv))
     folder = Path(show.checkpoint)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} holds no policy: name the output folder of a finished run, or a checkpoint.")
