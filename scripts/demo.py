@@ -32,8 +32,7 @@ from trainers.cli.answers import Answer, compare_answers, matched_gain
 from trainers.cli.arguments import set_model_options
 from trainers.cli.compare_samples import SampleOptions, policy_and_base, sample_and_measure
 from trainers.cli.demo_report import write_report
-from trainers.cli.probe import choose_batches, measure
-from trainers.data.budget import token_lengths
+from trainers.cli.probe import measure
 from trainers.data.tokenization import UNFINISHED, prepare_dataset
 from trainers.generation import sample_responses
 from trainers.generation.scorer import load_scorer
@@ -169,14 +168,15 @@ def foresee(config: dict, prompts: list) -> tuple[str, str]:
     set_model_options(args, model)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     rows = prepare_rows(data.load(args, "train"), tokenizer, args)
-    typical = choose_batches(token_lengths(rows), args, 1)[-2:]  # of which the first warms up
-    step = measure(trainer_class, args, model, tokenizer, rows, typical).seconds[-1]
+    size = args.per_device_train_batch_size
+    batches = [[list(range(size))], [list(range(size, 2 * size))]]  # of two steps, of which the first warms up
+    step = measure(trainer_class, args, model, tokenizer, rows, batches).seconds[-1]
     steps, checkpoints = config["max_steps"], config["max_steps"] // config["save_steps"]
     few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
     batch = few + (SAMPLING.max_new_tokens - 2) * (more - few) / 8
     sampled = SAMPLING.num_generations * (2 * SAMPLING.prompts + (1 + checkpoints) * COURSE.prompts)
     # A step is four forwards' worth, of which the ranking needs two on every four prompts.
-    ranking = RANKED / args.per_device_train_batch_size * step / 2
+    ranking = RANKED / size * step / 2
     # A quarter more: loading models, and comparing the answers with the base model.
     seconds = 1.25 * (steps * step + sampled / SAMPLING.batch_size * batch + ranking)
     return model.dtype, (
