@@ -1,6 +1,3 @@
-"""Moved: `polypo aggregate`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.aggregate", "polypo aggregate")
+moved.run(__name__, __file__)

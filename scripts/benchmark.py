@@ -1,6 +1,3 @@
-"""Moved: `python -m benchmarks.run`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("benchmarks.run", "python -m benchmarks.run")
+moved.run(__name__, __file__)

@@ -1,6 +1,3 @@
-"""Moved: `polypo types`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.types", "polypo types")
+moved.run(__name__, __file__)

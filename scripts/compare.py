@@ -1,6 +1,3 @@
-"""Moved: `polypo compare`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.compare", "polypo compare")
+moved.run(__name__, __file__)

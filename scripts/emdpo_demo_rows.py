@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.emdpo_demo_rows`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.emdpo_demo_rows", "python -m experiments.emdpo_demo_rows")
+moved.run(__name__, __file__)

@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.emdpo_identify`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.emdpo_identify", "python -m experiments.emdpo_identify")
+moved.run(__name__, __file__)

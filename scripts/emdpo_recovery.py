@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.emdpo_recovery`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.emdpo_recovery", "python -m experiments.emdpo_recovery")
+moved.run(__name__, __file__)

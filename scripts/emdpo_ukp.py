@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.emdpo_ukp`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.emdpo_ukp", "python -m experiments.emdpo_ukp")
+moved.run(__name__, __file__)

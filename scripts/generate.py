@@ -1,6 +1,3 @@
-"""Moved: `polypo generate`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.generate", "polypo generate")
+moved.run(__name__, __file__)

@@ -5,9 +5,34 @@ import sys
 import warnings
 from pathlib import Path
 
+MODULES = {  # script -> where it is now
+    "aggregate": "trainers.cli.aggregate",
+    "benchmark": "benchmarks.run",
+    "choose_types": "trainers.cli.types",
+    "compare": "trainers.cli.compare",
+    "compare_report": "trainers.cli.report",
+    "emdpo_demo_rows": "experiments.emdpo_demo_rows",
+    "emdpo_identify": "experiments.emdpo_identify",
+    "emdpo_recovery": "experiments.emdpo_recovery",
+    "emdpo_ukp": "experiments.emdpo_ukp",
+    "generate": "trainers.cli.generate",
+    "prepare_data": "trainers.cli.prepare",
+    "report": "trainers.cli.report",
+    "rounds_report": "trainers.cli.report",
+    "scale_table": "benchmarks.scale_table",
+    "sgpo_experiment": "experiments.sgpo",
+    "sgpo_report": "trainers.cli.report",
+    "show_masks": "trainers.cli.masks",
+    "sparsepo_frontier": "experiments.sparsepo_frontier",
+}
 
-def run(module: str, command: str) -> None:
-    """Runs `module` as the program that `command` is now."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    warnings.warn(f"{sys.argv[0]} moved: use `{command}`.", FutureWarning, stacklevel=2)
+
+def run(name: str, file: str) -> None:
+    """Run what the script `file` is now, if it is the program (`name` is its `__name__`)."""
+    if name != "__main__":
+        return
+    path, module = Path(file).resolve(), MODULES[Path(file).stem]
+    sys.path.insert(0, str(path.parents[1]))
+    command = module.replace("trainers.cli.", "polypo ") if module.startswith("trainers") else f"python -m {module}"
+    warnings.warn(f"{path.name} moved: use `{command}`.", FutureWarning, stacklevel=3)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

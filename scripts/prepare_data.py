@@ -1,6 +1,3 @@
-"""Moved: `polypo prepare`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.prepare", "polypo prepare")
+moved.run(__name__, __file__)

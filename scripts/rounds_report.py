@@ -1,6 +1,3 @@
-"""Moved: `polypo report`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.report", "polypo report")
+moved.run(__name__, __file__)

@@ -1,6 +1,3 @@
-"""Moved: `python -m benchmarks.scale_table`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("benchmarks.scale_table", "python -m benchmarks.scale_table")
+moved.run(__name__, __file__)

@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.sgpo`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.sgpo", "python -m experiments.sgpo")
+moved.run(__name__, __file__)

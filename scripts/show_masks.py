@@ -1,6 +1,3 @@
-"""Moved: `polypo masks`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("trainers.cli.masks", "polypo masks")
+moved.run(__name__, __file__)

@@ -1,6 +1,3 @@
-"""Moved: `python -m experiments.sparsepo_frontier`."""
+import moved
 
-from moved import run
-
-if __name__ == "__main__":
-    run("experiments.sparsepo_frontier", "python -m experiments.sparsepo_frontier")
+moved.run(__name__, __file__)

@@ -14,6 +14,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
+import moved
 import polypo
 import trainers
 from helpers import family_tokenizer, tiny_llama
@@ -61,9 +62,8 @@ def test_a_usage_has_the_options_of_the_classes(name):
 def test_commands_are_modules_and_forwards_lead_to_some():
     for name in polypo.COMMANDS:
         assert callable(importlib.import_module(f"trainers.cli.{name}").main)
-    for script in (ROOT / "scripts").glob("*.py"):
-        if moved := re.search(r'^    run\("([\w.]+)", ', script.read_text(), flags=re.M):
-            assert importlib.util.find_spec(moved[1])
+    for name, module in moved.MODULES.items():
+        assert (ROOT / f"scripts/{name}.py").is_file() and importlib.util.find_spec(module)
     with pytest.raises(SystemExit, match="did you mean train"):
         polypo.main(["trian"])
 
