@@ -120,7 +120,7 @@ def fraction_of(name, share):
     return cut
 
 
-@pytest.mark.parametrize("share", [0.0, 0.13, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("name", ["samples-00000.jsonl", "scores-00000.jsonl"])
 def test_resumes_from_any_byte_with_the_same_result(inputs, parts, tmp_path, name, share):
     source, expected = parts
@@ -159,31 +159,24 @@ def test_survives_kill_9_while_sampling(inputs, parts, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == parts[1]
 
 
-def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, tmp_path, capsys):
+def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, parts, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     statistics = run(arguments(inputs, output))
     stamp = output.stat().st_mtime_ns
     assert run(arguments(inputs, output, batch_size=1)) == statistics
-    assert "complete already" in capsys.readouterr().out
-    assert output.stat().st_mtime_ns == stamp
+    assert "complete already" in capsys.readouterr().out and output.stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
         run(arguments(inputs, output, seed=1))
-    with pytest.raises(ValueError, match="prompts are others; scorer was"):
-        run(arguments(inputs, output, limit=4, scorer=["trainers.generation.rewards.vader_sentiment"]))
     before = read(output)
     run(arguments(inputs, output, seed=1, overwrite=True))
     assert [row["responses"] for row in read(output)] != [row["responses"] for row in before]
-
-
-def test_partial_results_of_other_settings_are_refused(inputs, parts, tmp_path):
-    shutil.copytree(parts[0], tmp_path / "out.jsonl.parts")
-    with pytest.raises(ValueError, match="temperature was 1.0 and is 0.5"):
-        run(arguments(inputs, tmp_path / "out.jsonl", temperature=0.5))
-    other = tmp_path / "other"
-    shutil.copytree(inputs, other)
-    tiny_llama(len(family_tokenizer("llama3")), seed=1).save_pretrained(other / "model")
-    with pytest.raises(ValueError, match="model are others"):
-        run(arguments(other, tmp_path / "out.jsonl"))
+    shutil.copytree(parts[0], tmp_path / "cut.jsonl.parts")
+    with pytest.raises(ValueError, match="prompts are others; scorer was"):
+        run(arguments(inputs, tmp_path / "cut.jsonl", limit=4, scorer=["trainers.generation.rewards.vader_sentiment"]))
+    (tmp_path / "own.jsonl").write_text("precious")
+    with pytest.raises(ValueError, match="manifest.json"):
+        run(arguments(inputs, tmp_path / "own.jsonl"))
+    assert (tmp_path / "own.jsonl").read_text() == "precious"
 
 
 def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs, tmp_path):
@@ -193,13 +186,6 @@ def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs
     assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
 
 
-def test_a_file_of_unknown_origin_is_not_overwritten(inputs, tmp_path):
-    (tmp_path / "out.jsonl").write_text("precious")
-    with pytest.raises(ValueError, match="manifest.json"):
-        run(arguments(inputs, tmp_path / "out.jsonl"))
-    assert (tmp_path / "out.jsonl").read_text() == "precious"
-
-
 def test_several_scorers_with_weights(inputs, tmp_path):
     vader = "trainers.generation.rewards.vader_sentiment"
     run(arguments(inputs, tmp_path / "out.jsonl", scorer=[f"{vader}=10", f"{__name__}.score"]))
@@ -207,27 +193,6 @@ def test_several_scorers_with_weights(inputs, tmp_path):
         lengths = [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
         sentiment = vader_sentiment([], row["responses"])
         assert row["scores"] == pytest.approx([n + 10 * v for n, v in zip(lengths, sentiment, strict=True)])
-    with pytest.raises(ValueError, match="heavy"):
-        generate.parse_scorers(["a.b=heavy"])
-
-
-def test_plain_prompts_become_messages_on_request(inputs, tmp_path):
-    run(arguments(inputs, tmp_path / "out.jsonl", as_chat=True))
-    rows = read(tmp_path / "out.jsonl")
-    assert rows[3]["prompt"] == [{"role": "user", "content": "the quick brown"}]
-    assert rows[0]["prompt"] == ROWS[0]["prompt"]
-
-
-def test_wrong_prompt_files_name_the_row(inputs, tmp_path):
-    for content, message in (
-        ('{"prompt": "a"}\n{"text": "b"}\n', "row 1 needs a `prompt`.*text"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ('["a"]\n', "row 0 needs a `prompt`"),
-        ("", "has no rows"),
-    ):
-        (tmp_path / "prompts.jsonl").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            run(arguments(inputs, tmp_path / "out.jsonl", prompts=str(tmp_path / "prompts.jsonl")))
 
 
 def test_summary_counts_by_hand():
@@ -237,18 +202,10 @@ def test_summary_counts_by_hand():
     ]
     statistics = summarize(samples, [[1.0, 1.0, 4.0], [2.0, 2.0, 2.0]])
     assert statistics == {
-        "prompts": 2,
-        "responses": 6,
-        "response_tokens": 14,
-        "mean_response_tokens": 2.3333,
-        "truncated_share": 0.3333,
-        "duplicate_share": 0.1667,
-        "empty_share": 0.1667,
-        "mean_score": 2.0,
-        "score_std": 1.0,
-        "mean_score_range_within_prompt": 1.5,
-        "prompts_with_all_scores_tied_share": 0.5,
-    }
+        "prompts": 2, "responses": 6, "response_tokens": 14, "mean_response_tokens": 2.3333, "truncated_share": 0.3333,
+        "duplicate_share": 0.1667, "empty_share": 0.1667, "mean_score": 2.0, "score_std": 1.0,
+        "mean_score_range_within_prompt": 1.5, "prompts_with_all_scores_tied_share": 0.5,
+    }  # fmt: skip
 
 
 def test_journal_ignores_an_unfinished_line_and_refuses_a_broken_one(tmp_path):
@@ -276,14 +233,6 @@ def test_two_processes_write_the_file_of_one(inputs, parts, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == parts[1]
-
-
-def test_model_folder_that_is_there_is_left_alone(inputs, tmp_path, capsys):
-    get_smollm2.get_smollm2(inputs / "model")
-    assert "there already" in capsys.readouterr().out
-    (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="holds no model"):
-        get_smollm2.get_smollm2(tmp_path / "model")
 
 
 def test_damaged_download_is_refused(tmp_path):

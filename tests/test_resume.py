@@ -228,19 +228,8 @@ def test_an_adapter_is_gone_on_from_under_its_own_name_only(saved, make):
     assert again.state.global_step == 3
 
 
-def test_kinds_of_models_are_not_mixed(saved, make, tmp_path):
-    saved("SWEPO lora")
-    with pytest.raises(ValueError, match="peft_config was 'LORA' and is None"):
-        make("SWEPO full").train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="peft_config.target_modules was"):
-        make("SWEPO lora", peft={**LORA, "target_modules": ["q_proj"]}).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="lora_alpha was 8 and is 64"):
-        make("SWEPO lora", peft={**LORA, "lora_alpha": 64}).train(resume_from_checkpoint=True)
-    shutil.rmtree(tmp_path / "out")
+def test_a_model_that_lacks_weights_is_refused(saved, make):
     checkpoint = saved("SWEPO full")
-    for case in ("SWEPO lora", "SWEPO pretrained"):
-        with pytest.raises(ValueError, match="peft_config was None and is 'LORA'"):
-            make(case).train(resume_from_checkpoint=True)
     weights = load_file(checkpoint / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
@@ -261,15 +250,13 @@ def test_a_half_written_checkpoint_is_never_taken(saved, make, tmp_path):
     shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="no whole checkpoint in output_dir"):
         make().train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        make().train(resume_from_checkpoint=str(tmp_path / "missing"))
 
 
-def test_a_checkpoint_that_is_being_replaced_is_not_whole(saved, make, tmp_path):
-    checkpoint = saved("SWEPO full")
-    assert is_complete(checkpoint)
-    assert in_child(lambda: make(kind=deadly("weights", 2)).train()) == -signal.SIGKILL
-    assert not is_complete(checkpoint) and (checkpoint / "optimizer.pt").is_file()
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_lost_part_of_the_state_is_an_error(name, saved, make):
+    (saved("SWEPO full") / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {name.partition('.')[0]}.*would start anew"):
+        make().train(resume_from_checkpoint=True)
 
 
 def test_all_processes_must_have_written_their_part(saved):
@@ -283,21 +270,6 @@ def test_all_processes_must_have_written_their_part(saved):
     assert not is_complete(checkpoint)
     (checkpoint / "rng_state_1.pth").write_bytes(content)
     assert is_complete(checkpoint)
-
-
-def test_a_lost_optimizer_is_an_error(saved, make):
-    (saved("SWEPO full") / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="no optimizer\\*, so the optimizer would start anew"):
-        make().train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    "name, told", [("scheduler.pt", "learning rate would start anew"), ("rng_state.pth", "no rng_state")]
-)
-def test_a_lost_part_of_the_state_is_an_error(name, told, saved, make):
-    (saved("SWEPO full") / name).unlink()
-    with pytest.raises(ValueError, match=told):
-        make().train(resume_from_checkpoint=True)
 
 
 # What a run starts from. `other` is a model of other weights, `merged` one that an adapter was added to.
@@ -318,14 +290,13 @@ START = {
     "another precision": ("SWEPO full", "SWEPO full", {"bf16": True}, "mixed_precision was 'no' and is 'bf16'"),
     "another dtype": ("LIRE full", "LIRE full", {"model": lambda: tiny_llama(len(build_tokenizer())).bfloat16()},
                       "dtype was 'float32' and is 'bfloat16'"),
-    "another start": ("SWEPO full", "SWEPO full", {"model": other}, "reference weights are others"),
     "a start that was trained": ("SWEPO full", "SWEPO full", {"model": merged}, "reference weights are others"),
-    "a reference": ("SWEPO full", "SWEPO full", {"ref_model": other}, "reference weights are others"),
     "a reference under an adapter": ("SWEPO lora", "SWEPO lora", {"ref_model": other}, "reference weights are others"),
     "another base": ("SWEPO lora", "SWEPO lora", {"model": other}, "base weights are others; reference weights are"),
     "another base without reference": ("LIRE lora", "LIRE lora", {"model": merged}, "base weights are others"),
-    "another base, cached": ("SWEPO lora", "SWEPO lora", {"model": other, "precompute_ref_logps": True},
-                             "base weights"),
+    "another adapter": ("SWEPO lora", "SWEPO lora", {"peft": {**LORA, "r": 2}}, "peft_config.r was 4 and is 2"),
+    "an adapter, then none": ("SWEPO lora", "SWEPO full", {}, "peft_config was 'LORA' and is None"),
+    "an adapter, and none before": ("SWEPO full", "SWEPO pretrained", {}, "peft_config was None and is 'LORA'"),
 }  # fmt: skip
 
 
@@ -336,17 +307,6 @@ def test_another_start_is_refused(name, saved, make):
     changes = {key: value() if callable(value) else value for key, value in changes.items()}
     with pytest.raises(ValueError, match=told):
         make(after, **changes).train(resume_from_checkpoint=True)
-
-
-def test_a_pretrained_adapter_is_the_reference_as_it_was(saved, make, adapter, tmp_path):
-    saved("SWEPO pretrained")
-    weights = load_file(adapter / "adapter_model.safetensors")
-    changed = tmp_path / "adapter"
-    shutil.copytree(adapter, changed)
-    save_file({name: weight * 1.01 for name, weight in weights.items()}, changed / "adapter_model.safetensors")
-    model = PeftModel.from_pretrained(make("SWEPO full").model, str(changed), is_trainable=True)
-    with pytest.raises(ValueError, match="other settings: reference weights are others"):
-        make("SWEPO full", model=model).train(resume_from_checkpoint=True)
 
 
 def test_the_same_weights_may_lie_elsewhere(saved, make, tmp_path):
@@ -376,26 +336,13 @@ def test_a_checkpoint_that_says_less_is_taken_as_it_is(saved, make, caplog):
     assert "does not say with what dtype, mixed_precision, reference weights, trainer it was written" in caplog.text
 
 
-@pytest.mark.parametrize("case", ["SWEPO lora", "SWEPO pretrained"])
-def test_a_run_with_dropout_goes_on(case, saved, make):
-    dropout = {"disable_dropout": False, "peft": {**LORA, "lora_dropout": 0.2}}
-    saved(case, **dropout)
-    again = make(case, max_steps=4, **dropout)
-    if case.endswith("pretrained"):
-        for module in again.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.2
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4
-
-
 @pytest.mark.parametrize(
     "changes, told",
     [({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"), ({"beta": 0.5}, "beta was"),
      ({"seed": 4}, "seed was 3 and is 4"), ({"max_length": 20}, "max_length was 1024 and is 20"),
-     ({"weighting": "signed"}, "weighting was"), ({"per_device_train_batch_size": 2}, "batch size x acc"),
+     ({"per_device_train_batch_size": 2}, "batch size x acc"),
      ({"max_tokens_per_batch": 100}, "max_tokens_per_batch was None and is 100"),
-     ({"data": rows(11)[::-1]}, "training rows are others"), ({"data": rows(12)}, "training rows are others")],
+     ({"data": rows(11)[::-1]}, "training rows are others")],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_other_settings_are_refused(saved, make, changes, told):

@@ -1,16 +1,15 @@
 """Scorers: import paths, reward models, weights, and what is refused."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from helpers import LLAMA3, build_tokenizer, family_tokenizer
+from helpers import build_tokenizer, family_tokenizer
 from trainers.generation.rewards import vader_sentiment
-from trainers.generation.scorer import RewardModelScorer, load_scorer
+from trainers.generation.scorer import check_scorer, load_scorer
 
 PROMPTS = ["what is the capital", "the dog", "say something", "a bad day"]
 TEXTS = ["it is Paris, of course", "lazy", "something kind to a friend who had a bad day", "jumps"]
@@ -22,10 +21,6 @@ def length(prompts, completions, **columns):
 
 def column(prompts, completions, *, topic, **columns):
     return [float(len(prompt) + value) for prompt, value in zip(prompts, topic, strict=True)]
-
-
-def as_tensor(prompts, completions):
-    return torch.tensor([1.5] * len(completions))
 
 
 def as_array(prompts, completions):
@@ -66,15 +61,6 @@ def test_vader_gives_its_compound_score():
     )
 
 
-def test_vader_missing_names_the_extra(monkeypatch):
-    from trainers.generation import rewards
-
-    rewards._vader.cache_clear()
-    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(ImportError, match=r"pip install polypo\[demo\]"):
-        vader_sentiment(["p"], ["c"])
-
-
 def test_import_path_and_columns():
     assert load_scorer(f"{__name__}.length")(PROMPTS, TEXTS) == [len(text) for text in TEXTS]
     scores = load_scorer("trainers.generation.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"])
@@ -82,15 +68,15 @@ def test_import_path_and_columns():
     assert load_scorer(column)(PROMPTS[:2], TEXTS[:2], topic=[100, 200]) == [119.0, 207.0]
 
 
-def test_tensors_and_arrays_become_floats():
-    assert load_scorer(as_tensor)(PROMPTS, TEXTS) == [1.5] * 4
-    scores = load_scorer(as_array)(PROMPTS, TEXTS)
-    assert scores == [0.0, 1.0, 2.0, 3.0] and all(type(score) is float for score in scores)
+@pytest.mark.parametrize("spec", ["no_such_package.reward", "trainers.generation.rewards.sentimental", []])
+def test_what_cannot_be_found_is_said_before_anything_is_sampled(spec):
+    with pytest.raises(ValueError, match="no_such_package|sentimental|empty"):
+        check_scorer(spec)
 
 
 def test_weighted_sum():
-    parts = [{"spec": f"{__name__}.length", "weight": 0.5}, {"spec": as_array, "weight": -2}, as_tensor]
-    expected = [0.5 * len(text) - 2 * i + 1.5 for i, text in enumerate(TEXTS)]
+    parts = [{"spec": f"{__name__}.length", "weight": 0.5}, {"spec": as_array, "weight": -2}]
+    expected = [0.5 * len(text) - 2 * i for i, text in enumerate(TEXTS)]
     assert load_scorer(parts)(PROMPTS, TEXTS) == expected
     assert load_scorer(parts[0])(PROMPTS, TEXTS) == [0.5 * len(text) for text in TEXTS]
 
@@ -102,24 +88,8 @@ def test_scores_must_be_finite_numbers(bad):
 
     with pytest.raises(ValueError, match="broken.* gave .* for completion 2"):
         load_scorer(broken)(PROMPTS, TEXTS)
-
-
-def test_one_score_per_completion():
-    with pytest.raises(ValueError, match="<lambda>.* gave 3 scores for 4 completions"):
+    with pytest.raises(ValueError, match="gave 3 scores for 4 completions"):
         load_scorer(lambda prompts, completions: [1.0] * 3)(PROMPTS, TEXTS)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("no_such_package.reward", "no_such_package"),
-        ("trainers.generation.rewards.sentimental", "sentimental"),
-        ([], "empty"),
-    ],
-)
-def test_wrong_specs_say_what_is_wrong(spec, message):
-    with pytest.raises(ValueError, match=message):
-        load_scorer(spec)
 
 
 @pytest.mark.parametrize("configured_pad", [True, False])
@@ -162,28 +132,7 @@ def test_reward_model_keeps_the_end_of_long_texts_and_says_so(tmp_path, caplog):
     assert caplog.text.count("lose their beginning") == 1
 
 
-def test_reward_model_dtype(tmp_path):
-    save_reward_model(tmp_path, build_tokenizer(), pad_token_id=0, dtype=torch.bfloat16)
-    kept, wide = (RewardModelScorer(str(tmp_path), dtype=dtype, device="cpu") for dtype in (None, torch.float32))
-    assert kept.model.dtype == torch.bfloat16 and wide.model.dtype == torch.float32
-    assert kept(PROMPTS, TEXTS) == pytest.approx(wide(PROMPTS, TEXTS), abs=0.1)
-
-
 def test_reward_model_must_have_one_output(tmp_path):
     save_reward_model(tmp_path, family_tokenizer("llama3"), num_labels=2)
     with pytest.raises(ValueError, match="has 2 outputs"):
         load_scorer(str(tmp_path))
-
-
-def test_template_of_the_reward_model_is_its_own(tmp_path):
-    tokenizer = family_tokenizer("llama3")
-    model = save_reward_model(tmp_path, tokenizer, pad_token_id=0)
-    changed = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
-        chat_template=LLAMA3 + "{{ 'judge' }}",
-        tokenize=True,
-        return_dict=False,
-    )
-    tokenizer.chat_template = LLAMA3 + "{{ 'judge' }}"
-    tokenizer.save_pretrained(tmp_path)
-    assert load_scorer(str(tmp_path), device="cpu")(["p"], ["c"]) == pytest.approx(one_by_one(model, [changed]))

@@ -1,7 +1,6 @@
 """scripts/train.py: going on after a kill, and leaving a finished run as it is."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,35 +58,16 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(inputs, tmp_path):
     assert (tmp_path / "cut/model.safetensors").read_bytes() == weights
 
 
-def test_a_run_that_was_killed_before_its_model_was_saved_is_ended(inputs, tmp_path):
-    run(inputs, tmp_path, max_steps=4)
-    weights = (tmp_path / "model.safetensors").read_bytes()
-    for name in ("README.md", "model.safetensors"):
-        (tmp_path / name).unlink()
-    shutil.rmtree(tmp_path / "checkpoint-1")
-    run(inputs, tmp_path, max_steps=4, resume_from_checkpoint=True)
-    assert (tmp_path / "model.safetensors").read_bytes() == weights
-
-
 @pytest.mark.parametrize(
     "changes, told",
-    [({"learning_rate": 0.5}, "learning_rate was 0.01 and is 0.5"), ({"trainer": "NCATrainer"}, "trainer was"),
-     ({"dataset_train_split": "train[:7]"}, "training rows are others"), ({"lora_r": 8}, "peft_config.r was 4"),
-     ({"lora_target_modules": ".*k_proj"}, "target_modules was"), ({"bf16": True}, "mixed_precision was"),
-     ({"dtype": "bfloat16"}, "dtype was 'float32' and is 'bfloat16'"),
-     ({"model_name_or_path": "other"}, "base weights")],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    [({"trainer": "NCATrainer"}, "trainer was"), ({"dataset_train_split": "train[:7]"}, "training rows are others"),
+     ({"dtype": "bfloat16"}, "dtype was 'float32' and is 'bfloat16'")],
 )  # fmt: skip
 def test_a_finished_run_of_other_settings_is_no_finished_run(changes, told, inputs, tmp_path, capsys):
-    tiny_llama(len(build_tokenizer()), seed=9).save_pretrained(inputs / "other")
-    build_tokenizer().save_pretrained(inputs / "other")
-    common = {"use_peft": True, "lora_r": 4, "lora_target_modules": ".*q_proj", "dtype": "float32"}
-    run(inputs, tmp_path, **common)
-    if "model_name_or_path" in changes:
-        changes = {"model_name_or_path": inputs / "other"}
+    run(inputs, tmp_path)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=told):
-        run(inputs, tmp_path, resume_from_checkpoint=True, **common | changes)
+        run(inputs, tmp_path, resume_from_checkpoint=True, **changes)
     assert contents(tmp_path) == before and "is finished" not in capsys.readouterr().out
 
 
