@@ -142,13 +142,16 @@ class Rounds:
         """Does what is missing of a round, and adds the rewards of its policy; returns the manifest."""
         folder, start = self._at(index), self._at(index - 1) / "checkpoint" if index else None
         self.processes.say(f"\nRound {index + 1} of {self.options.rounds}: {folder}")
-        pool, statistics = self._pool(index, folder, start)
-        self.processes.main(lambda: _unless_there(folder / "rows.jsonl.gz", write_rows, pool))
-        train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at), self.processes)
+        path = folder / "manifest.json"
+        done = path.exists()
+        if not done:
+            pool, statistics = self._pool(index, folder, start)
+            self.processes.main(lambda: write_rows(folder / "rows.jsonl.gz", pool))
+            train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at), self.processes)
         rewards.append(self._measure(folder / "held-out", folder / "checkpoint"))
-        manifest = self._manifest(index, statistics, rewards)
-        self.processes.main(lambda: _unless_there(folder / "manifest.json", write_json, manifest))
-        return manifest
+        if not done:
+            self.processes.main(lambda: write_json(path, self._manifest(index, statistics, rewards)))
+        return json.loads(path.read_text())
 
     def _publish(self, history: list[dict]) -> None:
         shutil.copytree(self._at(len(history) - 1) / "checkpoint", self.folder, dirs_exist_ok=True)
@@ -284,11 +287,6 @@ def _row(row: dict, pool: list[Candidate], scores: dict[str, float]) -> dict:
 def _scored(row: dict) -> dict[str, float]:
     """Text -> score of a pool's row."""
     return {completion_text(r): s for r, s in zip(row["responses"], row["scores"], strict=True)}
-
-
-def _unless_there(path: Path, write: Callable, content) -> None:
-    if not path.exists():
-        write(path, content)
 
 
 def _last_log(folder: Path) -> dict:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ..config import option
 from ..precision import FAST
@@ -10,7 +10,6 @@ from .sampler import SamplingOptions
 from .scorer import Spec
 
 DTYPES = ["auto", FAST, "bfloat16", "float16", "float32"]
-Options = TypeVar("Options")
 
 
 def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | None = None) -> dict[str, Any]:
@@ -30,15 +29,6 @@ def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | No
         if known is not None and name not in known:
             raise ValueError(f"{option}: unknown key {name!r}. Known keys: {', '.join(known)}.")
     return dict(value)
-
-
-def read_options(option: str, value: dict[str, Any] | str, kind: type[Options]) -> Options:
-    """The dataclass `kind` from the mapping of an option. Raises ValueError for a key or a value that is wrong."""
-    value = read_mapping(option, value)
-    try:
-        return kind(**value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +64,8 @@ class EnhanceOptions(SamplingOptions):
     @classmethod
     def parse(cls, value: dict[str, Any] | str) -> "EnhanceOptions":
         """From the dict of a YAML file or the JSON of a flag. Raises ValueError naming what is wrong."""
-        return read_options("self_enhance", value, cls)
+        options = read_mapping("self_enhance", value)
+        try:
+            return cls(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"self_enhance: {error}") from error

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -111,18 +112,16 @@ class RewardModelScorer:
         self.text_config = model.config.get_text_config()
         self.fixed_pad = self.text_config.pad_token_id
         self.limit = getattr(self.text_config, "max_position_embeddings", None)
-        self.warned = False
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **columns) -> list[float]:
         rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        scores = [0.0] * len(rows)
+        scores = torch.empty(len(rows))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for i, score in zip(batch, self._forward([rows[i] for i in batch]).tolist(), strict=True):
-                scores[i] = score
-        return scores
+            scores[batch] = self._forward([rows[i] for i in batch])
+        return scores.tolist()
 
     def _encode(self, prompt, completion) -> list[int]:
         if self.tokenizer.chat_template is None and isinstance(prompt, str):
@@ -131,11 +130,8 @@ class RewardModelScorer:
             chat = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
             ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
         if self.limit is not None and len(ids) > self.limit:
-            if not self.warned:
-                logger.warning("%s: texts over %d tokens lose their beginning.", self.name, self.limit)
-                self.warned = True
-            ids = ids[-self.limit :]
-        return list(ids)
+            _warn_of_a_cut(self.name, self.limit)
+        return list(ids if self.limit is None else ids[-self.limit :])
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """(B,) float32 scores of token rows."""
@@ -148,6 +144,11 @@ class RewardModelScorer:
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
         attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
         return self.model(input_ids=ids, attention_mask=attention).logits[:, 0].float().cpu()
+
+
+@cache
+def _warn_of_a_cut(name: str, limit: int) -> None:
+    logger.warning("%s: texts over %d tokens lose their beginning.", name, limit)
 
 
 def _as_messages(text: str | list[dict], role: str) -> list[dict]:
