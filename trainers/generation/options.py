@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import option
 from ..precision import FAST
 from .sampler import SamplingOptions
 from .scorer import Spec
 
+Options = TypeVar("Options")
 DTYPES = ["auto", FAST, "bfloat16", "float16", "float32"]
 
 
@@ -29,6 +30,15 @@ def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | No
         if known is not None and name not in known:
             raise ValueError(f"{option}: unknown key {name!r}. Known keys: {', '.join(known)}.")
     return dict(value)
+
+
+def read_options(option: str, value: dict[str, Any] | str, kind: type[Options]) -> Options:
+    """The dataclass `kind` from the mapping of an option. Raises ValueError for a key or a value that is wrong."""
+    value = read_mapping(option, value)
+    try:
+        return kind(**value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +74,4 @@ class EnhanceOptions(SamplingOptions):
     @classmethod
     def parse(cls, value: dict[str, Any] | str) -> "EnhanceOptions":
         """From the dict of a YAML file or the JSON of a flag. Raises ValueError naming what is wrong."""
-        options = read_mapping("self_enhance", value)
-        try:
-            return cls(**options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"self_enhance: {error}") from error
+        return read_options("self_enhance", value, cls)
