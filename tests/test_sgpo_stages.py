@@ -156,6 +156,8 @@ def test_two_rounds_start_from_the_policy_of_the_round_before(inputs, tmp_path):
     log = history(tmp_path / "round-01" / "..", "dpo")[0]
     # ln 2 and the SFT term at the start of the round: the reference is the newest improver.
     assert log["rewards/margins"] == 0 and log["loss"] > LN_2
+    page = write_report(tmp_path, []).read_text()
+    assert "2, dpo" in page and ">limit</text>" in page  # the figures over the rounds
     argv[argv.index("--rounds") + 1] = "1"
     with pytest.raises(ValueError, match="rounds=1, but .* holds more"):  # and are not taken back
         train.main(argv)

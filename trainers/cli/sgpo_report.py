@@ -12,27 +12,11 @@ from ..pages.plots import COLOURS, INK, Series
 from ..runs.files import read_rows
 from ..runs.stage import MANIFEST, SETTINGS
 from ..sgpo.filters import OUTLIER
-from ..sgpo.monitor import alarms
+from ..sgpo.monitor import RULES, alarms
 from ..sgpo.stages import STAGES
 from ..sgpo.text import turns
 
 SAMPLES = 6
-# Title, and the metrics (stage/name) that are drawn over the rounds.
-CURVES = (
-    ("Share of copies", ("targets/copy_rate", "pairs/copy_rate")),
-    ("Median edit ratio", ("targets/median_edit_ratio", "pairs/median_edit_ratio")),
-    ("Words after / words before",
-     ("targets/mean_word_ratio", "pairs/mean_word_ratio", "measure/policy_length_ratio")),
-    ("Share of text that speaks of the task",
-     ("pairs/chosen_meta_text", "pairs/rejected_meta_text", "measure/policy_chosen_meta_text",
-      "measure/policy_rejected_meta_text")),
-    ("Share cut off at the limit",
-     ("current/truncated", "targets/target_truncated", "pairs/rejected_truncated", "pairs/chosen_truncated")),
-    ("Distinct word pairs", ("pairs/rejected_distinct_2", "pairs/chosen_distinct_2")),
-    ("Log-probability since the start of DPO, nats", ("dpo/chosen_drift", "dpo/rejected_drift")),
-    ("Outside score, improved minus plain",
-     ("measure/pairs_scorer_gain", "measure/improver_scorer_gain", "measure/policy_scorer_gain")),
-)  # fmt: skip
 TEXTS = (
     ("Improver's data: draft and target", "filter/rows.jsonl.gz", "current", "target"),
     ("Pairs: rejected and chosen", "pairs/rows.jsonl.gz", "rejected", "chosen"),
@@ -64,7 +48,7 @@ def write_report(folder: Path) -> Path:
         page.table(["Round, stage", "Rows", "Dropped", "Filter"], kept(rounds), numbers=False),
         page.heading("Over the rounds"),
         page.table(["Metric", *(f"round {i}" for i, _ in enumerate(rounds, 1))], figures(metrics)),
-        page.figures([curve(metrics, *names) for names in CURVES] if len(rounds) > 1 else []),
+        page.figures(curves(metrics) if len(rounds) > 1 else []),
         page.heading("The last round"),
         page.figures([histogram(last), training(last, "improver"), training(last, "dpo")]),
         *samples(last),
@@ -89,12 +73,11 @@ def kept(rounds: list[dict]) -> list[list[str]]:
     rows = []
     for number, stages in enumerate(rounds, 1):
         for name, counts in stages.items():
-            sizes = [f"{counts[key]} {key}" for key in ("kept", "examples", "pairs", "revised", "prompts", "steps")
-                     if key in counts]  # fmt: skip
+            sizes = ", ".join(f"{value} {key}" for key, value in counts.items() if isinstance(value, int))
             dropped = ", ".join(f"{count} {reason}" for reason, count in counts.get("dropped", {}).items())
-            fences = counts.get("fences")
-            shown = fences and (fences["reason"] or f"kept from {short(fences['lower'])} to {short(fences['upper'])}")
-            rows.append([f"{number}, {name}", ", ".join(sizes), dropped, shown or ""])
+            fences = counts.get("fences", {"reason": " "})
+            between = fences["reason"] or f"kept from {short(fences['lower'])} to {short(fences['upper'])}"
+            rows.append([f"{number}, {name}", sizes, dropped, between])
     return rows
 
 
@@ -108,11 +91,14 @@ def short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def curve(metrics: list[dict], title: str, names: tuple[str, ...]) -> str:
-    rounds = range(1, len(metrics) + 1)
-    points = {name: [(i, m[name]) for i, m in zip(rounds, metrics, strict=True) if name in m] for name in names}
-    series = [Series(name, *zip(*found, strict=True)) for name, found in points.items() if found]
-    return plots.chart(title, "round", series, xticks=list(rounds), ymargin=0.3)
+def curves(metrics: list[dict]) -> list[str]:
+    """A picture for each figure that the monitor watches, with its limit."""
+    charts = []
+    for name, limit in {name: limit for name, _, limit, _ in RULES}.items():
+        points = [(number, values[name]) for number, values in enumerate(metrics, 1) if name in values]
+        series = [Series(name, *zip(*points, strict=True))] if points else []
+        charts.append(plots.chart(name, "round", series, level=(limit, "limit"), ymargin=0.3))
+    return charts
 
 
 def histogram(last: Path) -> str:

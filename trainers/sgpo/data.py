@@ -54,7 +54,7 @@ def read_data(args: SGPOConfig, data) -> Rows:
 
 def _read(args: SGPOConfig, data, split: str, **options) -> list[dict] | None:
     with args.main_process_first(desc=f"reading {split}"):
-        dataset = data.get(split) if isinstance(data, Mapping) else _load(args, data, split)
+        dataset = _canonical(data.get(split), args) if isinstance(data, Mapping) else _load(args, data, split)
         if dataset is not None:
             return read_rows(dataset, args, title=split, **options)
     if split in ("train", "preferences") or (split == "sft" and args.sft is not None):
@@ -81,7 +81,16 @@ def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     if data_format is not None:
         return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
     dataset = read_dataset(name, part, **options)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    return _canonical(dataset if limit is None else dataset.select(range(min(limit, len(dataset)))), args)
+
+
+def _canonical(dataset: Dataset | None, args: SGPOConfig) -> Dataset | None:
+    """Scored responses as canonical rows, of which the best is taken; other rows as they are."""
+    if dataset is None or args.sft_target_source != BEST or not {"responses", "scores"} <= set(dataset.column_names):
+        return dataset
+    dataset, report = canonicalize(dataset, invalid=args.invalid_rows)
+    report.log(logger, "responses")
+    return dataset
 
 
 def read_rows(dataset: Dataset, args: SGPOConfig, *, title: str = "", needs_reference=True, repeats=False) -> list:
@@ -96,11 +105,7 @@ def read_rows(dataset: Dataset, args: SGPOConfig, *, title: str = "", needs_refe
     Raises:
         ValueError: no column can be read as that, no row is left, or `invalid_rows` is `error` and a row has a fault.
     """
-    source = args.sft_target_source
-    if source == BEST and {"responses", "scores"} <= set(dataset.column_names):
-        dataset, report = canonicalize(dataset, invalid=args.invalid_rows)
-        report.log(logger, title)
-    column = _reference_column(dataset.column_names, source, needs_reference)
+    column = _reference_column(dataset.column_names, args.sft_target_source, needs_reference)
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     for index, row in enumerate(dataset):
         refuse_template_options(row)

@@ -72,8 +72,8 @@ class Run:
         set_pad_token(self.tokenizer, self.args.pad_token)
         self.sampler = Sampler(self.args, self.model, self.tokenizer, self.processes, self.quantization_config)
 
-    def run(self) -> Path:
-        """Does what is not done yet and copies the last policy to the run's folder; returns where it was made.
+    def run(self) -> None:
+        """Does what is not done yet, and copies the last policy to the run's folder.
 
         Raises:
             ValueError: a stage was made with other settings, no row is left to train on, a limit is crossed and
@@ -94,7 +94,6 @@ class Run:
         end = self.at("dpo", self.args.rounds - 1) / MODEL
         self.processes.main(lambda: shutil.copytree(end, self.folder, dirs_exist_ok=True))
         self.processes.say(f"\nAll stages are done: the policy is in {self.folder}.")
-        return end
 
     def _run_stage(self, stage: Stage, name: str, index: int) -> None:
         if not stage.done():

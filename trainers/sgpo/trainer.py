@@ -7,6 +7,8 @@ every template, filter, hyper-parameter and equation beyond DPO is ours. docs/sg
 `SGPOTrainer` is the DPO stage; `SGPOTrainer.run` runs all stages, whose parts are in this folder.
 """
 
+import itertools
+
 from datasets import Dataset
 from torch import Tensor
 
@@ -127,14 +129,13 @@ class SGPOTrainer(DPOTrainer):
         rows = read_data(args, data)
         answers = [row["reference"] for row in rows.improver]
         pairs = [
-            pair({"prompt": row["prompt"], "chosen": answers[i % len(answers)],
-                  "rejected": answers[(i + 1) % len(answers)]}) for i, row in enumerate(rows.preferences)
-        ]  # fmt: skip
+            pair({"prompt": row["prompt"], "chosen": answers[i], "rejected": answers[i - 1]})
+            for i, row in zip(itertools.cycle(range(len(answers))), rows.preferences, strict=False)
+        ]
         return Dataset.from_list(pairs), [
             f"Described is the DPO stage of one of {args.rounds} round(s). Its pairs do not exist yet: reference "
             f"answers of the improver's rows stand for their responses, and none of the {len(pairs):,} is dropped.",
-            f"Not in time and memory: SFT on {len(rows.conversations or []):,} conversations; the improver's training "
-            f"on {len(answers):,} rows of at most {args.improver['max_length']} tokens, without a reference; sampling "
-            f"of {2 * len(answers):,} answers for the improver, {2 * len(pairs):,} for pairs, and five times "
-            f"{len(rows.held_out):,} to measure.",
+            f"Not in time and memory: SFT on {len(rows.conversations or []):,} conversations, the improver's training "
+            f"on {len(answers):,} rows, and sampling: {2 * len(answers):,} answers for the improver, "
+            f"{2 * len(pairs):,} for pairs, and five times {len(rows.held_out):,} to measure.",
         ]
