@@ -203,7 +203,7 @@ def typed_right(trainer: EMDPOTrainer) -> list[float]:
 
 def rewards_by_annotator(trainer: EMDPOTrainer):
     """(row, its index) -> log-ratios of its responses under the policy of its annotator's type."""
-    logps = [trainer.score(policy, [trainer.held_out], "")[0] for policy in trainer.policies]
+    logps = [trainer.score(policy.parent, [trainer.held_out], "")[0] for policy in trainer.policies]
     type_of = dict(zip(trainer.annotators.names, trainer.posterior.argmax(1), strict=True))
     return lambda row, i: np.array(logps[type_of[row["annotator"]]][i]) - trainer.held_out.reference[i]
 

@@ -112,7 +112,7 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
     half, expected = halves(judged.owner, trainer.args.seed), np.zeros((6, 2))
     for index in (0, 1):
         for k in (0, 1):
-            logps = trainer.score(round_folder(trainer, index) / f"type-{k}" / "policy", [judged], "")[0]
+            logps = trainer.score(round_folder(trainer, index) / f"type-{k}", [judged], "")[0]
             rows = judged.log_likelihood(logps, beta=0.1, top=None)
             np.add.at(expected[:, k], judged.owner, np.where(half != index, rows, 0))
     found = read_annotators(round_folder(trainer, 1) / "annotators.csv")[2]
@@ -140,7 +140,7 @@ def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_pos
     )
     for k, policy in enumerate(whole.policies):
         (policy.parent / "logps.parquet").unlink()  # scored alone, as in the other run
-        logps = whole.score(policy, [held_out], "")[0]
+        logps = whole.score(policy.parent, [held_out], "")[0]
         np.add.at(expected[:, k], held_out.owner, held_out.log_likelihood(logps, beta=0.1, top=None))
     np.testing.assert_array_equal(found, expected)
     known = np.log(np.maximum(trainer.posterior, 1e-12))

@@ -17,14 +17,14 @@ from trainers.cli import aggregate
 
 
 def aggregate_with_sgd(arguments):
-    aggregate.distill = partial(aggregate.distill, optim="sgd")  # Adam magnifies the rounding of small gradients
+    aggregate.distilled = partial(aggregate.distilled, optim="sgd")  # Adam magnifies the rounding of small gradients
     aggregate.main(arguments)
     leave_processes()
 
 
 @pytest.mark.distributed
 def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(aggregate, "distill", partial(aggregate.distill, optim="sgd"))
+    monkeypatch.setattr(aggregate, "distilled", partial(aggregate.distilled, optim="sgd"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     em(tmp_path / "one", start, learning_rate=0.02).train()
     shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -1,13 +1,12 @@
-"""The min-max mixture of an EM-DPO run: python scripts/aggregate.py --run_dir runs/emdpo --dataset_name prompts.jsonl
+"""The min-max mixture of an EM-DPO run: polypo aggregate --run_dir runs/emdpo --dataset_name prompts.jsonl
 
 Samples from each type's policy, works out who regrets what, writes the weights into the run's mixture.json, and a
 table and a picture into RUN/aggregate or --output. With --distill it also trains one policy on answers of the mixture.
 Give the same command again after a kill: samples and scores that are there already are kept. Several processes (DDP)
-share the work and give the same weights: accelerate launch scripts/aggregate.py ... It does not shard a policy.
+share the work and give the same weights: polypo aggregate --num_processes 2 ... It does not shard a policy.
 """
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +18,18 @@ from transformers import HfArgumentParser
 from .. import load_preferences
 from ..config import check_options, option
 from ..data.rows import refuse_template_options
-from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Player, compare, identity
-from ..emdpo.distill import SETTINGS, distill, mixture_samples
+from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Player, compare
+from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
 from ..emdpo.tables import MIXTURE, read_json
-from ..generation.sampler import SamplingConfig, encode_prompts
+from ..generation.sampler import SamplingConfig
 from ..pages.text import interval, markdown
 from ..rounds import plain
 from ..runs.files import read_rows, write_atomic, write_json
-from ..runs.settings import digest
 from ..statistics import about_intervals
 
 OVERVIEW = "aggregate.json"
-BASE, DISTILLED = "base-model", "distilled"
+BASE = "base-model"
 
 
 @dataclass
@@ -69,17 +67,18 @@ def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(AggregateArguments).parse_args_into_dataclasses(argv)
     Accelerator()  # joins the processes of a launcher
     run = Path(args.run_dir)
-    folder = run / "aggregate" if args.output is None else Path(args.output)
-    config = SamplingConfig(num_generations=args.num_generations, max_new_tokens=args.max_new_tokens, temperature=1.0,
-                            top_p=1.0, batch_size=args.batch_size, seed=args.seed)  # fmt: skip
-    arena = Arena(run, read_prompts(args), config, folder)
+    own = {name: getattr(args, name) for name in ("num_generations", "max_new_tokens", "batch_size", "seed")}
+    config = SamplingConfig(temperature=1.0, top_p=1.0, **own)
+    arena = Arena(run, read_prompts(args), config, args.output or run / "aggregate")
     players = [*arena.types, *args.players]
     report = judge(arena, players, args)
     if args.distill:
-        players += [Player(BASE, None), distilled(arena, report["mixture"], args)]
+        training = {"learning_rate": args.distill_learning_rate, "num_train_epochs": args.distill_epochs,
+                    "per_device_train_batch_size": args.distill_batch_size}  # fmt: skip
+        players += [Player(BASE, None), distilled(arena, report["mixture"], seed=args.seed, **training)]
         report = judge(arena, players, args)
     if arena.processes.is_main_process:
-        origin = os.path.relpath(folder / OVERVIEW, run)
+        origin = os.path.relpath(arena.folder / OVERVIEW, run)
         weights = {"weights": report["mixture"], "weights_are": f"min-max weights of {origin}"}
         write_json(run / MIXTURE, read_json(run / MIXTURE) | weights)
         print(table(report))
@@ -108,39 +107,6 @@ def judge(arena: Arena, players: list[Player], args: AggregateArguments) -> dict
     return report
 
 
-def distilled(arena: Arena, weights: list[float], args: AggregateArguments) -> Player:
-    """The mixture as one policy that starts where the types started; an earlier one is kept if nothing changed."""
-    player, processes = Player(DISTILLED, arena.folder / DISTILLED), arena.processes
-    prompt_ids = encode_prompts(arena.tokenizer, arena.prompts)
-    rows = mixture_samples([arena.samples(p) for p in arena.types], prompt_ids, np.array(weights), seed=args.seed)
-    settings = {
-        "mixture weights": [round(w, 6) for w in weights],
-        "answers": digest(list(rows["input_ids"])),
-        "base files": identity(arena.mixture["base"]),
-        "distill_learning_rate": args.distill_learning_rate,
-        "distill_epochs": args.distill_epochs,
-        "answers per step": args.distill_batch_size * processes.num_processes,
-        "seed": args.seed,
-    }
-    path = player.start / SETTINGS
-    before = read_json(path) if path.is_file() else {}
-    changed = [name for name, value in settings.items() if before.get(name) != value]
-    processes.wait_for_everyone()  # all have read it before one removes it
-    if not changed:
-        return player
-    if before:
-        processes.say(f"{player.start} is trained anew, because of other {', '.join(changed)}.")
-    stale = (arena.samples_of(player), player.start)
-    processes.main(lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in stale])
-    distill(
-        arena.load(Player(BASE, None)), arena.tokenizer, rows, player.start, settings=settings,
-        learning_rate=args.distill_learning_rate, num_train_epochs=args.distill_epochs,
-        per_device_train_batch_size=args.distill_batch_size, seed=args.seed,
-        use_cpu=processes.device.type == "cpu", disable_tqdm=False,
-    )  # fmt: skip
-    return player
-
-
 def read_prompts(args: AggregateArguments) -> list:
     """The first different prompts of a file of rows or of a data set."""
     lines = args.dataset_name.removesuffix(".gz").endswith(".jsonl")
@@ -156,28 +122,26 @@ def read_prompts(args: AggregateArguments) -> list:
 
 def table(report: dict) -> str:
     """Markdown: weights, and one row per aggregate with each type's regret and the largest."""
-    types, factors, ends = range(len(report["mixture"])), report["type_weights"], report["interval"]
-    weighted = any(factor != 1 for factor in factors)
 
-    def cell(mean: float, low: float | None, high: float | None) -> str:
+    def cell(mean: float, low: float | None = None, high: float | None = None) -> str:
         return interval({"mean": mean, "low": low, "high": high})
 
-    ends = ends or dict.fromkeys(("low", "high"), [None] * len(types))
-    weights = ", ".join(
-        f"type {k}: {cell(w, ends['low'][k], ends['high'][k])}" for k, w in enumerate(report["mixture"])
-    )
-    about = f" (95 % bootstrap over {report['prompts']} prompts)" if report["interval"] else ""
-    head = ["policy", "largest regret", *(["largest after the factors"] if weighted else [])]
+    types = [f"type {k}" for k in range(len(report["mixture"]))]
+    ends = zip(report["interval"]["low"], report["interval"]["high"], strict=True) if report["interval"] else None
+    cells = [cell(w, *pair) for w, pair in zip(report["mixture"], ends or [()] * len(types), strict=True)]
+    weights = ", ".join(f"{name}: {text}" for name, text in zip(types, cells, strict=True))
+    about = f" (95 % bootstrap over {report['prompts']} prompts)" if ends else ""
+    weighted = any(factor != 1 for factor in report["type_weights"])
+    head = ["policy", "largest regret", *(["largest after the factors"] if weighted else []), *types]
     rows = [
         [name, cell(row["max"], row.get("max_low"), row.get("max_high")),
-         *([f"{row['weighted_max']:.3f}"] if weighted else []), *(f"{value:.3f}" for value in row["regret"])]
+         *map(cell, [row["weighted_max"]] if weighted else []), *map(cell, row["regret"])]
         for name, row in report["table"].items()
     ]  # fmt: skip
-    shown = markdown([*head, *(f"type {k}" for k in types)], rows)
-    return "\n".join([f"Min-max weights: {weights}{about}.", "", shown, *caption(report, weighted)]) + "\n"
+    return f"Min-max weights: {weights}{about}.\n\n{markdown(head, rows)}\n" + "\n".join(caption(report)) + "\n"
 
 
-def caption(report: dict, weighted: bool) -> list[str]:
+def caption(report: dict) -> list[str]:
     """What the numbers are, and what they say of the distilled policy."""
     settings = report["settings"]
     cut = ", ".join(f"{name} {s['truncated_share']:.0%}" for name, s in report["samples"].items())
@@ -186,7 +150,7 @@ def caption(report: dict, weighted: bool) -> list[str]:
         f"{settings['num_generations']} answers at temperature 1 to each prompt, of at most "
         f"{settings['max_new_tokens']} tokens. Answers cut there: {cut}.",
     ]
-    if weighted:
+    if any(factor != 1 for factor in report["type_weights"]):
         terms = ", ".join(f"{factor:g} x type {k}" for k, factor in enumerate(report["type_weights"]))
         lines.append(f"The min-max weights minimise the largest regret after the factors: {terms}.")
     if note := about_intervals(report["prompts"], "prompts"):

@@ -1,6 +1,6 @@
 """How many types? Held-out annotators under mixtures of 1 to --max_types types, in one command:
 
-python scripts/choose_types.py --config configs/emdpo/demo.yaml --max_types 4 --held_out 0.25 [--any_field value]
+polypo types --config configs/emdpo/demo.yaml --max_types 4 --held_out 0.25 [--any_field value]
 
 A share of the annotators is held out with all their rows. Every number of types is one EM run in output_dir/types-T,
 which goes on where a killed one stopped. Writes choose_types.json, table.md and plot.svg into output_dir.

@@ -36,11 +36,6 @@ class Player:
     start: Path | None
 
 
-def identity(model: str | Path) -> str:
-    """What a policy is known by: its files, so that a folder may be moved; a hub id by its name."""
-    return model_fingerprint(str(model)) or str(model)
-
-
 class Arena:
     """Samples of some policies on some prompts, scored by the policies of a run's types; all of it on disk.
 
@@ -62,7 +57,13 @@ class Arena:
         self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
         self.processes, self.mixture = Processes(), read_mixture(run)
         self.tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
+        self.reference = Player("reference", None)
         self.types = [Player(f"type-{k}", self.run / path) for k, path in enumerate(self.mixture["policies"])]
+
+    def identity(self, player: Player) -> str:
+        """What a policy is known by: its files, so that a folder may be moved; a hub id by its name."""
+        model = str(player.start or self.mixture["base"])
+        return model_fingerprint(model) or model
 
     def load(self, player: Player):
         """The policy of a player, on the device."""
@@ -80,8 +81,8 @@ class Arena:
             ValueError: `folder` has answers of the player that were sampled with other settings.
         """
         settings = {
-            "policy files": identity(player.start or self.mixture["base"]),
-            "base files": identity(self.mixture["base"]),
+            "policy files": self.identity(player),
+            "base files": self.identity(self.reference),
             "prompts": f"{len(self.prompts)} with digest {digest(self.prompts)[:16]}",
             **{n: getattr(self.config, n) for n in ("num_generations", "max_new_tokens", "seed")},
         }
@@ -115,7 +116,7 @@ class Arena:
             free_memory()
             return np.array(scores)
 
-        reference = logps(Player("reference", None))  # (P,prompts,samples)
+        reference = logps(self.reference)  # (P,prompts,samples)
         return np.stack([(logps(player) - reference).mean(-1) for player in self.types]), samples
 
 

@@ -1,16 +1,20 @@
 """One policy from a mixture: supervised fine-tuning on answers of the mixture. An extension; the paper may differ."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ..generation.sampler import Sample
+from ..generation.sampler import Sample, encode_prompts
 from ..runs.files import write_json
-from ..runs.processes import Processes
+from ..runs.settings import digest
 from ..runs.stage import train_into
+from .aggregate import Arena, Player
+from .tables import read_json
 
+DISTILLED = "distilled"
 SETTINGS = "distillation.json"  # what a distilled policy was trained with; lies in its folder
 
 
@@ -36,25 +40,44 @@ def mixture_samples(
     return Dataset.from_list(rows)
 
 
-def distill(model, tokenizer, rows: Dataset, folder: Path, *, settings: dict, **kwargs) -> None:
-    """Fine-tunes `model` on the answers and leaves a plain Hugging Face model with its tokenizer in `folder`.
+def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> Player:
+    """The mixture as one plain model that starts where the types started; an earlier one is kept if nothing changed.
 
     Args:
-        model: to start from.
-        rows: of `mixture_samples`.
-        settings: written beside the model, for a later call to compare with.
-        kwargs: of `trl.SFTConfig`, such as learning_rate, num_train_epochs, per_device_train_batch_size. Under DDP
-            the last is per process.
+        weights: (T,) of the types.
+        training: of `trl.SFTConfig`: learning_rate, num_train_epochs and, per process, per_device_train_batch_size.
     """
-    # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
-    options = {"report_to": "none", "save_strategy": "no", "bf16": False, **kwargs}
+    player, processes = Player(DISTILLED, arena.folder / DISTILLED), arena.processes
+    samples = [arena.samples(own) for own in arena.types]
+    rows = mixture_samples(samples, encode_prompts(arena.tokenizer, arena.prompts), np.array(weights), seed=seed)
+    settings = {
+        "weights": [round(w, 6) for w in weights],
+        "answers": digest(list(rows["input_ids"])),
+        "base": arena.identity(arena.reference),
+        "seed": seed,
+        **training,
+        "per_device_train_batch_size": training["per_device_train_batch_size"] * processes.num_processes,
+    }
+    path = player.start / SETTINGS
+    kept = path.is_file() and read_json(path) == settings
+    processes.wait_for_everyone()  # all have read it before one removes it
+    if kept:
+        return player
+    for stale in (arena.samples_of(player), player.start):
+        processes.main(lambda folder=stale: shutil.rmtree(folder, ignore_errors=True))
 
-    def train(training: Path) -> None:
-        args = SFTConfig(output_dir=str(training), completion_only_loss=True, max_length=None, **options)
-        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    def train(folder: Path) -> None:
+        # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
+        args = SFTConfig(
+            output_dir=str(folder), completion_only_loss=True, max_length=None, report_to="none", save_strategy="no",
+            bf16=False, seed=seed, use_cpu=processes.device.type == "cpu", **training,
+        )  # fmt: skip
+        model = arena.load(arena.reference)
+        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=arena.tokenizer)
         trainer.train()
         trainer.save_model()
-        if trainer.is_world_process_zero():
-            write_json(training / SETTINGS, settings)
+        processes.main(lambda: write_json(folder / SETTINGS, settings))
 
-    train_into(folder, train, Processes())
+    processes.say(f"{player.start} is trained on {len(rows)} answers of the mixture.")
+    train_into(player.start, train, processes)
+    return player

@@ -28,6 +28,7 @@ from .mixture import SURE, EStep, e_step, mixture_weights
 from .tables import ANNOTATORS, HELD_OUT, read_annotators, read_json, write_annotators
 
 RESTART_SEED = 1000  # distance of the seeds of two restarts
+POLICY = "policy"  # in the folder of a type
 
 
 class Round(NamedTuple):
@@ -106,7 +107,7 @@ class EM:
         return self._read(folder)
 
     def _policies(self, folder: Path) -> list[Path]:
-        return [folder / f"type-{k}" / "policy" for k in range(self.types)]
+        return [folder / f"type-{k}" / POLICY for k in range(self.types)]
 
     def _read(self, folder: Path) -> Round:
         """A finished round."""
@@ -201,7 +202,7 @@ class EM:
 
     def _scores(self, policies: list[Path], judged: list[Judged]) -> list[np.ndarray]:
         """For each data set the (J,T) log-likelihood of its rows under each policy."""
-        logps = [self.trainer.score(policy, judged, f"E-step, type {k}") for k, policy in enumerate(policies)]
+        logps = [self.trainer.score(policy.parent, judged, f"E-step, type {k}") for k, policy in enumerate(policies)]
         options = {"beta": self.args.beta, "top": self.args.top_q}
         return [
             np.stack([rows.log_likelihood(own, **options) for own in of_types], 1)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -26,7 +25,6 @@ from ..data.load import load_split, name_of
 from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
 from ..generation.start import load_start
-from ..likelihood import ranking_logps
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import write_atomic, write_json
 from ..runs.processes import Processes, free_memory
@@ -36,21 +34,10 @@ from . import tables
 from .annotators import Judged
 from .config import EMDPOConfig
 from .figures import draw_run
-from .game import min_max_regret
 from .init import first_guess, kind_of_guess
 from .m_step import TypePolicyTrainer, m_step_rows
-from .mixture import mixture_weights, observed_log_likelihood, posterior
-from .rounds import EM, Round, best
-
-__all__ = [
-    "EMDPOConfig",
-    "EMDPOTrainer",
-    "min_max_regret",
-    "mixture_weights",
-    "observed_log_likelihood",
-    "posterior",
-    "ranking_logps",
-]
+from .mixture import mixture_weights
+from .rounds import EM, POLICY, Round, best
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +118,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         free_memory()  # each policy that is read from disk is alone in memory
         Stage(folder, self._settings(), processes=self.processes, settings_name="emdpo.json").open()
         every = [self.judged, *([self.held_out] if self.held_out else [])]
-        reference = self._score(folder / "reference", self._load_reference, every, "Reference log-probabilities")
+        reference = self.score(folder / "reference", every, "Reference log-probabilities", self._load_reference)
         for judged, logps in zip(every, reference, strict=True):
             judged.reference = logps
         self._ref_model = None
@@ -192,38 +179,26 @@ class EMDPOTrainer(TypePolicyTrainer):
         if trainer.is_deepspeed_enabled:
             trainer.accelerator.free_memory()  # ends the engine
 
-    def score(self, policy: Path, judged: list[Judged], title: str) -> list[list[list[float]]]:
-        """For each of `judged` the K log-probabilities of every row, read from beside `policy` or made by it now."""
-        return self._score(policy.parent, lambda: self._load(policy), judged, title)
-
-    def _score(self, folder: Path, load: Callable, judged: list[Judged], title: str) -> list[list[list[float]]]:
+    def score(self, folder: Path, judged: list[Judged], title: str, load: Callable | None = None) -> list[list]:
+        """For each of `judged` the K log-probabilities of every row, read from `folder` or made now, by the policy in
+        `folder` or by what `load` gives."""
         scores = score_rows(
-            load, [part.rows for part in judged], folder, accelerator=self.accelerator, layout=self.args.layout,
-            pad_token_id=self.data_collator.pad_token_id, budget=self.args.ref_tokens_per_batch, title=title,
+            load or (lambda: self._load(folder / POLICY)), [part.rows for part in judged], folder,
+            accelerator=self.accelerator, layout=self.args.layout, pad_token_id=self.data_collator.pad_token_id,
+            budget=self.args.ref_tokens_per_batch, title=title,
         )  # fmt: skip
         free_memory()
         return scores
 
     # Policies.
 
-    def _load(self, start: Path | None, *, trainable: bool = False):
-        return load_start(
-            self._name, start, init_kwargs=self._init_kwargs, quantization_config=self._quantization_config,
-            trainable=trainable,
-        )  # fmt: skip
+    def _load(self, start: Path | None, *, model: str | None = None, trainable: bool = False):
+        kwargs = {"init_kwargs": self._init_kwargs, "quantization_config": self._quantization_config}
+        return load_start(model or self._name, start, trainable=trainable, **kwargs)
 
     def _load_reference(self):
-        if self._ref_model is None or isinstance(self._ref_model, str):
-            return load_start(self._ref_model or self._name, None, init_kwargs=self._init_kwargs,
-                              quantization_config=self._quantization_config)  # fmt: skip
-        return self._ref_model
-
-    @classmethod
-    def probed(cls, args: EMDPOConfig, rows: Dataset):
-        """An M-step on all rows, whose posterior and reference are made up: they change no shape."""
-        gamma, weights = np.full(len(rows), 1 / args.num_types), np.ones(len(rows))
-        reference = [[0.0] * len(scores) for scores in rows["scores"]]
-        return TypePolicyTrainer, args, m_step_rows(rows, gamma, weights, reference, args.normalize)
+        given = self._ref_model
+        return self._load(None, model=given) if given is None or isinstance(given, str) else given
 
     # The folder.
 
@@ -270,33 +245,30 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _write_mixture(self, path: Path, manifest: dict) -> None:
         """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
-        before = tables.read_json(path) if path.exists() else None
-        if before and before["policies"] == manifest["policies"]:
+        before = tables.read_json(path) if path.exists() else {"policies": None, "weights": None, "prior": None}
+        if before["policies"] == manifest["policies"]:
             return
-        if before and before["weights"] != before["prior"]:
+        if before["weights"] != before["prior"]:
             self.warn(
                 f"{path} had weights ({before['weights_are']}) for the policies of an earlier round: they were set "
-                "back to the shares of the annotators. Call scripts/aggregate.py with a new --output for new ones."
+                "back to the shares of the annotators. Call polypo aggregate with a new --output for new ones."
             )
-        write_json(path, plain({
+        mixture = {
             "base": self._name if self._given_weights is None else tables.START,
             "model_init_kwargs": self._init_kwargs,
             "adapters": self._peft_config is not None,
-            "policies": manifest["policies"],
-            "prior": manifest["prior"],
+            **{name: manifest[name] for name in ("policies", "prior")},
             "weights": manifest["prior"],
-            "weights_are": "shares of the annotators; scripts/aggregate.py replaces them by the min-max weights",
+            "weights_are": "shares of the annotators; polypo aggregate replaces them by the min-max weights",
             "beta": self.args.beta,
-        }))  # fmt: skip
+        }
+        write_json(path, plain(mixture))
 
     def log_round(self, manifest: dict) -> None:
-        self.state.global_step = manifest["round"] + 1
-        logs = {f"em/{n}": manifest[n] for n in ("log_likelihood_per_item", "changed_type", "median_certainty")}
+        self.state.global_step, item = manifest["round"] + 1, "log_likelihood_per_item"
+        logs = {f"em/{name}": manifest[name] for name in (item, "changed_type", "median_certainty")}
         logs |= {f"em/type_{k}": share for k, share in enumerate(manifest["prior"])}
-        if "held_out" in manifest:
-            name = "log_likelihood_per_item"
-            logs[f"em/held_out_{name}"] = manifest["held_out"][name]
-        self.log(logs)
+        self.log(logs | ({f"em/held_out_{item}": manifest["held_out"][item]} if self.held_out else {}))
 
     def warn(self, text: str) -> None:
         if self.args.process_index == 0:
