@@ -29,6 +29,13 @@ def em(folder, start, rows=None, eval_rows=None, peft=False, callbacks=None, **k
     )
 
 
+def trained(*args, **kwargs):
+    """`em` after its rounds."""
+    trainer = em(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
 def round_folder(trainer, index):
     return Path(trainer.args.output_dir) / "restart-0" / f"round-{index:02d}"
 

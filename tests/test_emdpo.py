@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, groups, round_folder, same, weights
+from emdpo_runs import em, groups, round_folder, same, trained, weights
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
 from trainers.emdpo.annotators import halves
@@ -22,8 +22,7 @@ from trainers.emdpo.tables import read_annotators
 def finished(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("finished")
     new = [row | {"annotator": "b" + row["annotator"]} for row in opposed_rows(annotators=3, seed=1)]
-    trainer = em(folder, start, eval_rows=[*opposed_rows(seed=1), *new], rounds=3)
-    trainer.train()
+    trainer = trained(folder, start, eval_rows=[*opposed_rows(seed=1), *new], rounds=3)
     return trainer
 
 
@@ -72,11 +71,8 @@ def test_held_out_rows_are_scored_under_the_mixture(finished):
 def test_weights_scale_the_likelihood_and_zero_removes_a_row(tmp_path, start):
     rows = opposed_rows()
     weighted = [row | {"weight": 0.0 if row["item"] == 2 else 2.0} for row in rows]
-    trainer = em(tmp_path / "a", start, weighted, rounds=1, num_types=1, max_steps=1, learning_rate=1e-9)
-    trainer.train()
-    plain = em(tmp_path / "b", start, [row for row in rows if row["item"] != 2], rounds=1, num_types=1, max_steps=1,
-               learning_rate=1e-9)  # fmt: skip
-    plain.train()
+    for name, data in (("a", weighted), ("b", [row for row in rows if row["item"] != 2])):
+        trained(tmp_path / name, start, data, rounds=1, num_types=1, max_steps=1, learning_rate=1e-9)
     one, other = (sorted(read_annotators(t / "annotators.csv")[2][:, 0]) for t in (tmp_path / "a", tmp_path / "b"))
     np.testing.assert_allclose(one, 2 * np.array(other), rtol=1e-4)
     rounds = [next(csv.DictReader((tmp_path / name / "rounds.csv").open())) for name in ("a", "b")]
@@ -96,8 +92,7 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
         def on_train_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    trainer = em(tmp_path, start, score_on="heldout_half", rounds=2, learning_rate=0.01, callbacks=[Count()])
-    trainer.train()
+    trainer = trained(tmp_path, start, score_on="heldout_half", rounds=2, learning_rate=0.01, callbacks=[Count()])
     counts = [
         [int(row["items"]) for row in csv.DictReader((round_folder(trainer, i) / "annotators.csv").open())]
         for i in (0, 1)
@@ -122,22 +117,17 @@ def test_halves_train_on_one_half_and_score_the_other(tmp_path, start):
 @pytest.mark.parametrize("peft", [False, True])
 def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_posterior(tmp_path, start, peft):
     options = {"learning_rate": 0.01, "seed": 3, "eval_rows": opposed_rows(seed=1), "peft": peft}
-    trainer = em(tmp_path / "halves", start, score_on="heldout_half", rounds=2, **options)
-    trainer.train()
+    trainer = trained(tmp_path / "halves", start, score_on="heldout_half", rounds=2, **options)
     # One round from its posterior, with the seed that a third round would have.
     final = dict(zip(trainer.annotators.names, trainer.posterior.tolist(), strict=True))
-    whole = em(tmp_path / "whole", start, initial_posterior=final, rounds=1, **options | {"seed": 5})
-    whole.train()
+    whole = trained(tmp_path / "whole", start, initial_posterior=final, rounds=1, **options | {"seed": 5})
     mixture = json.loads((tmp_path / "halves/mixture.json").read_text())
     for path, expected in zip(mixture["policies"], whole.policies, strict=True):
         same(weights(tmp_path / "halves" / path), weights(expected))
     assert mixture["prior"] == trainer.posterior.mean(0).tolist()
     # The held-out rows are judged by what is published.
-    found, held_out, expected = (
-        read_annotators(tmp_path / "halves/held_out.csv")[2],
-        trainer.held_out,
-        np.zeros((6, 2)),
-    )
+    found, held_out = read_annotators(tmp_path / "halves/held_out.csv")[2], trainer.held_out
+    expected = np.zeros((6, 2))
     for k, policy in enumerate(whole.policies):
         (policy.parent / "logps.parquet").unlink()  # scored alone, as in the other run
         logps = whole.score(policy.parent, [held_out], "")[0]
@@ -152,8 +142,7 @@ def test_policies_of_halves_are_trained_once_more_on_all_rows_with_the_final_pos
 
 def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_rounds(tmp_path, start):
     options = {"score_on": "heldout_half", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 3}
-    whole = em(tmp_path / "whole", start, rounds=2, **options)
-    whole.train()
+    whole = trained(tmp_path / "whole", start, rounds=2, **options)
 
     class Die(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -163,22 +152,17 @@ def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_roun
     with pytest.raises(KeyboardInterrupt):
         em(tmp_path / "cut", start, rounds=2, callbacks=[Die()], **options).train()
     assert (tmp_path / "cut/restart-0/round-01/final/type-1/training/checkpoint-3").is_dir()
-    again = em(tmp_path / "cut", start, rounds=2, **options)
-    again.train()
-    for found, expected in zip(again.policies, whole.policies, strict=True):
-        same(weights(found), weights(expected))
     em(tmp_path / "longer", start, rounds=1, **options).train()
-    longer = em(tmp_path / "longer", start, rounds=2, **options)
-    longer.train()
-    np.testing.assert_array_equal(longer.posterior, whole.posterior)
-    for found, expected in zip(longer.policies, whole.policies, strict=True):
-        same(weights(found), weights(expected))
-    assert len(list((tmp_path / "longer").glob("**/policy"))) == 2
+    for name in ("cut", "longer"):
+        again = trained(tmp_path / name, start, rounds=2, **options)
+        np.testing.assert_array_equal(again.posterior, whole.posterior)
+        for found, expected in zip(again.policies, whole.policies, strict=True):
+            same(weights(found), weights(expected))
+        assert len(list((tmp_path / name).glob("**/policy"))) == 2
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):
-    trainer = em(tmp_path, start, restarts=3, rounds=1, learning_rate=0.01)
-    trainer.train()
+    trainer = trained(tmp_path, start, restarts=3, rounds=1, learning_rate=0.01)
     rounds = list(csv.DictReader((tmp_path / "rounds.csv").open()))
     best = max(rounds, key=lambda row: float(row["log_likelihood"]))
     assert f"restart-{best['restart']}/" in trainer.policies[0].as_posix()
@@ -187,8 +171,7 @@ def test_restarts_keep_the_likeliest_run(tmp_path, start):
 
 
 def test_a_run_stops_when_nothing_changes_any_more(tmp_path, start):
-    trainer = em(tmp_path, start, rounds=6, stop_change=50.0)
-    trainer.train()
+    trained(tmp_path, start, rounds=6, stop_change=50.0)
     assert len(list((tmp_path / "restart-0").glob("round-*"))) == 2
     em(tmp_path / "halves", start, rounds=6, stop_change=50.0, score_on="heldout_half").train()
     assert len(list((tmp_path / "halves/restart-0").glob("round-*"))) == 3  # the first one scores half of the rows
@@ -197,11 +180,9 @@ def test_a_run_stops_when_nothing_changes_any_more(tmp_path, start):
 def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
     em(tmp_path, start, rounds=1).train()
     first = (tmp_path / "restart-0/round-00/manifest.json").stat().st_mtime_ns
-    trainer = em(tmp_path, start, rounds=2)
-    trainer.train()
+    trainer = trained(tmp_path, start, rounds=2)
     assert (tmp_path / "restart-0/round-00/manifest.json").stat().st_mtime_ns == first
-    whole = em(tmp_path / "whole", start, rounds=2)
-    whole.train()
+    whole = trained(tmp_path / "whole", start, rounds=2)
     np.testing.assert_array_equal(trainer.posterior, whole.posterior)
     same(weights(trainer.policies[0]), weights(whole.policies[0]))
     for fewer in ({"rounds": 1}, {"rounds": 2, "stop_change": 1e9}):

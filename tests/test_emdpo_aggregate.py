@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
 import processes
@@ -227,13 +226,6 @@ def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
 def test_names_of_further_policies_are_their_own(extra):
     with pytest.raises(ValueError, match="names that are not taken"):
         aggregate.AggregateArguments("run", "prompts", extra=extra)
-
-
-def test_torchrun_takes_no_option_of_the_script_for_its_own():
-    flags = [f"--{name}" for name in aggregate.AggregateArguments.__dataclass_fields__]
-    args = [part for flag in flags for part in (flag, "x")]
-    found = get_args_parser().parse_args(["--nproc_per_node", "2", "scripts/aggregate.py", *args])
-    assert found.training_script_args == args
 
 
 def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():

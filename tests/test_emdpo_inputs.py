@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import LORA, em, groups, same, weights
+from emdpo_runs import LORA, em, groups, same, trained, weights
 from trainers.emdpo import init
 from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import read_annotators
@@ -74,8 +74,7 @@ def test_ties_for_the_best_are_counted_and_left_out(tmp_path, start, caplog):
 
 def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path, start, caplog):
     uniform = {f"a{i}": [0.5, 0.5] for i in range(6)}
-    trainer = em(tmp_path / "a", start, initial_posterior=uniform, rounds=1)
-    trainer.train()
+    trainer = trained(tmp_path / "a", start, initial_posterior=uniform, rounds=1)
     assert "The first guess is the same for all annotators" in caplog.text
     np.testing.assert_allclose(trainer.posterior, 0.5, atol=1e-12)
     caplog.clear()
@@ -88,8 +87,7 @@ def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path,
 @pytest.mark.parametrize("normalize", ["batch", "posterior"])
 def test_a_type_without_rows_is_named_and_stays_where_it_starts(tmp_path, start, caplog, normalize):
     nobody = {f"a{i}": [1.0, 0.0] for i in range(6)}
-    trainer = em(tmp_path, start, initial_posterior=nobody, rounds=1, normalize=normalize)
-    trainer.train()
+    trainer = trained(tmp_path, start, initial_posterior=nobody, rounds=1, normalize=normalize)
     assert "Type 1 has 0.0% of the annotators" in caplog.text and "Type 0 has" not in caplog.text
     same(weights(trainer.policies[1]), weights(start))
 
@@ -131,8 +129,7 @@ def test_agreement_needs_shared_items_and_auto_falls_back(tmp_path, start, capsy
 
 def test_a_table_of_a_run_is_a_first_guess_and_annotators_may_be_numbers(tmp_path, start):
     rows = [row | {"annotator": int(row["annotator"][1])} for row in opposed_rows()]
-    first = em(tmp_path / "a", start, rows, rounds=1)
-    first.train()
+    first = trained(tmp_path / "a", start, rows, rounds=1)
     assert first.annotators.names[0] in range(6)
     em(tmp_path / "b", start, rows, rounds=1, initial_posterior=str(tmp_path / "a/annotators.csv")).train()
     begun, unknown = read_annotators(tmp_path / "b/restart-0/start.csv")[1:]

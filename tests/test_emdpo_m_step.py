@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import LORA, em, round_folder, same, weights
+from emdpo_runs import LORA, em, round_folder, same, trained, weights
 from helpers import build_tokenizer, tiny_llama
 from test_emdpo_parts import CASES, close
 from trainers import DPOConfig, DPOTrainer
@@ -33,8 +33,7 @@ def test_one_type_is_dpo(tmp_path, start, peft):
     rows = opposed_rows(k=2)
     # With Adam an entry whose gradient is 0 but for rounding would move as far as any other.
     options = {"optim": "sgd", "learning_rate": 0.1}
-    trainer = em(tmp_path / "em", start, rows, peft=peft, num_types=1, rounds=4, num_train_epochs=2, **options)
-    trainer.train()
+    trainer = trained(tmp_path / "em", start, rows, peft=peft, num_types=1, rounds=4, num_train_epochs=2, **options)
     assert len(list((tmp_path / "em/restart-0").iterdir())) == 2  # the start and one round
     assert (trainer.posterior == 1).all()
     args = DPOConfig(**shared_options(tmp_path / "dpo", **options, num_train_epochs=2))
@@ -54,11 +53,11 @@ def test_one_hot_posteriors_are_dpo_on_each_cluster(tmp_path, start):
     clusters = {"a0": 0, "a1": 1, "a2": 1, "a3": 0, "a4": 1, "a5": 0}
     given = {name: [1.0 - k, float(k)] for name, k in clusters.items()}
     options = {"optim": "sgd", "learning_rate": 0.1}
-    trainer = em(tmp_path / "em", start, rows, rounds=1, init="given", initial_posterior=given, normalize="posterior",
-                 **options)  # fmt: skip
-    trainer.train()
+    trainer = trained(
+        tmp_path / "em", start, rows, rounds=1, initial_posterior=given, normalize="posterior", **options
+    )
     for k in (0, 1):
-        args = DPOConfig(**shared_options(tmp_path / f"dpo{k}", **options))
+        args = DPOConfig(**shared_options(tmp_path / f"dpo{k}", optim="sgd", learning_rate=0.1))
         own = Dataset.from_list([row for row in rows if clusters[row["annotator"]] == k])
         dpo = DPOTrainer(str(start), args=args, train_dataset=own, processing_class=build_tokenizer())
         dpo.train()
@@ -72,8 +71,7 @@ def test_types_are_exchangeable_to_the_last_bit(tmp_path, start):
     order, runs = [2, 0, 1], []
     for name, table in (("a", first), ("b", first[:, order])):
         given = {f"a{i}": row.tolist() for i, row in enumerate(table)}
-        trainer = em(tmp_path / name, start, num_types=3, initial_posterior=given)
-        trainer.train()
+        trainer = trained(tmp_path / name, start, num_types=3, initial_posterior=given)
         runs.append(trainer)
     np.testing.assert_array_equal(runs[1].posterior, runs[0].posterior[:, order])
     for k in range(3):
@@ -115,11 +113,10 @@ def test_normalisation_of_the_weighted_loss(tmp_path, start, name):
 def test_micro_batches_do_not_change_an_m_step(tmp_path, start, normalize):
     found = []
     for batch, accumulation in ((8, 1), (2, 4)):
-        trainer = em(
+        trainer = trained(
             tmp_path / f"{batch}", start, opposed_rows(items=4)[:16], normalize=normalize, optim="sgd", rounds=1,
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=0.1,
         )  # fmt: skip
-        trainer.train()
         found.append(weights(trainer.policies[0]))
     same(found[1], found[0], rtol=1e-4, atol=1e-6)
     assert max(float((found[0][n] - v).abs().max()) for n, v in weights(start).items()) > 1e-3
@@ -156,10 +153,8 @@ def test_a_loaded_model_is_saved_once_and_gives_the_same_run(tmp_path, start):
 
 
 def test_the_previous_policy_is_a_start_and_the_reference_stays(tmp_path, start):
-    trainer = em(tmp_path, start, start_from="previous", peft=True, learning_rate=0.01)
-    trainer.train()
-    fresh = em(tmp_path / "fresh", start, peft=True, learning_rate=0.01)
-    fresh.train()
+    trainer = trained(tmp_path, start, start_from="previous", peft=True, learning_rate=0.01)
+    fresh = trained(tmp_path / "fresh", start, peft=True, learning_rate=0.01)
     one, other = ((round_folder(t, 0) / "annotators.csv").read_text() for t in (trainer, fresh))
     assert one == other
     assert not np.allclose(trainer.posterior, fresh.posterior, atol=1e-12)

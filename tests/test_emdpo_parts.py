@@ -12,12 +12,10 @@ from torch.nn.functional import logsigmoid
 
 from trainers.dpo import dpo_loss
 from trainers.emdpo import min_max_regret, mixture_weights, observed_log_likelihood, posterior, ranking_logps
-from trainers.emdpo.aggregate import compare
 from trainers.emdpo.annotators import halves
 from trainers.emdpo.game import regret_matrix
 from trainers.emdpo.mixture import clamp_log_prior, e_step, match_types
 from trainers.likelihood import ordered_stages
-from trainers.plackett_luce import plackett_luce_loss
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "emdpo.json").read_text())
 CASES = {case["id"]: case for case in VECTORS["cases"]}
@@ -93,16 +91,6 @@ def test_rankings_sum_to_one_and_marginals_are_the_shorter_feedback():
     above = sum(p for p, order in zip(probs, orders, strict=True) if order.index(0) < order.index(3))
     pair = ranking_logps(rewards[:, [0, 3]], torch.tensor([[1.0, 0.0]]).double(), mask[:, :2])
     torch.testing.assert_close(pair[0], above.log())
-
-
-def test_likelihood_without_ties_is_that_of_plackett_luce():
-    rewards, scores = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
-    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [5]])
-    found = ranking_logps(rewards, scores, mask)
-    torch.testing.assert_close(found, -plackett_luce_loss(rewards, scores, mask, beta=1.0))
-    tied = torch.tensor([[4.0, 2, 2, 1]]).double()  # Plackett-Luce goes on below a tie, this does not
-    both = rewards[:1, :4], tied, torch.ones(1, 4).bool()
-    assert -plackett_luce_loss(*both, beta=1.0) < ranking_logps(*both) - 0.1
 
 
 def test_likelihood_ignores_padding_order_and_garbage():
@@ -283,16 +271,6 @@ def test_regret_of_exact_policies(case):
     direct = [(np.log(p / reference) * (p - mixed)).sum() for p in policies]
     close(direct, want["mixture_regret_direct"])
     close(regret @ found.mixture, direct)
-
-
-def test_bootstrap_interval_of_the_mixture_holds_it_and_shrinks():
-    random = np.random.default_rng(0)
-    gains = np.array([[0.4, -1.9], [-1.9, 0.8]])[..., None] + random.normal(0, 0.5, (2, 2, 400))
-    wide, narrow = (compare(g, ["a", "b"], [0.5, 0.5], resamples=200)["interval"] for g in (gains[..., :40], gains))
-    mixture = min_max_regret(regret_matrix(gains.mean(-1))).mixture
-    low, high = np.array(narrow["low"]), np.array(narrow["high"])
-    assert (low <= mixture).all() and (mixture <= high).all()
-    assert (high - low < np.array(wide["high"]) - wide["low"]).all()
 
 
 @pytest.mark.parametrize(
