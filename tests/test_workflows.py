@@ -2,14 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.utils import write_basic_config
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
@@ -19,6 +16,7 @@ from trl import LogCompletionsCallback, RichProgressCallback
 from helpers import build_tokenizer, family_tokenizer, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
+from trainers.cli import train
 from trainers.config import COMPILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,17 +75,6 @@ def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, ca
     assert len(found.Scalars("eval/rewards/margins")) == 2
 
 
-def test_a_sweep_scores_the_reference_once(tmp_path, tokenizer):
-    cached = {"precompute_ref_logps": True, "ref_cache_dir": str(tmp_path / "cache")}
-    missing, ends = [], []
-    for rate in (1e-3, 1e-1):
-        t = trainer(tmp_path / str(rate), tokenizer, eval_data=rows(6), learning_rate=rate, **cached)
-        missing.append(len(t.table.missing([t.train_dataset, t.eval_dataset])))
-        t.train()
-        ends.append(t.evaluate()["eval_loss"])
-    assert missing[0] > 0 and missing[1] == 0 and ends[0] != ends[1]
-
-
 # Scripts and files.
 
 
@@ -144,16 +131,11 @@ TRL_FILE = {
 }  # fmt: skip
 
 
-def test_a_trl_file_and_an_accelerate_config_file(inputs, tmp_path):
+def test_a_trl_file_is_read_as_it_is(inputs, tmp_path):
     files = {"model_name_or_path": str(inputs / "model"), "dataset_name": str(inputs / "pairs.jsonl")}
     more = {"dataset_test_split": "train[:4]", "output_dir": str(tmp_path / "out"), "use_cpu": True}
     (tmp_path / "trl.yaml").write_text(yaml.safe_dump({**TRL_FILE, **files, **more}))
-    write_basic_config(mixed_precision="bf16", save_location=str(tmp_path / "accelerate.yaml"))
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--config_file", str(tmp_path / "accelerate.yaml"), "--cpu", "--num_processes", "1"]
-    script = [str(ROOT / "scripts/train.py"), "--trainer", "DPOTrainer", "--config", str(tmp_path / "trl.yaml")]
-    done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train.main(["--trainer", "DPOTrainer", "--config", str(tmp_path / "trl.yaml")])
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in history if "loss" in log] == [1, 2]
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
@@ -162,38 +144,26 @@ def test_a_trl_file_and_an_accelerate_config_file(inputs, tmp_path):
 # Fields of TrainingArguments.
 
 
+WORKERS = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3},
-        {"gradient_checkpointing": True},
-        {"use_cache": True},
-        {"auto_find_batch_size": True},
-        {"torch_empty_cache_steps": 1},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
-    ],
-)
-def test_fields_that_must_change_no_number(options, tmp_path, tokenizer):
+    "options, common",
+    [(WORKERS, {}), (WORKERS, {"max_tokens_per_batch": 120}), ({"gradient_checkpointing": True}, {}),
+     ({"use_cache": True}, {}), ({"auto_find_batch_size": True}, {}), ({"torch_empty_cache_steps": 1}, {}),
+     ({"torch_compile": True, "torch_compile_backend": "eager"}, {})],
+)  # fmt: skip
+def test_fields_that_must_change_no_number(options, common, tmp_path, tokenizer):
     if "torch_compile" in options and Version(torch.__version__) < COMPILES:
         with pytest.raises(ValueError, match="torch_compile=True gives other losses"):
             trainer(tmp_path, tokenizer, **options)
         return
-    found = []
+    seen = []
     for changes in ({}, options):
-        t = trainer(tmp_path, tokenizer, **changes)
+        t = trainer(tmp_path, tokenizer, **common, **changes)
         t.train()
-        found.append(losses(t))
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-
-
-def test_workers_and_batches_by_token_budget(tmp_path, tokenizer):
-    found = []
-    for workers in ({}, {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3}):
-        t = trainer(tmp_path, tokenizer, max_tokens_per_batch=120, **workers)
-        t.train()
-        found.append(losses(t))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert t.get_train_dataloader().prefetch_factor == 3
+        seen.append(losses(t))
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
