@@ -249,7 +249,7 @@ def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits(name
 
         return counted
 
-    monkeypatch.setattr(head, "_project", count(head._project))
+    monkeypatch.setattr(head, "linear", count(head.linear))
     if name == "cohere":
         model.lm_head.forward = count(model.lm_head.forward)
     head.add_logps_head(model, chunk_elements=10 * VOCAB)

@@ -47,17 +47,6 @@ def test_fast_is_bfloat16_where_a_product_takes_less_time_in_it():
     assert precision.slowdown(torch.float32) == 1
 
 
-def test_other_dtypes_stay_as_they_are():
-    for dtype in ("float16", "bfloat16", "float32", "auto", None):
-        assert precision.settle_dtype(dtype, CPU)[0] == dtype
-
-
-def test_measuring_leaves_the_number_of_threads():
-    before = torch.get_num_threads()
-    precision.slowdown.__wrapped__(torch.float64)
-    assert torch.get_num_threads() == before
-
-
 def test_a_trainer_warns_of_the_dtype_that_it_computes_in(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("trainers.base.warn_if_emulated", lambda dtype, device: asked.append((dtype, device.type)))

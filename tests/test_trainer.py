@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback, pipeline
 
 from helpers import build_tokenizer, tiny_llama
-from trainers import PreferenceConfig, PreferenceTrainer, SWEPOConfig, SWEPOTrainer
+from trainers import PreferenceConfig, SWEPOConfig, SWEPOTrainer
 from trainers.forward.run import LayoutError
 
 WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
@@ -29,31 +29,18 @@ def rows(n=8, seed=0):
     for i in range(n):
         k = 2 + i % 4
         scores = [float(s) for s in torch.randperm(7, generator=generator)[:k]]
-        out.append(
-            {
-                "prompt": text(3, 9) + " ",
-                "responses": [text(1, 9) for _ in range(k)],
-                "scores": [1.0] * k if i == 3 else scores,
-            }
-        )
+        prompt = text(3, 9) + " "
+        responses = [text(1, 9) for _ in range(k)]
+        out.append({"prompt": prompt, "responses": responses, "scores": [1.0] * k if i == 3 else scores})
     return out
 
 
 def config(tmp_path, **kwargs):
     defaults = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "report_to": "none",
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "lr_scheduler_type": "constant",
-        "disable_tqdm": True,
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-    }
+        "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2,
+        "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "sgd",
+    }  # fmt: skip
     return SWEPOConfig(**{**defaults, **kwargs})
 
 
@@ -63,22 +50,13 @@ def tokenizer():
 
 
 def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
-    extra = {
-        k: kwargs.pop(k)
-        for k in ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers")
-        if k in kwargs
-    }
-    model = model or tiny_llama(len(tokenizer))
-    data = Dataset.from_list(data or rows())
-    eval_data = Dataset.from_list(eval_data) if eval_data else None
+    arguments = ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers")
+    extra = {name: kwargs.pop(name) for name in arguments if name in kwargs}
+    data, eval_data = Dataset.from_list(data or rows()), Dataset.from_list(eval_data) if eval_data else None
     return SWEPOTrainer(
-        model,
-        args=config(tmp_path, **kwargs),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        **extra,
-    )
+        model or tiny_llama(len(tokenizer)), args=config(tmp_path, **kwargs), train_dataset=data,
+        eval_dataset=eval_data, processing_class=tokenizer, **extra,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["rows", "shared"])
@@ -113,17 +91,8 @@ def gradients_after(tmp_path, tokenizer, batch, accumulation, **kwargs):
             seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     torch.manual_seed(0)
-    args = config(
-        tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1, **kwargs
-    )
-    t = SWEPOTrainer(
-        tiny_llama(len(tokenizer)),
-        args=args,
-        train_dataset=Dataset.from_list(rows()),
-        processing_class=tokenizer,
-        callbacks=[Grab()],
-    )
-    result = t.train()
+    size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    result = trainer(tmp_path, tokenizer, callbacks=[Grab()], max_steps=1, **size, **kwargs).train()
     return seen, result.training_loss
 
 
@@ -143,12 +112,10 @@ def test_weight_column_is_a_weighted_mean_and_zero_removes_a_row(tmp_path, token
     weighted = [row | {"weight": 0.0 if i in (1, 5) else 2.0} for i, row in enumerate(data)]
     kept = [row for i, row in enumerate(data) if i not in (1, 5)]
     model = tiny_llama(len(tokenizer))
-    losses = [
-        trainer(
-            tmp_path, tokenizer, model=copy.deepcopy(model), eval_data=d, ref_model=tiny_llama(len(tokenizer), seed=9)
-        ).evaluate()["eval_loss"]
-        for d in (weighted, kept)
-    ]
+    losses = []
+    for part in (weighted, kept):
+        models = {"model": copy.deepcopy(model), "ref_model": tiny_llama(len(tokenizer), seed=9)}
+        losses.append(trainer(tmp_path, tokenizer, eval_data=part, **models).evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -156,13 +123,8 @@ def test_eval_loss_is_a_mean_over_prompts_whatever_the_batch_size(tmp_path, toke
     reference = tiny_llama(len(tokenizer), seed=9)
     found = []
     for batch in (1, 3, 8):
-        t = trainer(
-            tmp_path,
-            tokenizer,
-            eval_data=rows(7),
-            ref_model=copy.deepcopy(reference),
-            per_device_eval_batch_size=batch,
-        )
+        options = {"ref_model": copy.deepcopy(reference), "per_device_eval_batch_size": batch}
+        t = trainer(tmp_path, tokenizer, eval_data=rows(7), **options)
         metrics = t.evaluate()
         found.append([metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")])
         assert metrics["eval_prompts/without_signal"] == pytest.approx(1 / 7)
@@ -270,33 +232,24 @@ def test_a_model_with_logits_of_its_own_kind_is_refused_on_the_first_batch(tmp_p
         trainer(tmp_path, tokenizer, layout="rows").train()
 
 
-def test_wrong_arguments_say_the_fix(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the default output folder lies below it
-    model = tiny_llama(len(tokenizer))
+def test_wrong_arguments_say_the_fix(tmp_path, tokenizer):
+    model, data = tiny_llama(len(tokenizer)), Dataset.from_list(rows())
     with pytest.raises(ValueError, match="omit ref_model"):
         trainer(tmp_path, tokenizer, model=model, ref_model=model)
     with pytest.raises(ValueError, match="SWEPOConfig"):
-        SWEPOTrainer(
-            model,
-            args=PreferenceConfig(output_dir=str(tmp_path)),
-            train_dataset=Dataset.from_list(rows()),
-            processing_class=tokenizer,
-        )
+        args = PreferenceConfig(output_dir=str(tmp_path))
+        SWEPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
     with pytest.raises(ValueError, match="processing_class"):
-        SWEPOTrainer(model, args=config(tmp_path), train_dataset=Dataset.from_list(rows()))
-    with pytest.raises(ValueError, match="shared"):
-        eager = tiny_llama(len(tokenizer))
-        eager.set_attn_implementation("eager")
-        trainer(tmp_path, tokenizer, model=eager, layout="shared")
-    with pytest.raises(NotImplementedError, match="loss"):
-        PreferenceTrainer(model, args=None, train_dataset=None, processing_class=tokenizer).loss({}, None, None)
-
-
-def test_the_mistakes_of_a_first_hour_are_explained(tmp_path, tokenizer, caplog):
+        SWEPOTrainer(model, args=config(tmp_path), train_dataset=data)
     with pytest.raises(ValueError, match="from_list"):
-        SWEPOTrainer(
-            tiny_llama(len(tokenizer)), args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer
-        )
+        SWEPOTrainer(model, args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer)
+    eager = tiny_llama(len(tokenizer))
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="shared"):
+        trainer(tmp_path, tokenizer, model=eager, layout="shared")
+
+
+def test_rows_without_a_signal_are_warned_of(tmp_path, tokenizer, caplog):
     tied = [row | {"scores": [2.0] * len(row["scores"])} for row in rows()]
     trainer(tmp_path, tokenizer, data=tied).train()
     assert "carries a signal" in caplog.text
@@ -337,9 +290,5 @@ def test_the_first_batch_is_checked_without_dropout_and_nothing_else_is(tmp_path
 
 
 def test_an_untrained_policy_is_evaluated_in_the_precision_of_the_reference(tmp_path, tokenizer):
-    data = Dataset.from_list(rows())
-    trainer = SWEPOTrainer(
-        tiny_llama(len(tokenizer)), args=config(tmp_path, bf16=True), eval_dataset=data, processing_class=tokenizer
-    )
-    metrics = trainer.evaluate()
+    metrics = trainer(tmp_path, tokenizer, eval_data=rows(), bf16=True).evaluate()
     assert metrics["eval_rewards/chosen"] == 0 and metrics["eval_rewards/margins"] == 0

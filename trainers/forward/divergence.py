@@ -21,14 +21,14 @@ from .head import (
     HeadGradients,
     LogitRule,
     Pass,
-    _parts,
-    _project,
-    _wide,
-    _widen,
     call_head,
     chunk_size,
     is_plain,
+    linear,
     logit_rule,
+    parts,
+    wide_dtype,
+    widen,
 )
 
 
@@ -41,7 +41,7 @@ class FrozenHead(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n,H) -> (n,V), in float32 or wider."""
-        return self.rule(_widen(_project(hidden, self.weight.to(hidden.dtype).t(), self.bias)))
+        return self.rule(widen(linear(hidden, self.weight.to(hidden.dtype).t(), self.bias)))
 
     @torch.no_grad()
     def mean_logits(self, hidden: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class FrozenHead(NamedTuple):
         if self.rule.cap is not None:
             size = max(1, CPU_CHUNK_ELEMENTS // len(self.weight))
             return torch.cat([self.logits(chunk).mean(-1) for chunk in hidden.split(size)])
-        wide = _wide(hidden.dtype)
+        wide = wide_dtype(hidden.dtype)
         means = hidden.to(wide) @ self.weight.mean(0, dtype=wide)
         return self.rule(means if self.bias is None else means + self.bias.mean(dtype=wide))
 
@@ -136,7 +136,7 @@ def _module_kl(head: nn.Module, this: Pass, size: int, frozen: FrozenHead, froze
     """Any head: quantised, under an adapter, or with a rule for its logits."""
 
     def both(chunk: Tensor, ids: Tensor, frozen_chunk: Tensor) -> tuple[Tensor, Tensor]:
-        logps = this.rule(_widen(project(chunk))).log_softmax(-1)
+        logps = this.rule(widen(project(chunk))).log_softmax(-1)
         theirs = frozen.logits(frozen_chunk).log_softmax(-1)
         return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1), (theirs.exp() * (theirs - logps)).sum(-1)
 
@@ -157,12 +157,12 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, frozen_hidden, frozen_weight, frozen_bias, size):
-        chosen = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
+        chosen = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
         kls, totals, frozen_totals = (torch.empty_like(chosen) for _ in range(3))
         weight_t, frozen_t = weight.to(hidden.dtype).t(), frozen_weight.to(hidden.dtype).t()
-        for part in _parts(len(hidden), size):
-            logps = _widen(_project(hidden[part], weight_t, bias))
-            theirs = _widen(_project(frozen_hidden[part], frozen_t, frozen_bias))
+        for part in parts(len(hidden), size):
+            logps = widen(linear(hidden[part], weight_t, bias))
+            theirs = widen(linear(frozen_hidden[part], frozen_t, frozen_bias))
             totals[part], frozen_totals[part] = logps.logsumexp(-1), theirs.logsumexp(-1)
             logps.sub_(totals[part].unsqueeze(-1))
             theirs.sub_(frozen_totals[part].unsqueeze(-1))
@@ -183,11 +183,11 @@ class _LinearKL(torch.autograd.Function):
         )
         cast, frozen_t = weight.to(hidden.dtype), frozen_weight.to(hidden.dtype).t()
         gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias, cast)
-        for part in _parts(len(hidden), ctx.size):
+        for part in parts(len(hidden), ctx.size):
             of_logps, of_kls = grad_logps[part].unsqueeze(-1), grad_kls[part].unsqueeze(-1)
-            logits = _widen(_project(hidden[part], cast.t(), bias))
+            logits = widen(linear(hidden[part], cast.t(), bias))
             slope = logits.sub_(totals[part].unsqueeze(-1)).exp_().mul_(of_kls - of_logps)
-            logits = _widen(_project(frozen_hidden[part], frozen_t, frozen_bias))
+            logits = widen(linear(frozen_hidden[part], frozen_t, frozen_bias))
             slope.sub_(logits.sub_(frozen_totals[part].unsqueeze(-1)).exp_().mul_(of_kls))
             slope.scatter_add_(-1, targets[part].unsqueeze(-1), of_logps)
             gradients.add(part, slope, slope.to(hidden.dtype))

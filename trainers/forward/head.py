@@ -173,7 +173,7 @@ def _module_logps(head: nn.Module, targets: Tensor, rule: LogitRule, size: int, 
     """Any head: quantised, under an adapter, or with a rule for its logits."""
 
     def logps(chunk: Tensor, ids: Tensor) -> Tensor:
-        logits = rule(_widen(project(chunk)))
+        logits = rule(widen(project(chunk)))
         return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
@@ -190,11 +190,12 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int) -> Tensor:
-        totals = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
+        totals = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
         chosen = torch.empty_like(totals)
-        weight_t, buffers = weight.to(hidden.dtype).t(), _Buffers(hidden, len(weight), size)
-        for part in _parts(len(hidden), size):
-            logits = buffers.logits(hidden[part], weight_t, bias)
+        weight_t, logits = weight.to(hidden.dtype).t(), None
+        for part in parts(len(hidden), size):
+            logits = None  # the last chunk's memory is for this one
+            logits = widen(linear(hidden[part], weight_t, bias))
             chosen[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
             top = logits.amax(-1, keepdim=True)
             totals[part] = logits.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
@@ -205,13 +206,14 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, targets, totals = ctx.saved_tensors
-        cast, buffers = weight.to(hidden.dtype), _Buffers(hidden, len(weight), ctx.size)
+        cast, logits, slope = weight.to(hidden.dtype), None, None
         gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias, cast)
-        for part in _parts(len(hidden), ctx.size):
-            logits = buffers.logits(hidden[part], cast.t(), bias)
+        for part in parts(len(hidden), ctx.size):
+            logits = slope = None
+            logits = widen(linear(hidden[part], cast.t(), bias))
             slope = logits.sub_(totals[part].unsqueeze(-1)).exp_().mul_(-grad[part].unsqueeze(-1))
             slope.scatter_add_(-1, targets[part].unsqueeze(-1), grad[part].unsqueeze(-1))
-            gradients.add(part, slope, buffers.narrow(slope))
+            gradients.add(part, slope, slope.to(hidden.dtype))
         return *gradients.found(), None, None
 
 
@@ -224,8 +226,8 @@ class HeadGradients:
     def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, cast: Tensor):
         self.inputs, self.cast = (hidden, weight, bias), cast
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needed[2] else None
+        self.weight = torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=wide_dtype(bias.dtype)) if bias is not None and needed[2] else None
 
     def add(self, part: slice, slope: Tensor, narrow: Tensor) -> None:
         """Take a chunk's slopes (n,V) over, as they are and in the dtype of the hidden states."""
@@ -242,49 +244,28 @@ class HeadGradients:
         return tuple(s if s is None else s.to(x.dtype) for s, x in zip(sums, self.inputs, strict=True))
 
 
-class _Buffers:
-    """Memory for the logits of a chunk, as the product gives them and as the softmax wants them."""
-
-    def __init__(self, hidden: Tensor, vocabulary: int, size: int):
-        shape = min(size, len(hidden)), vocabulary
-        self.raw = hidden.new_empty(shape)
-        wide = _wide(hidden.dtype)
-        self.wide = self.raw if wide == hidden.dtype else hidden.new_empty(shape, dtype=wide)
-
-    def logits(self, hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
-        """hidden @ weight_t + bias in the wide dtype, until the next call."""
-        logits = _project(hidden, weight_t, bias, out=self.raw[: len(hidden)])
-        return logits if self.wide is self.raw else self.wide[: len(hidden)].copy_(logits)
-
-    def narrow(self, values: Tensor) -> Tensor:
-        """Values like those of `logits` in the dtype of the product."""
-        return values if self.wide is self.raw else self.raw[: len(values)].copy_(values)
-
-
-def _project(hidden: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight_t, out=out)
-    return torch.addmm(bias.to(hidden.dtype), hidden, weight_t, out=out)
+def linear(hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight_t) if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight_t)
 
 
 def _add_products(grad_weight: Tensor, slope: Tensor, hidden: Tensor) -> None:
     """grad_weight (V,H) += slope (n,V).T @ hidden (n,H), some rows at a time on a CPU."""
     on_cpu = grad_weight.device.type == "cpu"
     rows = CPU_BLOCK_ELEMENTS // grad_weight.size(1) if on_cpu else len(grad_weight)
-    for part in _parts(len(grad_weight), max(1, rows)):
+    for part in parts(len(grad_weight), max(1, rows)):
         grad_weight[part] += slope[:, part].t() @ hidden
 
 
-def _parts(length: int, size: int) -> list[slice]:
+def parts(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _widen(logits: Tensor) -> Tensor:
-    return logits.to(_wide(logits.dtype))
+def widen(logits: Tensor) -> Tensor:
+    return logits.to(wide_dtype(logits.dtype))
 
 
 def head_rows(head: nn.Module) -> int:
