@@ -46,43 +46,31 @@ class Payload:
 
 # Files of data.
 
-JSON_FILES = {
-    "not json": b"hello\n",
-    "binary": bytes(range(256)) * 4,
-    "zeros": bytes(4096),
-    "latin-1": LINES + '{"prompt": "\u00e9", "responses": ["x", "y"], "scores": [1, 2]}\n'.encode("latin-1"),
-    "utf-16": LINES.decode().encode("utf-16"),
-    "cut in a row": LINES[:-20],
-    "cut in a character": LINES + '{"prompt": "\u20ac'.encode()[:-1],
-    "one brace": b"{",
-    "one bracket": b"[",
-    "numbers": b"1\n2\n",
-    "texts": b'"a"\n"b"\n',
-    "lists": b"[1, 2]\n[3, 4]\n",
-    "nulls": b"null\nnull\n",
-    "a number": b"5",
-    "empty list": b"[]",
-    "empty record": b"{}\n",
-    "blank lines": b"\n\n \n",
-    "a brace too many": LINES + b"}\n",
-    "comma at the end": b'[{"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]},]',
-    "single quotes": b"{'prompt': 'a', 'responses': ['x', 'y'], 'scores': [1, 2]}\n",
-    "nested lists": b'{"prompt": "a", "responses": ' + b"[" * 3000 + b"]" * 3000 + b', "scores": [1, 2]}\n',
-    "text for a list": LINES + b'{"prompt": "a", "responses": "x", "scores": [1, 2]}\n',
-    "list for a text": LINES + b'{"prompt": ["a"], "responses": ["x", "y"], "scores": [1, 2]}\n',
-    "number for a text": LINES + b'{"prompt": 5, "responses": ["x", "y"], "scores": [1, 2]}\n',
-    "text for a number": LINES + b'{"prompt": "a", "responses": ["x", "y"], "scores": ["1", "2"]}\n',
-    "record for a number": LINES + b'{"prompt": "a", "responses": ["x", "y"], "scores": [{}, {}]}\n',
-    "half a character": LINES + b'{"prompt": "\\ud800", "responses": ["x", "y"], "scores": [1, 2]}\n',
-    "other columns": b'{"question": "a", "answer": "b"}\n',
-    "a column missing": b'{"prompt": "a", "responses": ["x", "y"]}\n',
+
+JSON_FILES = {  # with what the message must say
+    "not json": (b"hello\n", "data.jsonl"),
+    "binary": (bytes(range(256)) * 4, "data.jsonl"),
+    "latin-1": (LINES + '{"prompt": "\u00e9"}\n'.encode("latin-1"), "row 3"),
+    "utf-16": (LINES.decode().encode("utf-16"), "data.jsonl"),
+    "cut in a row": (LINES[:-20], "row 2"),
+    "one bracket": (b"[", "data.jsonl"),
+    "numbers": (b"1\n2\n", "row 0 of .* no JSON object"),
+    "lists": (b"[1, 2]\n[3, 4]\n", "row 0 of .* no JSON object"),
+    "nothing": (b"", "data.jsonl' is empty"),
+    "empty list": (b"[]", "data.jsonl' is empty"),
+    "a brace too many": (LINES + b"}\n", "row 3"),
+    "nested lists": (b'{"prompt": "a", "responses": ' + b"[" * 3000 + b"]" * 3000 + b', "scores": [1, 2]}\n', "row 0"),
+    "text for a list": (LINES + b'{"prompt": "a", "responses": "x", "scores": [1, 2]}\n', "row 3.*'responses'"),
+    "text for a number": (
+        LINES + b'{"prompt": "a", "responses": ["x", "y"], "scores": ["1", "2"]}\n',
+        "row 3.*scores",
+    ),
+    "half a character": (
+        LINES + b'{"prompt": "\\ud800", "responses": ["x", "y"], "scores": [1, 2]}\n',
+        "row 3.*prompt",
+    ),
+    "other columns": (b'{"question": "a", "answer": "b"}\n', "question"),
 }
-NAMED = {  # what the message must say, where more than the file can be known
-    "cut in a row": "row 2", "text for a list": "row 3.*'responses'", "list for a text": "row 3.*'prompt'",
-    "number for a text": "row 3.*'prompt'", "text for a number": "row 3.*scores",
-    "record for a number": "row 3.*scores",
-    "half a character": "row 3.*'prompt'", "a column missing": "scores", "other columns": "question",
-}  # fmt: skip
 
 
 def refused(path, match="", **options):
@@ -97,8 +85,9 @@ def refused(path, match="", **options):
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_a_broken_json_file_is_named(name, streaming, tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(JSON_FILES[name])
-    refused(path, NAMED.get(name, ""), streaming=streaming)
+    content, match = JSON_FILES[name]
+    path.write_bytes(content)
+    refused(path, match, streaming=streaming)
 
 
 def test_a_list_over_many_lines_is_streamed(tmp_path):
@@ -111,7 +100,7 @@ def test_a_list_over_many_lines_is_streamed(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("cut", [0, 1, 5, 12, 30, -1, -4, -9])
+@pytest.mark.parametrize("cut", [0, 5, 30, -9])
 def test_a_cut_gzip_file_is_named(cut, streaming, tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(LINES)[:cut])
@@ -119,29 +108,12 @@ def test_a_cut_gzip_file_is_named(cut, streaming, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    "content", [LINES, b"\x1f\x8b", b"\x1f\x8b" + bytes(100), gzip.compress(b"", mtime=0), b"PK\x03\x04"]
-)
-def test_what_is_no_gzip_file_is_named(content, streaming, tmp_path):
-    path = tmp_path / "data.jsonl.gz"
-    path.write_bytes(content)
-    refused(path, streaming=streaming)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
-@pytest.mark.parametrize("cut", [0, 4, 100, -1, -8, -300])
+@pytest.mark.parametrize("cut", [0, 100, -8])
 def test_a_cut_parquet_file_is_named(name, cut, streaming, parquet, tmp_path):
     path = tmp_path / name
     path.write_bytes((gzip.compress(parquet) if name.endswith(".gz") else parquet)[:cut])
     refused(path, streaming=streaming)
-
-
-@pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
-@pytest.mark.parametrize("content", [b"PAR1PAR1", b"PAR1" + bytes(64) + b"PAR1", LINES, gzip.compress(LINES, mtime=0)])
-def test_what_is_no_parquet_file_is_named(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name)
 
 
 def test_a_parquet_file_with_a_broken_page_is_named(parquet, tmp_path):
@@ -155,21 +127,12 @@ def test_a_parquet_file_with_a_broken_page_is_named(parquet, tmp_path):
 def test_data_sets_without_rows_are_named(streaming, tmp_path):
     Dataset.from_list(GOOD).select([]).to_parquet(tmp_path / "data.parquet")
     refused(tmp_path / "data.parquet", "no (usable row|data)|columns", streaming=streaming)
-    (tmp_path / "data.jsonl").write_bytes(b"")
-    refused(tmp_path / "data.jsonl", "data.jsonl' is empty", streaming=streaming)
 
 
 @pytest.mark.parametrize("name", ["data.pkl", "data.pt", "data.py", "data.txt", "data", "data.gz"])
 def test_a_file_of_another_kind_is_refused_unopened(name, tmp_path):
     (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     refused(tmp_path / name, "cannot read .* ending in .jsonl")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet", "data.jsonl.gz", "data.parquet.gz"])
-def test_a_pickle_under_another_name_is_not_opened_as_one(name, tmp_path):
-    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    refused(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -193,12 +156,6 @@ def test_a_folder_without_data_is_named_and_its_scripts_do_not_run(content, tmp_
         (folder / "a" / "b").mkdir(parents=True)
     refused(folder)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("target", ["absent.jsonl", "data.jsonl", "."])
-def test_links_that_lead_nowhere_or_to_a_folder_are_named(target, tmp_path):
-    (tmp_path / "data.jsonl").symlink_to(tmp_path / target)  # the second leads to itself
-    refused(tmp_path / "data.jsonl")
 
 
 @pytest.mark.parametrize("data_format", ["", ".", "a.", "rows ", "ROWS", "no.such", "trainers.data.nothing"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from trainers.cli import prepare as prepare_data
 from trainers.data import load_preferences
 
 ROW = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}
@@ -58,13 +57,6 @@ def test_numbers_may_be_whole_at_first_and_values_missing(tmp_path):
     assert found[MANY] == last and found[0] == ROW | {"weight": 1.0, "annotator": None}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_true_is_no_number_among_numbers(streaming, tmp_path):
-    path = write(tmp_path / "data.jsonl", [ROW | {"scores": [0.5, True]}])
-    with pytest.raises(ValueError, match="row 0.*'scores' is the list .*give numbers, or true and false"):
-        list(load_preferences(path, streaming=streaming))
-
-
 @pytest.mark.parametrize("one, other", [(1.5, True), ({"a": [1.5]}, {"a": [False]}), (2**60 + 1, 1.5), (7, "007"),
                                         (1, 2.5), ([1], [0.1 + 0.2]), (2**64 - 1, None), ("a", ["a"])])  # fmt: skip
 @pytest.mark.parametrize("far", [False, True])
@@ -85,20 +77,6 @@ def test_a_row_without_a_weight_beside_others_is_dropped(streaming, tmp_path, ca
     rows = [ROW, *[ROW | {"weight": 2.0}] * 3]
     found = list(load_preferences(write(tmp_path / "data.jsonl", rows), streaming=streaming))
     assert [row["weight"] for row in found] == [2.0] * 3 and "1 (weight is missing or not finite)" in caplog.text
-
-
-def test_a_name_in_the_prompt_alone(tmp_path):
-    row = CHAT | {"prompt": [MESSAGE | {"name": "n"}], "responses": [
-        [{"role": "assistant", "content": text, "name": None}] for text in "ab"
-    ]}  # fmt: skip
-    assert load_preferences(write(tmp_path / "data.jsonl", [row]))["prompt"][0][0]["name"] == "n"
-
-
-@pytest.mark.parametrize("line", ["1e999", "null", "7"])
-def test_a_line_that_is_no_record_is_named(line, tmp_path):
-    (tmp_path / "data.jsonl").write_text(f"{line}\n" + json.dumps(ROW) + "\n")
-    with pytest.raises(ValueError, match="row 0 of 'data.jsonl' is no JSON object"):
-        load_preferences(tmp_path / "data.jsonl")
 
 
 def test_dates_and_odd_texts_stay_text(tmp_path):
@@ -150,26 +128,6 @@ def test_splits_are_found_by_name_and_files_that_are_not_read_are_named(tmp_path
     assert [row["prompt"] for row in load_preferences(tmp_path, split="test", streaming=True)] == ["test"]
 
 
-def test_files_of_other_kinds_are_not_read(tmp_path, caplog):
-    write(tmp_path / "train.jsonl", [ROW | {"annotator": "007"}])
-    for name in ("train.jsonl.bak", "train.jsonl.1", "train-1.ndjson", "train-2.jsonl.xz", "b.csv"):
-        write(tmp_path / name, [ROW])
-    assert load_preferences(tmp_path)["annotator"][:] == ["007"]
-    assert "5 file(s) are NOT read: b.csv, train-1.ndjson, " in caplog.text
-    (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(ValueError, match="has no file ending in .jsonl, .json, .parquet|cannot read"):
-        load_preferences(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
-def test_a_folder_of_prepared_files_is_read_by_its_splits(suffix, tmp_path):
-    for split in ("train", "test"):
-        source = write(tmp_path / f"{split}.jsonl", [ROW | {"prompt": split}])
-        prepare_data.main(["--dataset_name", str(source), "--output", str(tmp_path / f"out/{split}.{suffix}")])
-    assert load_preferences(tmp_path / "out")["prompt"][:] == ["train"]
-    assert load_preferences(tmp_path / "out", split="test")["prompt"][:] == ["test"]
-
-
 def test_a_parquet_file_that_changes_is_read_again(tmp_path):
     path = tmp_path / "data.parquet"
     for prompt in "qp":
@@ -177,13 +135,6 @@ def test_a_parquet_file_that_changes_is_read_again(tmp_path):
         os.utime(path, ns=(10**18, 10**18))
         for place in (path, tmp_path):
             assert load_preferences(place)["prompt"][:] == [prompt]
-
-
-def test_an_empty_file_beside_others_is_named(tmp_path):
-    write(tmp_path / "a.jsonl", [ROW])
-    write(tmp_path / "b.jsonl", [])
-    with pytest.raises(ValueError, match="'b.jsonl' is empty"):
-        load_preferences(tmp_path)
 
 
 def test_slices_of_a_saved_data_set(tmp_path):

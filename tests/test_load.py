@@ -10,7 +10,6 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Json
 
 from trainers.data import load, load_preferences
-from trainers.data.formats.ultrafeedback import ultrafeedback, ultrafeedback_fine_grained
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="shared/data is not here")
@@ -87,12 +86,6 @@ def test_pairs_are_recognised_by_their_columns(tmp_path):
         assert dataset["scores"][:] == [[1.0, 0.0], [1.0, 0.0]]
 
 
-def test_as_chat(tmp_path):
-    dataset = load_preferences(write_jsonl(tmp_path / "data.jsonl", ROWS), as_chat=True)
-    assert dataset[1]["prompt"] == [{"role": "user", "content": "b"}]
-    assert dataset[1]["responses"][1] == [{"role": "assistant", "content": "y"}]
-
-
 def test_drops_are_logged_once_with_the_file(tmp_path, caplog):
     path = write_jsonl(tmp_path / "data.jsonl", [*ROWS, {**ROWS[0], "responses": ["x", "", ""]}])
     with caplog.at_level(logging.INFO):
@@ -130,22 +123,6 @@ def test_unknown_columns_and_formats(tmp_path):
         load_preferences(str(tmp_path / "data.txt"))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]}', r"row 2.*'scores\[1\]' is the str '2'"),
-        ('{"prompt": "a", "responses": ["b", "c"], "scores": "high"}', "row 2.*'scores' is the str 'high'"),
-        ('{"prompt": "a", "responses": ["b", 4], "scores": [1, 2]}', r"row 2.*'responses\[1\]' is the int 4"),
-        ('{"prompt": "a", "responses": ["b", ', "row 2 of 'data.jsonl' is not valid JSON"),
-    ],
-)
-def test_faulty_line_of_a_file_is_named(tmp_path, line, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        load_preferences(str(path))
-
-
 def test_adapter_by_import_path_and_its_edits_reach_the_result(tmp_path, monkeypatch):
     module = tmp_path / "my_lab_adapter.py"
     code = (
@@ -160,62 +137,6 @@ def test_adapter_by_import_path_and_its_edits_reach_the_result(tmp_path, monkeyp
     importlib.invalidate_caches()
     importlib.reload(sys.modules["my_lab_adapter"])
     assert load_preferences(path, data_format="my_lab_adapter.ranks")["scores"][:] == [[-20.0, -10.0, -30.0]]
-
-
-def completion(text, overall, **ratings):
-    annotations = {aspect: {"Rating": rating, "Rationale": "r"} for aspect, rating in ratings.items()}
-    return {"response": text, "overall_score": overall, "fine-grained_score": None, "annotations": annotations}
-
-
-def ultrafeedback_row():
-    return {
-        "source": "flan",
-        "instruction": "Say hi.",
-        "completions": [
-            completion("Hi.", 9.0, helpfulness="5", honesty="4", instruction_following="N/A", truthfulness="3"),
-            completion("Ho.", None, helpfulness="N/A", honesty="N/A", instruction_following="N/A", truthfulness="N/A"),
-            completion("He.", 2.0, helpfulness="1", honesty="2", instruction_following="1", truthfulness=None),
-        ],
-    }
-
-
-def test_ultrafeedback_overall_and_fine_grained():
-    overall = ultrafeedback(ultrafeedback_row())
-    assert overall["prompt"] == [{"role": "user", "content": "Say hi."}]
-    assert overall["responses"] == [[{"role": "assistant", "content": text}] for text in ("Hi.", "Ho.", "He.")]
-    assert overall["scores"] == [9.0, None, 2.0]
-    assert overall["source"] == "flan"
-    fine = ultrafeedback_fine_grained(ultrafeedback_row())
-    assert fine["scores"] == [4.0, None, pytest.approx(4 / 3)]
-
-
-def test_ultrafeedback_through_the_loader(tmp_path, caplog):
-    path = write_jsonl(tmp_path / "uf.jsonl", [ultrafeedback_row(), {**ultrafeedback_row(), "completions": []}])
-    dataset = load_preferences(path, data_format="ultrafeedback")
-    assert dataset["scores"][:] == [[9.0, 2.0]]
-    assert "rows dropped: 1 (no completions)" in caplog.text
-    assert "responses dropped: 1 (missing score)" in caplog.text
-    assert load_preferences(path, data_format="ultrafeedback_fine_grained")["scores"][0] == [4.0, pytest.approx(4 / 3)]
-
-
-@needs_data
-def test_ultrafeedback_sample_of_the_hub_layout(caplog):
-    path = DATA / "hub_samples" / "openbmb__UltraFeedback.jsonl"
-    dataset = load_preferences(str(path), data_format="ultrafeedback")
-    assert dataset["scores"][0] == [4.0, 9.0, 8.0, 2.0]
-    assert len(dataset) == 3
-    assert "5 rows in, 3 kept, 2 dropped" in caplog.text
-    fine = load_preferences(str(path), data_format="ultrafeedback_fine_grained")
-    assert fine["scores"][0] == [2.5, 5.0, 4.25, 2.0]
-
-
-@needs_data
-def test_implicit_pairs_of_the_hub_layout():
-    dataset = load_preferences(str(DATA / "hub_samples" / "trl-lib__ultrafeedback_binarized.jsonl"))
-    assert dataset[0]["prompt"] == [{"role": "user", "content": "How many legs has a spider?"}]
-    assert dataset[0]["responses"][0] == [{"role": "assistant", "content": "Eight."}]
-    assert dataset[0]["score_chosen"] == 9.0
-    assert len(dataset[1]["prompt"]) == 3
 
 
 @needs_data

@@ -66,16 +66,6 @@ def test_chat_template_writes_bos_and_end_of_turn_exactly_once(family):
             assert (row["prompt_ids"] + ids).count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_several_turns_stay_in_the_prompt(family):
-    tokenizer = family_tokenizer(family)
-    turns = [("user", "hi"), ("assistant", "hello"), ("user", "say it")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    row = tokenize_row({**chat_row("the dog", "a fox"), "prompt": messages}, tokenizer)
-    assert "hello" in tokenizer.decode(row["prompt_ids"])
-    assert tokenizer.decode(row["response_ids"][1]) == EXPECTED[family][1].format("a fox")
-
-
 def test_batches_equal_single_rows_for_text_and_chat():
     for tokenizer, rows in [
         (build_tokenizer(), [PLAIN, {"prompt": "hi", "responses": [" a", " b"], "scores": [0.0, 1.0]}]),

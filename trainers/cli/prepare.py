@@ -12,9 +12,8 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyarrow
 import yaml
 from datasets import Features
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -81,18 +80,17 @@ def prepare(args: PrepareArguments) -> dict:
     if output.exists() and not args.overwrite:
         raise ValueError(f"--output {output} is there already: name another file, or set --overwrite true.")
     source = source_facts(args)
-    options = {name: value for name, value in (("name", args.name), ("revision", source.get("commit"))) if value}
-    options["streaming"] = args.streaming
+    options = {"name": args.name, "revision": source.get("commit")}
+    options = {name: value for name, value in options.items() if value} | {"streaming": args.streaming}
     if args.data_format == "auto":
         args.data_format = detect_format(args.dataset_name, args.split, **options)
+    reading = {name: getattr(args, name) for name in ("as_chat", "invalid_rows", "max_rows")}
     with collected_reports() as reports:
         rows = load_preferences(
-            args.dataset_name, args.split, args.data_format, as_chat=args.as_chat, invalid_rows=args.invalid_rows,
-            num_proc=args.num_proc, max_rows=args.max_rows, **options,
-        )  # fmt: skip
+            args.dataset_name, args.split, args.data_format, num_proc=args.num_proc, **reading, **options
+        )
         output.parent.mkdir(parents=True, exist_ok=True)
-        total = None if args.streaming else len(rows)
-        count = write(output, tqdm(rows, desc=f"Writing {output.name}", total=total, unit=" rows"), rows.features)
+        count = write(output, tqdm(rows, desc=f"Writing {output.name}", unit=" rows"), rows.features)
     [(_, report)] = reports
     print(report)
     manifest = {
@@ -101,8 +99,10 @@ def prepare(args: PrepareArguments) -> dict:
         "rows": count,
         "columns": {name: repr(feature) for name, feature in rows.features.items()},
         "source": source,
-        **{name: getattr(args, name) for name in ("data_format", "split", "max_rows", "as_chat", "invalid_rows")},
-        "dropped": vars(report),
+        "data_format": args.data_format,
+        "split": args.split,
+        **reading,
+        "dropped": asdict(report),
         "versions": {name: version(name) for name in ("polypo", "datasets", "pyarrow")},
     }
     plain = json.loads(json.dumps(manifest))  # counters become mappings
@@ -115,16 +115,10 @@ def source_facts(args: PrepareArguments) -> dict:
     path = Path(args.dataset_name).expanduser()
     facts = {"dataset_name": args.dataset_name, "name": args.name}
     if path.exists():
-        if args.revision:
-            raise ValueError(f"--revision {args.revision} has no effect on a local path: leave it out.")
-        return facts | ({"sha256": file_digest(path)} if path.is_file() else {})
+        return facts | ({"sha256": file_digest(path)} if path.is_file() else {"commit": args.revision})
     try:
         commit = HfApi().dataset_info(args.dataset_name, revision=args.revision).sha
-    except (
-        OfflineModeIsEnabled,
-        HfHubHTTPError,
-        OSError,
-    ):  # `datasets` may have it in its cache, or says what is wrong
+    except (HfHubHTTPError, OSError):  # `datasets` may have it in its cache, or says what is wrong
         commit = args.revision
     return facts | {"revision": args.revision, "commit": commit}
 
@@ -134,34 +128,27 @@ def manifest_path(output: str | Path) -> Path:
     return Path(f"{output}.manifest.yaml")
 
 
-# Files.
-
-
 def write(output: Path, rows: Iterable[dict], features: Features) -> int:
     """Rows to a file that appears when it is complete; the same rows give the same bytes. Returns their number."""
-    with replaced(output) as file:
-        return (write_parquet if output.suffix == ".parquet" else write_lines)(file, rows, features)
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` at the end of the block, and is removed if the block fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = output.with_name(f".{output.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            if path.suffix == ".gz":
+            if output.suffix == ".parquet":
+                count = _write_parquet(file, rows, features)
+            elif output.suffix == ".gz":
                 with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    yield packed
+                    count = _write_lines(packed, rows)
             else:
-                yield file
+                count = _write_lines(file, rows)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+    return count
 
 
-def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
+def _write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
     count, rows = 0, iter(rows)
     with ParquetWriter(file, features.arrow_schema) as writer:
         while group := [in_columns(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
@@ -170,16 +157,11 @@ def write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> i
     return count
 
 
-def write_lines(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
+def _write_lines(file: BinaryIO, rows: Iterable[dict]) -> int:
     count = 0
-    for count, row in enumerate(rows, 1):
-        try:
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"kept row {count - 1} cannot be written as JSON ({error}): write a .parquet file."
-            ) from error
-        file.write((line + "\n").encode())
+    for row in rows:
+        count += 1
+        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return count
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .rows import Row, is_per_token
 
 OWN = ("prompt_ids", "response_ids", "scores")
-RESERVED = ("prompt_mask", "response_mask", "mask")
 
 
 @dataclass
@@ -40,8 +40,7 @@ class PreferenceCollator:
         columns: further columns that the method reads.
 
     Raises:
-        ValueError: if there is no pad token, if a further column has the name of a mask, or if the lists of a row do
-            not fit together.
+        ValueError: there is no pad token, a column has the name of a mask, or the lists of a row do not fit together.
 
     Example:
 
@@ -74,47 +73,39 @@ class PreferenceCollator:
     columns: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if {*self.columns} & {"prompt_mask", "response_mask", "mask"}:
+            raise ValueError(f"one of the columns {self.columns} has the name of a mask of the batch: rename it.")
         if self.pad_token_id is None:
             raise ValueError(
-                "the tokenizer has no pad token; set one before training, for example tokenizer.pad_token = "
-                "tokenizer.eos_token."
+                "the tokenizer has no pad token: set one, such as tokenizer.pad_token = tokenizer.eos_token."
             )
-        if clash := sorted({*self.columns} & {*RESERVED}):
-            raise ValueError(f"column {clash[0]!r} has the name of a mask that the collator makes; rename it.")
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        read = {*OWN, "weight", *self.columns}
-        rows = [{name: _plain(value) for name, value in row.items() if name in read} for row in rows]
-        for index, row in enumerate(rows):
-            _check_row(row, index, set(rows[0]))
+        names = dict.fromkeys(name for row in rows for name in row)
+        read = [*OWN, *(name for name in names if name in ("weight", *self.columns) and name not in OWN)]
+        rows = [{name: _plain(row[name]) for name in read} for row in rows]
         lengths = [[len(ids) for ids in row["response_ids"]] for row in rows]
+        for row, counts in zip(rows, lengths, strict=True):
+            if not row["prompt_ids"] or not counts or not all(counts) or len(row["scores"]) != len(counts):
+                raise ValueError("a row has no tokens, or not one score per response: tokenise with tokenize_dataset.")
         p = self._round_up(max(len(row["prompt_ids"]) for row in rows))
-        k = max(len(row) for row in lengths)
-        r = self._round_up(max(max(row) for row in lengths))
-        mask, response_mask = _masks(lengths, k, r)
+        k = max(map(len, lengths))
+        r = self._round_up(max(map(max, lengths)))
+        tokens = _pad(lengths, (k,), torch.long)
         batch = {
             "prompt_ids": _pad([row["prompt_ids"] for row in rows], (p,), torch.long, self.pad_token_id),
             "prompt_mask": _pad([[True] * len(row["prompt_ids"]) for row in rows], (p,), torch.bool),
             "response_ids": _pad([row["response_ids"] for row in rows], (k, r), torch.long, self.pad_token_id),
-            "response_mask": response_mask,
-            "mask": mask,
+            "response_mask": torch.arange(r) < tokens[..., None],
+            "mask": tokens > 0,
             "scores": _pad([row["scores"] for row in rows], (k,), torch.float32),
         }
-        for name in rows[0]:
-            if name not in OWN:
-                column = _column(name, [row[name] for row in rows], lengths, k, r)
-                if column is not None:
-                    batch[name] = column
-        return batch
+        further = {name: _column(name, [row[name] for row in rows], lengths, k, r) for name in read if name not in OWN}
+        return batch | {name: column for name, column in further.items() if column is not None}
 
     def _round_up(self, length: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
-
-
-def _masks(lengths: list[list[int]], k: int, r: int) -> tuple[Tensor, Tensor]:
-    tokens = _pad(lengths, (k,), torch.long)
-    return tokens > 0, torch.arange(r) < tokens[..., None]
 
 
 def _pad(rows: list[list], shape: tuple[int, ...], dtype: torch.dtype, value: float = 0) -> Tensor:
@@ -133,10 +124,14 @@ def _column(name: str, values: list[Any], lengths: list[list[int]], k: int, r: i
     leaves = [leaf for value in values for leaf in _leaves(value)]
     if any(not isinstance(leaf, Real | None) for leaf in leaves) or all(value is None for value in values):
         return None
-    if all(isinstance(value, Real | None) for value in values):
-        return _scalars(values)
+    if all(isinstance(value, bool) for value in values):
+        return torch.tensor(values, dtype=torch.bool)
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=torch.long)
     values = [_with_nan(value) for value in values]
-    if all(_fits(value, row) for value, row in zip(values, lengths, strict=True)):
+    if not any(isinstance(value, list) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    if all(_is_per_response(value, row) for value, row in zip(values, lengths, strict=True)):
         return _pad(values, (k,), torch.float32)
     if all(is_per_token(value, row) for value, row in zip(values, lengths, strict=True)):
         return _pad(values, (k, r), torch.float32)
@@ -146,15 +141,7 @@ def _column(name: str, values: list[Any], lengths: list[list[int]], k: int, r: i
     )
 
 
-def _scalars(values: list[Real | None]) -> Tensor:
-    if all(isinstance(value, bool) for value in values):
-        return torch.tensor(values, dtype=torch.bool)
-    if all(isinstance(value, int) for value in values):
-        return torch.tensor(values, dtype=torch.long)
-    return torch.tensor(_with_nan(values), dtype=torch.float32)
-
-
-def _fits(value: Any, lengths: list[int]) -> bool:
+def _is_per_response(value: Any, lengths: list[int]) -> bool:
     return isinstance(value, list) and len(value) == len(lengths) and not any(isinstance(x, list) for x in value)
 
 
@@ -171,22 +158,4 @@ def _with_nan(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _check_row(row: Row, index: int, names: set[str]) -> None:
-    odd = sorted(set(row) ^ names)
-    if odd:
-        raise ValueError(f"row {index}: column {odd[0]!r} is not in every row of the batch; give it in all or none.")
-    missing = [name for name in OWN if name not in row]
-    if missing:
-        raise ValueError(f"row {index}: no column {missing[0]!r}; tokenise the data with tokenize_dataset first.")
-    if len(row["scores"]) != len(row["response_ids"]):
-        raise ValueError(
-            f"row {index}: {len(row['response_ids'])} 'response_ids' but {len(row['scores'])} 'scores'; give one "
-            "score per response."
-        )
-    if not row["prompt_ids"] or not row["response_ids"] or not all(row["response_ids"]):
-        raise ValueError(
-            f"row {index}: 'prompt_ids' or one of 'response_ids' has no tokens; tokenize_dataset removes such rows."
-        )
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
