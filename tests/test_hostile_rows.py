@@ -32,11 +32,11 @@ def iter_rows(rows):
 ERRORS = {
     "prompt": [
         5, True, b"x", {}, {"role": "user"}, ["a"], [None], [[]], [{"role": "user"}], [{"role": None, "content": "a"}],
-        [{"role": "user", "content": ["a"]}], [user("a"), "b"], [[user("a")]], "a\udfff", [user("\udc80")],
+        [{"role": "user", "content": ["a"]}], [user("a"), "b"], [[user("a")]],
     ],
     "responses": [
         5, "text", {"0": "a", "1": "b"}, ["a"], ["a", "b", "c"], ["a", 5], ["a", b"b"], ["a", {"role": "assistant"}],
-        ["a", ["b"]], ["a", [[assistant("b")]]], ["a", [{"role": "assistant", "content": 5}]], ["a", "\udfff"], None,
+        ["a", ["b"]], ["a", [[assistant("b")]]], ["a", [{"role": "assistant", "content": 5}]], None,
     ],
     "scores": [5, "high", {"0": 1, "1": 2}, [], [1], [1, 2, 3], ["1", "2"], [1, "2"], ["nan", 1], [[1], [2]], [{}, {}],
                [1 + 2j, 0], "12", [0.5, True]],
@@ -91,6 +91,12 @@ def test_unusable_content_is_dropped_and_counted(field, value, reason):
     assert rows == [good, good]
     assert (report.rows_in, report.rows_out) == (3, 2)
     assert any(reason in text for text in [*report.reasons, *report.responses_dropped])
+
+
+@pytest.mark.parametrize("prompt", ["a\udfff", [user("\udc80")]])
+def test_half_a_character_is_an_error_that_names_the_row(prompt):
+    with pytest.raises(ValueError, match="row 0: .*surrogates not allowed"):
+        read([{**GOOD, "prompt": prompt}])
 
 
 def test_a_column_that_comes_late_is_named():

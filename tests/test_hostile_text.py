@@ -113,7 +113,7 @@ def test_a_step_on_odd_rows_has_a_finite_loss(tmp_path, tokenizers):
     odd = [text for name, text in TEXTS.items() if name not in HUGE]
     rows = [
         {"prompt": f"{text} ", "responses": [text, "dog", text], "scores": [3e38, -3e38, 0.0]} for text in odd[:6]
-    ] + [{"prompt": "say: ", "responses": odd + odd[:28], "scores": [float(k) for k in range(len(odd) + 28)]}]
+    ] + [{"prompt": "say: ", "responses": odd + odd, "scores": [float(k) for k in range(2 * len(odd))]}]
     args = SWEPOConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=2, logging_steps=1, save_strategy="no",
         per_device_train_batch_size=4, disable_tqdm=True,

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -102,7 +102,7 @@ def prepare(args: PrepareArguments) -> dict:
         "data_format": args.data_format,
         "split": args.split,
         **reading,
-        "dropped": asdict(report),
+        "dropped": vars(report),
         "versions": {name: version(name) for name in ("polypo", "datasets", "pyarrow")},
     }
     plain = json.loads(json.dumps(manifest))  # counters become mappings
@@ -115,7 +115,8 @@ def source_facts(args: PrepareArguments) -> dict:
     path = Path(args.dataset_name).expanduser()
     facts = {"dataset_name": args.dataset_name, "name": args.name}
     if path.exists():
-        return facts | ({"sha256": file_digest(path)} if path.is_file() else {"commit": args.revision})
+        digest = {"sha256": file_digest(path)} if path.is_file() else {}
+        return facts | digest | {"commit": args.revision}  # which `load_preferences` refuses
     try:
         commit = HfApi().dataset_info(args.dataset_name, revision=args.revision).sha
     except (HfHubHTTPError, OSError):  # `datasets` may have it in its cache, or says what is wrong

@@ -115,8 +115,6 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
 
 def counted_features(features: dict[str, Any]) -> Features:
     """The columns of a pass with the temporary ones."""
-    if clash := sorted(COUNTED.keys() & features.keys()):
-        raise ValueError(f"column {clash[0]!r} has a name this package uses; rename it.")
     return Features({**features, **COUNTED})
 
 

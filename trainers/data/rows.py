@@ -202,7 +202,8 @@ def _fault(response: str | list[dict] | None, score: float | None) -> str | None
 def checked_text(value, name: str):
     """Text or a list of messages, as it is; ValueError otherwise."""
     if value is None or isinstance(value, str):
-        return _encodable(value, name)
+        (value or "").encode()  # half a surrogate pair is a ValueError: no tokenizer and no file takes it
+        return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise ValueError(f"{name!r} is {describe(value)}; give text or a list of messages.")
@@ -211,7 +212,7 @@ def checked_text(value, name: str):
             raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
             raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
-        _encodable(message["role"], name), _encodable(message["content"], name)
+        (message["role"] + (message["content"] or "")).encode()
     return messages
 
 
@@ -285,18 +286,6 @@ def _template_option(value, name: str) -> list[dict] | dict | None:
         return option
     kind = "a list of JSON schemas" if name == "tools" else "a dict"
     raise ValueError(f"{name!r} is {describe(value)}; give {kind}.")
-
-
-def _encodable(text: str | None, name: str) -> str | None:
-    """The text itself; ValueError where it holds half a surrogate pair, which no tokenizer and no file takes."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name!r} holds half a character, {ascii(text[error.start])} at position {error.start}, that cannot be "
-            "encoded; repair the text, or leave it out."
-        ) from error
-    return text
 
 
 def _implicit_prompt(chosen, rejected) -> tuple[Any, Any, Any]:

@@ -111,7 +111,7 @@ def digest(content) -> str:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """Hash of the numbers of all tokenised rows in their order: token ids, scores, weights."""
+    """Hash of the numbers of all tokenised rows in their order: token ids, scores, weights; and of JSON columns."""
     hashed = xxhash.xxh3_128()
     for part in rows.with_format("arrow").iter(1000):
         for name in sorted(rows.column_names):
@@ -126,6 +126,8 @@ def _update(hashed, name: str, values: pa.Array) -> None:
         values = pc.list_flatten(values)
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         hashed.update(values.to_numpy(zero_copy_only=False).astype("float64").tobytes())
+    elif isinstance(values.type, pa.BaseExtensionType):
+        hashed.update("\n".join(map(str, values.storage.to_pylist())).encode())
 
 
 def fingerprint(path: Path) -> str | None:
