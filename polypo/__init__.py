@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, 1)
         sys.exit(f"polypo has no command {command!r}: {f'did you mean {near[0]}?' if near else 'see polypo --help.'}")
-    if command == "train" and {"-h", "--help"} & {*argv}:
-        print(usage.train(argv))
+    if {"-h", "--help"} & {*argv}:
+        print(usage.train(argv) if command == "train" else usage.command(command))
         return
     sys.path.append(os.getcwd())  # where a user's own methods, formats and scorers are
     module = f"trainers.cli.{command}"

@@ -64,18 +64,33 @@ def train(argv: list[str]) -> str:
     }
     known = data | model | method | {name: Option("TEXT", "None", text) for name, text in LAUNCH.items()}
     rest = "" if everything else "polypo train --help all lists all options, those of transformers and TRL included."
-    parser = argparse.ArgumentParser(usage=TRAIN, epilog=rest, add_help=False, formatter_class=_formatter)
-    for title, names in groups.items():
+    return _format(TRAIN, {title: {n: known[n] for n in known if n in names} for title, names in groups.items()}, rest)
+
+
+def command(name: str) -> str:
+    """The usage of another command: what its module says, and the fields of its own dataclasses."""
+    path = _file(f"trainers.cli.{name}")
+    tree, own = _tree(path), {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
+            own |= options(node.name, path)
+    return _format(f"polypo {name} ...", {"options": own} if own else {}, about=ast.get_docstring(tree))
+
+
+def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", about: str | None = None) -> str:
+    own = {"usage": usage, "description": about, "epilog": rest}
+    parser = argparse.ArgumentParser(**own, add_help=False, formatter_class=_formatter)
+    for title, group in groups.items():
         section = parser.add_argument_group(title)
-        for name in (name for name in known if name in names):
-            kind, default, text = known[name]
-            text = " ".join(text.split()).replace("%", "%%") + ("" if default == "None" else f" [{default}]")
-            section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=text)
+        for name, (kind, default, told) in group.items():
+            shown = {"None": "", "dataclasses.MISSING": " (needed)"}.get(default, f" [{default}]")
+            told = " ".join(told.split()).replace("%", "%%") + shown
+            section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=told)
     return parser.format_help()
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=32, width=119)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=119)
 
 
 # Reading source.

@@ -62,6 +62,10 @@ def test_a_usage_has_the_options_of_the_classes(name):
 def test_commands_are_modules_and_forwards_lead_to_some():
     for name in polypo.COMMANDS:
         assert callable(importlib.import_module(f"trainers.cli.{name}").main)
+    shown = {"generate": "--num_generations", "compare": "--methods", "masks": "--rows", "types": "--held_out",
+             "prepare": "--streaming", "aggregate": "--run_dir", "report": "runs/"}  # fmt: skip
+    for name, flag in shown.items():
+        assert flag in usage.command(name)
     for name, module in moved.MODULES.items():
         assert (ROOT / f"scripts/{name}.py").is_file() and importlib.util.find_spec(module)
     with pytest.raises(SystemExit, match="did you mean train"):

@@ -47,6 +47,6 @@ def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:
         if name in DROPPED:
             raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
         near = difflib.get_close_matches(name, known, 1)
-        told = f"did you mean {near[0]}?" if near else "see polypo train --help all."
+        told = f"did you mean {near[0]}?" if near else "see --help."
         raise ValueError(f"the option {name!r} is not known: {told}")
     return tuple(parsed)

@@ -1,9 +1,9 @@
 """Reads preference data of any format and writes canonical rows, for clusters without a network.
 
-    python scripts/prepare_data.py --dataset_name openbmb/UltraFeedback --data_format ultrafeedback \
+    polypo prepare --dataset_name openbmb/UltraFeedback --data_format ultrafeedback \
         --revision 40b436560ca83a8dba36114c22ab3c66e43f6d5e --output data/ultrafeedback.parquet
 
-`load_preferences` reads the output as it is, and so does `scripts/train.py --dataset_name data/ultrafeedback.parquet`.
+`load_preferences` reads the output as it is, and so does `polypo train --dataset_name data/ultrafeedback.parquet`.
 What was dropped is printed by reason; it stands in `<output>.manifest.yaml` too, with the source, its revision, the
 format, and digests. With `--streaming true` no copy of the source is kept.
 """

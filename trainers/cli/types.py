@@ -6,31 +6,42 @@ A share of the annotators is held out with all their rows. Every number of types
 which goes on where a killed one stopped. Writes choose_types.json, table.md and plot.svg into output_dir.
 """
 
-import argparse
 import copy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from trl import TrlParser, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
+
+from polypo import recipes
 
 from .. import EMDPOTrainer
+from ..config import check_options, option
 from ..emdpo.mixture import annotator_log_likelihood
 from ..emdpo.tables import read_json
 from ..pages.plots import Series, chart
 from ..pages.text import interval, markdown
 from ..runs.files import write_atomic, write_json
 from ..statistics import FEWEST, about_intervals, bootstrap_interval
+from . import config_files
 from .arguments import DataArguments, ModelArguments, set_model_options
 
 
+@dataclass
+class TypesArguments:
+    """What is tried; all options of `polypo train` with `--trainer EMDPOTrainer` apply as well."""
+
+    max_types: int = option(4, "Try 1 to so many types.", at_least=1)
+    held_out: float = option(0.25, "Share of the annotators who are held out.", above=0, below=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+
 def main(argv: list[str]) -> dict:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--max_types", type=int, default=4)
-    own.add_argument("--held_out", type=float, default=0.25)
-    options, rest = own.parse_known_args(argv)
-    parser = TrlParser((DataArguments, EMDPOTrainer.config_class, ModelArguments), allow_abbrev=False)
-    data, args, model = parser.parse_args_and_config(rest)
+    classes = [TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments]
+    options, data, args, model = config_files.parse(classes, *recipes.split_recipe(argv))
     set_model_options(args, model)
     rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
