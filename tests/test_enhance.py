@@ -40,15 +40,9 @@ ROWS = [
 ]
 K = 3
 OPTIONS = {
-    "rounds": 2,
-    "num_generations": K,
-    "scorer": "test_enhance.vowels",
-    "max_new_tokens": 8,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "batch_size": 4,
-    "held_out_generations": 2,
-}
+    "rounds": 2, "num_generations": K, "scorer": "test_enhance.vowels", "max_new_tokens": 8, "temperature": 1.0,
+    "top_p": 1.0, "batch_size": 4, "held_out_generations": 2,
+}  # fmt: skip
 
 
 def vowels(prompts, completions, *, topic, **columns):
@@ -69,26 +63,13 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, output, *, lora=False, options=None, **changes):
     flags = {
-        "trainer": "LIRETrainer",
-        "model_name_or_path": inputs / "model",
-        "dataset_name": inputs / "rows.jsonl",
-        "dataset_train_split": "train[:4]",
-        "dataset_test_split": "train[4:]",
-        "output_dir": output,
-        "self_enhance": json.dumps(OPTIONS | (options or {})),
-        "use_cpu": True,
-        "report_to": "none",
-        "learning_rate": 0.01,
-        "temperature": 5.0,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 1,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        "trainer": "LIRETrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
+        "dataset_train_split": "train[:4]", "dataset_test_split": "train[4:]", "output_dir": output,
+        "self_enhance": json.dumps(OPTIONS | (options or {})), "use_cpu": True, "report_to": "none",
+        "learning_rate": 0.01, "temperature": 5.0, "num_train_epochs": 2, "per_device_train_batch_size": 1,
+        "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 1, "disable_tqdm": True,
         "seed": 3,
-    }
+    }  # fmt: skip
     if lora:
         flags |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
     given = {name: value for name, value in (flags | changes).items() if value is not None}
@@ -151,8 +132,7 @@ def test_a_pool_holds_own_responses_and_samples_of_the_rounds_policy_all_scored(
 
 def test_samples_that_were_cut_train_no_end(inputs, tmp_path, monkeypatch):
     """And the data set's own responses, where it says so of them, as a file of scripts/generate.py does."""
-    seen = {}
-    original = LIRETrainer.train
+    seen, original = {}, LIRETrainer.train
 
     def watched(self, *arguments, **keywords):
         seen[self.args.output_dir] = list(self.train_dataset)

@@ -52,15 +52,10 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, output, **changes) -> generate.GenerateArguments:
     options = {
-        "model": str(inputs / "model"),
-        "prompts": str(inputs / "prompts.jsonl"),
-        "output": str(output),
-        "scorer": [f"{__name__}.score"],
-        "num_generations": K,
-        "max_new_tokens": 10,
-        "temperature": 1.0,
+        "model": str(inputs / "model"), "prompts": str(inputs / "prompts.jsonl"), "output": str(output),
+        "scorer": [f"{__name__}.score"], "num_generations": K, "max_new_tokens": 10, "temperature": 1.0,
         "batch_size": 4,
-    }
+    }  # fmt: skip
     return generate.GenerateArguments(**{**options, **changes})
 
 

@@ -93,15 +93,8 @@ def test_samples_do_not_depend_on_the_batch(policy, dtype):
 
 
 def config(**changes) -> SamplingConfig:
-    options = {
-        "num_generations": 3,
-        "max_new_tokens": 12,
-        "temperature": 1.0,
-        "top_p": 0.9,
-        "batch_size": 4,
-        "seed": 7,
-    }
-    return SamplingConfig(**{**options, **changes})
+    options = {"num_generations": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "batch_size": 4}
+    return SamplingConfig(**options | {"seed": 7} | changes)
 
 
 def test_seed_and_round_give_other_samples(policy):

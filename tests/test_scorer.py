@@ -66,6 +66,8 @@ def test_import_path_and_columns():
     scores = load_scorer("trainers.generation.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"])
     assert scores[0] > 0 > scores[1]
     assert load_scorer(column)(PROMPTS[:2], TEXTS[:2], topic=[100, 200]) == [119.0, 207.0]
+    with pytest.warns(FutureWarning, match="trainers.loop is now trainers.generation"):  # old recipes name it
+        assert load_scorer("trainers.loop.rewards.vader_sentiment")(PROMPTS[:2], ["great", "awful"]) == scores
 
 
 @pytest.mark.parametrize("spec", ["no_such_package.reward", "trainers.generation.rewards.sentimental", []])

@@ -61,15 +61,9 @@ def sample_responses(
 
 
 def collect_samples(
-    folder: str | Path | None,
-    load: Callable[[], Backend],
-    prompts: list[Prompt],
-    config: SamplingConfig,
-    *,
-    round: int = 0,
-    accelerator=None,
-    progress: bool = True,
-) -> list[list[Sample]]:
+    folder: str | Path | None, load: Callable[[], Backend], prompts: list[Prompt], config: SamplingConfig, *,
+    round: int = 0, accelerator=None, progress: bool = True,
+) -> list[list[Sample]]:  # fmt: skip
     """`config.num_generations` responses to each prompt, in the order of `prompts`.
 
     Args:
@@ -117,14 +111,9 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
 
 
 def collect_scores(
-    folder: str | Path,
-    load: Callable[[], Scorer],
-    prompts: list[Prompt],
-    responses: list[list[str]],
-    *,
-    columns: dict[str, list] | None = None,
-    accelerator=None,
-) -> list[list[float]]:
+    folder: str | Path, load: Callable[[], Scorer], prompts: list[Prompt], responses: list[list[str]], *,
+    columns: dict[str, list] | None = None, accelerator=None,
+) -> list[list[float]]:  # fmt: skip
     """Scores all responses, kept in `folder`.
 
     `load()` returns a scorer and is not called when all scores are there already. A prompt of messages has its

@@ -83,14 +83,9 @@ class GumbelSampler(LogitsProcessor):
     """
 
     def __init__(
-        self,
-        seeds: list[int],
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
+        self, seeds: list[int], *, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None,
         device: torch.device | str = "cpu",
-    ):
+    ):  # fmt: skip
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.top_p = top_p
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
