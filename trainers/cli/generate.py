@@ -28,7 +28,7 @@ from ..forward import policy as policies
 from ..generation import HuggingFace, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from ..generation.options import DTYPES
 from ..generation.scorer import check_scorer
-from ..precision import settle_dtype
+from ..generation.start import dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory
 from ..runs.settings import digest, model_fingerprint, refuse_other_settings, run_settings
@@ -57,11 +57,6 @@ class GenerateArguments(SamplingConfig):
     as_chat: bool = option(False, "Make plain-text prompts user messages.")
     overwrite: bool = option(False, "Delete an earlier output and its partial results.")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if Path(self.output).suffix not in (".jsonl", ".gz"):
-            raise ValueError(f"--output must end in .jsonl or .jsonl.gz, got {self.output}.")
-
 
 def load_prompts(args: GenerateArguments) -> list[dict]:
     """Rows with a `prompt`, in order. Raises ValueError naming the row that has none, or where there is no row."""
@@ -87,17 +82,13 @@ def parse_scorers(specs: list[str]) -> list[dict]:
 def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
     """What the output depends on. Batch sizes and paths of files do not belong here."""
     names = ("num_generations", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype")
-    return run_settings(
-        model=model_fingerprint(args.model) or args.model,
-        prompts=digest(rows),
-        scorer=parse_scorers(args.scorer),
-        **{name: getattr(args, name) for name in names},
-    )
+    own = {name: getattr(args, name) for name in names} | {"scorer": parse_scorers(args.scorer)}
+    return run_settings(model=model_fingerprint(args.model) or args.model, prompts=digest(rows), **own)
 
 
 def load_policy(args: GenerateArguments, device) -> HuggingFace:
     """The policy on its device, with the tokenizer beside it."""
-    options = {"init_kwargs": {"dtype": settle_dtype(args.dtype, device)[0]}}
+    options = {"init_kwargs": {"dtype": dtype_for_all(args.dtype, device)}}
     model = policies.load_adapter(args.model, **options) or policies.load_policy(args.model, **options)
     return HuggingFace(model.to(device), AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
 
@@ -112,8 +103,10 @@ def generate(args: GenerateArguments) -> dict:
     check_scorer(scorer)
     output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
     stage = Stage(parts, settings_of(args, rows), processes=processes, ways_out=WAYS_OUT)
-    if args.overwrite:
-        processes.main(lambda: remove(output, manifest, parts))
+    if args.overwrite and processes.is_main_process:
+        shutil.rmtree(parts, ignore_errors=True)
+        output.unlink(missing_ok=True)
+    processes.wait_for_everyone()
     if output.exists() and not parts.exists():  # the parts go last
         if not manifest.exists():
             raise ValueError(f"{output} exists, but not {manifest.name}: choose another --output or --overwrite.")
@@ -135,9 +128,10 @@ def generate(args: GenerateArguments) -> dict:
 
     def write() -> None:
         cut = [[sample.truncated for sample in drawn] for drawn in samples]
-        made = [dict(zip(MADE, row, strict=True)) for row in zip(prompts, responses, scores, cut, strict=True)]
-        rest = [{name: value for name, value in row.items() if name not in REPLACED_COLUMNS} for row in rows]
-        write_rows(output, (new | old for new, old in zip(made, rest, strict=True)))
+        write_rows(output, (
+            dict(zip(MADE, made, strict=True)) | {k: v for k, v in row.items() if k not in REPLACED_COLUMNS}
+            for row, *made in zip(rows, prompts, responses, scores, cut, strict=True)
+        ))  # fmt: skip
         used = {"model": args.model, "prompts": args.prompts, "batch_size": args.batch_size}  # told, not compared
         used |= {name: version(name) for name in ("torch", "transformers")}
         known = {"settings": stage.settings, "hash": stage.key, "statistics": statistics}
@@ -146,17 +140,6 @@ def generate(args: GenerateArguments) -> dict:
 
     processes.main(write)
     return statistics
-
-
-def remove(output: Path, manifest: Path, parts: Path) -> None:
-    shutil.rmtree(parts, ignore_errors=True)
-    for path in (output, manifest):
-        path.unlink(missing_ok=True)
-
-
-def report(statistics: dict) -> str:
-    lines = [f"  {name.replace('_', ' '):<38}{value:>12,}" for name, value in statistics.items()]
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -168,7 +151,8 @@ def main(argv: list[str]) -> None:
         statistics = generate(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    accelerator.print(f"{args.output}\n{report(statistics)}")
+    lines = [f"  {name.replace('_', ' '):<38}{value:>12,}" for name, value in statistics.items()]
+    accelerator.print("\n".join([args.output, *lines]))
     accelerator.end_training()
 
 

@@ -36,8 +36,8 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
         ValueError: the tokenizer has no pad token and none was named.
     """
     init_kwargs = {**(args.model_init_kwargs or {})}
-    if dtype is not None:  # one answer for all processes: their measurements may differ
-        init_kwargs["dtype"] = broadcast_object_list([settle_dtype(dtype, args.device)[0]])[0]
+    if dtype is not None:
+        init_kwargs["dtype"] = dtype_for_all(dtype, args.device)
     policy = load_start(model, start, init_kwargs=init_kwargs, quantization_config=quantization_config)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=init_kwargs.get("trust_remote_code", False))
     policies.set_pad_token(tokenizer, args.pad_token)
@@ -46,3 +46,8 @@ def load_for_sampling(model: str, start: Path | None, args, *, dtype: str | None
     if isinstance(policy, PeftModel) and policies.base_model(policy).dtype == torch.float32:
         policy = policy.merge_and_unload()
     return policy.to(args.device), tokenizer
+
+
+def dtype_for_all(dtype: str, device: torch.device) -> str:
+    """What `fast` is on this machine, or the dtype itself: one for all processes, whose measurements may differ."""
+    return broadcast_object_list([settle_dtype(dtype, device)[0]])[0]
