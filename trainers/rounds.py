@@ -33,6 +33,7 @@ from .forward.policy import load_tokenizer
 from .generation import HuggingFace, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
+from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer
 from .generation.start import load_for_sampling, load_start
 from .runs.checkpoints import last_checkpoint
@@ -250,13 +251,6 @@ def refuse_folder_of_rounds(folder: str | Path) -> None:
         raise ValueError(f"output_dir={str(folder)!r} holds a run with self_enhance: choose another output_dir.")
 
 
-def plain(prompt: str | list[dict]) -> str | list[dict]:
-    """Arrow gives every message all keys that any message has; chat templates ask whether a key is defined."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in prompt]
-
-
 def describe(manifest: dict) -> str:
     """What a round gave, in a few lines."""
     samples = manifest["samples"]
@@ -272,7 +266,7 @@ def describe(manifest: dict) -> str:
 
 def _with_plain_prompt(row: dict) -> dict:
     refuse_template_options(row)
-    return row | {"prompt": plain(row["prompt"])}
+    return row | {"prompt": plain_prompt(row["prompt"])}
 
 
 def _row(row: dict, pool: list[Candidate], scores: dict[str, float]) -> dict:

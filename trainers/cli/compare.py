@@ -35,9 +35,9 @@ from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..forward.run import Runner
 from ..generation.options import read_options
+from ..generation.sampler import plain_prompt
 from ..generation.start import load_start
 from ..precision import instructions
-from ..rounds import plain
 from ..runs.files import write_json, write_rows
 from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
@@ -174,7 +174,7 @@ class Data:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", train), ("test", test)):
             write_rows(self.folder / f"{name}.jsonl.gz", part)
-        self.prompts = [plain(row["prompt"]) for row in test]
+        self.prompts = [plain_prompt(row["prompt"]) for row in test]
         self.train, self.test = (
             prepare_dataset(Dataset.from_list(part), self.tokenizer, max_length=base.get("max_length", 1024))
             for part in (train, test)

@@ -122,6 +122,13 @@ class GumbelSampler(LogitsProcessor):
             perturbed.masked_fill_(outside & (probs <= level), -torch.inf)
 
 
+def plain_prompt(prompt: Prompt) -> Prompt:
+    """Arrow gives every message all keys that any message has; chat templates ask whether a key is defined."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in prompt]
+
+
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids after which a response starts: chat template with generation prompt for messages.
 

@@ -12,8 +12,7 @@ from ..data.drops import DropReport, refuse
 from ..data.load import load_preferences, read_dataset
 from ..data.rows import refuse_template_options
 from ..data.tokenization import unfinished
-from ..generation.sampler import Prompt
-from ..rounds import plain
+from ..generation.sampler import Prompt, plain_prompt
 from .config import SGPOConfig
 from .text import turns
 
@@ -121,7 +120,7 @@ def read_rows(dataset: Dataset, args: SGPOConfig, *, title: str = "", needs_refe
         seen.add(key(prompt))
         if args.as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        rows.append({"prompt": plain(prompt), "reference": reference})
+        rows.append({"prompt": plain_prompt(prompt), "reference": reference})
     report.rows_out = len(rows)
     report.log(logger, title)
     if not rows:
