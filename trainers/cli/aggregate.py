@@ -22,9 +22,8 @@ from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Pl
 from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
 from ..emdpo.tables import MIXTURE, read_json
-from ..generation.sampler import SamplingConfig
+from ..generation.sampler import SamplingConfig, plain_prompt
 from ..pages.text import interval, markdown
-from ..rounds import plain
 from ..runs.files import read_rows, write_atomic, write_json
 from ..statistics import about_intervals
 
@@ -114,7 +113,7 @@ def read_prompts(args: AggregateArguments) -> list:
     prompts: dict[str, object] = {}
     for row in read_rows(args.dataset_name) if lines else load_preferences(args.dataset_name, **split):
         refuse_template_options(row)
-        prompts.setdefault(str(row["prompt"]), plain(row["prompt"]))
+        prompts.setdefault(str(row["prompt"]), plain_prompt(row["prompt"]))
         if len(prompts) == args.max_prompts:
             break
     return list(prompts.values())
