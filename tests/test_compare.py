@@ -1,5 +1,6 @@
 """Comparing methods: equal rows, figures that can be recomputed, resuming, and the baselines that need no training."""
 
+import dataclasses
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import family_tokenizer, tiny_llama
 from trainers.cli import compare
-from trainers.cli.compare_data import cut_rows, scale_scores, split_rows
+from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores, split_rows
 from trainers.cli.compare_report import aggregate, notes, plot
 from trainers.runs.files import read_rows
 from trainers.statistics import bootstrap_interval, t_interval
@@ -252,8 +253,10 @@ def test_cut_rows_counts_what_it_leaves_out_and_draws_by_prompt():
         {"prompt": "short", "responses": ["a b", "b", "c d e f g h"], "scores": [1.0, 2.0, 3.0]},
         {"prompt": "one two three four five", "responses": ["a", "b", "c"], "scores": [1.0, 2.0, 3.0]},
     ]
-    options = {"responses_per_prompt": 3, "max_response_tokens": 5, "max_prompt_tokens": 4, "score_scale": "rank"}
-    kept, dropped = cut_rows(rows, lambda text: len(text.split()), **options)
+    options = RowOptions(
+        **{"responses_per_prompt": 3, "max_response_tokens": 5, "max_prompt_tokens": 4, "score_scale": "rank"}
+    )
+    kept, dropped = cut_rows(rows, lambda text: len(text.split()), options)
     assert dropped == {
         "the prompt occurs twice": 1,
         "all scores tied": 1,
@@ -263,16 +266,16 @@ def test_cut_rows_counts_what_it_leaves_out_and_draws_by_prompt():
     assert len(kept) == 14 and all(len(row["responses"]) == len(row["scores"]) == 3 for row in kept)
     assert kept[0].keys() == {"prompt", "responses", "scores", "source", "unfinished_responses"}
     marks = [text == kept[0]["responses"][1] for text in ROWS[0]["responses"]]
-    marked, _ = cut_rows([ROWS[0] | {"unfinished_responses": marks}], lambda text: len(text.split()), **options)
+    marked, _ = cut_rows([ROWS[0] | {"unfinished_responses": marks}], lambda text: len(text.split()), options)
     assert marked == [kept[0] | {"unfinished_responses": [False, True, False]}]
     for row, source in zip(kept, ROWS, strict=True):
         where = [source["responses"].index(text) for text in row["responses"]]
         assert where == sorted(where) and all(len(text.split()) <= 5 for text in row["responses"])
         raw = [source["scores"][k] for k in where]
         assert np.array_equal(np.argsort(row["scores"], kind="stable"), np.argsort(raw, kind="stable"))
-    backwards, _ = cut_rows(ROWS[::-1], lambda text: len(text.split()), **options)
+    backwards, _ = cut_rows(ROWS[::-1], lambda text: len(text.split()), options)
     assert backwards[::-1] == kept
-    other, _ = cut_rows(ROWS, lambda text: len(text.split()), seed=1, **options)
+    other, _ = cut_rows(ROWS, lambda text: len(text.split()), dataclasses.replace(options, draw_seed=1))
     assert other != kept
     assert split_rows(kept, train=4, test=3) == (kept[3:7], kept[:3])
     assert split_rows(kept, train=9, test=3)[1] == kept[:3]

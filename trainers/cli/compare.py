@@ -43,7 +43,7 @@ from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments, set_model_options
-from .compare_data import SCALES, cut_rows, split_rows
+from .compare_data import RowOptions, cut_rows, split_rows
 from .compare_report import BASE, write_report
 from .compare_samples import SampleOptions, sample_and_measure, sum_logps
 from .train import parse
@@ -54,7 +54,7 @@ SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "num_train_epochs", "p
 
 
 @dataclass
-class CompareArguments:
+class CompareArguments(RowOptions):
     """What to compare.
 
     Raises:
@@ -72,11 +72,6 @@ class CompareArguments:
     )
     train_rows: int = option(200, "Training rows.", at_least=1)
     test_rows: int = option(100, "Held-out rows.", at_least=1)
-    responses_per_prompt: int | None = option(None, "Draw so many; all without it.", at_least=2)
-    max_response_tokens: int | None = option(None, "Leave longer responses out.")
-    max_prompt_tokens: int | None = option(None, "Leave rows with longer prompts out.")
-    score_scale: str = option("none", "Rescale the scores inside each row.", choices=list(SCALES))
-    draw_seed: int = option(0, "Seed of the drawn responses; the same for all runs.")
     samples: dict[str, Any] | str | None = option(
         None, "How trained policies are sampled on held-out prompts: see SampleOptions."
     )
@@ -162,13 +157,7 @@ class Data:
         for row in rows:
             refuse_template_options(row)
         kept, dropped = cut_rows(
-            list(rows),
-            lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            responses_per_prompt=arguments.responses_per_prompt,
-            max_response_tokens=arguments.max_response_tokens,
-            max_prompt_tokens=arguments.max_prompt_tokens,
-            score_scale=arguments.score_scale,
-            seed=arguments.draw_seed,
+            list(rows), lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]), arguments
         )
         train, test = split_rows(kept, train=arguments.train_rows, test=arguments.test_rows)
         self.folder.mkdir(parents=True, exist_ok=True)

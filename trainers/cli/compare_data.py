@@ -3,14 +3,14 @@
 import json
 import random
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
 
+from ..config import option
 from ..data.tokenization import UNFINISHED, unfinished
 from ..generation.rewards import completion_text
-
-SCALES = ("none", "rank", "zscore")
 
 
 def scale_scores(scores: list[float], how: str) -> list[float]:
@@ -30,38 +30,39 @@ def scale_scores(scores: list[float], how: str) -> list[float]:
     return [float(v) for v in (values - values.mean()) / values.std()]
 
 
-def cut_rows(
-    rows: list[dict],
-    count_tokens,
-    *,
-    responses_per_prompt: int | None = None,
-    max_response_tokens: int | None = None,
-    max_prompt_tokens: int | None = None,
-    score_scale: str = "none",
-    seed: int = 0,
-) -> tuple[list[dict], Counter]:
+@dataclass(kw_only=True)
+class RowOptions:
+    """Which responses of a row are compared, and on what scale their scores are."""
+
+    responses_per_prompt: int | None = option(None, "Draw so many; all without it.", at_least=2)
+    max_response_tokens: int | None = option(None, "Leave longer responses out.")
+    max_prompt_tokens: int | None = option(None, "Leave rows with longer prompts out.")
+    score_scale: str = option("none", "Rescale the scores inside each row.", choices=["none", "rank", "zscore"])
+    draw_seed: int = option(0, "Seed of the drawn responses; the same for all runs.")
+
+
+def cut_rows(rows: list[dict], count_tokens, options: RowOptions) -> tuple[list[dict], Counter]:
     """Rows of equal size, and the number of rows that were left out by reason.
 
     Responses of more than `max_response_tokens` are left out, then `responses_per_prompt` of the rest are drawn at
     random, by a seed that depends on the prompt alone. `count_tokens(text)` gives the length of a text.
     """
+    longest, longest_prompt = options.max_response_tokens, options.max_prompt_tokens
     kept, dropped, seen = [], Counter(), set()
     for row in rows:
         key = json.dumps(row["prompt"], sort_keys=True)
         texts = [completion_text(response) for response in row["responses"]]
-        fits = [
-            k for k, text in enumerate(texts) if not max_response_tokens or count_tokens(text) <= max_response_tokens
-        ]
-        size = responses_per_prompt or max(len(fits), 2)
+        fits = [k for k, text in enumerate(texts) if not longest or count_tokens(text) <= longest]
+        size = options.responses_per_prompt or max(len(fits), 2)
         if key in seen:
             reason = "the prompt occurs twice"
-        elif max_prompt_tokens and count_tokens(completion_text(row["prompt"])) > max_prompt_tokens:
-            reason = f"a prompt of more than {max_prompt_tokens} tokens"
+        elif longest_prompt and count_tokens(completion_text(row["prompt"])) > longest_prompt:
+            reason = f"a prompt of more than {longest_prompt} tokens"
         elif len(fits) < size:
-            reason = f"fewer than {size} responses of at most {max_response_tokens} tokens"
+            reason = f"fewer than {size} responses of at most {longest} tokens"
         else:
-            drawn = sorted(random.Random(f"{seed} {key}").sample(fits, size))
-            scores = scale_scores([row["scores"][k] for k in drawn], score_scale)
+            drawn = sorted(random.Random(f"{options.draw_seed} {key}").sample(fits, size))
+            scores = scale_scores([row["scores"][k] for k in drawn], options.score_scale)
             reason = "all scores tied" if max(scores) == min(scores) else None
         seen.add(key)
         if reason:
