@@ -131,7 +131,6 @@ class PreferenceTrainer(RunningTrainer):
         self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        self.add_callback(_Beginning(self))
         self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
 
     @staticmethod
@@ -202,8 +201,7 @@ class PreferenceTrainer(RunningTrainer):
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
 
     def _check_finite(self, loss: Tensor, losses: Tensor, batch: Batch) -> None:
-        """Raises FloatingPointError before a loss that is not finite reaches a weight: the Trainer would show it as 0
-        and train on."""
+        """Raises FloatingPointError for a loss that the Trainer would show as 0 and train on with."""
         if torch.isfinite(loss):
             return
         wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -211,9 +209,8 @@ class PreferenceTrainer(RunningTrainer):
         step = self.state.global_step
         raise FloatingPointError(
             f"The loss of step {step + 1} is {float(loss)}: that of {len(wrong)} of {len(losses)} prompts is not "
-            f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: "
-            "look at these rows (scores, lengths), lower learning_rate or set max_grad_norm, and go on from the last "
-            "checkpoint."
+            f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: look "
+            "at these rows, lower learning_rate or set max_grad_norm, and go on from the last checkpoint."
         )
 
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
@@ -238,10 +235,13 @@ class PreferenceTrainer(RunningTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model, unwrapped) as reference:
             return self.forward(reference, batch)
 
+    def begin(self) -> None:
+        """The policy is inside its engine only when training begins, so the reference cache is filled then."""
+        if self.table is not None:
+            self.precompute_reference()
+
     def precompute_reference(self) -> None:
         """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.
-
-        Runs by itself when training begins, because only then is the policy inside its engine.
 
         Raises:
             ValueError: rows are missing, and neither the reference nor the policy as it was given is left.
@@ -400,17 +400,3 @@ def _parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
     """Each data set once, those of a dict one by one."""
     parts = [d.values() if isinstance(d, dict) else [d] for d in datasets if d is not None]
     return [dataset for part in parts for dataset in part]
-
-
-class _Beginning(TrainerCallback):
-    """Precomputes the reference before the first step, and notes that step."""
-
-    def __init__(self, trainer: PreferenceTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self._trainer.table is not None:
-            self._trainer.precompute_reference()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._trainer.untouched = False

@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from . import rounds
 from .config import PreferenceConfig
@@ -97,6 +97,9 @@ class RunningTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(dataset=dataset)
 
+    def begin(self) -> None:
+        """What is done before the first step of a training."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
         """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
 
@@ -125,7 +128,12 @@ class RunningTrainer(Trainer):
             if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
                 # The Trainer of older releases passes over this one of several adapters.
                 self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
-        return super().train(resume_from_checkpoint or None, *arguments, **keywords)
+        callback = _Beginning(self)
+        self.add_callback(callback)
+        try:
+            return super().train(resume_from_checkpoint or None, *arguments, **keywords)
+        finally:
+            self.remove_callback(callback)
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""
@@ -167,3 +175,16 @@ class RunningTrainer(Trainer):
         data = f"\nData: {data if isinstance(data, str) else ', '.join(data)}\n" if data else ""
         card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{data}{card.text}"
         card.save(path)
+
+
+class _Beginning(TrainerCallback):
+    """Calls `begin` before the first step, and notes that step."""
+
+    def __init__(self, trainer: RunningTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.untouched = False

@@ -21,6 +21,9 @@ from .config import PreferenceConfig, option
 # floats is not always that float.
 MEAN_TOLERANCE = 1e-6
 
+SPLIT_OPTIONS = ("positives", "top_m", "mean_over")  # who is contrasted with whom
+WEIGHT_OPTIONS = ("beta", "alpha", "weighting", "power", "gamma", "alpha_inside_beta")
+
 
 @dataclass
 class SWEPOConfig(PreferenceConfig):
@@ -87,7 +90,10 @@ def swepo_loss(
     """
     assert logratios.shape == scores.shape == mask.shape, (logratios.shape, scores.shape, mask.shape)
     split = score_split(scores, mask, positives=positives, top_m=top_m, mean_over=mean_over)
-    weights = _log_weights(split, beta, alpha, weighting, power, gamma, alpha_inside_beta)
+    weights = _log_weights(
+        split, beta=beta, alpha=alpha, weighting=weighting, power=power, gamma=gamma,
+        alpha_inside_beta=alpha_inside_beta,
+    )  # fmt: skip
     return _log_share(beta * logratios + weights.to(logratios.dtype), split.positive, split.negative)
 
 
@@ -134,7 +140,7 @@ def _top_and_bottom(d: Tensor, mask: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return mask & (best_rank < m), mask & (worst_rank < m)
 
 
-def _log_weights(split: Split, beta, alpha, weighting, power, gamma, alpha_inside_beta) -> Tensor:
+def _log_weights(split: Split, *, beta, alpha, weighting, power, gamma, alpha_inside_beta) -> Tensor:
     """(B,K) logarithm of the factor of each response in the sums of the loss: its weight, times gamma if negative."""
     deviations = split.deviations
     size = deviations.abs() ** power
@@ -169,30 +175,17 @@ class SWEPOTrainer(PreferenceTrainer):
         return self._split(batch).positive.any(-1)
 
     def loss(self, batch, policy, reference):
-        args, mask = self.args, batch["mask"]
         logratios = policy.logps.sum(-1) - reference.logps.sum(-1)
-        losses = swepo_loss(
-            logratios,
-            batch["scores"],
-            mask,
-            beta=args.beta,
-            alpha=args.alpha,
-            weighting=args.weighting,
-            power=args.power,
-            positives=args.positives,
-            top_m=args.top_m,
-            mean_over=args.mean_over,
-            gamma=args.gamma,
-            alpha_inside_beta=args.alpha_inside_beta,
-        )
-        rewards = args.beta * logratios.detach()
+        options = self._options(SPLIT_OPTIONS) | self._options(WEIGHT_OPTIONS)
+        losses = swepo_loss(logratios, batch["scores"], batch["mask"], **options)
+        rewards = self.args.beta * logratios.detach()
         return losses, self.ranking_metrics(batch, rewards) | self._set_metrics(batch, rewards)
 
+    def _options(self, names: tuple[str, ...]) -> dict:
+        return {name: getattr(self.args, name) for name in names}
+
     def _split(self, batch) -> Split:
-        args = self.args
-        return score_split(
-            batch["scores"], batch["mask"], positives=args.positives, top_m=args.top_m, mean_over=args.mean_over
-        )
+        return score_split(batch["scores"], batch["mask"], **self._options(SPLIT_OPTIONS))
 
     def _set_metrics(self, batch, rewards: Tensor) -> dict[str, Tensor]:
         """Mean reward of each side, and how the sums of the loss are weighted; NaN for prompts without a signal."""
@@ -201,10 +194,7 @@ class SWEPOTrainer(PreferenceTrainer):
         sizes = split.positive.sum(-1).to(rewards.dtype), split.negative.sum(-1).to(rewards.dtype)
         positive = (rewards * split.positive).sum(-1) / sizes[0].clamp(min=1)
         negative = (rewards * split.negative).sum(-1) / sizes[1].clamp(min=1)
-        args = self.args
-        weights = _log_weights(
-            split, args.beta, args.alpha, args.weighting, args.power, args.gamma, args.alpha_inside_beta
-        )
+        weights = _log_weights(split, **self._options(WEIGHT_OPTIONS))
         contrasted = split.positive | split.negative
         share = torch.softmax((rewards + weights).masked_fill(~contrasted, -1e30), -1)
         values = {
