@@ -227,8 +227,8 @@ def group_accuracy(rows: list[dict], rewards) -> list[float]:
 
 def regret_of(args: RecoveryArguments, judge: Path, runs: dict, seed: int) -> dict:
     """The game whose types are the policies in `judge`: those of EM, of the clusters, or of the true groups."""
-    config = SamplingConfig(num_generations=4, max_new_tokens=args.max_new_tokens, seed=1000 + seed, **SAMPLING)
-    arena = Arena(judge, openings(args, "test"), config, judge / "aggregate")
+    sampling = {"num_generations": 4, "max_new_tokens": args.max_new_tokens, "seed": 1000 + seed, "batch_size": 96}
+    arena = Arena(judge, openings(args, "test"), judge / "aggregate", **sampling)
     players = [*arena.types, Player("vanilla", runs["vanilla"].policies[0]), Player("reference", None)]
     if judge.name == "oracle":
         players += [Player(f"{n}-{k}", p) for n in ("em", "clusters") for k, p in enumerate(runs[n].policies)]

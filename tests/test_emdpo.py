@@ -154,7 +154,7 @@ def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_roun
     assert (tmp_path / "cut/restart-0/round-01/final/type-1/training/checkpoint-3").is_dir()
     em(tmp_path / "longer", start, rounds=1, **options).train()
     for name in ("cut", "longer"):
-        again = trained(tmp_path / name, start, rounds=2, **options)
+        again = trained(tmp_path / name, start, rounds=2, **options, stop_change=1e-12)  # may be another one
         np.testing.assert_array_equal(again.posterior, whole.posterior)
         for found, expected in zip(again.policies, whole.policies, strict=True):
             same(weights(found), weights(expected))

@@ -24,11 +24,11 @@ from trainers.emdpo.distill import mixture_samples
 from trainers.emdpo.game import min_max_regret, regret_matrix
 from trainers.emdpo.tables import MIXTURE
 from trainers.forward import cache
-from trainers.generation.sampler import Sample, SamplingConfig
+from trainers.generation.sampler import Sample
 from trainers.runs import files
 
 PROMPTS = ["the cat sat on", "a mat and saw", "over an old green hill"]
-SAMPLING = SamplingConfig(num_generations=2, max_new_tokens=6, temperature=1.0, top_p=1.0, batch_size=4)
+SAMPLING = {"num_generations": 2, "max_new_tokens": 6, "batch_size": 4}
 SAID = {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
 
 
@@ -61,7 +61,7 @@ def overview(folder):
 
 
 def test_gains_are_log_ratios_of_the_samples(run, start, tmp_path):
-    arena = Arena(run, PROMPTS, SAMPLING, tmp_path)
+    arena = Arena(run, PROMPTS, tmp_path, **SAMPLING)
     players = [*arena.types, Player("start", start)]
     gains, samples = arena.gains(players)
     assert gains.shape == (2, 3, 3)
@@ -78,14 +78,7 @@ def test_gains_are_log_ratios_of_the_samples(run, start, tmp_path):
                          for m in (*models, reference)]  # fmt: skip
                 expected += (np.array(logps[:2]) - logps[2]) / 2
             np.testing.assert_allclose(gains[:, j, p], expected, atol=1e-4)
-    np.testing.assert_array_equal(Arena(run, PROMPTS, SAMPLING, tmp_path).gains(players)[0], gains)
-
-
-@full
-@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}])
-def test_samples_that_are_not_those_of_the_policy_are_refused(run, tmp_path, options):
-    with pytest.raises(ValueError, match="temperature 1, top_p 1"):
-        Arena(run, PROMPTS, SamplingConfig(**{"top_p": 1.0, **options}), tmp_path)
+    np.testing.assert_array_equal(Arena(run, PROMPTS, tmp_path, **SAMPLING).gains(players)[0], gains)
 
 
 def test_the_table_compares_every_aggregate():

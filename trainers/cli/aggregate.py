@@ -22,7 +22,7 @@ from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Pl
 from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
 from ..emdpo.tables import MIXTURE, read_json
-from ..generation.sampler import SamplingConfig, plain_prompt
+from ..generation.sampler import plain_prompt
 from ..pages.text import interval, markdown
 from ..runs.files import read_rows, write_atomic, write_json
 from ..statistics import about_intervals
@@ -66,9 +66,8 @@ def main(argv: list[str]) -> None:
     (args,) = HfArgumentParser(AggregateArguments).parse_args_into_dataclasses(argv)
     Accelerator()  # joins the processes of a launcher
     run = Path(args.run_dir)
-    own = {name: getattr(args, name) for name in ("num_generations", "max_new_tokens", "batch_size", "seed")}
-    config = SamplingConfig(temperature=1.0, top_p=1.0, **own)
-    arena = Arena(run, read_prompts(args), config, args.output or run / "aggregate")
+    sampling = {name: getattr(args, name) for name in ("num_generations", "max_new_tokens", "batch_size", "seed")}
+    arena = Arena(run, read_prompts(args), args.output or run / "aggregate", **sampling)
     players = [*arena.types, *args.players]
     report = judge(arena, players, args)
     if args.distill:

@@ -46,16 +46,15 @@ def main(argv: list[str]) -> dict:
     rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
     inside = np.array([name in held_out for name in rows["annotator"]])
-    splits = rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))
+    splits = {"train": rows.select(np.flatnonzero(~inside)), "test": rows.select(np.flatnonzero(inside))}
     folder = Path(args.output_dir)
     for types in range(1, options.max_types + 1):
         own_args = copy.copy(args)
         own_args.num_types, own_args.output_dir = types, str(folder / f"types-{types}")
-        trainer = EMDPOTrainer(
-            model.model_name_or_path, args=own_args, train_dataset=splits[0], eval_dataset=splits[1],
-            quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
+        trainer = EMDPOTrainer.run(
+            own_args, splits, model.model_name_or_path, quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
         )  # fmt: skip
-        trainer.train()
         manifest = read_json(trainer.policies[0].parents[1] / "manifest.json")
         manifest["held_out"]["coin"] = coin(trainer)
         path = Path(own_args.output_dir) / "result.json"

@@ -44,17 +44,16 @@ class Arena:
     Args:
         run: `output_dir` of a finished EM-DPO run.
         prompts: texts or message lists.
-        config: at temperature 1 and without cuts, or the regrets are biased.
         folder: of samples and scores.
+        sampling: of `SamplingConfig`, but for its cuts: samples that are not those of the policies bias the regrets.
 
     Raises:
-        ValueError: `run` is no finished run, or the samples would not be those of the policies.
+        ValueError: `run` is no finished run.
     """
 
-    def __init__(self, run: str | Path, prompts: list, config: SamplingConfig, folder: str | Path):
-        if config.temperature != 1 or config.top_p != 1 or config.top_k:
-            raise ValueError("regrets need samples of the policies themselves: temperature 1, top_p 1 and no top_k.")
-        self.run, self.folder, self.prompts, self.config = Path(run), Path(folder), prompts, config
+    def __init__(self, run: str | Path, prompts: list, folder: str | Path, **sampling):
+        self.run, self.folder, self.prompts = Path(run), Path(folder), prompts
+        self.config = SamplingConfig(temperature=1.0, top_p=1.0, **sampling)
         self.processes, self.mixture = Processes(), read_mixture(run)
         self.tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         self.reference = Player("reference", None)

@@ -35,6 +35,10 @@ class TypePolicyTrainer(PreferenceTrainer):
         losses = losses * batch[POSTERIOR] if POSTERIOR in batch else losses
         return losses, self.ranking_metrics(batch, rewards.detach())
 
+    def run_settings(self) -> dict:
+        """EM compares the settings of the whole run, whose `rounds` may be others when an M-step goes on."""
+        return {}
+
     def signal(self, batch) -> Tensor:
         return ordered_stages(batch["scores"], batch["mask"], self.args.top_q).any(-1)
 
