@@ -223,14 +223,14 @@ class EMDPOTrainer(TypePolicyTrainer):
             and digest([rows_digest(judged.rows), list(map(str, judged.annotators.names)), judged.owner.tolist()])
             for kind, judged in (("training", self.judged), ("held-out", self.held_out))
         }
-        given = self._ref_model
-        path = given is None or isinstance(given, str)
+        reference = self._ref_model
+        if reference is not None:
+            path = isinstance(reference, str)
+            reference = model_fingerprint(reference) or reference if path else weights_digest(reference, adapter=None)
         start = {
             "model": self._name if self._given_weights is None else None,
             "model files": self._given_weights or model_fingerprint(self._name),
-            "reference": given and (model_fingerprint(given) or given)
-            if path
-            else weights_digest(given, adapter=None),
+            "reference": reference,
         }
         return run_settings(self.args, free=FREE, adapter=self._peft_config, **start, **rows)
 
