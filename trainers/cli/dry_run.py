@@ -75,9 +75,13 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
 # Model and batches.
 
 
+def _keywords(args: PreferenceConfig) -> dict:
+    return dict.fromkeys(("revision", "dtype", "attn_implementation")) | (args.model_init_kwargs or {})
+
+
 def find_config(model_args: ModelConfig, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
     """Config of the model, or of the base under the adapter that it is, and that adapter."""
-    keywords = {k: v for k, v in args.model_init_kwargs.items() if k not in ("dtype", "attn_implementation")}
+    keywords = {k: v for k, v in _keywords(args).items() if k not in ("dtype", "attn_implementation")}
     adapter, name = None, model_args.model_name_or_path
     if find_adapter_config_file(name, revision=keywords["revision"] or "main") is not None:
         adapter = PeftConfig.from_pretrained(name, revision=keywords["revision"])
@@ -97,7 +101,8 @@ def load_tokenizer(model_args: ModelConfig, args: PreferenceConfig) -> PreTraine
 def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> nn.Module:
     """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
     config, adapter = find_config(model_args, args)
-    keywords, dtype = dict(args.model_init_kwargs), args.model_init_kwargs["dtype"]
+    keywords = _keywords(args)
+    dtype = keywords["dtype"]
     if dtype in (None, "auto"):
         dtype = config.get_text_config().dtype or "float32"
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -179,7 +184,7 @@ def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) ->
 
 def _layout(base: nn.Module, args: PreferenceConfig) -> tuple[str, bool]:
     """The layout that the model allows, and whether attention is FlexAttention."""
-    attention = args.model_init_kwargs["attn_implementation"] or base.config._attn_implementation
+    attention = _keywords(args)["attn_implementation"] or base.config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
     return Runner([base], args.layout if attention in KNOWN_ATTENTION else "rows").layout, attention == FLEX
 
