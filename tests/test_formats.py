@@ -73,20 +73,6 @@ def test_auto_lists_the_candidates_where_columns_fit_several_formats(tmp_path):
     assert "nectar" not in str(caught.value)
 
 
-def test_auto_lists_all_formats_where_columns_fit_none(tmp_path):
-    path = write(tmp_path / "data.jsonl", [{"question": "a", "answers": ["b", "c"]}])
-    with pytest.raises(ValueError, match=r"columns \['answers', 'question'\] fit no known format. .*'rows'.*'oasst1'"):
-        load_preferences(path, data_format="auto")
-
-
-def test_a_rating_that_is_no_number_is_named():
-    source = CASES["ultrafeedback_fine_grained"][0][0]
-    completions = [{**c, "annotations": {"honesty": {"Rating": "4/5"}}} for c in source["completions"]]
-    with pytest.raises(ValueError, match="row 0: could not convert string to float: '4/5'"):
-        canonicalize(Dataset.from_list([{**source, "completions": completions}]),
-                     FORMATS["ultrafeedback_fine_grained"].adapter)  # fmt: skip
-
-
 def test_two_dialogues_as_text_are_hh_rlhf_only_with_its_markers():
     assert recognise(["chosen", "rejected"], {"chosen": "Sky? Blue.", "rejected": "Sky? Red."}) == "pairs"
     marked = {side: f"\n\nHuman: a\n\nAssistant: {side}" for side in ("chosen", "rejected")}

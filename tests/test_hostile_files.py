@@ -158,12 +158,6 @@ def test_a_folder_without_data_is_named_and_its_scripts_do_not_run(content, tmp_
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("data_format", ["", ".", "a.", "rows ", "ROWS", "no.such", "trainers.data.nothing"])
-def test_an_odd_data_format_is_named(data_format, tmp_path):
-    (tmp_path / "data.jsonl").write_bytes(LINES)
-    refused(tmp_path / "data.jsonl", "data_format|repair|'rows '", data_format=data_format)
-
-
 # Options.
 
 

@@ -43,11 +43,6 @@ def test_json_lines_files(tmp_path, name):
     assert_is_rows(load_preferences(write_jsonl(tmp_path / name, ROWS)))
 
 
-def test_json_list_file(tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps(ROWS, indent=1))
-    assert_is_rows(load_preferences(str(tmp_path / "data.json")))
-
-
 def test_parquet_and_gzipped_parquet(tmp_path):
     path = tmp_path / "data.parquet"
     Dataset.from_list(ROWS).to_parquet(path)

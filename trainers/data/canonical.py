@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
@@ -72,7 +72,7 @@ def canonicalize(
     grouped = inspect.isgeneratorfunction(adapter)
     shards = 1 if grouped else min(num_proc or 1, len(dataset))
     starts = [len(dataset) * i // shards for i in range(shards + 1)]
-    parts = [(a, dataset.select(range(a, b)) if shards > 1 else dataset) for a, b in zip(starts, starts[1:])]  # noqa: B905
+    parts = [(a, dataset.select(range(a, b)) if shards > 1 else dataset) for a, b in pairwise(starts)]
     keywords = {"parts": parts, "columns": columns, "code": source_digest(adapter), **options}
     try:
         mapped = Dataset.from_generator(
@@ -164,7 +164,7 @@ def _results(
             row = drop
         except Exception as error:
             raise _explained(error, where, source, adapter) from error
-        yield _result(Drop(f"left out by {adapter.__name__}") if row is None else row, where, options)
+        yield _result(Drop(f"left out by {_name(adapter)}") if row is None else row, where, options)
 
 
 def unpadded(rows: Iterable[Row], features: dict[str, Any]) -> Iterator[Row]:
@@ -219,9 +219,13 @@ def _explained(error: Exception, where: str, source: Row, adapter) -> Exception:
     if isinstance(error, ValueError):
         return ValueError(f"{where}: {error}")
     return ValueError(
-        f"{where}: {adapter.__name__} cannot read it ({type(error).__name__}: {error}); repair the row, or name the "
+        f"{where}: {_name(adapter)} cannot read it ({type(error).__name__}: {error}); repair the row, or name the "
         "data_format that fits."
     )
+
+
+def _name(adapter: Adapter) -> str:
+    return getattr(adapter, "__name__", "the adapter")  # a partial function has none
 
 
 # Columns.
@@ -301,5 +305,5 @@ def _fits(value: Any, kind: Any, name: str) -> bool:
         return isinstance(value, list) and all(_fits(item, kind.feature, "") for item in value)
     if isinstance(kind, Json):
         return name not in ("prompt", "responses") or isinstance(value, list)
-    expected = KINDS.get(getattr(kind, "dtype", None), object)
+    expected = KINDS.get(kind.dtype, object) if isinstance(kind, Value) else object
     return isinstance(value, expected) and (expected in (bool, object) or not isinstance(value, bool))
