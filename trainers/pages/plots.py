@@ -35,13 +35,14 @@ def logged(history: list[dict], key: str, label: str, style: str = "-", colour: 
     return Series(label, [log["step"] for log in logs], [log[key] for log in logs], style, colour)
 
 
-def panels(count: int = 1, *, size: tuple[float, float] = (4.4, 3.1), **options) -> tuple[Figure, list[Axes]]:
+def panels(count: int = 1, *, size: tuple[float, float] = (4.8, 3.3), **options) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes beside each other; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False, **options)[0])
     for one in axes:
         one.grid(color=GRID)
         one.set_axisbelow(True)
+        one.locator_params(axis="x", nbins=7)  # more labels would touch in a small picture
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -64,7 +65,7 @@ def draw(axes: Axes, series: Sequence[Series], *, level: tuple[float, str] | Non
 
 
 def chart(title: str, xlabel: str, series: Sequence[Series], *, level: tuple[float, str] | None = None,
-          size: tuple[float, float] = (4.4, 3.1), **labels) -> str:  # fmt: skip
+          size: tuple[float, float] = (4.8, 3.3), **labels) -> str:  # fmt: skip
     """A picture of one set of series, as SVG; "" where no series has a point."""
     if not any(len(line.x) for line in series):
         return ""
@@ -76,7 +77,7 @@ def chart(title: str, xlabel: str, series: Sequence[Series], *, level: tuple[flo
 def svg(figure: Figure, title: str = "") -> str:
     """<svg> for a file or for a page. `title` names it for those who cannot see, and heads a figure of one panel."""
     if title and len(figure.axes) == 1:
-        figure.axes[0].set_title(title, loc="left", fontsize=12, color=INK)
+        figure.axes[0].set_title(title, loc="left", fontsize=11, color=INK)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "polypo", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
