@@ -28,7 +28,7 @@ from trainers.runs.processes import Processes
 from trainers.runs.stage import train_into
 from trainers.sgpo.filters import fault
 from trainers.sgpo.sampling import Sampler
-from trainers.sgpo.stages import MODEL, ROWS, pair, plain
+from trainers.sgpo.stages import MODEL, ROWS, pair
 from trainers.statistics import bootstrap_interval
 
 RECIPE = Path("configs/sgpo/alpaca.yaml")
@@ -107,7 +107,7 @@ def measure(base: Path) -> dict:
         for label, stage, rows in (("improver, plain prompt", "improver", improver), ("after DPO", "dpo", final)):
             answers = [row["rejected"] for row in rows]
             results["policies"][f"{title}: {label}"] = policy(f"{title}-{stage}", folder / stage / MODEL, answers)
-    drawn = sampler.draw(base / "gold_pairs/answers", before, "gold", plain, gold, "sampling", 0)
+    drawn = sampler.draw(base / "gold_pairs/answers", before, "gold", gold, "sampling", 0)
     results["policies"]["self: after DPO on (reference, y-)"] = policy("gold", gold, [row["gold"] for row in drawn])
     start = np.array(results["policies"]["start"]["likelihood"])
     for row in results["policies"].values():

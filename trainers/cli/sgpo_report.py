@@ -57,16 +57,16 @@ def write_report(folder: Path) -> Path:
 
 def warnings(paths: list[Path], rounds: list[dict]) -> list[str]:
     """Stages that did not end, and alarms."""
-    found = []
+    sentences = []
     for number, (path, stages) in enumerate(zip(paths, rounds, strict=True), 1):
         for stage in (path / name for name in STAGES if (path / name / SETTINGS).exists() and name not in stages):
             dropped = read_rows(stage / "dropped.jsonl.gz") if (stage / "dropped.jsonl.gz").exists() else []
             reasons = ", ".join(sorted({row["reason"] for row in dropped}))
-            found.append(
+            sentences.append(
                 f"Round {number}, {stage.name}: begun, and not finished. {reasons and f'Dropped: {reasons}.'}"
             )
-        found += [f"Round {number}: {text}" for name, counts in stages.items() for text in alarms(name, counts)]
-    return [page.alarm(text) for text in found] or ["Nothing is beyond the limits of trainers/sgpo/monitor.py."]
+        sentences += [f"Round {number}: {text}" for name, counts in stages.items() for text in alarms(name, counts)]
+    return [page.alarm(text) for text in sentences] or ["Nothing is beyond the limits of trainers/sgpo/monitor.py."]
 
 
 def kept(rounds: list[dict]) -> list[list[str]]:

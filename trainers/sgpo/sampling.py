@@ -37,19 +37,21 @@ class Sampler:
     quantization_config: object = None
 
     def draw(
-        self, folder: Path, rows: list[dict], column: str, ask: Callable[[dict], Prompt | None], start: Path | None,
-        option: str, round: int, *, model: str | None = None,
+        self, folder: Path, rows: list[dict], column: str, start: Path | None, option: str, round: int, *,
+        ask: Callable[[dict], Prompt | None] | None = None, model: str | None = None,
     ) -> list[dict]:  # fmt: skip
         """The rows with a response in `column` and, in `<column>_truncated`, whether it was cut.
 
-        It is None where `ask(row)`, its prompt, is None or leaves no room for one in the model's context.
+        It is None where the prompt is None or leaves no room for one in the model's context.
 
         Args:
             start: a model that a stage left, or None for the model of the run.
             option: `sampling` or `revision`, which says how.
+            ask: gives the prompt of a row, by default what is in it.
             model: another model, in place of the run's.
         """
-        options, name, prompts = getattr(self.args, option), model or self.model, [ask(row) for row in rows]
+        options, name = getattr(self.args, option), model or self.model
+        prompts = [row["prompt"] if ask is None else ask(row) for row in rows]
         at = self._with_room(name, prompts, options["max_new_tokens"])
         rows = [row | {column: None, f"{column}_truncated": False} for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ class Sampler:
         def ask(row: dict) -> Prompt:
             return reviser_prompt(row["prompt"], row["current"], row["reference"], analysis=args.reviser_analysis)
 
-        rows = self.draw(folder, rows, "target", ask, start, "revision", round, model=args.reviser_model)
+        rows = self.draw(folder, rows, "target", start, "revision", round, ask=ask, model=args.reviser_model)
         for row in rows:
             texts = [*(turn["content"] for turn in turns(row["prompt"])), row["current"], row["reference"]]
             marker = free_marker(texts) if args.reviser_analysis else None

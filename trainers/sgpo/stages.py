@@ -106,11 +106,11 @@ class Run:
             # A figure that is not a number is left out, as JSON has no such thing.
             stage.finish(counts={key: value for key, value in counts.items() if value == value})
             self.processes.say(json.dumps(counts, indent=2, default=str))
-        found = alarms(name, stage.manifest()["counts"])
-        for sentence in found:
+        sentences = alarms(name, stage.manifest()["counts"])
+        for sentence in sentences:
             self.processes.say(f"  WARNING: {sentence}")
-        if found and self.args.on_alarm == "stop":
-            raise ValueError(f"on_alarm is stop, and the monitor says: {' '.join(found)}")
+        if sentences and self.args.on_alarm == "stop":
+            raise ValueError(f"on_alarm is stop, and the monitor says: {' '.join(sentences)}")
 
     def settings(self) -> dict[str, dict]:
         """What each stage of a round depends on beside the stages before it."""
@@ -241,7 +241,7 @@ class Run:
 
     def _current(self, index: int, folder: Path) -> dict:
         start = self.start(index)
-        rows = self.sampler.draw(folder / "samples", self.rows.improver, "current", plain, start, "sampling", index)
+        rows = self.sampler.draw(folder / "samples", self.rows.improver, "current", start, "sampling", index)
         self._write(folder / ROWS, rows)
         made = [row for row in rows if row["current"] is not None]
         cut = {"truncated": float(np.mean([row["current_truncated"] for row in made]))} if made else {}
@@ -302,12 +302,12 @@ class Run:
 
     def _rewrite(self, folder: Path, model: Path | None, rows: list[dict], index: int) -> list[dict]:
         """Rows with `rejected`, a plain response of the model, and `chosen`, what it makes of that as improver."""
-        rows = self.sampler.draw(folder / "rejected", rows, "rejected", plain, model, "sampling", index)
+        rows = self.sampler.draw(folder / "rejected", rows, "rejected", model, "sampling", index)
 
         def asked(row: dict):
             return None if row["rejected"] is None else text.improver_prompt(row["prompt"], row["rejected"])
 
-        return self.sampler.draw(folder / "chosen", rows, "chosen", asked, model, "revision", index)
+        return self.sampler.draw(folder / "chosen", rows, "chosen", model, "revision", index, ask=asked)
 
     # What a round did to held-out prompts. Their random streams are those of round 0 for every model, so that answers
     # can be compared prompt by prompt.
@@ -318,7 +318,7 @@ class Run:
             return counts
         # Answers of the model before all rounds: in later rounds these are there already.
         before = self.at("measure", 0) / "before"
-        rows = self.sampler.draw(before, held_out, "answer", plain, self.start(0), "sampling", 0)
+        rows = self.sampler.draw(before, held_out, "answer", self.start(0), "sampling", 0)
         for name, model in {"improver": self.at("improver", index), "policy": self.at("dpo", index)}.items():
             rows = self._rewrite(folder / name, model / MODEL, rows, 0)
             self._write(folder / f"{name}.jsonl.gz", rows)
@@ -348,11 +348,6 @@ class Run:
             f"{name}_scorer_gain_interval": [gain["low"], gain["high"]],
             f"{name}_scorer_win_rate": float(np.mean(wins)),
         }
-
-
-def plain(row: dict):
-    """What a row's prompt asks."""
-    return row["prompt"]
 
 
 def pair(row: dict) -> dict:
