@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -158,6 +159,13 @@ class EMDPOTrainer(TypePolicyTrainer):
     @classmethod
     def check_rows(cls, rows, args, *, training):
         Judged.of(rows, args.top_q, "train_dataset" if training else "eval_dataset")
+
+    @classmethod
+    def probed(cls, args: EMDPOConfig, rows: Dataset):
+        """An M-step on all rows, whose posterior and reference are made up: they change no shape."""
+        gamma, weights = np.full(len(rows), 1 / args.num_types), np.ones(len(rows))
+        reference = [[0.0] * len(scores) for scores in rows["scores"]]
+        return TypePolicyTrainer, args, m_step_rows(rows, gamma, weights, reference, args.normalize)
 
     # Steps of EM.
 
