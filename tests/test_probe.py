@@ -111,7 +111,7 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
         ({"trainer": "SparsePOTrainer", "gradient_checkpointing": True}, "gradient_checkpointing: false saves"),
         ({"trainer": "LIRETrainer", "self_enhance": json.dumps({"scorer": "builtins.len"})}, "sampling"),
         ({"trainer": "EMDPOTrainer", "max_steps": -1, "rounds": 2}, "8 steps in each of 4 trainings: "),
-        (SGPO, "the DPO stage of one of"),
+        (SGPO | {"ref": "initial"}, "the DPO stage of one of"),
     ],
 )
 def test_every_method_is_probed_and_nothing_stays(changes, told, folder, tmp_path, capsys):

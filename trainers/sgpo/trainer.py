@@ -121,6 +121,12 @@ class SGPOTrainer(DPOTrainer):
         Run(cls, args, model, read_data(args, data), quantization_config, peft_config, name_of(data)).run()
 
     @classmethod
+    def probed(cls, args: SGPOConfig, rows: Dataset):
+        """The DPO stage; the model before all rounds, which `ref: initial` asks for, is there in the run alone."""
+        args.ref = "improved"
+        return cls, args, rows
+
+    @classmethod
     def planned_rows(cls, args: SGPOConfig, data) -> tuple[Dataset, list[str]]:
         """Rows in place of the pairs, which do not exist before the run, and what to know of them; for `--dry_run`.
 
