@@ -165,9 +165,7 @@ class PreferenceTrainer(RunningTrainer):
         return None, []
 
     @classmethod
-    def probed(
-        cls, args: PreferenceConfig, rows: Dataset
-    ) -> tuple[type["PreferenceTrainer"], PreferenceConfig, Dataset]:
+    def probed(cls, args: PreferenceConfig, rows: Dataset) -> tuple[type, PreferenceConfig, Dataset]:
         """The training that `--probe` makes steps of: its trainer, and arguments and tokenised rows of its own."""
         return cls, args, rows
 

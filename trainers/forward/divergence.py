@@ -30,6 +30,7 @@ from .head import (
     wide_dtype,
     widen,
 )
+from .identity import whole
 
 
 class FrozenHead(NamedTuple):
@@ -97,12 +98,8 @@ def check_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> Non
 def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor().to(device)
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().to(device, copy=True)
-    return parameter.detach().to(device)
+    with whole(parameter):
+        return parameter.detach().to(device, copy=hasattr(parameter, "ds_id"))  # of a share, gathered here alone
 
 
 def logps_and_kl(this: Pass, hidden: Tensor, frozen: FrozenHead, frozen_hidden: Tensor) -> tuple[Tensor, Tensor]:
