@@ -20,7 +20,7 @@ from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
-from .forward.reference import changes_nothing_yet, make_reference, reference_adapter
+from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
 from .inputs import check_ranges, prepare_rows
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
@@ -60,7 +60,7 @@ class PreferenceTrainer(RunningTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        ref_model: str | PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: PreferenceConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -98,16 +98,18 @@ class PreferenceTrainer(RunningTrainer):
             self.check_rows(part, args, training=False)
         rows = _parts(train_dataset, eval_dataset)
 
-        self.table, self.reference, models = None, None, [model]
+        self.table: LogpsCache | None = None
+        self.reference: Reference | None = None
+        models = [policies.base_model(model)]
         if self.needs_reference and args.precompute_ref_logps:
             name = reference_fingerprint(source, args, adapter=adapter, per_token=self.reference_per_token)
+            assert args.ref_cache_dir is not None  # its default is a path
             self.table = LogpsCache(args.ref_cache_dir, name, per_token=self.reference_per_token)
         if self.needs_reference:
             copied = self.table is None or bool(self.table.missing(rows))
-            keywords = {"adapter": adapter, "copy_policy": copied, "init_kwargs": args.model_init_kwargs}
-            self.reference = make_reference(model, ref_model, **keywords)
-            models += [self.reference.model] if self.reference.model is not None else []
-        models = [policies.base_model(m) for m in models]
+            options = args.model_init_kwargs
+            self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
+            models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []
         self.runner = Runner(models, args.layout)
         check_ranges(rows, models)
 
@@ -218,6 +220,7 @@ class PreferenceTrainer(RunningTrainer):
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
         if policy.aux_loss is not None:  # per prompt, so that batches of a window weigh as their prompts do
+            assert self.runner.router is not None
             losses = losses + self.runner.router.coefficient * policy.aux_loss.to(losses)
             metrics = metrics | {"aux_loss": policy.aux_loss}
         weights = self._weights(batch)
@@ -229,6 +232,7 @@ class PreferenceTrainer(RunningTrainer):
         return self._ask_reference(model, batch) if cached is None else Forward(cached)
 
     def _ask_reference(self, model: nn.Module, batch: Batch) -> Forward:
+        assert self.reference is not None
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model, unwrapped) as reference:
             return self.forward(reference, batch)
@@ -245,23 +249,25 @@ class PreferenceTrainer(RunningTrainer):
             ValueError: rows are missing, and neither the reference nor the policy as it was given is left.
             StaleCacheError: a cached value is not what the reference says.
         """
-        stands_in = self.untouched and not self.reference.given  # the policy for its reference
+        table, reference = self.table, self.reference
+        assert table is not None and reference is not None
+        stands_in = self.untouched and not reference.given  # the policy for its reference
 
         def score(rows: list[dict]) -> Tensor:
             batch = self._prepare_inputs(self.data_collator(rows))
             self.runner.check(self.model_wrapped, batch, self.accelerator)
-            if self.reference.in_memory or not stands_in:
+            if reference.in_memory or not stands_in:
                 return self._ask_reference(self.model_wrapped, batch).logps
             with torch.no_grad(), self.accelerator.autocast():
                 return self.forward(self.model_wrapped, batch).logps
 
         rows = _parts(self.train_dataset, self.eval_dataset)
-        scored = self.table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
-        logger.info("Reference cache %s: %d responses scored now.", self.table.path, scored)
-        if self.reference.in_memory or stands_in:
-            self.table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
-        if self.reference.own:
-            self.reference.model = None
+        scored = table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
+        logger.info("Reference cache %s: %d responses scored now.", table.path, scored)
+        if reference.in_memory or stands_in:
+            table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
+        if reference.own:
+            reference.model = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -290,12 +296,13 @@ class PreferenceTrainer(RunningTrainer):
 
     def _mark_repeated(self, batch: Batch) -> None:
         """Rows that accelerate repeats so that the last batches of an epoch are even count nowhere."""
-        accelerator, args = self.accelerator, self.args
+        accelerator, args, rows = self.accelerator, self.args, self.train_dataset
+        assert rows is not None
         if not accelerator.gradient_state.end_of_dataloader or args.dataloader_drop_last:
             return
         # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on.
         total = self._train_batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
-        remainder = len(self.train_dataset) % total
+        remainder = len(rows) % total
         if accelerator.num_processes == 1 or not remainder:
             return
         size = len(batch["scores"])
@@ -308,8 +315,9 @@ class PreferenceTrainer(RunningTrainer):
 
     def get_train_dataloader(self):
         """The Trainer's loader, or batches of `max_tokens_per_batch` tokens. Raises ValueError where there is none."""
-        if self.args.max_tokens_per_batch is not None and self.train_dataset is not None:
-            return budget_loader(self.train_dataset, self.data_collator, self.args)
+        budget = self.args.max_tokens_per_batch
+        if budget is not None and self.train_dataset is not None:
+            return budget_loader(self.train_dataset, self.data_collator, self.args, budget=budget)
         loader = super().get_train_dataloader()
         if not len(loader):
             raise ValueError(

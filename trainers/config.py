@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -15,6 +15,10 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+if TYPE_CHECKING:
+    Keywords = dict[str, Any]
+else:  # the command line gives JSON, which is read before anything else reads the option
+    Keywords = dict[str, Any] | str
 COMPILES = Version("2.13")  # the oldest torch whose compiled models were seen to give the same losses; 2.11 does not
 
 # Fields of `transformers.TrainingArguments` that would silently give other numbers when they are set, and why.
@@ -86,6 +90,7 @@ class PreferenceConfig(TrainingArguments):
         ValueError: a field outside its choices or bounds, or one that would silently give other numbers.
     """
 
+    output_dir: str = option("trainer_output", "Folder of the run: its checkpoints, model, metrics and model card.")
     logging_steps: float = option(10, "Log every so many steps (a share of all if below 1).")
     logging_nan_inf_filter: bool = option(
         False, "Log other losses in place of one that is not finite. Such a loss ends the run."
@@ -102,7 +107,7 @@ class PreferenceConfig(TrainingArguments):
         choices=["drop", "error"],
     )
     as_chat: bool = option(False, "Wrap plain-text prompts and responses as user and assistant messages.")
-    chat_template_kwargs: dict[str, Any] | str | None = option(
+    chat_template_kwargs: Keywords | None = option(
         None, "Further arguments of the chat template, such as {enable_thinking: false}."
     )
     dataset_num_proc: int | None = option(None, "Processes for preprocessing.", at_least=1)
@@ -129,7 +134,7 @@ class PreferenceConfig(TrainingArguments):
     ref_tokens_per_batch: int = option(
         16384, "Tokens per batch and process while the reference scores the rows.", at_least=1
     )
-    model_init_kwargs: dict[str, Any] | str | None = option(
+    model_init_kwargs: Keywords | None = option(
         None, "Keywords for from_pretrained when the model is given as a path."
     )
     self_enhance: dict[str, Any] | str | None = option(

@@ -154,7 +154,9 @@ class Estimate:
         self.plan, self.run, base = plan, run, base_model(model)
         config, head, layers = base.config.get_text_config(), base.get_output_embeddings(), _layers(base)
         layer, self.layers, self.hidden = layers[0], len(layers), config.hidden_size
-        self.stream = base.get_input_embeddings().weight.element_size()
+        embedding = base.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        self.stream = embedding.element_size()
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self.trained, self.parameters = _count(trained), _count(trained) + _count(frozen)
@@ -168,7 +170,7 @@ class Estimate:
         downs = [p for m in adapted for p in m.lora_A.parameters()]
         self.ranks, self.adapter = sum(len(p) for p in downs), downs[0].element_size() if downs else 0
         self.full = not downs
-        self.inputs = [m.in_features for m in adapted] or [_widths(m)[0] for m in linears]
+        self.inputs = [int(m.in_features or 0) for m in adapted] or [_widths(m)[0] for m in linears]
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         size = getattr(config, "head_dim", None) or self.hidden // heads
@@ -260,7 +262,7 @@ class Estimate:
             # The reference's states of all layers at the N positions, float32 copies for each head, two more of one.
             "masks": inputs * (self.layers * (self.s + 4 * run.mask_heads) + 8) * bool(run.mask_heads),
         }
-        work = max(works, key=works.get)
+        work = max(works, key=works.__getitem__)
         # TRL's `prepare_fsdp` makes a frozen copy one unit, whose forward gathers all of its weights. Learned masks
         # want the states of all layers and of the embeddings, of which the N positions are then copied twice.
         gathered = run.frozen_copy and self.plan.engine == "fsdp"

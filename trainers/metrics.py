@@ -7,6 +7,8 @@ reward is NaN. Values in masked slots never matter, and K may be padded at will.
 Nothing here waits for the device: no Python loop over prompts, no `.item()`.
 """
 
+from collections.abc import Mapping
+
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -96,10 +98,10 @@ class MetricMeter:
     Sums and counts stay on the device of the values until `compute`, so that `update` never waits for it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
 
-    def update(self, metrics: dict[str, Tensor | float]) -> None:
+    def update(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Adds `{name: (B,) or scalar}`: one entry per element, NaN entries left out of sum and count."""
         for name, value in metrics.items():
             value = torch.as_tensor(value).detach()

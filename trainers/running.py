@@ -1,11 +1,13 @@
 """How a run starts, goes on after a kill, and ends: what surrounds the steps of a trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from . import rounds
 from .config import PreferenceConfig
@@ -35,6 +37,10 @@ class RunningTrainer(Trainer):
     method: str = "preferences"
     paper: tuple[str, str] | None = None  # title, arXiv number
     start: dict[str, str]
+    args: PreferenceConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset | None
     untouched = True  # whether the policy is as it was given
 
     @classmethod
@@ -70,7 +76,8 @@ class RunningTrainer(Trainer):
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)
         checkpoint = checkpoint_to_resume(args)
-        trainer = cls(model, args=args, **splits, **loading)
+        make: Callable[..., RunningTrainer] = cls  # that of a method takes a path
+        trainer = make(model, args=args, **splits, **loading)
         if checkpoint is not None and has_ended(args, checkpoint):
             refuse_other_run(checkpoint, trainer.run_settings())
             if args.process_index == 0:

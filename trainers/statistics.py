@@ -16,20 +16,21 @@ def about_intervals(count: int, what: str) -> str:
     return f"Intervals from fewer than {FEW} {what} ({count}) are too narrow." if count < FEW else ""
 
 
-def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0,
-                       fewest: int = 1) -> dict:  # fmt: skip
+def bootstrap_interval(values: Sequence[float] | np.ndarray, *, level: float = 0.95, resamples: int = 10_000,
+                       seed: int = 0, fewest: int = 1) -> dict:  # fmt: skip
     """Mean of values (N,), one per prompt, and its percentile bootstrap interval over prompts; NaN is left out.
 
     Give per-prompt differences to get a paired interval. Fewer values than `fewest` have none: `low` and `high` are
     None.
     """
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if len(values) < fewest:
-        return {"mean": float(values.mean()), "low": None, "high": None, "count": len(values)}
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}
+    numbers = np.asarray(values, dtype=float)
+    numbers = numbers[~np.isnan(numbers)]
+    mean, count = float(numbers.mean()), len(numbers)
+    if count < fewest:
+        return {"mean": mean, "low": None, "high": None, "count": count}
+    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    low, high = np.quantile(numbers[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
 
 
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> dict:
@@ -37,9 +38,9 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> dict:
 
     A single value has no interval: `low` and `high` are None.
     """
-    values = np.asarray(values, dtype=float)
-    mean, count = float(values.mean()), len(values)
+    numbers = np.asarray(values, dtype=float)
+    mean, count = float(numbers.mean()), len(numbers)
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "count": count}
-    half = float(student.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / count**0.5)
+    half = float(student.ppf((1 + level) / 2, count - 1) * numbers.std(ddof=1) / count**0.5)
     return {"mean": mean, "low": mean - half, "high": mean + half, "count": count}

@@ -75,7 +75,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
         """Shuffle, sort within windows, fill greedily."""
         order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.lengths))
         window = max(1, int(WINDOW * self.budget / max(1.0, self.lengths.mean())))
-        batches, batch, used = [], [], 0
+        batches: list[list[int]] = []
+        batch: list[int] = []
+        used = 0
         for start in range(0, len(order), window):
             chunk = order[start : start + window]
             for row in chunk[np.argsort(self.lengths[chunk], kind="stable")].tolist():
@@ -102,9 +104,9 @@ def packed_tokens(row: Lengths) -> int:
     return row[0] - 1 + sum(row[1])
 
 
-def budget_loader(dataset: Dataset, collate: Callable, args: TrainingArguments) -> DataLoader:
-    """Batches of at most `args.max_tokens_per_batch` tokens, dealt out to the processes."""
-    lengths, budget = [packed_tokens(row) for row in token_lengths(dataset)], args.max_tokens_per_batch
+def budget_loader(dataset: Dataset, collate: Callable, args: TrainingArguments, *, budget: int) -> DataLoader:
+    """Batches of at most `budget` tokens, dealt out to the processes."""
+    lengths = [packed_tokens(row) for row in token_lengths(dataset)]
     seed = args.seed if args.data_seed is None else args.data_seed
     sampler = TokenBudgetSampler(lengths, budget, seed=seed, processes=args.world_size)
     if sampler.oversized:

@@ -203,7 +203,8 @@ def score_rows(
         runner, collate = Runner([base_model(model)], layout), PreferenceCollator(pad_token_id)
         model.requires_grad_(False).eval()
         sharded = isinstance(accelerator, Accelerator) and accelerator.state.deepspeed_plugin is not None
-        policy = prepare_deepspeed(model, accelerator) if sharded else model.to(accelerator.device)
+        engine = prepare_deepspeed(model, accelerator) if sharded else None
+        policy = model.to(accelerator.device) if engine is None else engine
 
         def score(rows: list[dict]) -> Tensor:
             batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
@@ -212,8 +213,8 @@ def score_rows(
                 return runner(policy, batch).logps
 
         cache.fill(datasets, score, accelerator, budget=budget, title=title)
-        if sharded:
-            policy.destroy()  # DeepSpeed's engine keeps its hooks and buffers otherwise
+        if engine is not None:
+            engine.destroy()  # DeepSpeed's engine keeps its hooks and buffers otherwise
     else:  # also where a kill came after the last part
         if accelerator.is_main_process:
             cache.finish()
@@ -257,7 +258,8 @@ def _write(path: Path, entries: dict[str, Value]) -> None:
 def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
     """Rows of like length together, longest first so that a batch that does not fit in memory fails at once."""
     lengths = [packed_tokens((len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]])) for row in rows]
-    batch, used = [], 0
+    batch: list[dict] = []
+    used = 0
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
         if batch and used + lengths[i] > budget:
             yield batch

@@ -5,6 +5,7 @@ they are computed again. The frozen head is kept whole: the policy's head is gat
 engine (see head.py), and a second sharded head could not be gathered inside that call.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -95,9 +96,10 @@ def check_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> Non
         )
 
 
-def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor().to(device)
+def _whole(parameter: Tensor, device: torch.device) -> Tensor:
+    data = parameter.detach()
+    if isinstance(data, DTensor):
+        return data.full_tensor().to(device)
     with whole(parameter):
         return parameter.detach().to(device, copy=hasattr(parameter, "ds_id"))  # of a share, gathered here alone
 
@@ -114,7 +116,7 @@ def logps_and_kl(this: Pass, hidden: Tensor, frozen: FrozenHead, frozen_hidden: 
     head = this.head
     size = max(1, chunk_size(head, hidden, this.chunk_elements) // 2)  # logits of two models
     plain = is_plain(head, this.rule) and frozen.rule == LogitRule()
-    compute = _linear_kl if plain else _module_kl
+    compute: Callable = _linear_kl if plain else _module_kl
     return call_head(head, partial(compute, head, this, size, frozen, frozen_hidden.detach()), hidden)
 
 

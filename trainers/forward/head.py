@@ -115,6 +115,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
     ):
         if positions is None:
             return vars(self)[PLAIN](*args, **kwargs)
+        assert targets is not None
         options, aux = {"use_cache": False} | ({} if router is None else {"output_router_logits": True}), {}
 
         def body(**more):
@@ -133,7 +134,7 @@ def chunked_logps(
 ) -> Tensor:
     """(N,H) hidden states and (N,) target ids -> (N,) log-probabilities, with the logits of one chunk in memory."""
     size = chunk_size(head, hidden, chunk_elements)
-    compute = _linear_logps if is_plain(head, rule) else _module_logps
+    compute: Callable = _linear_logps if is_plain(head, rule) else _module_logps
     return call_head(head, partial(compute, head, targets, rule, size), hidden)
 
 
@@ -240,8 +241,9 @@ class HeadGradients:
 
     def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three gradients, each in the dtype of its input, None where it is not needed."""
-        sums = self.hidden, self.weight, self.bias
-        return tuple(s if s is None else s.to(x.dtype) for s, x in zip(sums, self.inputs, strict=True))
+        sums = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
+        hidden, weight, bias = (None if s is None or x is None else s.to(x.dtype) for s, x in sums)
+        return hidden, weight, bias
 
 
 def linear(hidden: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -270,7 +272,9 @@ def widen(logits: Tensor) -> Tensor:
 
 def head_rows(head: nn.Module) -> int:
     """Vocabulary size of an LM head, from its shape attribute: a sharded weight shows only its own part."""
-    return getattr(head, "out_features", None) or head.weight.shape[0]
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return getattr(head, "out_features", None) or weight.shape[0]
 
 
 def logit_rule(config: PretrainedConfig) -> LogitRule:

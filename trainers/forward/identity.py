@@ -5,7 +5,7 @@ import json
 import torch
 import xxhash
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from .policy import base_model
 
@@ -68,11 +68,11 @@ def weights_digest(model: nn.Module, *, adapter: str | None, sampled: int | None
             if not data.is_meta:
                 # An odd step runs through the columns of a matrix as well.
                 step = 1 if sampled is None else data.numel() // sampled | 1
-                digest.update(data[::step].contiguous().view(torch.uint8).cpu().numpy())
+                digest.update(data[::step].contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
-def whole(parameter: nn.Parameter):
+def whole(parameter: Tensor):
     """The parameter as a whole, also under ZeRO-3."""
     if hasattr(parameter, "ds_id"):
         import deepspeed

@@ -114,7 +114,8 @@ def _branches(trunk: Tensor, in_trunk: Tensor, branch: Tensor, lengths: Tensor, 
         seen = sees_trunk[:count].unsqueeze(1).expand(-1, len(causal), -1)
         masks.append(torch.cat([seen, causal.expand(count, -1, -1)], 2).unsqueeze(1))
     queries, keys = _slots(tables, total), _slots([(trunk, in_trunk), (branch, in_branch)], total)
-    return Branches(tuple(trunk.shape), tuple(branch.shape), owner, queries, keys, tuple(masks))
+    sizes = (trunk.size(0), trunk.size(1)), (branch.size(0), branch.size(1))
+    return Branches(*sizes, owner, queries, keys, tuple(masks))
 
 
 def piece_bounds(longest: int) -> list[tuple[int, int]]:

@@ -47,7 +47,8 @@ def load_policy(
     kwargs = {**SAFE, **(init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
+    answer: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
+    loaded, info = answer
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"The weights of {model} lack {len(missing)} of the model's, such as {missing[0]}: they would be random."
@@ -153,9 +154,11 @@ def _fit_checkpointing_to_adapter(model: PeftModel, args, *, zero3: bool) -> Non
         args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = options  # the old and the new name
 
 
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel), type(base)
+    return base
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -208,7 +211,7 @@ def table_sizes(model: PreTrainedModel) -> tuple[int, int | None]:
     """How many token ids a model can be fed and can predict, and how many positions where it has a table of them."""
     tokens = model.get_input_embeddings()
     # A layer under an adapter names its rows as one of its sizes; the weights of a sharded one are empty.
-    rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or len(tokens.weight)
+    rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or head_rows(tokens)
     decoder, longest = model.get_decoder(), getattr(model.config.get_text_config(), "max_position_embeddings", None)
     known = (tokens, getattr(tokens, "base_layer", None))
     learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in known]

@@ -38,8 +38,8 @@ class Reference:
         return self.model is not None or not self.own
 
     @contextmanager
-    def active(self, policy: nn.Module, unwrapped: nn.Module) -> Iterator[nn.Module]:
-        """Give the module to call for the reference; `policy` is the wrapped policy, `unwrapped` its inner model."""
+    def active(self, policy: nn.Module, unwrapped: PeftModel) -> Iterator[nn.Module]:
+        """Give the module to call for the reference; `policy` is the wrapped policy, `unwrapped` what is in it."""
         if self.own:
             if self.model is None:
                 raise ValueError(
@@ -68,7 +68,7 @@ class Reference:
         if accelerator.state.deepspeed_plugin is not None:
             self.model = prepare_deepspeed(self.model, accelerator)
         elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
-            self.model = prepare_fsdp(self.model, accelerator)
+            self.model = prepare_fsdp(self.model, accelerator)  # type: ignore[assignment]
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
 
@@ -111,7 +111,7 @@ def reference_adapter(policy: nn.Module, *, inert_adapter: bool) -> str | None:
 
 def make_reference(
     policy: PreTrainedModel | PeftModel,
-    ref_model: PreTrainedModel | None,
+    ref_model: PreTrainedModel | PeftModel | None,
     *,
     adapter: str | None,
     copy_policy: bool = True,
@@ -177,9 +177,11 @@ def _copy_adapter(policy: PeftModel, trained: str) -> str:
     config = copy.deepcopy(policy.peft_config[trained])
     vars(config).update(dict.fromkeys(_initialisations(config), False), inference_mode=True, reference_copy=True)
     if getattr(config, "layer_replication", None):
-        config.layer_replication = None  # of the base, and done
+        vars(config).update(layer_replication=None)  # of the base, and done
     if getattr(config, "bias", "none") != "none":
-        config.bias = "none"  # no bias is trained here (`_refuse_shared`), and PEFT takes one such adapter only
+        vars(config).update(
+            bias="none"
+        )  # no bias is trained here (`_refuse_shared`), and PEFT takes one such adapter only
     with _same_learning(policy):
         policy.add_adapter(copied, config, autocast_adapter_dtype=False)
         for module in policy.modules():  # PEFT keeps weights and settings of adapters in dicts, by adapter

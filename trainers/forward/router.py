@@ -21,7 +21,8 @@ class RouterLoss(NamedTuple):
 
     def __call__(self, router_logits: tuple[Tensor, ...], fed: Tensor | None) -> Tensor:
         """Router logits (tokens,experts) of each layer -> scalar; `fed` (rows,L) says which tokens are no padding."""
-        return load_balancing_loss_func(router_logits, router_logits[0].size(-1), self.top_k, fed)
+        experts = router_logits[0].size(-1)
+        return load_balancing_loss_func(router_logits, experts, self.top_k, fed)  # type: ignore[arg-type,return-value]
 
     def check(self, own: ModelOutput) -> None:
         """Raises ValueError if this is not the loss in the model's own output for rows without a mask."""

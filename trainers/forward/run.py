@@ -161,7 +161,7 @@ def run(
 
 
 def _keywords(inputs: ModelInputs, flex: bool) -> dict:
-    keywords = {
+    keywords: dict[str, object] = {
         "input_ids": inputs.input_ids,
         "positions": inputs.positions,
         "targets": inputs.targets,

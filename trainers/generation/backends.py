@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from ..runs.processes import Processes
@@ -25,7 +26,7 @@ class Request(NamedTuple):
 class Backend(Protocol):
     """What `collect_samples` asks of an engine."""
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def context(self) -> int | None:
@@ -46,8 +47,8 @@ class HuggingFace:
     """
 
     model: torch.nn.Module
-    tokenizer: object
-    accelerator: object = field(default_factory=Processes)
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator | Processes = field(default_factory=Processes)
 
     @property
     def context(self) -> int | None:
@@ -64,8 +65,8 @@ class HuggingFace:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         processors = LogitsProcessorList()
         if config.temperature > 0:
-            cuts = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-            processors.append(GumbelSampler([request.seed for request in requests], device=device, **cuts))
+            seeds, heat, top_p = [request.seed for request in requests], config.temperature, config.top_p
+            processors.append(GumbelSampler(seeds, temperature=heat, top_p=top_p, top_k=config.top_k, device=device))
         output = model.generate(
             input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
             attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
@@ -77,7 +78,9 @@ class HuggingFace:
     def _cut(self, ids: list[int], ends: list[int]) -> Sample:
         stop = next((t + 1 for t, token in enumerate(ids) if token in ends), None)
         kept = ids[:stop]
-        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, truncated=stop is None)
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one list of ids
+        return Sample(text, kept, truncated=stop is None)
 
     @contextmanager
     def _generating(self):

@@ -5,7 +5,7 @@ depend on the batch, so it does not matter where the run was cut.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -22,7 +22,7 @@ SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
 
 
 def collect(
-    todo: list[Hashable], make: Callable[[list], list], *, size: int, processes: Processes, title: str,
+    todo: list, make: Callable[[list], list], *, size: int, processes: Processes, title: str,
     on_batch: Callable[[dict], None] | None = None, lockstep: bool = False, progress: bool = True,
 ) -> dict:  # fmt: skip
     """Makes what is missing: `make(keys)` for batches of `todo`, shared by the processes, of which all get the result.
@@ -121,13 +121,13 @@ def collect_scores(
     """
     journal = Journal(folder, "scores", accelerator or Processes())
     known = {record["prompt"]: record["scores"] for record in journal.read()}
-    todo = [i for i in range(len(prompts)) if i not in known]
-    scorer = load() if todo else None
-    known |= collect(
-        todo, lambda at: _score(scorer, at, prompts, responses, columns or {}), size=SCORE_CHUNK, title="scoring",
-        processes=journal.processes,
-        on_batch=lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
-    )  # fmt: skip
+    if todo := [i for i in range(len(prompts)) if i not in known]:
+        scorer = load()
+        known |= collect(
+            todo, lambda at: _score(scorer, at, prompts, responses, columns or {}), size=SCORE_CHUNK, title="scoring",
+            processes=journal.processes,
+            on_batch=lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
+        )  # fmt: skip
     return [known[i] for i in range(len(prompts))]
 
 

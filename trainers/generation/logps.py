@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 
@@ -39,4 +40,4 @@ def collect_logps(
         per_token=True, budget=1,
     )  # fmt: skip
     free_memory()
-    return logps[0]
+    return cast("list[list[list[float]]]", logps[0])  # not sums, as it is per token

@@ -92,11 +92,11 @@ class GumbelSampler(LogitsProcessor):
         if top_k:
             self.warpers.append(TopKLogitsWarper(top_k))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = self.warpers(input_ids, scores)
-        perturbed = scores + self._gumbel(scores)
-        chosen = perturbed.argmax(-1, keepdim=True) if self.top_p >= 1 else self._nucleus_argmax(scores, perturbed)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
+        warped = self.warpers(input_ids, scores)
+        perturbed = warped + self._gumbel(warped)
+        chosen = perturbed.argmax(-1, keepdim=True) if self.top_p >= 1 else self._nucleus_argmax(warped, perturbed)
+        return torch.full_like(warped, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _gumbel(self, scores: Tensor) -> Tensor:
         # float64: with 24 random bits the right tail is so coarse that rare tokens would tie.

@@ -5,13 +5,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..forward import policy as policies
 from ..precision import settle_dtype
 
 
-def load_start(model: str, start: Path | None, *, init_kwargs: dict, quantization_config=None, trainable=False):
+def load_start(
+    model: str, start: Path | None, *, init_kwargs: dict | None, quantization_config=None, trainable=False
+) -> PreTrainedModel | PeftModel:
     """The policy where a round starts: `model`, or the full model or the adapter on `model` that lies in `start`.
 
     Raises:

@@ -11,6 +11,9 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from .backends import Request
 from .sampler import Sample, SamplingConfig
@@ -20,8 +23,8 @@ from .sampler import Sample, SamplingConfig
 class VLLM:
     """A `vllm.LLM` in this process."""
 
-    engine: object
-    tokenizer: object
+    engine: Any
+    tokenizer: PreTrainedTokenizerBase
     context = None  # vLLM knows
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
@@ -46,7 +49,7 @@ class VLLMServer:
 
     url: str
     model: str
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     timeout: float = 600.0
     context = None  # the server knows
 

@@ -60,6 +60,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return None
     if wanted.lower() not in ("true", "last"):
         return wanted
+    assert args.output_dir is not None  # set by TrainingArguments
     last = last_checkpoint(args.output_dir)
     if last is None and args.process_index == 0:
         print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
@@ -70,6 +71,7 @@ def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
     """Whether a run was written to its end, the model card last, and `checkpoint` is that of its last step."""
     if not is_complete(checkpoint):
         return False
+    assert args.output_dir is not None
     state = json.loads((Path(checkpoint) / STATE).read_text())
     if args.max_steps > 0:
         trained = state["global_step"] >= args.max_steps
@@ -135,6 +137,6 @@ def refuse_other_run(checkpoint: str | Path, settings: dict) -> None:
 
 def lost_weights(model: nn.Module, missing: list[str]) -> list[str]:
     """Those of the `missing` names that no loaded weight is tied to."""
-    weights, missing = model.state_dict(keep_vars=True), set(missing)
-    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
-    return sorted(name for name in missing if id(weights.get(name)) not in loaded)
+    weights, lost = model.state_dict(keep_vars=True), set(missing)
+    loaded = {id(weight) for name, weight in weights.items() if name not in lost}
+    return sorted(name for name in lost if id(weights.get(name)) not in loaded)

@@ -16,7 +16,8 @@ class Journal:
     """
 
     def __init__(self, folder: str | Path | None, name: str, processes: Processes):
-        self.folder, self.name, self.processes = folder and Path(folder), name, processes
+        self.folder = None if folder is None else Path(folder)
+        self.name, self.processes = name, processes
 
     def read(self) -> list[dict]:
         """All whole records. Every process must call this, and none may append before.

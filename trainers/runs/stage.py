@@ -69,7 +69,7 @@ class Stage:
             write_json(self.folder / self.settings_name, {"settings": self.settings, "hash": self.key})
 
         path = self.folder / self.settings_name
-        self.processes.main(lambda: path.exists() and self._has_work() or write())
+        self.processes.main(lambda: None if path.exists() and self._has_work() else write())
         self._check()
         return self.folder
 
@@ -103,4 +103,4 @@ def train_into(done: Path, train: Callable[[Path], None], processes: Processes) 
         free_memory()
         processes.main(lambda: training.rename(done))
     # After the rename, so that a kill amid the deletion leaves no half checkpoint to resume from.
-    processes.main(lambda: [shutil.rmtree(checkpoint) for checkpoint in done.glob("checkpoint-*")])
+    processes.main(lambda: [*map(shutil.rmtree, done.glob("checkpoint-*"))])
