@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers import family_tokenizer, tiny_llama
-from trainers.cli import compare
+from trainers.cli import compare, config_files
 from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores, split_rows
 from trainers.cli.compare_report import aggregate, notes, plot
 from trainers.runs.files import read_rows
@@ -44,6 +44,12 @@ def inputs(tmp_path_factory):
     tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
+
+
+def test_mappings_are_json_on_a_command_line():
+    flags = ["--output_dir", "x", "--dataset_name", "x", "--base", '{"beta": 0.5}', "--methods", '{"dpo": {}}']
+    (read,) = config_files.parse([compare.CompareArguments], [*flags, "--samples", '{"prompts": 3}'], {})
+    assert (read.base, read.methods, read.samples["prompts"]) == ({"beta": 0.5}, {"dpo": {}}, 3)
 
 
 def config(inputs, output, **changes):

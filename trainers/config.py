@@ -15,11 +15,11 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
-if TYPE_CHECKING:
-    Keywords = dict[str, Any]
-else:  # the command line gives JSON, which is read before anything else reads the option
-    Keywords = dict[str, Any] | str
 COMPILES = Version("2.13")  # the oldest torch whose compiled models were seen to give the same losses; 2.11 does not
+if TYPE_CHECKING:
+    JSON = dict[str, Any]
+else:  # a parser takes the text of a command line for such an option, which reads it in its `__post_init__`
+    JSON = str
 
 # Fields of `transformers.TrainingArguments` that would silently give other numbers when they are set, and why.
 REFUSED = {
@@ -107,7 +107,7 @@ class PreferenceConfig(TrainingArguments):
         choices=["drop", "error"],
     )
     as_chat: bool = option(False, "Wrap plain-text prompts and responses as user and assistant messages.")
-    chat_template_kwargs: Keywords | None = option(
+    chat_template_kwargs: JSON | None = option(
         None, "Further arguments of the chat template, such as {enable_thinking: false}."
     )
     dataset_num_proc: int | None = option(None, "Processes for preprocessing.", at_least=1)
@@ -134,9 +134,7 @@ class PreferenceConfig(TrainingArguments):
     ref_tokens_per_batch: int = option(
         16384, "Tokens per batch and process while the reference scores the rows.", at_least=1
     )
-    model_init_kwargs: Keywords | None = option(
-        None, "Keywords for from_pretrained when the model is given as a path."
-    )
+    model_init_kwargs: JSON | None = option(None, "Keywords for from_pretrained when the model is given as a path.")
     self_enhance: dict[str, Any] | str | None = option(
         None,
         "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, ...} "

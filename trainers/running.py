@@ -41,6 +41,7 @@ class RunningTrainer(Trainer):
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset | None
+    eval_dataset: Dataset | dict[str, Dataset] | None
     untouched = True  # whether the policy is as it was given
 
     @classmethod

@@ -70,7 +70,7 @@ class DataArguments:
     @property
     def names(self) -> list[str]:
         """The data sets."""
-        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name]
+        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name or ""]
 
     def each(self, name: str) -> list:
         """The value of a field for each data set."""
@@ -102,14 +102,15 @@ class DataArguments:
             ]
             if alone or not parts:
                 return parts[0] if parts else None
-            names, weights = ([values[i] for i in chosen] if values else None for values in (self.names, weights))
-            return mix(parts, names, weights, seed=args.seed, max_rows=limit)
+            names, shares = [self.names[i] for i in chosen], [weights[i] for i in chosen] if weights else None
+            return mix(parts, names, shares, seed=args.seed, max_rows=limit)
 
 
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's options of the model, with a dtype that goes by the machine."""
 
+    model_name_or_path: str = option("", "Folder or hub id of a model or of an adapter.")
     dtype: str | None = option(
         "float32",
         "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, and float32 "

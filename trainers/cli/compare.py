@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from datasets import Dataset
@@ -27,8 +27,8 @@ from trl import get_peft_config, get_quantization_config
 
 from polypo import recipes
 
-from .. import PreferenceConfig, load_preferences
-from ..config import check_options, option
+from .. import PreferenceConfig, PreferenceTrainer, load_preferences
+from ..config import JSON, check_options, option
 from ..data.budget import packed_tokens, token_lengths
 from ..data.rows import refuse_template_options
 from ..data.tokenization import prepare_dataset
@@ -63,8 +63,8 @@ class CompareArguments(RowOptions):
 
     output_dir: str = option(dataclasses.MISSING, "Folder of the comparison.")
     dataset_name: str = option(dataclasses.MISSING, "Hub id, file or folder of preference rows.")
-    base: dict[str, Any] | str = option(dataclasses.MISSING, "Model and training settings of all methods.")
-    methods: dict[str, Any] | str = option(dataclasses.MISSING, "Name -> {trainer: ..., its own options}.")
+    base: JSON = option(dataclasses.MISSING, "Model and training settings of all methods.")
+    methods: JSON = option(dataclasses.MISSING, "Name -> {trainer: ..., its own options}.")
     dataset_split: str = option("train", "Split that training and held-out rows come from.")
     data_format: str | None = option(None, "Format of the rows, auto, or an adapter's dotted path.")
     seeds: list[int] = dataclasses.field(
@@ -72,9 +72,7 @@ class CompareArguments(RowOptions):
     )
     train_rows: int = option(200, "Training rows.", at_least=1)
     test_rows: int = option(100, "Held-out rows.", at_least=1)
-    samples: dict[str, Any] | str | None = option(
-        None, "How trained policies are sampled on held-out prompts: see SampleOptions."
-    )
+    samples: JSON | None = option(None, "How trained policies are sampled on held-out prompts: see SampleOptions.")
 
     def __post_init__(self):
         check_options(self)
@@ -95,7 +93,7 @@ class Run(NamedTuple):
     name: str
     seed: int | None
     stage: Stage
-    trainer: type | None
+    trainer: type[PreferenceTrainer] | None
     args: PreferenceConfig
     model: ModelArguments
 
@@ -145,6 +143,7 @@ class Data:
 
     def __init__(self, arguments: CompareArguments):
         self.folder, base = Path(arguments.output_dir), arguments.base
+        assert arguments.samples is not None  # its defaults are filled in
         self.samples = SampleOptions(**arguments.samples)
         self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"], trust_remote_code=False)
         policies.set_pad_token(self.tokenizer, base.get("pad_token"))
@@ -185,7 +184,7 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
     """All runs with their parsed configs, the base model first; a wrong option of any method ends it here."""
     fixed = {
         **{f"base.{name}": value for name, value in arguments.base.items()},
-        **{f"samples.{name}": value for name, value in arguments.samples.items()},
+        **{f"samples.{name}": value for name, value in dataclasses.asdict(data.samples).items()},
         "data": data.facts["digest"],
         "model files": model_fingerprint(arguments.base["model_name_or_path"]),
     }
@@ -203,7 +202,9 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
     return [Run(BASE, None, Stage(data.folder / "base", fixed), None, *runs[0][-2:]), *runs]
 
 
-def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, PreferenceConfig, ModelArguments]:
+def parse_method(
+    base: dict, own: dict, seed: int, folder: Path
+) -> tuple[type[PreferenceTrainer], PreferenceConfig, ModelArguments]:
     """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
     config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed, "output_dir": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +217,7 @@ def parse_method(base: dict, own: dict, seed: int, folder: Path) -> tuple[type, 
 
 def train_and_measure(run: Run, data: Data) -> dict:
     """Trains, ranks the held-out rows and samples on their prompts."""
+    assert run.trainer is not None
     trainer = run.trainer(
         run.model.model_name_or_path,
         args=run.args,
@@ -247,10 +249,10 @@ def train_and_measure(run: Run, data: Data) -> dict:
 def measure_base(run: Run, data: Data) -> dict:
     """Log-probabilities of the held-out rows under the base model, and samples of it."""
     model = load_start(run.model.model_name_or_path, None, init_kwargs=run.args.model_init_kwargs)
-    model = model.to(run.args.device).eval()
+    model = model.to(run.args.device).eval()  # type: ignore[arg-type]
     # In the batches of the trained policies, so that rounding is the same and falls out of the log-ratios.
     size, pad = run.args.per_device_eval_batch_size, data.tokenizer.pad_token_id
-    logps = sum_logps(Runner([model], run.args.layout), model, list(data.test), pad, size)
+    logps = sum_logps(Runner([policies.base_model(model)], run.args.layout), model, list(data.test), pad, size)
     return {"logps": logps} | sampled(run, None, data)
 
 

@@ -48,14 +48,15 @@ def cut_rows(rows: list[dict], count_tokens, options: RowOptions) -> tuple[list[
     random, by a seed that depends on the prompt alone. `count_tokens(text)` gives the length of a text.
     """
     longest, longest_prompt = options.max_response_tokens, options.max_prompt_tokens
-    kept, dropped, seen = [], Counter(), set()
+    kept, seen = [], set()
+    dropped: Counter[str] = Counter()
     for row in rows:
         key = json.dumps(row["prompt"], sort_keys=True)
         texts = [completion_text(response) for response in row["responses"]]
         fits = [k for k, text in enumerate(texts) if not longest or count_tokens(text) <= longest]
         size = options.responses_per_prompt or max(len(fits), 2)
         if key in seen:
-            reason = "the prompt occurs twice"
+            reason: str | None = "the prompt occurs twice"
         elif longest_prompt and count_tokens(completion_text(row["prompt"])) > longest_prompt:
             reason = f"a prompt of more than {longest_prompt} tokens"
         elif len(fits) < size:

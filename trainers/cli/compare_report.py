@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
 def aggregate(report: dict) -> dict:
     """Each method's figures with a t interval over seeds, and those of the baselines."""
     (scores, mask), (lengths, _) = padded(report["scores"]), padded(report["lengths"])
-    by_name = {}
+    by_name: dict[str, list[dict]] = {}
     for run in report["runs"]:
         by_name.setdefault(run["name"], []).append(run)
     base = by_name.pop(BASE)

@@ -38,7 +38,14 @@ class SampleOptions(SamplingConfig):
 
 
 def sample_and_measure(
-    name: str, start: Path | None, tokenizer, prompts: list, options: SampleOptions, *, device, init_kwargs: dict
+    name: str,
+    start: Path | None,
+    tokenizer,
+    prompts: list,
+    options: SampleOptions,
+    *,
+    device,
+    init_kwargs: dict | None,
 ) -> dict:
     """Samples of the policy in `start`, or of model `name` itself: reward, length, and log-ratio to that model.
 
@@ -48,7 +55,7 @@ def sample_and_measure(
     prompts = prompts[: options.prompts]
     if not prompts:
         return {}
-    init_kwargs = init_kwargs if options.dtype is None else init_kwargs | {"dtype": options.dtype}
+    init_kwargs = init_kwargs if options.dtype is None else (init_kwargs or {}) | {"dtype": options.dtype}
     model = load_start(name, start, init_kwargs=init_kwargs).to(device).eval()
     merge = isinstance(model, PeftModel) and policies.base_model(model).dtype == torch.float32
     if merge:  # faster, and undone for the log-ratios

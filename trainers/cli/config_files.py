@@ -21,7 +21,7 @@ class Parser(TrlParser):
     """TRL's parser; what it cannot read is a ValueError, without 300 lines of usage before it."""
 
     def __init__(self, classes: list[type]):
-        super().__init__(classes, add_help=False, allow_abbrev=False)
+        super().__init__(classes, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str):
         raise ValueError(message)

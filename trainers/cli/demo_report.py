@@ -143,7 +143,7 @@ def histogram(title: str, xlabel: str, answers: list[dict], field: str, bins: np
     figure, (axes,) = plots.panels()
     for side, colour in (("before", BEFORE), ("after", AFTER)):
         values = [answer[field] for row in answers for answer in row[side]]
-        axes.hist(values, bins, color=colour, alpha=0.55, label=f"{side}, mean {np.mean(values):.2f}")
+        axes.hist(values, list(bins), color=colour, alpha=0.55, label=f"{side}, mean {np.mean(values):.2f}")
     axes.set(xlabel=xlabel, ylabel="answers")
     axes.legend(frameon=False, fontsize=9)
     return plots.svg(figure, title)

@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
@@ -26,6 +26,7 @@ from ..forward import policy as policies
 from ..forward.attention import FLEX
 from ..forward.run import Runner
 from ..inputs import prepare_rows
+from .arguments import ModelArguments
 
 KNOWN_ATTENTION = ("sdpa", "eager", FLEX)
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -34,7 +35,7 @@ SHOWN = 400  # characters of a text of the first row
 STATES = {"ademamix": 3, "sgd": 0, "adafactor": 0, "lomo": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 
 
-def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, model_args: ModelConfig) -> str:
+def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, model_args: ModelArguments) -> str:
     """The whole report; `data` are the launcher's `DataArguments`.
 
     Raises:
@@ -79,26 +80,27 @@ def _keywords(args: PreferenceConfig) -> dict:
     return dict.fromkeys(("revision", "dtype", "attn_implementation")) | (args.model_init_kwargs or {})
 
 
-def find_config(model_args: ModelConfig, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
+def find_config(model_args: ModelArguments, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
     """Config of the model, or of the base under the adapter that it is, and that adapter."""
     keywords = {k: v for k, v in _keywords(args).items() if k not in ("dtype", "attn_implementation")}
-    adapter, name = None, model_args.model_name_or_path
+    adapter: PeftConfig | None = None
+    name = model_args.model_name_or_path
     if find_adapter_config_file(name, revision=keywords["revision"] or "main") is not None:
         adapter = PeftConfig.from_pretrained(name, revision=keywords["revision"])
         adapter.inference_mode = False  # as saved, it would be frozen
-        name, keywords["revision"] = adapter.base_model_name_or_path, adapter.revision
+        name, keywords["revision"] = adapter.base_model_name_or_path or "", adapter.revision
     return AutoConfig.from_pretrained(name, **keywords), adapter
 
 
-def load_tokenizer(model_args: ModelConfig, args: PreferenceConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelArguments, args: PreferenceConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, with its pad token."""
     config, _ = find_config(model_args, args)
-    tokenizer = policies.tokenizer_at(config.name_or_path, args.model_init_kwargs)
+    tokenizer = policies.tokenizer_at(str(config.name_or_path), args.model_init_kwargs)
     policies.set_pad_token(tokenizer, args.pad_token)
     return tokenizer
 
 
-def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> nn.Module:
+def build_model(model_args: ModelArguments, args: PreferenceConfig, plan: Plan) -> nn.Module:
     """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
     config, adapter = find_config(model_args, args)
     keywords = _keywords(args)
@@ -121,9 +123,9 @@ def build_model(model_args: ModelConfig, args: PreferenceConfig, plan: Plan) -> 
     return model
 
 
-def estimate_of(trainer_class, args: PreferenceConfig, model_args: ModelConfig, model, plan: Plan) -> Estimate:
+def estimate_of(trainer_class, args: PreferenceConfig, model_args: ModelArguments, model, plan: Plan) -> Estimate:
     """The estimate of memory for these arguments."""
-    window = args.accelerator_config.gradient_accumulation_kwargs or {}
+    window = args.accelerator_config.gradient_accumulation_kwargs or {}  # type: ignore[union-attr]
     optimizer, demands = str(getattr(args.optim, "value", args.optim)), args.demands
     full = not isinstance(model, PeftModel)
     run = Run(
@@ -182,7 +184,7 @@ def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) ->
     return min((fed(rows, shared=shared, flex=flex) for shared in layouts), key=lambda batch: batch.tokens)
 
 
-def _layout(base: nn.Module, args: PreferenceConfig) -> tuple[str, bool]:
+def _layout(base: PreTrainedModel, args: PreferenceConfig) -> tuple[str, bool]:
     """The layout that the model allows, and whether attention is FlexAttention."""
     attention = _keywords(args)["attn_implementation"] or base.config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
@@ -192,7 +194,7 @@ def _layout(base: nn.Module, args: PreferenceConfig) -> tuple[str, bool]:
 # Words.
 
 
-def _model(trainer_class, args, model_args: ModelConfig, estimate: Estimate) -> str:
+def _model(trainer_class, args, model_args: ModelArguments, estimate: Estimate) -> str:
     inherited = {f.name for f in fields(PreferenceConfig)}
     own = [f.name for f in fields(trainer_class.config_class) if f.name not in inherited]
     shared = ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "max_length", "layout")

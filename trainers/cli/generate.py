@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
     sys.path.append(os.getcwd())  # a reward function in the user's own folder can be named
     accelerator = Accelerator()  # finds the processes that the launcher started
     try:
-        (args,) = HfArgumentParser(GenerateArguments).parse_args_into_dataclasses(argv)
+        (args,) = HfArgumentParser(GenerateArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         statistics = generate(args)
     except ValueError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers.utils import logging
 
 from polypo import recipes
@@ -76,9 +77,9 @@ def write_report(argv: list[str]) -> Path:
         args.output_dir, args.model_init_kwargs, args.precompute_ref_logps = scratch, None, False
         args.push_to_hub, args.report_to, args.invalid_rows = False, [], "error"
         trainer = load_trainer(args, model, folder, data.load(args, show.split).select(show.rows))
-        parts = [
-            part for n, row in zip(show.rows, trainer.eval_dataset, strict=True) for part in row_parts(trainer, n, row)
-        ]
+        rows = trainer.eval_dataset
+        assert isinstance(rows, Dataset)
+        parts = [part for n, row in zip(show.rows, rows, strict=True) for part in row_parts(trainer, n, row)]
     title = f"{args.mask} masks, {'independent' if args.independent else 'common'}: {folder.name}"
     target = Path(show.page) if show.page else folder / "masks.html"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def row_parts(trainer: SparsePOTrainer, number: int, row: dict) -> list[str]:
         ids = row["response_ids"][slot]
         sides[side] = token_texts(ids, decode), {n: v[0, slot, : len(ids)].tolist() for n, v in terms.items()}
     maps = [heatmap(title, sides, value) for title, value in MAPS.items()]
-    return [page.heading(f"Row {number}"), page.prompt(decode(row["prompt_ids"])), *maps]
+    return [page.heading(f"Row {number}"), page.prompt(str(decode(row["prompt_ids"]))), *maps]
 
 
 def heatmap(title: str, sides: dict[str, tuple[list[str], dict]], value: Callable[[dict], list[float]]) -> str:

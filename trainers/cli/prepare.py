@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow
 import yaml
@@ -63,7 +63,7 @@ class PrepareArguments:
 
 
 def main(argv: list[str]) -> None:
-    [args] = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses(argv)
+    [args] = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
     manifest = prepare(args)
     print(f"{args.output}: {manifest['rows']} rows, described in {manifest_path(args.output)}")
 
@@ -80,8 +80,8 @@ def prepare(args: PrepareArguments) -> dict:
     if output.exists() and not args.overwrite:
         raise ValueError(f"--output {output} is there already: name another file, or set --overwrite true.")
     source = source_facts(args)
-    options = {"name": args.name, "revision": source.get("commit")}
-    options = {name: value for name, value in options.items() if value} | {"streaming": args.streaming}
+    named = {"name": args.name, "revision": source.get("commit")}
+    options: dict[str, Any] = {n: value for n, value in named.items() if value} | {"streaming": args.streaming}
     if args.data_format == "auto":
         args.data_format = detect_format(args.dataset_name, args.split, **options)
     reading = {name: getattr(args, name) for name in ("as_chat", "invalid_rows", "max_rows")}
@@ -158,7 +158,7 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> 
     return count
 
 
-def _write_lines(file: BinaryIO, rows: Iterable[dict]) -> int:
+def _write_lines(file: BinaryIO | gzip.GzipFile, rows: Iterable[dict]) -> int:
     count = 0
     for row in rows:
         count += 1

@@ -89,7 +89,7 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
     flat = [batch for step in steps for batch in step]
     rows, starts = rows.select(sum(flat, [])), np.cumsum([0, *map(len, flat)])
 
-    class Probing(cls):
+    class Probing(cls):  # type: ignore[misc,valid-type]
         """The trainer, on these batches in this order."""
 
         def get_train_dataloader(self):
@@ -111,8 +111,8 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    tokens = np.add.reduceat([packed_tokens(row) for row in token_lengths(rows)], starts[:-1])
-    tokens = [int(part.sum()) for part in np.split(tokens, len(steps))]
+    sums = np.add.reduceat([packed_tokens(row) for row in token_lengths(rows)], starts[:-1])
+    tokens = [int(part.sum()) for part in np.split(sums, len(steps))]
     worst = max(gather_object([clock.memory()]), key=lambda memory: memory[0] / memory[-1])
     return Measured(np.diff(clock.ends).tolist(), tokens, *worst)
 
@@ -121,7 +121,8 @@ class Clock(TrainerCallback):
     """The ends of all steps, and memory."""
 
     def __init__(self, device: torch.device):
-        self.device, self.ends, self.resting = device, [], 0
+        self.device, self.resting = device, 0
+        self.ends: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.ends.append(time.perf_counter())
@@ -156,7 +157,7 @@ def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Le
     def needs(factor: float) -> str:
         return f"needs about {(measured.resting + added * factor) / GIB:.2f} of {measured.limit / GIB:.2f} GiB"
 
-    factor = max(n for n in range(1, window + 1) if n == 1 or window % n == 0 and n * added <= room)
+    factor: float = max(n for n in range(1, window + 1) if n == 1 or window % n == 0 and n * added <= room)
     if added > room:
         lines.append(f"memory is nearly full: half of {size}, with twice the accumulation, {needs(0.5)}.")
     elif factor > 1:

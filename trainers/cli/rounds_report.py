@@ -5,6 +5,7 @@ Every policy answered the same prompts with the same random streams. Intervals a
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..generation.scorer import load_scorer
 from ..pages import page, plots
@@ -85,7 +86,7 @@ def name_of(number: int) -> str:
 def draw(policies: list[list[list[Answer]]], manifests: list[dict]) -> list[str]:
     """Reward of every policy with its interval, and what could explain the reward away."""
     steps = list(range(len(policies)))
-    ticks = {"xticks": steps, "xticklabels": list(map(name_of, steps))}
+    ticks: dict[str, Any] = {"xticks": steps, "xticklabels": list(map(name_of, steps))}
 
     def measured(name: str) -> Series:
         values = [bootstrap_interval(per_prompt(answers, MEASURES[name])) for answers in policies]

@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, Pref
     trainer_class = find_trainer(recipes.chosen("trainer", flags, recipe, DataArguments.trainer))
     if recipes.is_true(recipes.chosen("dry_run", flags, recipe)):
         flags = [*flags, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
-    classes = [DataArguments, trainer_class.config_class, ModelArguments]
+    classes: list[type] = [DataArguments, trainer_class.config_class, ModelArguments]
     return trainer_class, *config_files.parse(classes, flags, recipe)
 
 

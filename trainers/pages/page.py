@@ -6,13 +6,14 @@ A part that is plain text becomes a paragraph. Everything is escaped but what th
 """
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..runs.files import write_atomic
 
-_BLOCKS = (
+_BLOCKS: Any = (  # the template's macros are its attributes
     Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
