@@ -20,7 +20,7 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo benchmark test test-lowest test-distributed test-all check style clean
+.PHONY: help setup demo benchmark test test-lowest test-distributed test-all check style docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,16 +50,24 @@ test-all: $(READY)  ## run the slow tests and the table too (tests that need a G
 	$(BIN)/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
-check: $(READY)  ## lint and check the format, changing nothing
+check: $(READY)  ## lint, check the format and the types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(READY)  ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site's start page is the README; CONTRIBUTING.md and CHANGELOG.md are pages too.
+docs: $(READY)  ## build the pages as a site in site/, with links checked
+	$(PIP) install -c $(CONSTRAINTS) -e ".[docs]"
+	sed 's#(docs/#(#g' README.md > docs/index.md
+	cp CONTRIBUTING.md CHANGELOG.md docs/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml $(CONSTRAINTS)
