@@ -96,7 +96,7 @@ def curves(metrics: list[dict]) -> list[str]:
     charts = []
     for name, limit in {name: limit for name, _, limit, _ in RULES}.items():
         points = [(number, values[name]) for number, values in enumerate(metrics, 1) if name in values]
-        series = [Series(name, *zip(*points, strict=True))] if points else []
+        series = [Series(name, [x for x, _ in points], [y for _, y in points])]
         charts.append(plots.chart(name, "round", series, level=(limit, "limit"), ymargin=0.3))
     return charts
 
@@ -111,7 +111,7 @@ def histogram(last: Path) -> str:
         return ""
     figure, [axes] = plots.panels()
     bins = np.histogram_bin_edges([*inside, *outside], 20)
-    axes.hist([inside, outside], bins, stacked=True, color=COLOURS[:2], label=["kept", "dropped"])
+    axes.hist([inside, outside], list(bins), stacked=True, color=COLOURS[:2], label=["kept", "dropped"])
     fences = json.loads((last / "filter" / MANIFEST).read_text())["counts"]["fences"]
     for side in (fences["lower"], fences["upper"]):
         if side is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..config import option
+from ..config import JSON, option
 from ..dpo import DPOConfig
 from ..generation.options import read_mapping
 from ..generation.sampler import SamplingConfig
@@ -28,22 +28,22 @@ class SGPOConfig(DPOConfig):
 
     learning_rate: float = option(5e-7, "Peak learning rate of the DPO stage.", at_least=0)
     rounds: int = option(1, "How often to run all stages; may be raised later.", at_least=1)
-    sft: dict[str, Any] | str | None = option(
+    sft: JSON | None = option(
         None,
         "Supervised fine-tuning before the first round: {dataset_name, dataset_split, max_rows} and fields of TRL's "
         "SFTConfig; learning_rate 2e-5. Default: none, the model is fine-tuned already.",
     )
-    improver: dict[str, Any] | str | None = option(
+    improver: JSON = option(
         None,
         "Fields of TRL's SFTConfig that differ in the improver's training. Default: {learning_rate: 1e-5, max_length: "
         "twice that of the DPO stage}.",
     )
-    sampling: dict[str, Any] | str | None = option(
+    sampling: JSON = option(
         None,
         "How the policy's responses are drawn: {max_new_tokens, temperature, top_p, top_k, batch_size, dtype}. "
         "Default: 1024 tokens, temperature 0.8, top_p 0.95.",
     )
-    revision: dict[str, Any] | str | None = option(
+    revision: JSON = option(
         None, "The same for reviser and improver; the rest is as in `sampling`, but temperature 0.7."
     )
     reviser: str = option(

@@ -39,8 +39,8 @@ def read_data(args: SGPOConfig, data) -> Rows:
         ValueError: a split is missing, or has no row of its own.
     """
     held_out = _read(args, data, "test", needs_reference=False) or []
-    improver = _without(_read(args, data, "train"), held_out, "improver prompts are held out")
-    preferences = _read(args, data, "preferences", needs_reference=False)
+    improver = _without(_read(args, data, "train") or [], held_out, "improver prompts are held out")
+    preferences = _read(args, data, "preferences", needs_reference=False) or []
     preferences = _without(preferences, held_out, "preference prompts are held out")
     preferences = _without(preferences, improver, "preference prompts are the improver's")
     conversations = _read(args, data, "sft", repeats=True)
@@ -162,8 +162,8 @@ def _reference_column(columns: list[str], source: str, needed: bool) -> str | No
     return None
 
 
-def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
-    prompt = row.get("prompt")
+def _split(row: dict, column: str | None) -> tuple[Prompt, str | None]:
+    prompt = row.get("prompt") or ""
     if column is None:
         return prompt, None
     value = row[column] if column != BEST else None
@@ -178,7 +178,7 @@ def _split(row: dict, column: str | None) -> tuple[Prompt | None, str | None]:
     return (value[:-1] if len(value) > 1 else prompt), value[-1].get("content")
 
 
-def _fault(prompt: Prompt | None, reference: str | None) -> str | None:
+def _fault(prompt: Prompt, reference: str | None) -> str | None:
     if not prompt or not isinstance(prompt, str | list) or not all(m["content"].strip() for m in turns(prompt)):
         return "no prompt"
     return None if isinstance(reference, str) and reference.strip() else "no reference answer at the end"

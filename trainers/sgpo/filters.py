@@ -7,6 +7,7 @@ sides, is unknown; the factor 1.5 is Tukey's.
 import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,9 @@ def iqr_keep(values, factor: float = 1.5, side: str = "both", fewest: int = FEWE
     return np.isfinite(values) & (values >= fences.lower) & (values <= fences.upper)
 
 
-def filter_statistic(name: str, target_logps: list[list[float]], current_logps: list[list[float]]) -> list[float]:
+def filter_statistic(
+    name: str, target_logps: Sequence[Sequence[float]], current_logps: Sequence[Sequence[float]]
+) -> list[float]:
     """One number per example: `logp_gain`, the mean log-probability per token of the target minus that of the draft.
 
     Args:

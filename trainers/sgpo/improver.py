@@ -5,7 +5,9 @@ TRL averages the loss over the answer tokens of a batch, where the method sums o
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -39,7 +41,7 @@ def sft_config(args: TrainingArguments, options: dict, folder: Path, seed: int) 
     return SFTConfig(**{name: getattr(args, name) for name in shared} | {"max_length": None} | options | own)
 
 
-def tokenise(examples: list[Example], tokenizer) -> list[dict]:
+def tokenise(examples: Sequence[Example], tokenizer) -> list[dict]:
     """`prompt_ids` and `response_ids` of (prompt, answer), as the rest of the suite has them."""
     if not examples:
         return []
@@ -57,7 +59,7 @@ def fits(examples: list[Example], tokenizer, limit: int | None) -> list[bool]:
     return [limit is None or len(row["prompt_ids"]) + len(row["response_ids"]) <= limit for row in rows]
 
 
-def sft_rows(examples: list[Example], tokenizer, *, prefix: str = "") -> dict[str, list]:
+def sft_rows(examples: Sequence[Example], tokenizer, *, prefix: str = "") -> dict[str, list]:
     """Columns `input_ids` and `completion_mask` for TRL: 1 on the tokens of the answer."""
     rows = tokenise(examples, tokenizer)
     return {
@@ -93,9 +95,10 @@ class ImproverTrainer(SFTTrainer):
 
 
 def train_sft(model, tokenizer, config: SFTConfig, examples: list[Example], *, peft_config=None,
-              policy_examples: list[Example] = (), policy_weight: float = 0.0) -> None:  # fmt: skip
+              policy_examples: Sequence[Example] = (), policy_weight: float = 0.0) -> None:  # fmt: skip
     """Trains on (prompt, answer), from the last checkpoint of the folder if there is one, and saves the model."""
-    columns, trainer_class, more = sft_rows(examples, tokenizer), SFTTrainer, {}
+    columns, more = sft_rows(examples, tokenizer), dict[str, Any]()
+    trainer_class: type[SFTTrainer] = SFTTrainer
     if policy_weight:
         columns |= sft_rows(policy_examples, tokenizer, prefix=POLICY)
         trainer_class, more = ImproverTrainer, {"policy_weight": policy_weight}
@@ -103,7 +106,7 @@ def train_sft(model, tokenizer, config: SFTConfig, examples: list[Example], *, p
         model, args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
         peft_config=peft_config, **more,
     )  # fmt: skip
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(Path(config.output_dir)))
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(str(config.output_dir)))
     trainer.save_metrics("train", result.metrics)
     trainer.save_model()
     trainer.save_state()

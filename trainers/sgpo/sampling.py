@@ -56,7 +56,7 @@ class Sampler:
         rows = [row | {column: None, f"{column}_truncated": False} for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         drawn = collect_samples(
-            folder, lambda: self._load(name, None if model else start, options["dtype"]), [prompts[i] for i in at],
+            folder, lambda: self._load(name, None if model else start, options["dtype"]), [*at.values()],
             self.args.sampling_config(option), round=round, accelerator=self.processes,
         )  # fmt: skip
         free_memory()
@@ -82,6 +82,7 @@ class Sampler:
         return rows
 
     def _revise_outside(self, folder: Path, rows: list[dict]) -> list[dict]:
+        assert self.args.reviser_function is not None
         module, _, name = self.args.reviser_function.rpartition(".")
         function = getattr(importlib.import_module(module), name)
         columns = {"prompts": "prompt", "drafts": "current", "references": "reference"}
@@ -119,12 +120,12 @@ class Sampler:
 
         return VLLM(LLM(model=str(start or name), dtype=dtype or "auto"), AutoTokenizer.from_pretrained(name))
 
-    def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> list[int]:
+    def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> dict[int, Prompt]:
         limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
-        at = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        at = {i: prompt for i, prompt in enumerate(prompts) if prompt is not None}
         tokenizer = self.tokenizer if name == self.model else AutoTokenizer.from_pretrained(name)
-        encoded = encode_prompts(tokenizer, [prompts[i] for i in at])
-        return [i for i, ids in zip(at, encoded, strict=True) if limit is None or len(ids) + new_tokens <= limit]
+        lengths = map(len, encode_prompts(tokenizer, [*at.values()]))
+        return {i: at[i] for i, n in zip(at, lengths, strict=True) if limit is None or n + new_tokens <= limit}
 
 
 def reference_answer(prompts: list, drafts: list[str], references: list[str]) -> list[str | None]:

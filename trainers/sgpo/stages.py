@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import AutoTokenizer
 
 from ..forward.policy import set_pad_token
@@ -62,8 +63,8 @@ class Run:
     model: str
     rows: Rows
     quantization_config: object = None
-    peft_config: object = None
-    dataset: str | None = None
+    peft_config: PeftConfig | None = None
+    dataset: str | list[str] | None = None
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self):
@@ -192,6 +193,7 @@ class Run:
         )  # fmt: skip
 
     def _sft(self, index: int, folder: Path) -> dict:
+        assert self.rows.conversations is not None
         examples = [(row["prompt"], row["reference"]) for row in self.rows.conversations]
         kept = fits(examples, self.tokenizer, (self.args.sft or {}).get("max_length", self.args.max_length))
         counts = count_drops([None if fit else filters.TOO_LONG for fit in kept])
@@ -260,7 +262,7 @@ class Run:
         ratios = [
             [edit_metrics(row[name], row["target"]).ratio for name in ("reference", "current")] for row in revised
         ]
-        counts = {"drafts": len(rows), "usable_drafts": len(usable), "revised": len(revised)}
+        counts: dict[str, float] = {"drafts": len(rows), "usable_drafts": len(usable), "revised": len(revised)}
         counts |= {"closer_to_reference": float(np.mean([a < b for a, b in ratios]))} if ratios else {}
         return counts | rewrite_metrics(rows, "current", "target")
 
@@ -296,8 +298,9 @@ class Run:
     def _pairs(self, index: int, folder: Path) -> dict:
         rows = self._rewrite(folder, self.at("improver", index) / MODEL, self.rows.preferences, index)
         reasons = [column_fault(row, "rejected") or column_fault(row, "chosen", "rejected") for row in rows]
-        for name in ("chosen", "rejected"):
-            self._mark_long(rows, reasons, lambda row, name=name: (row["prompt"], row[name]), self.args.max_length)
+        longest = self.args.max_length
+        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["chosen"]), longest)
+        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["rejected"]), longest)
         return self._write_kept(folder, rows, reasons) | rewrite_metrics(rows, "rejected", "chosen")
 
     def _rewrite(self, folder: Path, model: Path | None, rows: list[dict], index: int) -> list[dict]:
@@ -331,13 +334,13 @@ class Run:
 
     def _scores(self, folder: Path, name: str, rows: list[dict]) -> dict:
         """Mean score of chosen minus rejected with its interval over prompts; empty without a scorer."""
-        rows = [row for row in rows if row["chosen"] is not None]
-        if self.args.scorer is None or not rows:
+        rows, scorer = [row for row in rows if row["chosen"] is not None], self.args.scorer
+        if scorer is None or not rows:
             return {}
         folder = folder / f"{name}-scores"
         folder.mkdir(exist_ok=True)
         scores = collect_scores(
-            folder, lambda: load_scorer(self.args.scorer, device=self.processes.device),
+            folder, lambda: load_scorer(scorer, device=self.processes.device),
             [row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows],
             columns={"reference": [row["reference"] for row in rows]}, accelerator=self.processes,
         )  # fmt: skip

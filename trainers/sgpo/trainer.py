@@ -12,6 +12,7 @@ import itertools
 from datasets import Dataset
 from torch import Tensor
 
+from ..config import PreferenceConfig
 from ..data.load import name_of
 from ..dpo import DPOTrainer, dpo_loss
 from ..forward.run import agreement
@@ -46,6 +47,7 @@ def sgpo_loss(
     losses = dpo_loss(logratios, scores, mask, beta=beta, **options)
     if not sft_weight:
         return losses
+    assert logps is not None and lengths is not None
     best = best_and_worst(scores, mask)[0].unsqueeze(-1)
     return losses - sft_weight * (logps.gather(-1, best) / lengths.gather(-1, best).clamp(min=1)).squeeze(-1)
 
@@ -61,6 +63,7 @@ class SGPOTrainer(DPOTrainer):
     """
 
     config_class = SGPOConfig
+    args: SGPOConfig
     method = "SGPO"
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
     unsupported_engines = ("fsdp", "zero3")
@@ -69,6 +72,7 @@ class SGPOTrainer(DPOTrainer):
         if args is not None and args.ref == "initial" and ref_model is None:
             raise ValueError("ref='initial' has no effect without ref_model: hand over the model before all rounds.")
         super().__init__(model, ref_model, args, *more, **kwargs)
+        assert self.reference is not None
         self._starts_at_reference = not self.reference.given
 
     def loss(self, batch, policy, reference):
@@ -99,7 +103,7 @@ class SGPOTrainer(DPOTrainer):
             )
 
     @classmethod
-    def run(cls, args: SGPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> None:
+    def run(cls, args: PreferenceConfig, data, model: str, *, quantization_config=None, peft_config=None) -> None:
         """All stages in `args.output_dir`, where the last policy lies in the end; it goes on from what is done.
 
         Args:
@@ -111,6 +115,7 @@ class SGPOTrainer(DPOTrainer):
         Raises:
             ValueError: what cannot be run; a stage of other settings; no row is left.
         """
+        assert isinstance(args, SGPOConfig)
         refuse_unsupported(args, "SGPO")
         if args.save_only_model:
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
@@ -121,17 +126,19 @@ class SGPOTrainer(DPOTrainer):
         Run(cls, args, model, read_data(args, data), quantization_config, peft_config, name_of(data)).run()
 
     @classmethod
-    def probed(cls, args: SGPOConfig, rows: Dataset):
+    def probed(cls, args: PreferenceConfig, rows: Dataset):
         """The DPO stage; the model before all rounds, which `ref: initial` asks for, is there in the run alone."""
+        assert isinstance(args, SGPOConfig)
         args.ref = "improved"
         return cls, args, rows
 
     @classmethod
-    def planned_rows(cls, args: SGPOConfig, data) -> tuple[Dataset, list[str]]:
+    def planned_rows(cls, args: PreferenceConfig, data) -> tuple[Dataset, list[str]]:
         """Rows in place of the pairs, which do not exist before the run, and what to know of them; for `--dry_run`.
 
         Each prompt of the pairs has two reference answers of the improver's rows for its two responses.
         """
+        assert isinstance(args, SGPOConfig)
         rows = read_data(args, data)
         answers = [row["reference"] for row in rows.improver]
         pairs = [

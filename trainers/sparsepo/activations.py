@@ -80,13 +80,14 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
         ValueError: the model's blocks are built in another way than those in `STYLES`.
     """
     base = model.base_model
-    style = next((style for style in STYLES.values() if _fits(base, style)), None)
+    style = next((style for style in STYLES.values() if _fits(model, style)), None)
     if style is None:
         raise ValueError(
             f"mask='activations' knows the blocks of {', '.join(STYLES)}, and {type(model).__name__} has others: use "
             "mask='learned', which works with every model."
         )
     blocks = base.get_submodule(style.blocks)
+    assert isinstance(blocks, nn.ModuleList)  # as it fits
     sites = [Site("residual", "embedding", blocks[0], incoming=True)]
     for i, block in enumerate(blocks):
         for kind, path, incoming in style.places(_parallel(block)):
@@ -95,8 +96,8 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     return [*sites, Site("residual", style.last_norm, base.get_submodule(style.last_norm))]
 
 
-def _fits(base: nn.Module, style: Style) -> bool:
-    modules = dict(base.named_modules())
+def _fits(model: PreTrainedModel, style: Style) -> bool:
+    modules = dict(model.base_model.named_modules())
     blocks = modules.get(style.blocks)
     if not isinstance(blocks, nn.ModuleList) or style.last_norm not in modules:
         return False
@@ -105,7 +106,7 @@ def _fits(base: nn.Module, style: Style) -> bool:
     norms = {name for name, _ in blocks[0].named_children() if "norm" in name or name.startswith("ln_")}
     if norms != {*style.norms} or any(path not in parts for _, path, _ in style.places(_parallel(blocks[0]))):
         return False
-    return len(style.projections) > 1 or _width(parts[f"{style.attention}.{style.projections[0]}"]) == 3 * _size(base)
+    return len(style.projections) > 1 or _width(parts[f"{style.attention}.{style.projections[0]}"]) == 3 * _size(model)
 
 
 def _parallel(block: nn.Module) -> bool:
@@ -126,11 +127,11 @@ def _split(block: nn.Module, style: Style) -> Callable[[Tensor], tuple[Tensor, .
 
 def _width(projection: nn.Module) -> int:
     layer = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
-    return getattr(layer, "nf", None) or layer.out_features
+    return getattr(layer, "nf", 0) or getattr(layer, "out_features", 0)
 
 
-def _size(base: PreTrainedModel) -> int:
-    return base.config.get_text_config().hidden_size
+def _size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().hidden_size
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class MaskHead(nn.Module):
         scale, shift, weight, bias, mixer = (
             p.to(wide) for p in (self.scale, self.shift, self.weight, self.bias, self.mixer)
         )
-        total = 0.0
+        total = states.new_zeros(states.size(1), dtype=wide)
         for i, layer in enumerate(states):
             # w.(scale x + shift) as x.(scale w) + w.shift: of (L,N,H) numbers only x is kept for the backward pass.
             x = layer_norm(layer.to(wide), (len(scale),), eps=self.eps)

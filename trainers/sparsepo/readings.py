@@ -1,7 +1,7 @@
 """What token masks and the KL need from one forward of the reference and one of the policy."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,9 @@ class ReadReference:
     activations: bool = False
 
     def __call__(self, this: Pass) -> dict[str, Tensor]:
-        recording = recorded(find_sites(this.model), this.select) if self.activations else nullcontext({})
+        recording: AbstractContextManager[dict[str, list[Tensor]]] = (
+            recorded(find_sites(this.model), this.select) if self.activations else nullcontext({})
+        )
         with recording as means:
             output = this.body(output_hidden_states=self.layers)
         hidden = this.select(output.last_hidden_state)

@@ -123,6 +123,7 @@ class SparsePOTrainer(PreferenceTrainer):
     """
 
     config_class = SparsePOConfig
+    args: SparsePOConfig
     method = "SparsePO"
     paper = ("SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks", "2410.05102")
     reference_per_token = True
@@ -229,10 +230,11 @@ class SparsePOTrainer(PreferenceTrainer):
     # The reference's head and the mask heads.
 
     def _prepare_masks(self) -> None:
-        args, policy = self.args, policies.base_model(self.model)
-        source = self.accelerator.unwrap_model(self.reference.model) if self.reference.own else self.model
+        args, policy, given = self.args, policies.base_model(self.model), self.reference
+        assert given is not None
+        source = self.accelerator.unwrap_model(given.model) if given.own else self.model
         reference = policies.base_model(source)
-        with_adapter = self.reference.own and source is not reference or self.reference.adapter is not None
+        with_adapter = given.own and source is not reference or given.adapter is not None
         self._frozen = frozen_head(reference, args.device, with_adapter=with_adapter)
         check_vocabulary(policy, reference)
         if args.mask == "activations":

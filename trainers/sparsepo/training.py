@@ -43,7 +43,8 @@ def add_heads(policy: PreTrainedModel, reference: PreTrainedModel, names: list[s
 
 def regroup(optimizer: torch.optim.Optimizer, model, heads: MaskHeads, *, learning_rate: float, weight_decay: float):
     """Move the heads' parameters, found by name in `model`, into two groups of their own, with and without decay."""
-    decayed, groups = heads.decayed(), {True: [], False: []}
+    decayed = heads.decayed()
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if f"{ATTRIBUTE}." in name:
             groups[name.partition(f"{ATTRIBUTE}.")[2] in decayed].append(parameter)
