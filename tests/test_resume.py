@@ -205,6 +205,14 @@ def saved(make, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("case", ["SWEPO lora", "SWEPO pretrained"])
+def test_an_adapter_whose_weights_have_other_names_never_starts_afresh(case, saved, make):
+    path = saved(case) / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "query"): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="of another adapter.*q_proj"):
+        make(case).train(resume_from_checkpoint=True)
+
+
 def test_an_adapter_is_gone_on_from_under_its_own_name_only(saved, make):
     checkpoint = saved("LIRE pretrained", name="policy")
     assert (checkpoint / "policy" / "adapter_model.safetensors").is_file()

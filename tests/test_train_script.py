@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import rows
+from trainers import SWEPOTrainer
 from trainers.cli import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,17 @@ def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys):
     assert contents(tmp_path) == before and "is finished: nothing is trained" in capsys.readouterr().out
     run(inputs, tmp_path, resume_from_checkpoint=True, max_steps=4)
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_prolonged_run_that_a_kill_cut_short_is_not_finished(inputs, tmp_path, monkeypatch):
+    run(inputs, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(SWEPOTrainer, "log_metrics", lambda *arguments: 1 / 0)  # after the last step and its checkpoint
+        with pytest.raises(ZeroDivisionError):
+            run(inputs, tmp_path, resume_from_checkpoint=True, max_steps=4)
+    run(inputs, tmp_path, resume_from_checkpoint=True, max_steps=4)
+    model, last = (load_file(tmp_path / at / "model.safetensors") for at in ("", "checkpoint-4"))
+    assert all(torch.equal(model[name], last[name]) for name in last)
 
 
 def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(inputs, tmp_path):

@@ -10,7 +10,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
@@ -77,7 +78,8 @@ def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
         trained = state["global_step"] >= args.max_steps
     else:
         trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
-    return trained and (Path(args.output_dir) / "README.md").is_file()
+    card = Path(args.output_dir) / "README.md"  # an older one is that of a run that was prolonged
+    return trained and card.is_file() and card.stat().st_mtime >= (Path(checkpoint) / STATE).stat().st_mtime
 
 
 # What is in them.
@@ -103,8 +105,8 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
         engine: "deepspeed" or "fsdp", which keep weights in files of their own, or None.
 
     Raises:
-        ValueError: the folder is not a whole checkpoint, belongs to a run with other settings, or lacks the adapter or
-            the state of optimizer, learning rate or random numbers.
+        ValueError: the folder is not a whole checkpoint, belongs to a run with other settings, holds another adapter,
+            or lacks the adapter or the state of optimizer, learning rate or random numbers.
     """
     folder = Path(checkpoint)
     if not is_complete(folder):
@@ -125,6 +127,20 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
                 f"resume_from_checkpoint: {folder} has no {pattern}, so {what} would start anew (save_only_model "
                 "leaves it out): put the file back, go on under the same engine, or take another checkpoint."
             )
+    if isinstance(model, PeftModel) and engine is None:
+        _check_names(folder / own / ADAPTER, model)
+
+
+def _check_names(path: Path, model: PeftModel) -> None:
+    """PEFT would warn of weights that are missing or left over, and go on with fresh ones."""
+    with safe_open(path, "pt") as file:
+        saved = {*file.keys()}
+    own = {*get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)}
+    if wrong := sorted(own - saved) or sorted(name for name in saved - own if ".lora_" in name):
+        raise ValueError(
+            f"resume_from_checkpoint: {path} is of another adapter: {len(wrong)} weights differ by name, such as "
+            f"{wrong[0]}. Pass the same peft_config as in the saved run."
+        )
 
 
 def refuse_other_run(checkpoint: str | Path, settings: dict) -> None:
