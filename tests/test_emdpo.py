@@ -198,3 +198,5 @@ def test_other_settings_are_refused_by_name(tmp_path, start):
         em(tmp_path, start, rounds=1, beta=0.2).train()
     with pytest.raises(ValueError, match=r"training rows are others"):
         em(tmp_path, start, opposed_rows()[:-1], rounds=1).train()
+    with pytest.raises(ValueError, match=r"model_init_kwargs was None and is \{'dtype': 'bfloat16'\}"):
+        em(tmp_path, start, rounds=1, model_init_kwargs={"dtype": "bfloat16"}).train()

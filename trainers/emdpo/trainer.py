@@ -29,7 +29,7 @@ from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import write_atomic, write_json
 from ..runs.processes import Processes, free_memory
-from ..runs.settings import digest, model_fingerprint, plain, rows_digest, run_settings
+from ..runs.settings import digest, model_fingerprint, plain, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
 from . import tables
 from .annotators import Judged
@@ -235,11 +235,9 @@ class EMDPOTrainer(TypePolicyTrainer):
         if reference is not None:
             path = isinstance(reference, str)
             reference = model_fingerprint(reference) or reference if path else weights_digest(reference, adapter=None)
-        start = {
-            "model": self._name if self._given_weights is None else None,
-            "model files": self._given_weights or model_fingerprint(self._name),
-            "reference": reference,
-        }
+        start = policy_settings(self._name, self._quantization_config, self._init_kwargs) | {"reference": reference}
+        if self._given_weights is not None:
+            start["model files"] = self._given_weights
         return run_settings(self.args, free=FREE, adapter=self._peft_config, **start, **rows)
 
     def _publish(self, folder: Path, runs: list[list[Round]], rounds: list[Round]) -> None:
