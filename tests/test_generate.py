@@ -18,7 +18,7 @@ from distributed_matrix import torchrun
 from helpers import family_tokenizer, tiny_llama
 from scripts import get_smollm2
 from trainers.cli import generate
-from trainers.generation import Sample, SamplingConfig, sample_responses
+from trainers.generation import Sample, SamplingConfig, sample_responses, start
 from trainers.generation.collect import collect_samples, summarize
 from trainers.generation.rewards import vader_sentiment
 from trainers.runs import files as journal
@@ -179,6 +179,22 @@ def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs
         run(arguments(inputs, tmp_path / "out.jsonl", max_new_tokens=600))
     run(arguments(inputs, tmp_path / "out.jsonl"))
     assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
+
+
+def test_samples_without_their_settings_are_not_mixed_with_new_ones(inputs, parts, tmp_path):
+    """A kill amid the deletion of the parts leaves such a folder."""
+    shutil.copytree(parts[0], tmp_path / "out.jsonl.parts")
+    (tmp_path / "out.jsonl.parts/settings.json").unlink()
+    with pytest.raises(ValueError, match="no settings.json that says how they were made"):
+        run(arguments(inputs, tmp_path / "out.jsonl", seed=1))
+    run(arguments(inputs, tmp_path / "out.jsonl", seed=1, overwrite=True))
+
+
+def test_a_machine_that_is_fast_in_another_dtype_does_not_go_on(inputs, tmp_path, monkeypatch):
+    run(arguments(inputs, tmp_path / "out.jsonl", dtype="float32"))
+    monkeypatch.setattr(start, "settle_dtype", lambda dtype, device: ("bfloat16", ""))
+    with pytest.raises(ValueError, match="dtype was 'float32' and is 'bfloat16'"):
+        run(arguments(inputs, tmp_path / "out.jsonl", dtype="fast"))
 
 
 def test_several_scorers_with_weights(inputs, tmp_path):

@@ -35,7 +35,7 @@ from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer
-from .generation.start import load_for_sampling, load_start
+from .generation.start import dtype_for_all, load_for_sampling, load_start
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
 from .runs.processes import uses_fsdp
@@ -72,6 +72,8 @@ def run(
     """
     refuse_unsupported(args)
     options = EnhanceOptions.parse(args.self_enhance)
+    if options.dtype is not None:  # one that holds on another machine too
+        options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
     check_scorer(options.scorer)  # before anything is sampled for it
     rows, held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
     keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
 
 def load_policy(args: GenerateArguments, device) -> HuggingFace:
     """The policy on its device, with the tokenizer beside it."""
-    options = {"init_kwargs": {"dtype": dtype_for_all(args.dtype, device)}}
+    options = {"init_kwargs": {"dtype": args.dtype}}
     model = policies.load_adapter(args.model, **options) or policies.load_policy(args.model, **options)
     return HuggingFace(model.to(device), AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
 
@@ -100,6 +100,7 @@ def generate(args: GenerateArguments) -> dict:
         ValueError: the output, or what is there of it, was made with other settings or by something else.
     """
     processes, scorer, rows = Processes(), parse_scorers(args.scorer), load_prompts(args)
+    args = replace(args, dtype=dtype_for_all(args.dtype, processes.device))  # its settings hold on another machine too
     check_scorer(scorer)
     output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
     stage = Stage(parts, settings_of(args, rows), processes=processes, ways_out=WAYS_OUT)

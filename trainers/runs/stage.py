@@ -21,6 +21,7 @@ from .settings import WEIGHTS, digest, fingerprint, plain, refuse_other_settings
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
+JOURNALS = "*-?????.jsonl"
 WAYS_OUT = "choose another output_dir"
 
 
@@ -61,7 +62,7 @@ class Stage:
         """Writes the settings and returns the folder; those of a stage that failed before it made anything go.
 
         Raises:
-            ValueError: there is work that was made with other settings.
+            ValueError: there is work that was made with other settings, or with unknown ones.
         """
 
         def write() -> None:
@@ -69,6 +70,11 @@ class Stage:
             write_json(self.folder / self.settings_name, {"settings": self.settings, "hash": self.key})
 
         path = self.folder / self.settings_name
+        if not path.exists() and any(self.folder.glob(JOURNALS)):
+            raise ValueError(
+                f"{self.folder} holds samples or scores, but no {path.name} that says how they were made: "
+                f"{self.ways_out}, or remove that folder."
+            )
         self.processes.main(lambda: None if path.exists() and self._has_work() else write())
         self._check()
         return self.folder
