@@ -80,3 +80,15 @@ def test_keywords_are_json_on_the_command_line():
     assert args.model_init_kwargs == {"dtype": "float32"}
     with pytest.raises(ValueError, match="chat_template_kwargs.*JSON"):
         PreferenceConfig(output_dir="unused", use_cpu=True, chat_template_kwargs="enable_thinking: false")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gradient_accumulation_steps": -1},
+        {"train_sampling_strategy": "sequential", "max_tokens_per_batch": 64},
+    ],
+)
+def test_what_would_train_on_nothing_or_in_another_order_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+        PreferenceConfig(output_dir="unused", use_cpu=True, **wrong)

@@ -129,3 +129,21 @@ def test_a_run_after_a_probe_is_the_run_without_it(folder, tmp_path):
     launch(folder, tmp_path / "after")
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+
+
+class Columns(SWEPOTrainer):
+    """A method whose loss reads a column of its own."""
+
+    columns = ("factor",)
+
+    def loss(self, batch, policy, reference):
+        losses, metrics = super().loss(batch, policy, reference)
+        return losses * batch["factor"], metrics
+
+
+def test_a_method_with_columns_of_its_own_is_probed(folder, tmp_path, capsys):
+    dataset = Dataset.from_list([row | {"factor": 2.0} for row in rows(8)])
+    dataset.to_json(tmp_path / "rows.jsonl")
+    launch(folder, tmp_path / "out", probe=True, eval_on_start=True, trainer="test_probe.Columns",
+           dataset_name=tmp_path / "rows.jsonl")  # fmt: skip
+    assert "GiB at the peak" in capsys.readouterr().out

@@ -6,7 +6,9 @@ import pytest
 from datasets import Dataset
 
 from trainers.cli.sgpo_report import word_diff, write_report
-from trainers.sgpo import SGPOConfig
+from trainers.data.load import read_dataset
+from trainers.runs.processes import Processes
+from trainers.sgpo import SGPOConfig, sampling
 from trainers.sgpo.data import read_data, read_rows
 from trainers.sgpo.monitor import alarms, dpo_metrics
 
@@ -85,6 +87,34 @@ def test_faults_of_rows(tmp_path, caplog):
         read_rows(Dataset.from_list(rows), config(tmp_path))
     with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
         read_rows(Dataset.from_list([row | {"tools": ["x"]} for row in rows]), args)
+
+
+def test_a_row_of_a_json_file_may_lack_the_reference(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Hi", "chosen": "2024-01-01"}\n{"prompt": "Yo"}\n')
+    found = read_rows(read_dataset(str(path), "train"), config(tmp_path))
+    assert (
+        found == [{"prompt": "Hi", "reference": "2024-01-01"}] and "1 (no reference answer at the end)" in caplog.text
+    )
+
+
+def test_limits_hold_for_rows_that_are_handed_over(tmp_path):
+    rows = {
+        name: Dataset.from_list([{"prompt": f"{name} {i}", "chosen": "a"} for i in range(5)])
+        for name in ("train", "preferences", "sft")
+    }
+    found = read_data(config(tmp_path, max_preference_rows=2, sft={"max_rows": 3}), rows)
+    assert [len(part) for part in (found.improver, found.preferences, found.conversations)] == [5, 2, 3]
+
+
+@pytest.mark.parametrize("given", ["abc", {"x": 0, "y": 1, "z": 2}, [1, 2, 3], ["a", "b"], None])
+def test_what_no_reviser_may_give_is_refused_and_not_kept(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "reference_answer", lambda prompts, drafts, references: given)
+    args = config(tmp_path, reviser="external", reviser_function="trainers.sgpo.sampling.reference_answer")
+    rows = [{"prompt": "Hi", "current": "a", "reference": "b"}] * 3
+    with pytest.raises(ValueError, match="reviser_function gave .* for 3 drafts"):
+        sampling.Sampler(args, "no model", None, Processes()).revise(tmp_path, rows, None, 0)
+    assert not any(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
 
 
 def test_no_prompt_is_in_two_splits(tmp_path):

@@ -148,6 +148,13 @@ class PreferenceConfig(TrainingArguments):
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
+        if self.gradient_accumulation_steps < 1:  # the Trainer would end without a step
+            raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1.")
+        if self.max_tokens_per_batch is not None and self.train_sampling_strategy == "sequential":
+            raise ValueError(
+                "train_sampling_strategy='sequential' has no effect on batches by token budget, whose order is "
+                "random: leave it out, or max_tokens_per_batch."
+            )
         if self.torch_compile and Version(torch.__version__) < COMPILES:
             raise ValueError(
                 f"torch_compile=True gives other losses with torch {torch.__version__}: set it to false, or install "

@@ -57,7 +57,8 @@ def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, 
     """Makes the steps and gives the report; every process of a run calls it, with the launcher's arguments."""
     planned, notes = trainer_class.planned_rows(args, data)
     tokenizer = load_tokenizer(model_args, args)
-    rows = prepare_rows(load_split(data, args, "train") if planned is None else planned, tokenizer, args)
+    rows = load_split(data, args, "train") if planned is None else planned
+    rows = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
     trainer_class.check_rows(rows, args, training=True)
     lengths = token_lengths(rows)
     batches = plan_batches(lengths, args, args.world_size)
@@ -101,7 +102,7 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         args.max_steps, args.report_to, args.disable_tqdm, args.do_eval = len(steps), [], True, False
         args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
         args.logging_strategy, args.logging_first_step = IntervalStrategy.NO, False
-        args.push_to_hub = args.load_best_model_at_end = False
+        args.push_to_hub = args.load_best_model_at_end = args.eval_on_start = False
         args.self_enhance = None
         clock = Clock(args.device)
         trainer = Probing(

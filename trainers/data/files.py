@@ -88,6 +88,8 @@ def in_split(splits: dict[str, Dataset] | dict[str, JsonRows], split: str, path:
 
 def _files_of(folder: Path, options: dict) -> dict[str, list[Path]]:
     """The files of each split; `datasets` passes over those of other kinds and names, which are named in the log."""
+    if any(letter in str(folder) for letter in "*?["):  # `datasets` would read those of another folder
+        raise ValueError(f"{str(folder)!r} reads as a pattern of names: rename {folder.name!r} without *, ? and [.")
     splits = load_dataset_builder(str(folder), **options).config.data_files
     files = {str(name): [Path(file) for file in some if kind_of(Path(file))] for name, some in splits.items()}
     files = {name: some for name, some in files.items() if some}

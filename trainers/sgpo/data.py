@@ -53,12 +53,19 @@ def read_data(args: SGPOConfig, data) -> Rows:
 
 def _read(args: SGPOConfig, data, split: str, **options) -> list[dict] | None:
     with args.main_process_first(desc=f"reading {split}"):
-        dataset = _canonical(data.get(split), args) if isinstance(data, Mapping) else _load(args, data, split)
+        dataset = _handed_over(args, data, split) if isinstance(data, Mapping) else _load(args, data, split)
         if dataset is not None:
             return read_rows(dataset, args, title=split, **options)
     if split in ("train", "preferences") or (split == "sft" and args.sft is not None):
         raise ValueError(f"the rows of {split} are missing: name their data set and split, or hand them over.")
     return None
+
+
+def _handed_over(args: SGPOConfig, data: Mapping, split: str) -> Dataset | None:
+    """The split of a mapping, as far as the limits of the preference stage and of `sft` go."""
+    dataset = data.get(split)
+    limit = {"preferences": args.max_preference_rows, "sft": (args.sft or {}).get("max_rows")}.get(split)
+    return _canonical(dataset if dataset is None else _first(dataset, limit), args)
 
 
 def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
@@ -80,7 +87,11 @@ def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     if data_format is not None:
         return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
     dataset = read_dataset(name, part, **options)
-    return _canonical(dataset if limit is None else dataset.select(range(min(limit, len(dataset)))), args)
+    return _canonical(_first(dataset, limit), args)
+
+
+def _first(dataset, limit: int | None):
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def _canonical(dataset: Dataset | None, args: SGPOConfig) -> Dataset | None:
@@ -166,7 +177,7 @@ def _split(row: dict, column: str | None) -> tuple[Prompt, str | None]:
     prompt = row.get("prompt") or ""
     if column is None:
         return prompt, None
-    value = row[column] if column != BEST else None
+    value = row.get(column)  # a row of a JSON file may lack it
     if column == BEST:
         whole = [k for k, cut in enumerate(unfinished(row)) if not cut]
         value = row["responses"][max(whole, key=row["scores"].__getitem__)] if whole else None

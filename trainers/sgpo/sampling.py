@@ -88,7 +88,18 @@ class Sampler:
         columns = {"prompts": "prompt", "drafts": "current", "references": "reference"}
 
         def make(at: list[int]) -> list[str | None]:
-            return function(**{key: [rows[i][column] for i in at] for key, column in columns.items()})
+            texts = function(**{key: [rows[i][column] for i in at] for key, column in columns.items()})
+            # A text has items too, which would become one revision each.
+            if (
+                not isinstance(texts, list | tuple)
+                or len(texts) != len(at)
+                or not all(isinstance(text, str | None) for text in texts)
+            ):
+                raise ValueError(
+                    f"reviser_function gave {texts!r:.100} for {len(at)} drafts: it must return a list with a text, "
+                    "or None, for each."
+                )
+            return list(texts)
 
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(folder, "revisions", self.processes)
