@@ -153,6 +153,11 @@ def test_names_with_brackets(tmp_path):
     Dataset.from_list([ROW] * 2).to_parquet(tmp_path / "a1.parquet")
     write(tmp_path / "b[1].jsonl", [ROW])
     assert len(load_preferences(tmp_path / "a[1].parquet")) == len(load_preferences(tmp_path / "b[1].jsonl")) == 1
+    for name in ("c[1]", "c1"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", [ROW])
+    with pytest.raises(ValueError, match="rename 'c.1.'"):
+        load_preferences(tmp_path / "c[1]")
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
