@@ -29,21 +29,22 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     heads, scale = query.size(1), kwargs.get("scaling")
     in_trunks = branches.trunk[0] * branches.trunk[1]
     sizes = [in_trunks, *(mask.size(0) * mask.size(2) for mask in branches.masks)]
-    queries = _ToSlots.apply(query[0].transpose(0, 1), branches.queries).split(sizes)  # (slots,H,D) each
+    queries = _to_slots(query, branches.queries).split(sizes)  # (slots,H,D) each
     (trunk_k, k), (trunk_v, v) = (_trunks_and_branches(x, branches) for x in (key, value))
     pieces = []
     if in_trunks:
         q = queries[0].view(*branches.trunk, heads, -1)
         pieces.append(_sdpa(q, _per_head(trunk_k, heads), _per_head(trunk_v, heads), scale, is_causal=True))
-        k = torch.cat([_ToOwners.apply(trunk_k, branches.owner), k], 1)
-        v = torch.cat([_ToOwners.apply(trunk_v, branches.owner), v], 1)
+        k = torch.cat([trunk_k.index_select(0, branches.owner), k], 1)
+        v = torch.cat([trunk_v.index_select(0, branches.owner), v], 1)
     k, v = _per_head(k, heads), _per_head(v, heads)
     for q, mask in zip(queries[1:], branches.masks, strict=True):
         count, _, steps, seen = mask.shape
         q = q.view(count, steps, heads, -1)
         pieces.append(_sdpa(q, k[:count, :, :seen], v[:count, :, :seen], scale, attn_mask=mask))
     flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
-    return _FromSlots.apply(flat, branches.queries).unsqueeze(0), None
+    slots = branches.queries
+    return _Move.apply(flat, slots.slot, slots.token, slots.real).unsqueeze(0), None
 
 
 def flex_mask(branches: Branches) -> BlockMask:
@@ -62,52 +63,30 @@ def flex_mask(branches: Branches) -> BlockMask:
 
 def _trunks_and_branches(x: Tensor, branches: Branches) -> tuple[Tensor, Tensor]:
     """Keys or values of a packed row (1,G,T,D) -> trunks (B,S,G,D) and branches (M,R,G,D)."""
-    x = _ToSlots.apply(x[0].transpose(0, 1), branches.keys)
+    x = _to_slots(x, branches.keys)
     trunk, branch = x.split([branches.trunk[0] * branches.trunk[1], branches.branch[0] * branches.branch[1]])
     return trunk.view(*branches.trunk, *x.shape[1:]), branch.view(*branches.branch, *x.shape[1:])
 
 
-class _ToSlots(torch.autograd.Function):
-    """Tokens (T, ...) to slots. Its gradient gathers again, where that of indexing would scatter and add."""
+class _Move(torch.autograd.Function):
+    """Tokens to slots, or back. Its gradient gathers again, where that of indexing would scatter and add."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, slots: Slots) -> Tensor:
-        ctx.save_for_backward(slots.slot)
-        return x.index_select(0, slots.token)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (slot,) = ctx.saved_tensors
-        return grad.index_select(0, slot), None
-
-
-class _FromSlots(torch.autograd.Function):
-    """Slots back to tokens (T, ...); padded slots get no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slots: Slots) -> Tensor:
-        ctx.save_for_backward(slots.token, slots.real)
-        return x.index_select(0, slots.slot)
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, real: Tensor | None) -> Tensor:
+        """x (n, ...) at `there`; `back` is where to each of the n went, `real` (n,) which of them counts."""
+        ctx.save_for_backward(back, real)
+        return x.index_select(0, there)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        token, real = ctx.saved_tensors
-        return grad.index_select(0, token) * real.view(-1, *[1] * (grad.dim() - 1)), None
+        back, real = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        return grad if real is None else grad * real.view(-1, *[1] * (grad.dim() - 1)), None, None, None
 
 
-class _ToOwners(torch.autograd.Function):
-    """A trunk (B, ...) for each of its branches (M, ...)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, owner: Tensor) -> Tensor:
-        ctx.save_for_backward(owner)
-        ctx.prompts = len(x)
-        return x.index_select(0, owner)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (owner,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.prompts, *grad.shape[1:]).index_add_(0, owner, grad), None
+def _to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """(1,H,T,D) -> (slots,H,D)."""
+    return _Move.apply(x[0].transpose(0, 1), slots.token, slots.slot, None)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

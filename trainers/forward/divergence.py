@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .head import (
@@ -22,8 +21,10 @@ from .head import (
     HeadGradients,
     LogitRule,
     Pass,
+    by_chunk,
     call_head,
     chunk_size,
+    fused,
     is_plain,
     linear,
     logit_rule,
@@ -121,14 +122,8 @@ def logps_and_kl(this: Pass, hidden: Tensor, frozen: FrozenHead, frozen_hidden: 
 
 
 def _linear_kl(head: nn.Linear, this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project, hidden):
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        frozen_hidden = frozen_hidden.to(hidden.dtype)
-        return _LinearKL.apply(
-            hidden, head.weight, head.bias, this.targets, frozen_hidden, frozen.weight, frozen.bias, size
-        )
+    theirs = frozen_hidden, frozen.weight, frozen.bias
+    return fused(_LinearKL.apply, hidden, head.weight, head.bias, this.targets, *theirs, size)
 
 
 def _module_kl(head: nn.Module, this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project, hidden):
@@ -139,12 +134,8 @@ def _module_kl(head: nn.Module, this: Pass, size: int, frozen: FrozenHead, froze
         theirs = frozen.logits(frozen_chunk).log_softmax(-1)
         return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1), (theirs.exp() * (theirs - logps)).sum(-1)
 
-    pieces = list(zip(*(x.split(size) for x in (hidden, this.targets, frozen_hidden)), strict=True))
-    if torch.is_grad_enabled():
-        found = [checkpoint(both, *piece, use_reentrant=False) for piece in pieces]
-    else:
-        found = [both(*piece) for piece in pieces]
-    return tuple(torch.cat(values) for values in zip(*found, strict=True))
+    chunks = by_chunk(both, size, hidden, this.targets, frozen_hidden)
+    return tuple(torch.cat(values) for values in zip(*chunks, strict=True))
 
 
 class _LinearKL(torch.autograd.Function):
@@ -156,6 +147,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, frozen_hidden, frozen_weight, frozen_bias, size):
+        frozen_hidden = frozen_hidden.to(hidden.dtype)
         chosen = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
         kls, totals, frozen_totals = (torch.empty_like(chosen) for _ in range(3))
         weight_t, frozen_t = weight.to(hidden.dtype).t(), frozen_weight.to(hidden.dtype).t()

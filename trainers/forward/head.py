@@ -92,11 +92,9 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         raise ValueError(
             f"{type(model).__name__} has an encoder, which sees the whole response: only decoders can be trained here."
         )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM.")
-    if model.base_model is model:
+    if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(
-            f"{type(model).__name__} has no body that can be run without its LM head (its base_model is itself): load "
+            f"{type(model).__name__} has no LM head, or no body that runs without it (its base_model is itself): load "
             "it with AutoModelForCausalLM, or take a model whose base_model_prefix names its body."
         )
     if PLAIN not in vars(model):
@@ -163,11 +161,7 @@ def is_plain(head: nn.Module, rule: LogitRule) -> bool:
 
 
 def _linear_logps(head: nn.Linear, targets: Tensor, rule: LogitRule, size: int, project, hidden: Tensor) -> Tensor:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return _LinearLogps.apply(hidden, head.weight, head.bias, targets, size)
+    return fused(_LinearLogps.apply, hidden, head.weight, head.bias, targets, size)
 
 
 def _module_logps(head: nn.Module, targets: Tensor, rule: LogitRule, size: int, project: Callable, hidden: Tensor):
@@ -177,10 +171,23 @@ def _module_logps(head: nn.Module, targets: Tensor, rule: LogitRule, size: int, 
         logits = rule(widen(project(chunk)))
         return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat(by_chunk(logps, size, hidden, targets))
+
+
+def fused(function: Callable, hidden: Tensor, *arguments):
+    """`function(hidden, ...)` without autocast inside, on hidden states in the dtype that it would take."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return function(hidden, *arguments)
+
+
+def by_chunk(function: Callable, size: int, *tensors: Tensor) -> list:
+    """`function` of `size` rows at a time; what it makes inside is made again in the backward pass."""
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(logps, h, t, use_reentrant=False) for h, t in pieces])
-    return torch.cat([logps(h, t) for h, t in pieces])
+        function = partial(checkpoint, function, use_reentrant=False)
+    return [function(*piece) for piece in zip(*(x.split(size) for x in tensors), strict=True)]
 
 
 class _LinearLogps(torch.autograd.Function):
