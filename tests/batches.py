@@ -28,4 +28,22 @@ def make_batch(lengths: list[tuple[int, list[int]]], vocab: int, seed: int = 0) 
     return batch
 
 
+def real_responses(batch):
+    """(prompt index, slot, prompt ids, response ids) of each response of a batch, without padding."""
+    for i, j in batch["mask"].nonzero().tolist():
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
+        yield i, j, prompt, batch["response_ids"][i, j][batch["response_mask"][i, j]]
+
+
+def own_log_softmax(model, prompt, response, dtype=None) -> torch.Tensor:
+    """(R,V) from the model's own logits: the log-probability of every token where one of the response's is due."""
+    ids = torch.cat([torch.as_tensor(prompt), torch.as_tensor(response)])
+    return model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1, dtype=dtype)
+
+
+def own_logps(model, prompt, response, dtype=None) -> torch.Tensor:
+    """(R,) log-probabilities of a response's tokens, from the model's own logits."""
+    return own_log_softmax(model, prompt, response, dtype).gather(-1, torch.as_tensor(response)[:, None])[:, 0]
+
+
 RAGGED = [(5, [3, 1, 7, 4]), (1, [2, 6]), (9, [5, 5, 2]), (3, [1, 8, 3])]

@@ -33,11 +33,18 @@ def exact_softmax(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A folder with a tiny model and its tokenizer, for runs that read their start from disk."""
-    from helpers import build_tokenizer, tiny_llama  # torch, after the settings above
+def tokenizer():
+    from helpers import build_tokenizer  # torch, after the settings above
 
-    folder, tokenizer = tmp_path_factory.mktemp("start"), build_tokenizer()
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tokenizer):
+    """A folder with a tiny model and its tokenizer, for runs that read their start from disk."""
+    from helpers import tiny_llama
+
+    folder = tmp_path_factory.mktemp("start")
     tokenizer.save_pretrained(folder)
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     return folder

@@ -12,7 +12,9 @@ import trl
 from datasets import Dataset
 
 import trainers
-from helpers import build_tokenizer, tiny_llama
+from batches import own_logps
+from helpers import tiny_llama
+from test_trainer import trainer
 from trainers import (
     DPOTrainer,
     InfoNCATrainer,
@@ -23,11 +25,6 @@ from trainers import (
     SWEPOTrainer,
 )
 from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 def ranked_rows(n=6):
@@ -41,25 +38,14 @@ def ranked_rows(n=6):
     rows = []
     for i in range(n):
         scores = torch.randperm(7, generator=generator)[: 2 + i % 3].tolist()
-        rows.append(
-            {
-                "prompt_ids": ids(3, 8),
-                "response_ids": [ids(2, 10) for _ in scores],
-                "scores": [float(score) for score in scores],
-            }
-        )
+        row = {"prompt_ids": ids(3, 8), "response_ids": [ids(2, 10) for _ in scores]}
+        rows.append(row | {"scores": [float(score) for score in scores]})
     return rows
 
 
 @torch.no_grad()
 def summed_logps(model, row):
-    """Log-probabilities of a row's responses from the model's own logits, one response at a time."""
-    out = []
-    for response in row["response_ids"]:
-        ids = torch.tensor([row["prompt_ids"] + response])
-        logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])
-        out.append(logps[-len(response) :].sum().item())
-    return out
+    return [float(own_logps(model, row["prompt_ids"], ids, torch.float64).sum()) for ids in row["response_ids"]]
 
 
 def lire_by_hand(logps, row):
@@ -89,14 +75,10 @@ STEP_ZERO = {
 @pytest.mark.parametrize("cls", STEP_ZERO, ids=lambda cls: cls.__name__)
 def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokenizer, cls):
     data, model = ranked_rows(), tiny_llama(len(tokenizer))
-    args = cls.config_class(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd",
-        per_device_train_batch_size=6, max_steps=2, learning_rate=2e-3, lr_scheduler_type="constant", logging_steps=1,
-    )  # fmt: skip
     expected = sum(STEP_ZERO[cls](summed_logps(model, row), row) for row in data) / len(data)
     before = copy.deepcopy(model.state_dict())
-    rows = Dataset.from_list(data)
-    t = cls(model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    options = {"per_device_train_batch_size": 6, "learning_rate": 2e-3}
+    t = trainer(tmp_path, tokenizer, model, data, data, cls=cls, **options)
     assert t.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
     t.train()
     assert t.evaluate()["eval_loss"] < expected - 1e-6
@@ -118,11 +100,11 @@ def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, cls
     robust = {} if smoothing is None else {"label_smoothing": smoothing}
     loss_type = {} if smoothing is None else {"loss_type": "robust"}
     losses, gradients = [], []
-    for trainer, args in (
+    for method, args in (
         (trl.DPOTrainer, trl.DPOConfig(**common, **robust, **loss_type)),
         (cls, cls.config_class(**common, **robust)),
     ):
-        t = trainer(
+        t = method(
             copy.deepcopy(policy), ref_model=copy.deepcopy(reference), args=args,
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         )  # fmt: skip
@@ -149,11 +131,7 @@ def test_every_logged_metric_is_on_its_page(tmp_path, tokenizer, name):
     if cls is TypePolicyTrainer:
         rows = m_step_rows(Dataset.from_list(rows), np.full(6, 0.5), np.ones(6), [[0.0, 0.0]] * 6, "batch").to_list()
     options = {"independent": True} if cls is trainers.SparsePOTrainer else {}
-    args = cls.config_class(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2,
-        logging_steps=1, learning_rate=1e-2, **options,
-    )  # fmt: skip
-    t = cls(tiny_llama(len(tokenizer)), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    t = trainer(tmp_path, tokenizer, data=rows, cls=cls, **options)
     t.train()
     logged = set().union(*[log for log in t.state.log_history if "loss" in log]) - THEIRS
     assert len(logged) > 10 and not [metric for metric in logged if f"`{metric}`" not in page]

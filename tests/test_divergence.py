@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from batches import RAGGED, make_batch
+from batches import RAGGED, make_batch, own_log_softmax, real_responses
 from test_forward import VOCAB, build
 from trainers.forward.divergence import FrozenHead, frozen_head, logps_and_kl
 from trainers.forward.head import LogitRule, Pass, add_logps_head
@@ -27,20 +28,13 @@ def read_kl(this, frozen, hidden):
     return {"logps": logps, "kls": kls}
 
 
-def own_logits(model, prompt, response):
-    logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0]
-    return logits.log_softmax(-1)[len(prompt) - 1 : -1]
-
-
 def naive(policy, reference, batch):
     """Log-probabilities and KLs (B,K,R) from both models' logits, one response at a time."""
     logps, kls = (torch.zeros(batch["response_mask"].shape, dtype=torch.float64) for _ in range(2))
-    for i, j in batch["mask"].nonzero().tolist():
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
-        response = batch["response_ids"][i, j][batch["response_mask"][i, j]]
-        ours = own_logits(policy, prompt, response)
+    for i, j, prompt, response in real_responses(batch):
+        ours = own_log_softmax(policy, prompt, response)
         with torch.no_grad():
-            theirs = own_logits(reference, prompt, response)
+            theirs = own_log_softmax(reference, prompt, response)
         logps[i, j, : len(response)] = ours.gather(-1, response[:, None])[:, 0]
         kls[i, j, : len(response)] = (theirs.exp() * (theirs - ours)).sum(-1)
     return logps, kls
@@ -98,9 +92,7 @@ def test_values_and_gradients_equal_those_from_logits(name, lora, shared):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert found[1].max() > 0.01 and found[1].min() >= -1e-12
     for key, value in gradients(policy, *found).items():
-        torch.testing.assert_close(
-            value, expected_gradients[key], rtol=1e-8, atol=1e-8, msg=lambda m, k=key: f"{k} {m}"
-        )
+        torch.testing.assert_close(value, expected_gradients[key], rtol=1e-8, atol=1e-8)
 
 
 def test_the_reference_of_an_adapter_is_the_base_models_head():
@@ -110,6 +102,11 @@ def test_the_reference_of_an_adapter_is_the_base_models_head():
     )
 
 
+def head_alone(layer, targets, rule, chunk=None):
+    """A pass of a model that is nothing but a head."""
+    return Pass(SimpleNamespace(get_output_embeddings=lambda: layer), None, None, targets, rule, chunk)
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["fused", "any head"])
 def test_gradcheck(plain):
     torch.manual_seed(0)
@@ -117,20 +114,14 @@ def test_gradcheck(plain):
     frozen = FrozenHead(torch.randn(7, 4).double(), None, LogitRule() if plain else LogitRule(0.7, 3.0))
     targets, theirs = torch.randint(7, (5,)), torch.randn(5, 4).double()
     rule = LogitRule() if plain else LogitRule(1.5)
-
-    class Model:
-        def get_output_embeddings(self):
-            return layer
-
-    this = Pass(Model(), None, None, targets, rule, 4 * 7)
+    this = head_alone(layer, targets, rule, 4 * 7)
 
     def of_hidden(hidden):
         return logps_and_kl(this, hidden, frozen, theirs)
 
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(of_hidden, hidden)
-    logps = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
-    logps = rule(logps).log_softmax(-1)
+    logps = rule(torch.nn.functional.linear(hidden, layer.weight, layer.bias)).log_softmax(-1)
     reference = frozen.logits(theirs).log_softmax(-1)
     kls = (reference.exp() * (reference - logps)).sum(-1)
     expected = torch.autograd.grad(
@@ -138,8 +129,7 @@ def test_gradcheck(plain):
     )
     found = logps_and_kl(this, hidden, frozen, theirs)
     got = torch.autograd.grad((found[0] * 2 + found[1]).sum(), list(layer.parameters()))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(got, expected)
 
 
 class Largest(TorchDispatchMode):
@@ -166,8 +156,7 @@ def test_no_logits_of_more_than_one_chunk_exist_in_forward_or_backward(rule):
         torch.manual_seed(0)
         layer = torch.nn.Linear(width, vocabulary, bias=False)
         frozen = FrozenHead(torch.randn(vocabulary, width), None, rule)
-        model = type("Model", (), {"get_output_embeddings": lambda self, layer=layer: layer})()
-        this = Pass(model, None, None, torch.randint(vocabulary, (tokens,)), rule, chunk)
+        this = head_alone(layer, torch.randint(vocabulary, (tokens,)), rule, chunk)
         hidden = torch.randn(tokens, width, requires_grad=True)
         with Largest(vocabulary) as seen:
             logps, kls = logps_and_kl(this, hidden, frozen, torch.randn(tokens, width))
@@ -182,11 +171,8 @@ def test_underflowing_probabilities_count_zero():
     hidden = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
     layer = torch.nn.Linear(3, 3, bias=False)
     layer.weight.data = torch.eye(3)
-    model = type("Model", (), {"get_output_embeddings": lambda self: layer})()
-    this = Pass(model, None, None, torch.tensor([0]), LogitRule(), None)
-    _, kls = logps_and_kl(
-        this, hidden, FrozenHead(torch.eye(3), None, LogitRule()), torch.tensor([[0.0, 200.0, -800.0]])
-    )
+    this, frozen = head_alone(layer, torch.tensor([0]), LogitRule()), FrozenHead(torch.eye(3), None, LogitRule())
+    _, kls = logps_and_kl(this, hidden, frozen, torch.tensor([[0.0, 200.0, -800.0]]))
     kls.sum().backward()
     assert kls.item() == pytest.approx(200.0) and hidden.grad.isfinite().all()
 

@@ -59,10 +59,6 @@ def arguments(inputs, output, **changes) -> generate.GenerateArguments:
     return generate.GenerateArguments(**{**options, **changes})
 
 
-def run(args):
-    return generate.generate(args)
-
-
 def read(path):
     data = Path(path).read_bytes()
     text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
@@ -70,7 +66,8 @@ def read(path):
 
 
 def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
-    statistics = run(arguments(inputs, tmp_path / "out.jsonl"))
+    scorers = ["trainers.generation.rewards.vader_sentiment=10", f"{__name__}.score"]
+    statistics = generate.generate(arguments(inputs, tmp_path / "out.jsonl", scorer=scorers))
     rows = read(tmp_path / "out.jsonl")
     made = ("responses", "scores", "unfinished_responses")
     assert [{k: v for k, v in row.items() if k not in made} for row in rows] == ROWS
@@ -80,17 +77,19 @@ def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
     assert [row["responses"] for row in rows] == [[sample.text for sample in samples] for samples in expected]
     assert [row["unfinished_responses"] for row in rows] == [[s.truncated for s in samples] for samples in expected]
     for row in rows:
-        assert row["scores"] == [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
+        lengths = [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
+        sentiment = vader_sentiment([], row["responses"])
+        assert row["scores"] == pytest.approx([n + 10 * v for n, v in zip(lengths, sentiment, strict=True)])
     assert statistics == summarize(expected, [row["scores"] for row in rows])
     assert not (tmp_path / "out.jsonl.parts").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.manifest.json"]
 
 
 def test_compressed_output_has_the_same_rows_and_the_same_bytes_each_time(inputs, tmp_path):
-    run(arguments(inputs, tmp_path / "plain.jsonl"))
-    run(arguments(inputs, tmp_path / "a.jsonl.gz"))
+    generate.generate(arguments(inputs, tmp_path / "plain.jsonl"))
+    generate.generate(arguments(inputs, tmp_path / "a.jsonl.gz"))
     time.sleep(1.1)  # gzip headers carry seconds
-    run(arguments(inputs, tmp_path / "b.jsonl.gz", batch_size=64))
+    generate.generate(arguments(inputs, tmp_path / "b.jsonl.gz", batch_size=64))
     assert read(tmp_path / "a.jsonl.gz") == read(tmp_path / "plain.jsonl")
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
 
@@ -101,7 +100,7 @@ def parts(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.shutil, "rmtree", lambda *args, **kwargs: None)
-        run(arguments(inputs, folder / "out.jsonl"))
+        generate.generate(arguments(inputs, folder / "out.jsonl"))
     return folder / "out.jsonl.parts", (folder / "out.jsonl").read_bytes()
 
 
@@ -121,7 +120,7 @@ def test_resumes_from_any_byte_with_the_same_result(inputs, parts, tmp_path, nam
     source, expected = parts
     shutil.copytree(source, tmp_path / "out.jsonl.parts")
     fraction_of(name, share)(tmp_path / "out.jsonl.parts")
-    run(arguments(inputs, tmp_path / "out.jsonl", batch_size=2))
+    generate.generate(arguments(inputs, tmp_path / "out.jsonl", batch_size=2))
     assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
@@ -143,41 +142,43 @@ def test_finished_samples_are_not_made_again(parts, tmp_path):
 def test_survives_kill_9_while_sampling(inputs, parts, tmp_path):
     args = arguments(inputs, tmp_path / "out.jsonl", batch_size=1)
     samples = tmp_path / "out.jsonl.parts" / "samples-00000.jsonl"
-    [process] = processes.start(run, args, log=tmp_path / "log")
+    [process] = processes.start(generate.generate, args, log=tmp_path / "log")
     while process.is_alive() and not (samples.exists() and samples.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
     process.kill()
     process.join()
     # A fast machine may finish first; then there is nothing to resume, and a log that says why.
     assert process.exitcode in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
-    run(args)
+    generate.generate(args)
     assert (tmp_path / "out.jsonl").read_bytes() == parts[1]
 
 
 def test_finished_output_is_left_alone_and_other_settings_are_refused(inputs, parts, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
-    statistics = run(arguments(inputs, output))
+    statistics = generate.generate(arguments(inputs, output))
     stamp = output.stat().st_mtime_ns
-    assert run(arguments(inputs, output, batch_size=1)) == statistics
+    assert generate.generate(arguments(inputs, output, batch_size=1)) == statistics
     assert "complete already" in capsys.readouterr().out and output.stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
-        run(arguments(inputs, output, seed=1))
+        generate.generate(arguments(inputs, output, seed=1))
     before = read(output)
-    run(arguments(inputs, output, seed=1, overwrite=True))
+    generate.generate(arguments(inputs, output, seed=1, overwrite=True))
     assert [row["responses"] for row in read(output)] != [row["responses"] for row in before]
     shutil.copytree(parts[0], tmp_path / "cut.jsonl.parts")
     with pytest.raises(ValueError, match="prompts are others; scorer was"):
-        run(arguments(inputs, tmp_path / "cut.jsonl", limit=4, scorer=["trainers.generation.rewards.vader_sentiment"]))
+        generate.generate(
+            arguments(inputs, tmp_path / "cut.jsonl", limit=4, scorer=["trainers.generation.rewards.vader_sentiment"])
+        )
     (tmp_path / "own.jsonl").write_text("precious")
     with pytest.raises(ValueError, match="manifest.json"):
-        run(arguments(inputs, tmp_path / "own.jsonl"))
+        generate.generate(arguments(inputs, tmp_path / "own.jsonl"))
     assert (tmp_path / "own.jsonl").read_text() == "precious"
 
 
 def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs, tmp_path):
     with pytest.raises(ValueError, match="context of 512"):
-        run(arguments(inputs, tmp_path / "out.jsonl", max_new_tokens=600))
-    run(arguments(inputs, tmp_path / "out.jsonl"))
+        generate.generate(arguments(inputs, tmp_path / "out.jsonl", max_new_tokens=600))
+    generate.generate(arguments(inputs, tmp_path / "out.jsonl"))
     assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
 
 
@@ -186,24 +187,15 @@ def test_samples_without_their_settings_are_not_mixed_with_new_ones(inputs, part
     shutil.copytree(parts[0], tmp_path / "out.jsonl.parts")
     (tmp_path / "out.jsonl.parts/settings.json").unlink()
     with pytest.raises(ValueError, match="no settings.json that says how they were made"):
-        run(arguments(inputs, tmp_path / "out.jsonl", seed=1))
-    run(arguments(inputs, tmp_path / "out.jsonl", seed=1, overwrite=True))
+        generate.generate(arguments(inputs, tmp_path / "out.jsonl", seed=1))
+    generate.generate(arguments(inputs, tmp_path / "out.jsonl", seed=1, overwrite=True))
 
 
 def test_a_machine_that_is_fast_in_another_dtype_does_not_go_on(inputs, tmp_path, monkeypatch):
-    run(arguments(inputs, tmp_path / "out.jsonl", dtype="float32"))
+    generate.generate(arguments(inputs, tmp_path / "out.jsonl", dtype="float32"))
     monkeypatch.setattr(start, "settle_dtype", lambda dtype, device: ("bfloat16", ""))
     with pytest.raises(ValueError, match="dtype was 'float32' and is 'bfloat16'"):
-        run(arguments(inputs, tmp_path / "out.jsonl", dtype="fast"))
-
-
-def test_several_scorers_with_weights(inputs, tmp_path):
-    vader = "trainers.generation.rewards.vader_sentiment"
-    run(arguments(inputs, tmp_path / "out.jsonl", scorer=[f"{vader}=10", f"{__name__}.score"]))
-    for row in read(tmp_path / "out.jsonl"):
-        lengths = [len(text) + 1000.0 * (row["split"] == "test") for text in row["responses"]]
-        sentiment = vader_sentiment([], row["responses"])
-        assert row["scores"] == pytest.approx([n + 10 * v for n, v in zip(lengths, sentiment, strict=True)])
+        generate.generate(arguments(inputs, tmp_path / "out.jsonl", dtype="fast"))
 
 
 def test_summary_counts_by_hand():

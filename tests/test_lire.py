@@ -1,16 +1,12 @@
 """LIRE: its limits, options and metrics, and what a run loads and says. Vectors and invariants: test_losses.py."""
 
-import gc
 import logging
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import LlamaForCausalLM
 
-from helpers import build_tokenizer, tiny_llama
 from test_losses import VECTORS, close
-from trainers.dpo import DPOConfig, DPOTrainer
+from test_trainer import logged, trainer
 from trainers.lire import LIRETrainer, lire_loss, lire_metrics, transform_scores
 
 VECTORS = VECTORS["lire"]
@@ -45,28 +41,6 @@ def test_mean_over_candidates_and_over_tokens():
     averaged = lire_loss(summed, scores, tokens.any(-1), lengths=lengths, length_average=True,
                          **case["options"])  # fmt: skip
     close(averaged[0], case["not_expected"]["loss_if_token_mean_were_used"])
-
-
-@pytest.mark.parametrize("transform", ["softmax", "none"])
-def test_gradient_of_a_pair_is_the_closed_form(transform):
-    logps = torch.tensor([[-11.0, -9.5], [-3.0, -30.0], [-8.0, -8.0]], dtype=torch.float64, requires_grad=True)
-    scores = torch.tensor([[2.0, -0.3], [0.1, 0.4], [5.0, 1.0]], dtype=torch.float64)
-    temperature = 3.0
-    lire_loss(logps, scores, torch.ones(3, 2), temperature=temperature, score_transform=transform).sum().backward()
-    p = torch.sigmoid((logps[:, 0] - logps[:, 1]).detach() / temperature)
-    gap = scores[:, 0] - scores[:, 1]
-    gap = torch.tanh(gap / 2) if transform == "softmax" else gap
-    expected = -p * (1 - p) * gap / temperature
-    torch.testing.assert_close(logps.grad, torch.stack([expected, -expected], -1), rtol=0, atol=1e-12)
-
-
-def test_adding_a_constant_to_scores_moves_only_the_untransformed_loss():
-    logps, scores, mask, _ = tensors(CASES["A"])
-    for transform, change in (("softmax", 0), ("zscore", 0), ("none", -7)):
-        plain, moved = (lire_loss(logps, s, mask, score_transform=transform) for s in (scores, scores + 7))
-        torch.testing.assert_close(moved, plain + change, rtol=0, atol=1e-12)
-        gradients = [torch.autograd.grad(loss.sum(), logps)[0] for loss in (plain, moved)]
-        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 def test_limits_of_the_temperature():
@@ -129,60 +103,32 @@ def test_gradient_metric_is_the_size_of_the_gradient(options):
     torch.testing.assert_close(found, logps.grad.abs().sum(-1))
 
 
-def rows(lengths, n=4):
+def rows(lengths):
     """Tokenised rows with responses of the given lengths, the best score first."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
         return torch.randint(5, 300, (count,), generator=generator).tolist()
 
-    return Dataset.from_list(
-        [
-            {"prompt_ids": ids(3 + i), "response_ids": [ids(c) for c in lengths], "scores": [2.0, 1.0, 0.0]}
-            for i in range(n)
-        ]
-    )
+    scores = [2.0, 1.0, 0.0]
+    return [{"prompt_ids": ids(3 + i), "response_ids": [ids(c) for c in lengths], "scores": scores} for i in range(4)]
 
 
-def trainer(tmp_path, cls=LIRETrainer, data=None, **kwargs):
-    args = cls.config_class(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-        per_device_train_batch_size=2, max_steps=2, logging_steps=1, **kwargs,
-    )  # fmt: skip
-    tokenizer = build_tokenizer()
-    return cls(tiny_llama(len(tokenizer)), args=args, train_dataset=data, processing_class=tokenizer)
-
-
-def test_no_reference_is_loaded(tmp_path):
-    def models():
-        gc.collect()
-        return sum(type(o) is LlamaForCausalLM for o in gc.get_objects())
-
-    before = models()
-    lire = trainer(tmp_path, data=rows([3, 5, 4]))
-    assert models() == before + 1 and lire.reference is None
-    lire.train()
-    assert models() == before + 1
-    dpo = trainer(tmp_path, cls=DPOTrainer, data=rows([3, 5, 4]))
-    assert models() == before + 3 and dpo.reference.model is not None
-    assert isinstance(dpo.args, DPOConfig)
-
-
-def test_rounds_are_not_forgotten_when_a_trainer_is_built_by_hand(tmp_path):
+def test_rounds_are_not_forgotten_when_a_trainer_is_built_by_hand(tmp_path, tokenizer):
     options = {"scorer": "trainers.generation.rewards.vader_sentiment"}
     with pytest.raises(ValueError, match="self_enhance trains in rounds"):
-        trainer(tmp_path, data=rows([3, 5, 4]), self_enhance=options).train()
+        trainer(tmp_path, tokenizer, data=rows([3, 5, 4]), cls=LIRETrainer, self_enhance=options).train()
 
 
-def test_a_collapsed_distribution_is_warned_of_once(tmp_path, caplog):
+def test_a_collapsed_distribution_is_warned_of_once(tmp_path, tokenizer, caplog):
+    fields = {"cls": LIRETrainer, "per_device_train_batch_size": 2}
     with caplog.at_level(logging.WARNING, logger="trainers.lire"):
-        t = trainer(tmp_path, data=rows([3, 30, 60]))
+        t = trainer(tmp_path, tokenizer, data=rows([3, 30, 60]), **fields)
         t.train()
-    logged = [entry for entry in t.state.log_history if "lire/vanished" in entry]
-    assert len(logged) == 2 and all(entry["lire/vanished"] == 1 for entry in logged)
+    assert logged(t, "lire/vanished") == [1, 1]
     assert len([r for r in caplog.records if "effective number of candidates" in r.message]) == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="trainers.lire"):
-        t = trainer(tmp_path, data=rows([4, 4, 4]), length_average=True)
+        t = trainer(tmp_path, tokenizer, data=rows([4, 4, 4]), length_average=True, **fields)
         t.train()
-    assert t.state.log_history[0]["lire/effective_candidates"] > 2 and not caplog.records
+    assert logged(t, "lire/effective_candidates")[0] > 2 and not caplog.records

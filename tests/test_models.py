@@ -20,9 +20,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from helpers import build_tokenizer, tiny_gemma3, tiny_llama
-from test_trainer import config, rows, trainer
-from trainers import SWEPOTrainer
+from helpers import tiny_gemma3, tiny_llama
+from test_trainer import logged, trainer
 from trainers.forward.policy import table_sizes
 
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -34,11 +33,6 @@ POSITIONS = 24
 
 class Bodiless(LlamaForCausalLM):
     base_model_prefix = "body"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 def gpt2(vocab):
@@ -128,11 +122,8 @@ def test_a_processor_gives_its_tokenizer(tmp_path, tokenizer):
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
 
-    t = SWEPOTrainer(tiny_llama(len(tokenizer)), args=config(tmp_path), train_dataset=Dataset.from_list(rows()),
-                     processing_class=Processor(tokenizer))  # fmt: skip
-    plain = trainer(tmp_path, tokenizer)
-    assert t.processing_class is tokenizer
-    assert t.train_dataset[:] == plain.train_dataset[:]
+    t = trainer(tmp_path, Processor(tokenizer), tiny_llama(len(tokenizer)))
+    assert t.processing_class is tokenizer and t.train_dataset[:] == trainer(tmp_path, tokenizer).train_dataset[:]
 
 
 def test_a_model_with_towers_trains_on_text_in_both_layouts(tmp_path, tokenizer):
@@ -141,7 +132,7 @@ def test_a_model_with_towers_trains_on_text_in_both_layouts(tmp_path, tokenizer)
         t = trainer(tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), layout=layout, gradient_checkpointing=True)
         assert t.args.ddp_find_unused_parameters  # text leaves the tower without gradients
         t.train()
-        losses.append([log["loss"] for log in t.state.log_history if "loss" in log])
+        losses.append(logged(t))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     kept = trainer(tmp_path, tokenizer, model=tiny_gemma3(len(tokenizer)), ddp_find_unused_parameters=False)
     assert kept.args.ddp_find_unused_parameters is False

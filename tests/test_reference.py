@@ -7,7 +7,8 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from helpers import build_tokenizer, tiny_llama
+from batches import own_logps
+from helpers import tiny_llama
 from test_trainer import LORA, rows, trainer
 
 TWO = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -26,25 +27,15 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
 def two_scores(n=4):
     return [row for row in rows(n + 2) if len(set(row["scores"])) > 1][:n]
 
 
-def summed(model, t, data=None):
+@torch.no_grad()
+def summed(model, t):
     """Log-probability of each response, from the logits of `model`."""
-    found = []
-    with torch.no_grad():
-        for row in t.train_dataset if data is None else data:
-            for ids in row["response_ids"]:
-                logps = model(input_ids=torch.tensor([row["prompt_ids"] + ids])).logits[0].log_softmax(-1)
-                at = torch.arange(len(ids)) + len(row["prompt_ids"]) - 1
-                found.append(float(logps[at, torch.tensor(ids)].sum()))
-    return torch.tensor(found)
+    return torch.stack([own_logps(model, row["prompt_ids"], ids).sum()
+                        for row in t.train_dataset for ids in row["response_ids"]])  # fmt: skip
 
 
 def predicted(t):

@@ -5,39 +5,29 @@ import copy
 import pytest
 import torch
 import transformers
-from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import DogeConfig, DogeForCausalLM, JetMoeConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import DogeConfig, DogeForCausalLM, JetMoeConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from batches import RAGGED, make_batch
+from batches import RAGGED, make_batch, real_responses
 from helpers import build_tokenizer
-from test_trainer import LORA, config, rows
-from trainers import SWEPOTrainer
+from test_trainer import LORA, Grab, rows, trainer
 from trainers.forward.layout import rows_layout
 from trainers.forward.router import router_loss
 from trainers.forward.run import prepare_forward, run
 
 VOCAB = 61
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def mixtral(vocab=VOCAB, coefficient=100.0):
-    settings = {
-        "vocab_size": vocab,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "output_router_logits": True,
-        "router_aux_loss_coef": coefficient,
-        "initializer_range": 0.3,
-    }
+    config = MixtralConfig(
+        vocab_size=vocab, **SIZES, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=coefficient, initializer_range=0.3,
+    )  # fmt: skip
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**settings))
+    return MixtralForCausalLM(config)
 
 
 def own_loss(model, batch):
@@ -52,13 +42,10 @@ def own_loss(model, batch):
 def own_loss_of_shared_prompts(model, batch):
     """Mixtral's loss of the router logits that the model has for each response alone, a trunk taken once."""
     layers = [[] for _ in range(model.config.num_hidden_layers)]
-    for i in range(len(batch["mask"])):
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
-        for j in batch["mask"][i].nonzero().flatten().tolist():
-            response = batch["response_ids"][i, j][batch["response_mask"][i, j]]
-            found = model(input_ids=torch.cat([prompt, response[:-1]])[None]).router_logits
-            for layer, logits in zip(layers, found, strict=True):
-                layer.append(logits[0 if j == 0 else len(prompt) - 1 :])
+    for _, j, prompt, response in real_responses(batch):
+        found = model(input_ids=torch.cat([prompt, response[:-1]])[None]).router_logits
+        for layer, logits in zip(layers, found, strict=True):
+            layer.append(logits[0 if j == 0 else len(prompt) - 1 :])
     return load_balancing_loss_func(tuple(map(torch.cat, layers)), 4, 2)
 
 
@@ -88,18 +75,11 @@ def test_the_loss_and_its_gradient_are_the_models_own(shared, own, checkpointing
 
 def step(tmp_path, coefficient, batch, accumulation, **keywords):
     """One step: what is logged, the gradients of the optimiser's step, the micro-batches and the trainer."""
-    gradient, batches, tokenizer = {}, [], build_tokenizer()
-
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            gradient.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    extra = {name: keywords.pop(name) for name in ("peft_config", "eval_dataset") if name in keywords}
-    args = config(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
-                  learning_rate=0.0, **keywords)  # fmt: skip
+    grab, batches, tokenizer = Grab(), [], build_tokenizer()
     data = [row for row in rows() if len(set(row["scores"])) > 1][:6]
-    t = SWEPOTrainer(mixtral(len(tokenizer), coefficient), args=args, train_dataset=Dataset.from_list(data),
-                     processing_class=tokenizer, callbacks=[Grab()], **extra)  # fmt: skip
+    t = trainer(tmp_path, tokenizer, mixtral(len(tokenizer), coefficient), data, callbacks=[grab], max_steps=1,
+                per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=0.0,
+                **keywords)  # fmt: skip
     loss = t.loss
 
     def seen(inputs, policy, reference):
@@ -108,7 +88,7 @@ def step(tmp_path, coefficient, batch, accumulation, **keywords):
 
     t.loss = seen
     t.train()
-    return t.state.log_history[0], gradient, batches, t
+    return t.state.log_history[0], grab.gradients, batches, t
 
 
 @pytest.mark.parametrize("layout, own", [("rows", own_loss), ("shared", own_loss_of_shared_prompts)])
@@ -128,11 +108,9 @@ def test_a_step_adds_the_mean_over_its_micro_batches(tmp_path, layout, own, batc
     assert expected[name].abs().max() > 0.1
 
 
-def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path):
+def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path, tokenizer):
     """A micro-batch weighs as its prompts do, so one of a prompt that is left out counts for nothing."""
-    tokenizer = build_tokenizer()
-    t = SWEPOTrainer(mixtral(len(tokenizer)), args=config(tmp_path), train_dataset=Dataset.from_list(rows()),
-                     processing_class=tokenizer)  # fmt: skip
+    t = trainer(tmp_path, tokenizer, mixtral(len(tokenizer)))
     batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in (2, 3)]))
     aux = own_loss_of_shared_prompts(t.model, batch) if t.runner.shared(batch) else own_loss(t.model, batch)
     rest = t.compute_loss(t.model, batch) - 100 * aux
@@ -141,8 +119,8 @@ def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path):
 
 
 def test_evaluation_counts_it_too_and_an_adapter_has_it(tmp_path):
-    data = Dataset.from_list([row for row in rows() if len(set(row["scores"])) > 1][:4])
-    keywords = {"peft_config": LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]}), "eval_dataset": data}
+    data = [row for row in rows() if len(set(row["scores"])) > 1][:4]
+    keywords = {"peft_config": LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]}), "eval_data": data}
     _, plain, _, t = step(tmp_path, 0.0, 6, 1, **copy.deepcopy(keywords))
     without = t.evaluate()
     _, found, batches, t = step(tmp_path, 100.0, 6, 1, **keywords)
@@ -167,13 +145,10 @@ def test_reentrant_checkpointing_is_refused_as_the_router_would_not_learn(tmp_pa
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="its Doge does not run")
-def test_a_loss_that_is_not_mixtrals_is_refused_at_the_first_batch(tmp_path):
-    tokenizer = build_tokenizer()
-    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4,
-                "output_router_logits": True}  # fmt: skip
-    model = DogeForCausalLM(DogeConfig(vocab_size=len(tokenizer), **settings))
-    t = SWEPOTrainer(model, args=config(tmp_path), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)
+def test_a_loss_that_is_not_mixtrals_is_refused_at_the_first_batch(tmp_path, tokenizer):
+    model = DogeForCausalLM(DogeConfig(vocab_size=len(tokenizer), **SIZES, num_hidden_layers=1, is_moe=True,
+                                       num_experts=16, num_experts_per_tok=4, output_router_logits=True))  # fmt: skip
+    t = trainer(tmp_path, tokenizer, model)
     with pytest.raises(ValueError, match="another one than Mixtral's.*output_router_logits"):
         t.train()
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback, pipeline
 
-from helpers import build_tokenizer, tiny_llama
-from trainers import PreferenceConfig, SWEPOConfig, SWEPOTrainer
+from helpers import tiny_llama
+from trainers import PreferenceConfig, SWEPOTrainer
 from trainers.forward.run import LayoutError
 
 WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
@@ -35,26 +35,21 @@ def rows(n=8, seed=0):
     return out
 
 
-def config(tmp_path, **kwargs):
+def config(tmp_path, cls=SWEPOTrainer, **kwargs):
     defaults = {
         "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2,
         "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "sgd",
     }  # fmt: skip
-    return SWEPOConfig(**{**defaults, **kwargs})
+    return cls.config_class(**{**defaults, **kwargs})
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, **kwargs):
+def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, cls=SWEPOTrainer, **kwargs):
     arguments = ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers")
     extra = {name: kwargs.pop(name) for name in arguments if name in kwargs}
     data, eval_data = Dataset.from_list(data or rows()), Dataset.from_list(eval_data) if eval_data else None
-    return SWEPOTrainer(
-        model or tiny_llama(len(tokenizer)), args=config(tmp_path, **kwargs), train_dataset=data,
+    return cls(
+        model or tiny_llama(len(tokenizer)), args=config(tmp_path, cls, **kwargs), train_dataset=data,
         eval_dataset=eval_data, processing_class=tokenizer, **extra,
     )  # fmt: skip
 
@@ -77,23 +72,34 @@ def test_step_zero_is_the_closed_form(tmp_path, tokenizer, kind, layout):
     metrics = t.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
     assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    own, before = t.reference.model, copy.deepcopy(t.model.state_dict(keep_vars=True))
+    frozen = {} if own is None else copy.deepcopy(own.state_dict())
     t.train()
+    moved = {name for name, p in t.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if kind == "full" or "lora" in name and ".default." in name}
+    assert bool(frozen) == (kind == "full") and all(torch.equal(own.get_parameter(n), p) for n, p in frozen.items())
     after = t.evaluate()
     assert abs(after["eval_loss"] - expected) > 1e-4 and abs(after["eval_rewards/margins"]) > 1e-5
 
 
+def logged(t, name="loss"):
+    """A metric of each step."""
+    return [log[name] for log in t.state.log_history if name in log]
+
+
+class Grab(TrainerCallback):
+    """Takes the gradients of the last optimiser step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def gradients_after(tmp_path, tokenizer, batch, accumulation, **kwargs):
     """Gradients of one optimiser step over the same eight rows."""
-    seen = {}
-
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
     torch.manual_seed(0)
-    size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    result = trainer(tmp_path, tokenizer, callbacks=[Grab()], max_steps=1, **size, **kwargs).train()
-    return seen, result.training_loss
+    grab, size = Grab(), {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    result = trainer(tmp_path, tokenizer, callbacks=[grab], max_steps=1, **size, **kwargs).train()
+    return grab.gradients, result.training_loss
 
 
 @pytest.mark.parametrize("layout", ["rows", "shared"])
@@ -129,28 +135,6 @@ def test_eval_loss_is_a_mean_over_prompts_whatever_the_batch_size(tmp_path, toke
         found.append([metrics[k] for k in ("eval_loss", "eval_rewards/margins", "eval_ranking/pairwise_accuracy")])
         assert metrics["eval_prompts/without_signal"] == pytest.approx(1 / 7)
     torch.testing.assert_close(torch.tensor(found[1:]), torch.tensor(found[:1] * 2), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["full", "lora", "pretrained"])
-def test_training_moves_the_right_parameters_only(tmp_path, tokenizer, kind):
-    model, kwargs = tiny_llama(len(tokenizer)), {}
-    if kind == "lora":
-        kwargs["peft_config"] = LoraConfig(**LORA)
-    if kind == "pretrained":
-        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
-    t = trainer(tmp_path, tokenizer, model=model, learning_rate=0.5, **kwargs)
-    own = t.reference.model
-    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
-    reference = {n: p.detach().clone() for n, p in own.named_parameters()} if own is not None else {}
-    t.train()
-    moved = {n for n, p in t.model.named_parameters() if not torch.equal(p, before[n])}
-    if kind == "full":
-        assert moved == set(before)
-        assert all(torch.equal(p, reference[n]) and not p.requires_grad for n, p in own.named_parameters())
-    else:
-        assert own is None and moved == {n for n in before if "lora" in n and ".default." in n}
-    if kind == "pretrained":
-        assert any(".reference." in n for n in before)
 
 
 def test_saved_model_generates_the_same_text_through_a_pipeline(tmp_path, tokenizer):
@@ -234,44 +218,19 @@ def test_a_model_with_logits_of_its_own_kind_is_refused_on_the_first_batch(tmp_p
 
 def test_wrong_arguments_say_the_fix(tmp_path, tokenizer):
     model, data = tiny_llama(len(tokenizer)), Dataset.from_list(rows())
-    with pytest.raises(ValueError, match="omit ref_model"):
-        trainer(tmp_path, tokenizer, model=model, ref_model=model)
-    with pytest.raises(ValueError, match="SWEPOConfig"):
-        args = PreferenceConfig(output_dir=str(tmp_path))
-        SWEPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="processing_class"):
-        SWEPOTrainer(model, args=config(tmp_path), train_dataset=data)
-    with pytest.raises(ValueError, match="from_list"):
-        SWEPOTrainer(model, args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer)
+    fine = {"args": config(tmp_path), "train_dataset": data, "processing_class": tokenizer}
+    for wrong, fix in (
+        ({"ref_model": model}, "omit ref_model"),
+        ({"args": PreferenceConfig(output_dir=str(tmp_path))}, "SWEPOConfig"),
+        ({"processing_class": None}, "processing_class"),
+        ({"train_dataset": rows()}, "from_list"),
+    ):
+        with pytest.raises(ValueError, match=fix):
+            SWEPOTrainer(model, **fine | wrong)
     eager = tiny_llama(len(tokenizer))
     eager.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="shared"):
         trainer(tmp_path, tokenizer, model=eager, layout="shared")
-
-
-def test_rows_without_a_signal_are_warned_of(tmp_path, tokenizer, caplog):
-    tied = [row | {"scores": [2.0] * len(row["scores"])} for row in rows()]
-    trainer(tmp_path, tokenizer, data=tied).train()
-    assert "carries a signal" in caplog.text
-
-
-def test_a_reference_can_be_given_as_a_path(tmp_path, tokenizer):
-    reference = tiny_llama(len(tokenizer), seed=9)
-    reference.save_pretrained(tmp_path / "reference")
-    found = [
-        trainer(tmp_path, tokenizer, eval_data=rows(), ref_model=r).evaluate()["eval_loss"]
-        for r in (reference, str(tmp_path / "reference"))
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
-
-
-def test_model_card_names_method_paper_and_data(tmp_path, tokenizer):
-    t = trainer(tmp_path, tokenizer)
-    t.train()
-    t.create_model_card(dataset="lab/preferences")
-    card = (tmp_path / "README.md").read_text()
-    for word in ("SWEPO", "2412.04628", "lab/preferences", "polypo"):
-        assert word in card
 
 
 @pytest.mark.parametrize("layout", ["rows", "auto"])
@@ -284,7 +243,7 @@ def test_the_first_batch_is_checked_without_dropout_and_nothing_else_is(tmp_path
             tmp_path, tokenizer, model=model, disable_dropout=False, gradient_checkpointing=True, layout=layout
         )
         t.train()
-        found.append([log["loss"] for log in t.state.log_history if "loss" in log])
+        found.append(logged(t))
         assert all(module.training for module in t.model.modules()) and t.model.is_gradient_checkpointing
     assert found[0] != pytest.approx(found[1], abs=1e-4)
 
