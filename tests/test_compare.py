@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from helpers import family_tokenizer, tiny_llama
 from trainers.cli import compare, config_files
 from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores, split_rows
 from trainers.cli.compare_report import aggregate, notes, plot
+from trainers.pages.text import interval
 from trainers.runs.files import read_rows
-from trainers.statistics import bootstrap_interval, t_interval
+from trainers.statistics import t_interval
 
 WORDS = "the dog had a lazy day and a friend said it was kind to jump over the quick brown fox in Paris".split()
 ROWS = [
@@ -30,6 +30,9 @@ ROWS = [
     }
     for i in range(14)
 ]
+
+
+STILL = {"trainer": "LIRETrainer", "temperature": 3.0, "learning_rate": 0.0}
 
 
 def count_a(prompts, completions, **columns):
@@ -54,35 +57,17 @@ def test_mappings_are_json_on_a_command_line():
 
 def config(inputs, output, **changes):
     base = {
-        "model_name_or_path": str(inputs / "model"),
-        "use_peft": True,
-        "lora_r": 4,
-        "lora_dropout": 0.0,
-        "lora_target_modules": ["all-linear"],
-        "as_chat": True,
-        "learning_rate": 0.02,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 3,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "precompute_ref_logps": True,
-        "ref_cache_dir": str(inputs / "reference"),
-    }
+        "model_name_or_path": str(inputs / "model"), "use_peft": True, "lora_r": 4, "lora_dropout": 0.0,
+        "lora_target_modules": ["all-linear"], "as_chat": True, "learning_rate": 0.02, "max_steps": 3,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "use_cpu": True, "disable_tqdm": True,
+        "precompute_ref_logps": True, "ref_cache_dir": str(inputs / "reference"),
+    }  # fmt: skip
     content = {
-        "output_dir": str(output),
-        "dataset_name": str(inputs / "rows.jsonl"),
-        "train_rows": 6,
-        "test_rows": 5,
-        "responses_per_prompt": 4,
-        "score_scale": "rank",
-        "seeds": [1, 2],
+        "output_dir": str(output), "dataset_name": str(inputs / "rows.jsonl"), "train_rows": 6, "test_rows": 5,
+        "responses_per_prompt": 4, "score_scale": "rank", "seeds": [1, 2],
         "samples": {"prompts": 3, "num_generations": 2, "max_new_tokens": 7, "scorer": "test_compare.count_a"},
-        "methods": {
-            "DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.1},
-            "LIRE at rest": {"trainer": "LIRETrainer", "temperature": 3.0, "learning_rate": 0.0},
-        },
-    }
+        "methods": {"DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.1}, "LIRE at rest": STILL},
+    }  # fmt: skip
     content = {**content, **changes, "base": {**base, **changes.get("base", {})}}
     path = output / "config.yaml"
     output.mkdir(exist_ok=True)
@@ -167,21 +152,13 @@ def test_a_method_that_does_not_move_is_at_chance_and_ranks_by_the_base_model(fi
 
 
 def test_the_table_and_the_plot(finished):
-    text = (finished / "table.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1
-    found = figures(finished)
-    accuracy = found["methods"]["DPO best/worst"]["accuracy"]
-    row = next(line for line in lines if line.startswith("| DPO best/worst |"))
-    assert row.split("|")[2].strip() == f"{accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
-    assert sum(line.startswith("| baseline: ") for line in lines) == 4  # baselines
+    text, svg, found = (finished / "table.md").read_text(), (finished / "plot.svg").read_text(), figures(finished)
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    assert len({*map(len, lines)}) == 1 and sum(line[1].startswith(" baseline: ") for line in lines) == 4
+    accuracy = interval(found["methods"]["DPO best/worst"]["accuracy"])
+    assert next(line[2] for line in lines if line[1] == " DPO best/worst ") == f" {accuracy} "
     assert "log-probabilities for those without (LIRE at rest)" in text and "an unbiased estimate of KL" in text
-    assert "6 training rows, 3 steps" in text
-    svg = (finished / "plot.svg").read_text()
-    assert ElementTree.fromstring(svg).tag.endswith("svg")
-    for label in ("DPO best/worst", "LIRE at rest", "base model", "mean reward of fresh samples"):
-        assert f">{label}<" in svg
-    assert plot(found) == svg
+    assert plot(found) == svg and ">mean reward of fresh samples<" in svg
     for method in (*found["methods"].values(), *found["baselines"].values()):
         method.pop("reward", None)
     assert ">longer response first<" in plot(found)  # without a scorer, accuracy takes the place of the reward
@@ -190,9 +167,9 @@ def test_the_table_and_the_plot(finished):
 
 
 def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypatch):
-    path = finished / "lire-at-rest" / "seed-2" / "manifest.json"
+    path = finished / "lire-at-rest/seed-2/manifest.json"
     before, kept = json.loads(path.read_text()), {p: p.stat().st_mtime_ns for p in finished.glob("*/*/manifest.json")}
-    whole = (finished / "table.md").read_text()
+    whole = figures(finished)["methods"]
     path.unlink()
     trained, original = [], compare.train_and_measure
     monkeypatch.setattr(
@@ -203,9 +180,9 @@ def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypa
     after = json.loads(path.read_text())
     for name in ("hash", "steps", "logps", "own_rewards", "samples"):
         assert after[name] == before[name]
-    assert {p: p.stat().st_mtime_ns for p in kept if p != path} == {p: t for p, t in kept.items() if p != path}
-    without_seconds = [line.rsplit("|", 3)[0] for line in whole.splitlines()]
-    assert [line.rsplit("|", 3)[0] for line in (finished / "table.md").read_text().splitlines()] == without_seconds
+    assert [p for p, time in kept.items() if p.stat().st_mtime_ns != time] == [path]
+    again = figures(finished)["methods"]
+    assert all(again[m][name] == whole[m][name] for m in whole for name in ("accuracy", "kl", "reward", "own_ndcg"))
     compare.main(config(inputs, finished, seeds=[1, 2, 3]))
     assert trained[1:] == [("DPO best/worst", 3), ("LIRE at rest", 3)]
     compare.main(config(inputs, finished))
@@ -213,9 +190,8 @@ def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypa
 
 
 def test_other_settings_are_refused_by_name(inputs, finished):
-    still = {"trainer": "LIRETrainer", "temperature": 3.0, "learning_rate": 0.0}
     with pytest.raises(ValueError, match=r"DPO best/worst.beta was 0.1 and is 0.2"):
-        methods = {"DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.2}, "LIRE at rest": still}
+        methods = {"DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.2}, "LIRE at rest": STILL}
         compare.main(config(inputs, finished, methods=methods))
     with pytest.raises(ValueError, match=r"base.lora_r was 4 and is 2"):
         compare.main(config(inputs, finished, base={"lora_r": 2}))
@@ -312,12 +288,9 @@ def test_aggregate_on_numbers_worked_by_hand():
     assert "kl" not in method
 
 
-def test_intervals():
+def test_the_interval_of_a_few_seeds_is_that_of_t():
     values = [0.2, 0.5, 0.35]
     half = 4.302653 * np.std(values, ddof=1) / math.sqrt(3)
     found = t_interval(values)
     assert (found["low"], found["high"]) == pytest.approx((0.35 - half, 0.35 + half), abs=1e-6)
     assert t_interval([0.3]) == {"mean": 0.3, "low": None, "high": None, "count": 1}
-    draws = bootstrap_interval(np.array([0.0, 1.0, math.nan] * 50))
-    assert draws["count"] == 100 and draws["mean"] == 0.5
-    assert draws["high"] - draws["low"] == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)

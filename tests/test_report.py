@@ -10,8 +10,9 @@ import pytest
 from scripts.demo import summary
 from test_pages import HOSTILE, check_page
 from trainers.cli.answers import compare_answers, matched_gain, repetition
-from trainers.cli.demo_report import side_by_side
+from trainers.cli.demo_report import COURSE, side_by_side
 from trainers.cli.report import write_report
+from trainers.runs.files import write_json, write_rows
 from trainers.statistics import bootstrap_interval
 
 
@@ -30,22 +31,13 @@ def answers(offset, prompts=11, k=3):
 def results():
     before, after = answers(0.0), answers(0.25)
     before[2][0]["text"] = HOSTILE
-    one = {"mean": 0.61, "low": 0.55, "high": 0.67, "count": 7}
-    with_interval = ("reward", "gain at equal length", "KL", "length in tokens", "share cut off at the limit")
-    course = [
-        {"step": step} | dict.fromkeys(with_interval, one | {"mean": step / 8, "low": 0, "high": 4})
-        for step in (0, 24)
-    ]
+    one, point = {"mean": 0.61, "low": 0.55, "high": 0.67, "count": 7}, {"mean": 3.0, "low": 0, "high": 4}
     return {
-        "created": "2020-02-03T04:05:06+00:00",
-        "train_command": "accelerate launch scripts/train.py",
+        "created": "2020-02-03", "train_command": "accelerate launch scripts/train.py", "estimate": "about 5 minutes",
         "config": {"model_name_or_path": "runs/models/tiny", "output_dir": "runs/demo", "dtype": "float32"},
-        "sampling": {"num_generations": 3, "max_new_tokens": 16, "seed": 5},
-        "machine": {"instruction set": "AVX7"},
-        "versions": {"torch": "1.2.3"},
-        "estimate": "about 5 minutes",
-        "course": course,
-        "seconds": {"Training: it": 12.4},
+        "sampling": {"num_generations": 3, "max_new_tokens": 16}, "machine": {"instruction set": "AVX7"},
+        "versions": {"torch": "1.2.3"}, "seconds": {"Training: it": 12.4},
+        "course": [{"step": step} | dict.fromkeys(COURSE, point) for step in (0, 24)],
         "generation": compare_answers(before, after),
         "ranking": {"after": one, "before": one | {"mean": 0.5}, "longer answer first": one},
         "checks": {"KL": one},
@@ -53,7 +45,7 @@ def results():
             {"prompt": f"prompt {i}: {HOSTILE}", "before": b, "after": a}
             for i, (b, a) in enumerate(zip(before, after, strict=True))
         ],
-    }
+    }  # fmt: skip
 
 
 def history():
@@ -64,26 +56,12 @@ def history():
     return [*training, {"step": 6, "eval_loss": 0.5, "eval_rewards/margins": 0.2}, {"step": 6, "train_runtime": 9.0}]
 
 
-@pytest.fixture(scope="module")
-def html(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "results.json").write_text(json.dumps(results()))
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
-    return write_report(folder, []).read_text(encoding="utf-8")
-
-
-def test_interval_of_zeros_and_ones_is_that_of_the_binomial():
+def test_interval_of_zeros_and_ones_is_that_of_the_binomial_and_leaves_undefined_values_out():
     # The mean of a resample of n zeros and ones is binomial(n, p) / n; for n = 400 and p = 0.3 the 2.5 % and 97.5 %
     # points of the binomial are 102 and 138.
-    found = bootstrap_interval(np.repeat([1.0, 0.0], [120, 280]))
-    assert found["mean"] == pytest.approx(0.3)
-    assert found["low"] == pytest.approx(102 / 400, abs=1 / 400)
-    assert found["high"] == pytest.approx(138 / 400, abs=1 / 400)
-
-
-def test_undefined_prompts_are_left_out_of_the_interval():
-    values = np.array([0.1, math.nan, 0.7, 0.4, math.nan])
-    assert bootstrap_interval(values) == bootstrap_interval(np.array([0.1, 0.7, 0.4]))
+    found = bootstrap_interval(np.repeat([1.0, math.nan, 0.0], [120, 9, 280]))
+    assert found["mean"] == pytest.approx(0.3) and found["count"] == 400
+    assert [found["low"], found["high"]] == pytest.approx([102 / 400, 138 / 400], abs=1 / 400)
 
 
 def test_gain_is_paired():
@@ -126,24 +104,18 @@ def test_repetition(text, share):
     assert repetition(text) == pytest.approx(share)
 
 
-def test_page_escapes_prompts_and_answers(html):
-    text = check_page(html).text
-    assert text.count("prompt 2: " + HOSTILE) == 1 and "before, reward -0.40, 7 tokens" + HOSTILE in text
-
-
-def test_page_shows_figures_curves_and_settings(html):
-    page = check_page(html)
+def test_the_page_of_the_demo_is_whole_and_escaped(tmp_path):
+    with pytest.raises(ValueError, match="no folder of the demo"):
+        write_report(tmp_path, [])
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
+    page = check_page(write_report(tmp_path, []).read_text(encoding="utf-8"))
+    assert page.text.count("prompt 2: " + HOSTILE) == 1 and "before, reward -0.40, 7 tokens" + HOSTILE in page.text
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
-    assert (
-        len(labels) == 8
-        and "Reward against distance from the base model" in labels
-        and "Loss" in labels
-        and "Pairwise ranking accuracy" in labels
-    )
-    for shown in ("-0.08 → 0.17", "+0.25", "clear of zero", "0.610 [0.550, 0.670]", "accelerate launch", "1.2.3",
-                  "held-out", "2020-02-03", "12 s", "step 24", "+3.00 [+0.00, +4.00]", "AVX7",
-                  "about 5 minutes"):  # fmt: skip
+    assert len(labels) == 8 and {"Reward against distance from the base model", "Loss"} < {*labels}
+    for shown in ("-0.08 → 0.17", "0.610 [0.550, 0.670]", "+3.00 [+0.00, +4.00]", "1.2.3", "held-out", "12 s"):
         assert shown in page.text.replace("\xa0", " "), shown
+    assert "+0.250 [+0.250, +0.250]" in summary(results())
 
 
 def test_samples_are_chosen_by_their_change_and_not_by_hand():
@@ -153,36 +125,21 @@ def test_samples_are_chosen_by_their_change_and_not_by_hand():
     assert re.findall(r"=(\w)=", "".join(side_by_side(rows))) == list("bidfeajcg")
 
 
-def test_missing_results_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no folder of the demo"):
-        write_report(tmp_path, [])
-
-
-def test_summary_prints_gain_and_interval():
-    text = summary(results())
-    assert "On 11 prompts" in text and "+0.250 [+0.250, +0.250]" in text and "0.610 [0.550, 0.670]" in text
-    assert "Trained in float32 on a CPU with AVX7." in text
-
-
-def write_round(folder, texts, *, name="held-out", pool_mean=0.5):
-    """A finished round: the answers to each prompt spread over the journals of two processes, out of order."""
-    for part, count in (("samples", 2), ("scores", 2)):
+def write_round(folder, texts, *, name="held-out"):
+    """A finished round: the answers spread over the journals of two processes, out of order."""
+    lines = {
+        "samples": [
+            {"prompt": i, "index": j, "text": text, "token_ids": text.split(), "truncated": len(text) > 9}
+            for i, row in enumerate(texts) for j, text in enumerate(row)
+        ],
+        "scores": [{"prompt": i, "scores": [float(t.count("good")) for t in row]} for i, row in enumerate(texts)],
+    }  # fmt: skip
+    for part, records in lines.items():
         (folder / name / part).mkdir(parents=True)
-        for rank in range(count):
-            prompts = reversed(range(rank, len(texts), count))
-            if part == "samples":
-                lines = [
-                    {"prompt": i, "index": j, "text": text, "token_ids": text.split(), "truncated": len(text) > 9}
-                    for i in prompts for j, text in reversed(list(enumerate(texts[i])))
-                ]  # fmt: skip
-            else:
-                lines = [{"prompt": i, "scores": [float(text.count("good")) for text in texts[i]]} for i in prompts]
-            (folder / name / part / f"{part}-{rank:05d}.jsonl").write_text(
-                "".join(json.dumps(x) + "\n" for x in lines)
-            )
+        for rank in range(2):
+            write_rows(folder / name / part / f"{part}-{rank:05d}.jsonl", records[rank::2][::-1])
     if name == "held-out":
-        manifest = {"samples": {"mean_score": pool_mean}, "training": {"steps": 7}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_json(folder / "manifest.json", {"samples": {"mean_score": 0.5}, "training": {"steps": 7}})
 
 
 def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sample(tmp_path):

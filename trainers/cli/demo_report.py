@@ -26,17 +26,20 @@ COURSE = {  # measure of a checkpoint: its title and form
     "share cut off at the limit": ("Cut off", ".0%"),
 }
 SAMPLES_PER_GROUP = 3
+SIDES = ("before", "after")
 
 
 def write_report(folder: Path) -> Path:
     """Renders `folder`/report.html and returns its path."""
     results, state = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "trainer_state"))
-    parts = [
+    return page.write(
+        folder / "report.html",
+        "What SWEPO taught a small language model",
         *headline(results),
         page.heading("Is there a trivial explanation?"),
         *explanations(results),
         page.heading("Answers to prompts that were not trained on"),
-        page.figures([reward_figure(results), gain_figure(results), length_figure(results)]),
+        page.figures(pictures(results)),
         page.heading("When to stop"),
         *course(results["course"]),
         page.heading("Training"),
@@ -45,8 +48,7 @@ def write_report(folder: Path) -> Path:
         *side_by_side(results["answers"]),
         page.heading("Settings"),
         *settings(results),
-    ]
-    return page.write(folder / "report.html", "What SWEPO taught a small language model", *parts)
+    )
 
 
 def headline(results: dict) -> list[str]:
@@ -74,25 +76,22 @@ def explanations(results: dict) -> list[str]:
     rows = []
     for name, row in results["generation"].items():
         form = ".1f" if row["before"]["mean"] > 10 else ".3f"
-        means = [f"{row[side]['mean']:{form}}" for side in ("before", "after")]
-        rows.append([capital(name), *means, interval(row["gain"], "+" + form)])
-    ranked = [[RANKINGS.get(name, capital(name)), interval(value)] for name, value in results["ranking"].items()]
-    checks = [[capital(name), interval(value)] for name, value in results["checks"].items()]
+        rows.append([name, *(f"{row[side]['mean']:{form}}" for side in SIDES), interval(row["gain"], "+" + form)])
     return [
         "A higher score could come from answers that are only longer, cut off, repetitive or full of exclamation "
         "marks.",
         page.table(["Mean over prompts", "Before", "After", "Change, 95 % interval"], rows),
         f"Share of pairs of given answers to {results['ranking']['after']['count']} of these prompts that are put in "
         "the order of their scores, ranked by:",
-        page.table(["Ranking by", "Accuracy, 95 % interval"], ranked),
+        intervals("Ranking by", {RANKINGS.get(name, name): value for name, value in results["ranking"].items()}),
         "The gain with both answers of a pair cut to the length of the shorter one, and how far the trained model's "
         "answers are from the base model's language:",
-        page.table(["Estimate", "Value, 95 % interval"], checks),
+        intervals("Estimate", results["checks"]),
     ]
 
 
-def capital(name: str) -> str:
-    return name[0].upper() + name[1:]
+def intervals(title: str, values: dict[str, dict]) -> str:
+    return page.table([title, "Value, 95 % interval"], [[name, interval(value)] for name, value in values.items()])
 
 
 def course(points: list[dict]) -> list[str]:
@@ -130,33 +129,24 @@ def training_curve(history: list[dict], name: str, title: str, nothing: float | 
     return plots.chart(title, "step", series, level=None if nothing is None else (nothing, "nothing learned"))
 
 
-def reward_figure(results: dict) -> str:
-    return histogram("Reward of the answers", "sentiment", results["answers"], "score", np.linspace(-1, 1, 17))
-
-
-def length_figure(results: dict) -> str:
-    bins = np.linspace(0, results["sampling"]["max_new_tokens"], 17)
-    return histogram("Length of the answers", "tokens", results["answers"], "tokens", bins)
-
-
-def histogram(title: str, xlabel: str, answers: list[dict], field: str, bins: np.ndarray) -> str:
-    figure, (axes,) = plots.panels()
-    for side, colour in (("before", BEFORE), ("after", AFTER)):
-        values = [answer[field] for row in answers for answer in row[side]]
-        axes.hist(values, list(bins), color=colour, alpha=0.55, label=f"{side}, mean {np.mean(values):.2f}")
-    axes.set(xlabel=xlabel, ylabel="answers")
-    axes.legend(frameon=False, fontsize=9)
-    return plots.svg(figure, title)
-
-
-def gain_figure(results: dict) -> str:
-    means = [[np.mean([a["score"] for a in row[side]]) for side in ("before", "after")] for row in results["answers"]]
+def pictures(results: dict) -> list[str]:
+    """Rewards and lengths before and after, and the change prompt by prompt."""
+    answers, longest = results["answers"], results["sampling"]["max_new_tokens"]
+    drawn = []
+    for title, field, unit, bins in (
+        ("Reward of the answers", "score", "sentiment", np.linspace(-1, 1, 17)),
+        ("Length of the answers", "tokens", "tokens", np.linspace(0, longest, 17)),
+    ):
+        values = {side: [answer[field] for row in answers for answer in row[side]] for side in SIDES}
+        groups = {f"{side}, mean {np.mean(x):.2f}": x for side, x in values.items()}
+        drawn.append(plots.histogram(title, groups, bins, (BEFORE, AFTER), xlabel=unit, ylabel="answers"))
+    means = [[np.mean([answer["score"] for answer in row[side]]) for side in SIDES] for row in answers]
     gains = np.sort([after - before for before, after in means])
     figure, (axes,) = plots.panels()
     axes.bar(range(len(gains)), gains, width=0.8, color=[AFTER if gain > 0 else BEFORE for gain in gains])
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(xlabel="prompts, sorted")
-    return plots.svg(figure, "Change of the mean reward, prompt by prompt")
+    return [*drawn, plots.svg(figure, "Change of the mean reward, prompt by prompt")]
 
 
 def side_by_side(answers: list[dict]) -> list[str]:
@@ -175,17 +165,15 @@ def side_by_side(answers: list[dict]) -> list[str]:
         f"in the middle and the {size} largest losses. Nothing was picked by hand."
     ]
     for name, group in groups.items():
-        parts += [page.heading(name, 3), *(sample(*row) for row in group)]
+        parts.append(page.heading(name, 3))
+        parts += [page.pair(prompt, [side_of(*side) for side in zip(SIDES, answers, strict=True)])
+                  for prompt, *answers in group]  # fmt: skip
     return parts
 
 
-def sample(prompt: str, before: dict, after: dict) -> str:
-    sides = [
-        (name, f"{name}, reward {a['score']:+.2f}, {a['tokens']} tokens{', cut off' if a['truncated'] else ''}",
-         a["text"].strip())
-        for name, a in (("before", before), ("after", after))
-    ]  # fmt: skip
-    return page.pair(prompt, sides)
+def side_of(side: str, answer: dict) -> tuple[str, str, str]:
+    cut = ", cut off" if answer["truncated"] else ""
+    return side, f"{side}, reward {answer['score']:+.2f}, {answer['tokens']} tokens{cut}", answer["text"].strip()
 
 
 def settings(results: dict) -> list[str]:

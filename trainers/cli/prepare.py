@@ -8,16 +8,14 @@ What was dropped is printed by reason; it stands in `<output>.manifest.yaml` too
 format, and digests. With `--streaming true` no copy of the source is kept.
 """
 
-import gzip
 import json
-import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow
 import yaml
@@ -28,11 +26,12 @@ from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..config import option
 from ..data import detect_format, load_preferences
 from ..data.canonical import in_columns
 from ..data.drops import collected_reports
 from ..data.json_rows import file_digest
-from ..runs.files import write_atomic
+from ..runs.files import replacing, write_atomic, write_rows
 
 ROWS_PER_GROUP = 1000
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -40,26 +39,23 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 @dataclass
 class PrepareArguments:
-    """Options of scripts/prepare_data.py."""
+    """Options of `polypo prepare`."""
 
-    dataset_name: str = field(metadata={"help": "Hub id, folder or file of preference data."})
-    output: str = field(metadata={"help": "File to write: .parquet, .jsonl or .jsonl.gz."})
-    data_format: str | None = field(
-        default=None,
-        metadata={"help": "Name of a format or dotted path of an adapter; auto goes by the columns; none for "
-                  "canonical rows and pairs."},
-    )  # fmt: skip
-    split: str = field(default="train", metadata={"help": "Split to read; train_1+train_2 joins two."})
-    name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set, such as utterances."})
-    revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of a hub data set."})
-    max_rows: int | None = field(default=None, metadata={"help": "Read at most so many rows of the source."})
-    as_chat: bool = field(default=False, metadata={"help": "Wrap plain texts as user and assistant messages."})
-    invalid_rows: str = field(
-        default="drop", metadata={"help": "Drop and count what cannot be used, or stop.", "choices": ["drop", "error"]}
+    dataset_name: str = option(MISSING, "Hub id, folder or file of preference data.")
+    output: str = option(MISSING, "File to write: .parquet, .jsonl or .jsonl.gz.")
+    data_format: str | None = option(
+        None,
+        "Name of a format or dotted path of an adapter; auto goes by the columns; none for canonical rows and pairs.",
     )
-    streaming: bool = field(default=False, metadata={"help": "Read row by row, without a copy of the source."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes; not with streaming."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
+    split: str = option("train", "Split to read; train_1+train_2 joins two.")
+    name: str | None = option(None, "Configuration of a hub data set, such as utterances.")
+    revision: str | None = option(None, "Commit, branch or tag of a hub data set.")
+    max_rows: int | None = option(None, "Read at most so many rows of the source.")
+    as_chat: bool = option(False, "Wrap plain texts as user and assistant messages.")
+    invalid_rows: str = option("drop", "Drop and count what cannot be used, or stop.", choices=["drop", "error"])
+    streaming: bool = option(False, "Read row by row, without a copy of the source.")
+    num_proc: int | None = option(None, "Processes; not with streaming.")
+    overwrite: bool = option(False, "Replace an earlier output.")
 
 
 def main(argv: list[str]) -> None:
@@ -131,38 +127,13 @@ def manifest_path(output: str | Path) -> Path:
 
 def write(output: Path, rows: Iterable[dict], features: Features) -> int:
     """Rows to a file that appears when it is complete; the same rows give the same bytes. Returns their number."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            if output.suffix == ".parquet":
-                count = _write_parquet(file, rows, features)
-            elif output.suffix == ".gz":
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    count = _write_lines(packed, rows)
-            else:
-                count = _write_lines(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
-
-
-def _write_parquet(file: BinaryIO, rows: Iterable[dict], features: Features) -> int:
+    if output.suffix != ".parquet":
+        return write_rows(output, rows, allow_nan=False)
     count, rows = 0, iter(rows)
-    with ParquetWriter(file, features.arrow_schema) as writer:
+    with replacing(output) as file, ParquetWriter(file, features.arrow_schema) as writer:
         while group := [in_columns(row, features) for row in islice(rows, ROWS_PER_GROUP)]:
             writer.write_table(pyarrow.Table.from_pylist(group, features.arrow_schema))
             count += len(group)
-    return count
-
-
-def _write_lines(file: BinaryIO | gzip.GzipFile, rows: Iterable[dict]) -> int:
-    count = 0
-    for row in rows:
-        count += 1
-        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return count
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..pages import page, plots
-from ..pages.plots import COLOURS, INK, Series
+from ..pages.plots import COLOURS, Series
 from ..runs.files import read_rows
 from ..runs.stage import MANIFEST, SETTINGS
 from ..sgpo.filters import OUTLIER
@@ -109,26 +109,22 @@ def histogram(last: Path) -> str:
     outside = [row["statistic"] for row in read_rows(last / "filter/dropped.jsonl.gz") if row["reason"] == OUTLIER]
     if not inside:
         return ""
-    figure, [axes] = plots.panels()
-    bins = np.histogram_bin_edges([*inside, *outside], 20)
-    axes.hist([inside, outside], list(bins), stacked=True, color=COLOURS[:2], label=["kept", "dropped"])
     fences = json.loads((last / "filter" / MANIFEST).read_text())["counts"]["fences"]
-    for side in (fences["lower"], fences["upper"]):
-        if side is not None:
-            axes.axvline(side, color=INK, linestyle="--", linewidth=1)
-    axes.legend(frameon=False, fontsize=9, title="fences dashed")
-    axes.set(xlabel="gain in log-probability per token", ylabel="examples")
-    return plots.svg(figure, "Filtered statistic")
+    marks = [fences[side] for side in ("lower", "upper") if fences[side] is not None]
+    bins = np.histogram_bin_edges([*inside, *outside], 20)
+    groups, xlabel = {"kept": inside, "dropped": outside}, "gain in log-probability per token"
+    return plots.histogram(
+        "Filtered statistic, fences dashed", groups, bins, marks=marks, xlabel=xlabel, ylabel="examples"
+    )
 
 
 def training(last: Path, name: str) -> str:
     path = last / name / "model/trainer_state.json"
-    logs = [log for log in json.loads(path.read_text())["log_history"] if "loss" in log] if path.exists() else []
-    steps = [log["step"] for log in logs]
-    series = [Series("loss", steps, [log["loss"] for log in logs], ".-")]
+    logs = json.loads(path.read_text())["log_history"] if path.exists() else []
+    series = [plots.logged(logs, "loss", "loss", ".-")]
     if name == "improver":
         return plots.chart("Improver: loss per token", "step", series)
-    series.append(Series("reward margin", steps, [log["rewards/margins"] for log in logs], ".-", COLOURS[2]))
+    series.append(plots.logged(logs, "rewards/margins", "reward margin", ".-", COLOURS[2]))
     return plots.chart("DPO: loss and reward margin", "step", series, level=(float(np.log(2)), "ln 2"))
 
 

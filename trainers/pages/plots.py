@@ -74,6 +74,19 @@ def chart(title: str, xlabel: str, series: Sequence[Series], *, level: tuple[flo
     return svg(figure, title)
 
 
+def histogram(title: str, groups: dict[str, Sequence[float]], bins: Sequence[float] | np.ndarray,
+              colours: Sequence[str] = COLOURS, *, marks: Sequence[float] = (), **labels) -> str:  # fmt: skip
+    """The values of each group over each other; `marks` are dashed lines, `labels` go to `axes.set`."""
+    figure, (axes,) = panels()
+    for (label, values), colour in zip(groups.items(), colours, strict=False):
+        axes.hist(values, list(bins), color=colour, alpha=0.55, label=label)
+    for mark in marks:
+        axes.axvline(mark, color=INK, linestyle="--", linewidth=1)
+    axes.set(**labels)
+    axes.legend(frameon=False, fontsize=9)
+    return svg(figure, title)
+
+
 def svg(figure: Figure, title: str = "") -> str:
     """<svg> for a file or for a page. `title` names it for those who cannot see, and heads a figure of one panel."""
     if title and len(figure.axes) == 1:

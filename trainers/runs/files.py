@@ -1,10 +1,12 @@
 """Files that survive a kill at any moment: append-only journals of JSON lines, and atomic replacement."""
 
+import contextlib
 import gzip
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from .processes import Processes
 
@@ -62,15 +64,25 @@ def read_journal(path: str | Path) -> list[dict]:
     return _parse(path, Path(path).read_bytes().split(b"\n")[:-1])
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Puts `data` at `path` so that a reader, or a kill, sees the old content or the new one and nothing between."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is complete; a reader, or a kill, sees the old or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Puts `data` at `path` as `replacing` does."""
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path: str | Path, content: dict) -> None:
@@ -78,10 +90,15 @@ def write_json(path: str | Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
-    """Atomic JSON lines, compressed when the name ends in .gz; the same rows give the same bytes."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    write_atomic(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+def write_rows(path: str | Path, rows: Iterable[dict], *, allow_nan: bool = True) -> int:
+    """Atomic JSON lines, compressed when the name ends in .gz; the same rows give the same bytes. Returns how many."""
+    count = 0
+    with replacing(path) as file, contextlib.ExitStack() as stack:
+        packed = str(path).endswith(".gz")
+        lines = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0)) if packed else file
+        for count, row in enumerate(rows, 1):  # noqa: B007
+            lines.write((json.dumps(row, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode())
+    return count
 
 
 def read_rows(path: str | Path) -> list[dict]:
