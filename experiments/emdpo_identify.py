@@ -21,9 +21,10 @@ from peft import LNTuningConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainers import EMDPOConfig, EMDPOTrainer, ranking_logps
+from trainers.cli import config_files
 from trainers.config import option
 from trainers.emdpo.mixture import annotator_log_likelihood, clamp_log_prior, observed_log_likelihood
 from trainers.pages.text import markdown
@@ -170,7 +171,7 @@ def table(results: dict, args: IdentifyArguments) -> str:
 
 
 def main(argv: list[str]) -> dict:
-    (args,) = HfArgumentParser(IdentifyArguments).parse_args_into_dataclasses(argv)
+    (args,) = config_files.read(argv, IdentifyArguments)
     gc.freeze()  # EM collects garbage between policies, which are tiny here
     features = np.random.default_rng((args.seed, 99)).normal(size=(args.items, 2))
     results = {kind: measure(kind, features, args) for kind in FEEDBACK}

@@ -18,15 +18,16 @@ of each group when a mixture answers. A finished part is not made again.
 
 import gc
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers import EMDPOConfig, EMDPOTrainer
+from trainers.cli import config_files
 from trainers.config import option
 from trainers.emdpo import init
 from trainers.emdpo.aggregate import Arena, Player, compare
@@ -50,7 +51,7 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "batch_size": 96}
 class RecoveryArguments:
     """Size of the experiment."""
 
-    model: str = field(metadata={"help": "Model folder or hub id."})
+    model: str = option(MISSING, "Model folder or hub id.")
     output: str = option("runs/emdpo-recovery", "Folder of runs and table.")
     eos: str | None = option(None, "Token that ends a text, if not the tokenizer's.")
     seeds: int = option(3, "Repetitions: other samples, noise, starts and training orders.")
@@ -66,7 +67,7 @@ class RecoveryArguments:
 
 
 def main(argv: list[str]) -> list[dict]:
-    (args,) = HfArgumentParser(RecoveryArguments).parse_args_into_dataclasses(argv)
+    (args,) = config_files.read(argv, RecoveryArguments)
     gc.freeze()  # EM collects garbage between policies, which are tiny here
     results = []
     for seed in range(args.seeds):

@@ -83,7 +83,7 @@ def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", ab
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for name, (kind, default, told) in group.items():
-            shown = {"None": "", "dataclasses.MISSING": " (needed)"}.get(default, f" [{default}]")
+            shown = {"None": "", "MISSING": " (needed)"}.get(default, f" [{default}]")
             told = " ".join(told.split()).replace("%", "%%") + shown
             section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=told)
     return parser.format_help()

@@ -94,34 +94,26 @@ def test_every_accelerate_file(name, report):
     assert f"8 prompts x {processes} process(es) x 1 accumulated = {8 * processes} prompts per step" in text
 
 
-def test_the_report(report):
+def test_the_report(folder, report):
     settings = {"bf16": True, "dtype": "bfloat16", "max_length": 45, "alpha": 0.25, "dataset_test_split": "train[:10]"}
     steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1.5}
     text = report(as_chat=True, **settings, **steps)
     for line in (
         f"{PARAMETERS:,} parameters, 2 layers, hidden size 32, vocabulary 330",
-        f"trained: {PARAMETERS:,} (100.00%)",
-        "SWEPO (SWEPOTrainer)",
         "alpha: 0.25",
         "120 rows in, 119 kept, 1 dropped",
-        "rows dropped: 1 (fewer than 2 responses given)",
         "responses dropped: 1 (empty text)",
         "10 rows in, 9 kept, 1 dropped",
         "scored 0: 'the<|eot_id|>'",
         "responses per prompt: 2: 40, 3: 40, 4: 39",
         "2 prompts x 1 process(es) x 4 accumulated = 8 prompts per step",
         "15 steps per epoch, 23 in all",
-        "one process, 1 GPU(s), 16-bit precision",
         "The trained weights are kept in half precision",
     ):
         assert line in text, line
-
-
-def test_of_several_data_sets_each_says_what_it_drops(folder, report):
     paths = [folder / f"{name}.jsonl" for name in ("rows", "more")]
     text = report(dataset_name=paths)
-    for path in paths:
-        assert f"train, {path}: 120 rows in, 119 kept, 1 dropped" in text
+    assert all(f"train, {path}: 120 rows in, 119 kept, 1 dropped" in text for path in paths)
 
 
 def test_token_percentiles(folder, report):

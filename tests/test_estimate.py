@@ -1,5 +1,6 @@
 """The estimate of memory against measured steps of each trainer, real layouts and numbers worked out by hand."""
 
+import itertools
 import json
 
 import pytest
@@ -75,8 +76,8 @@ def test_activations_are_what_autograd_saves(widths, lengths, dtype, autocast, s
     assert expected == pytest.approx(saved, rel=0.02 if shared else 0.04)
 
 
-def step_of(cls, model, groups, folder, *, lora, **options):
-    """A trainer and a function that makes one step of it, backward pass included."""
+def check_peak(cls, model, groups, folder, *, rel, lora=False, **options):
+    """The estimate against the most bytes that a step of a trainer allocates above what was there before."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -88,32 +89,20 @@ def step_of(cls, model, groups, folder, *, lora, **options):
         for p, rs in groups
     ]  # fmt: skip
     args = cls.config_class(output_dir=str(folder), use_cpu=True, report_to="none", **options)
-    trainer = cls(
-        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=build_tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear") if lora else None,
-    )  # fmt: skip
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear") if lora else None
+    trainer = cls(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=build_tokenizer(),
+                  peft_config=adapter)  # fmt: skip
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
     trainer.model.train()
     if args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def step():
-        trainer.compute_loss(trainer.model, batch).backward()
-
-    step()  # so that gradients are there, and the first batch is checked
-    return trainer, step
-
-
-def check_peak(trainer, step, path, *, rel):
-    """The estimate against the most bytes that a step allocates above what was there before."""
+    trainer.compute_loss(trainer.model, batch).backward()  # so that gradients are there, and the batch is checked
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    profile.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        used += event["args"]["Bytes"]
-        peak = max(peak, used)
+        trainer.compute_loss(trainer.model, batch).backward()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    peak = max(itertools.accumulate(e["args"]["Bytes"] for e in events))
     estimate = estimate_of(type(trainer), trainer.args, ModelConfig(), trainer.model, Plan())
     estimate.run = estimate.run._replace(chunk_elements=CPU_CHUNK_ELEMENTS)
     batch = fed(token_lengths(trainer.train_dataset), shared=trainer.runner.layout != "rows")
@@ -149,9 +138,7 @@ TWO_MASKS = {"independent": True}
 )
 def test_peak_of_a_step_of_each_method(cls, options, lora, recompute, vocabulary, tmp_path):
     model = build(WIDE, vocabulary=vocabulary, layers=4)
-    options = {**options, "gradient_checkpointing": recompute}
-    trainer, step = step_of(cls, model, GROUPS, tmp_path, lora=lora, **options)
-    check_peak(trainer, step, tmp_path / "trace.json", rel=0.15)
+    check_peak(cls, model, GROUPS, tmp_path, lora=lora, rel=0.15, gradient_checkpointing=recompute, **options)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -159,8 +146,7 @@ def test_peak_of_a_kl_through_a_head_that_is_not_plain(lora, tmp_path, monkeypat
     monkeypatch.setattr(divergence, "is_plain", lambda head, rule: False)  # FSDP and quantisation make such heads
     monkeypatch.setattr("trainers.estimate.logit_rule", lambda config: None)
     model, options = build(WIDE, vocabulary=12000, layers=4), {"gradient_checkpointing": True, "mask": "ones"}
-    trainer, step = step_of(SPARSEPO, model, GROUPS, tmp_path, lora=lora, **options)
-    check_peak(trainer, step, tmp_path / "trace.json", rel=0.15)
+    check_peak(SPARSEPO, model, GROUPS, tmp_path, lora=lora, rel=0.15, **options)
 
 
 # Vocabularies that leave the peak to a layer, or to the LM head. bfloat16 is left out where the head's weight is
@@ -185,8 +171,7 @@ def test_peak_in_each_precision_and_layout(
     if not plain:
         model.lm_head.__class__ = type("Head", (torch.nn.Linear,), {})
     options = {"gradient_checkpointing": recompute, "bf16": bf16, "layout": kind}
-    trainer, step = step_of(LIRE, model, groups, tmp_path, lora=lora, **options)
-    check_peak(trainer, step, tmp_path / "trace.json", rel=0.1)
+    check_peak(LIRE, model, groups, tmp_path, lora=lora, rel=0.1, **options)
 
 
 @pytest.mark.parametrize("piece", [2, 256])

@@ -8,12 +8,11 @@ share the work and give the same weights: polypo aggregate --num_processes 2 ...
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
 from .. import load_preferences
 from ..config import check_options, option
@@ -26,6 +25,7 @@ from ..generation.sampler import plain_prompt
 from ..pages.text import interval, markdown
 from ..runs.files import read_rows, write_atomic, write_json
 from ..statistics import about_intervals
+from . import config_files
 
 OVERVIEW = "aggregate.json"
 BASE = "base-model"
@@ -35,8 +35,8 @@ BASE = "base-model"
 class AggregateArguments:
     """What to mix, and on which prompts."""
 
-    run_dir: str = field(metadata={"help": "output_dir of a finished EM-DPO run."})
-    dataset_name: str = field(metadata={"help": "Prompts: hub id, folder, or file of rows with a `prompt`."})
+    run_dir: str = option(MISSING, "output_dir of a finished EM-DPO run.")
+    dataset_name: str = option(MISSING, "Prompts: hub id, folder, or file of rows with a `prompt`.")
     dataset_split: str = option("train", "Split of a hub data set or a folder.")
     output: str | None = option(None, "Folder of samples and results; RUN/aggregate. One folder, one setting.")
     max_prompts: int = option(128, "Use the first so many different prompts.", at_least=1)
@@ -44,7 +44,7 @@ class AggregateArguments:
     max_new_tokens: int = option(128, "A cut answer estimates a cut regret.")
     batch_size: int = option(32, "Sequences per forward pass while sampling.")
     seed: int = option(0, "Of the samples.")
-    type_weights: list[float] | None = field(default=None, metadata={"help": "Factor on each type's regret; all 1."})
+    type_weights: list[float] | None = option(None, "Factor on each type's regret; all 1.")
     extra: list[str] = field(
         default_factory=list, metadata={"help": "Further policies to judge, name=folder, for example dpo=runs/dpo."}
     )
@@ -63,7 +63,7 @@ class AggregateArguments:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = HfArgumentParser(AggregateArguments).parse_args_into_dataclasses(argv)
+    (args,) = config_files.read(argv, AggregateArguments)
     Accelerator()  # joins the processes of a launcher
     run = Path(args.run_dir)
     sampling = {name: getattr(args, name) for name in ("num_generations", "max_new_tokens", "batch_size", "seed")}

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,6 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
-
-from polypo import recipes
 
 from .. import PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, check_options, option
@@ -61,10 +59,10 @@ class CompareArguments(RowOptions):
         ValueError: `base` or a method sets what would make the methods incomparable.
     """
 
-    output_dir: str = option(dataclasses.MISSING, "Folder of the comparison.")
-    dataset_name: str = option(dataclasses.MISSING, "Hub id, file or folder of preference rows.")
-    base: JSON = option(dataclasses.MISSING, "Model and training settings of all methods.")
-    methods: JSON = option(dataclasses.MISSING, "Name -> {trainer: ..., its own options}.")
+    output_dir: str = option(MISSING, "Folder of the comparison.")
+    dataset_name: str = option(MISSING, "Hub id, file or folder of preference rows.")
+    base: JSON = option(MISSING, "Model and training settings of all methods.")
+    methods: JSON = option(MISSING, "Name -> {trainer: ..., its own options}.")
     dataset_split: str = option("train", "Split that training and held-out rows come from.")
     data_format: str | None = option(None, "Format of the rows, auto, or an adapter's dotted path.")
     seeds: list[int] = dataclasses.field(
@@ -99,7 +97,7 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    (arguments,) = config_files.parse([CompareArguments], *recipes.split_recipe(argv))
+    (arguments,) = config_files.read(argv, CompareArguments)
     print(f"{compare(arguments)} is ready.")
 
 

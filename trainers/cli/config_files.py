@@ -6,6 +6,8 @@ import os
 
 from trl import TrlParser
 
+from polypo.recipes import split_recipe
+
 # Keys and flags of older releases, and what to do now.
 DROPPED = {
     "gpu_tflops": "hours are no longer reckoned from an assumed speed: --probe measures them.",
@@ -25,6 +27,11 @@ class Parser(TrlParser):
 
     def error(self, message: str):
         raise ValueError(message)
+
+
+def read(argv: list[str], *classes: type) -> tuple:
+    """One instance of each dataclass from a command line, of which `--config` names YAML files; see `parse`."""
+    return parse([*classes], *split_recipe(argv))
 
 
 def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:

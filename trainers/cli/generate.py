@@ -10,16 +10,15 @@ command is given again; the samples are the same as those of an uninterrupted ru
 """
 
 import json
-import os
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import Accelerator
 from datasets import load_dataset
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from ..config import option
 from ..data.rows import refuse_template_options
@@ -33,6 +32,7 @@ from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory
 from ..runs.settings import digest, model_fingerprint, refuse_other_settings, run_settings
 from ..runs.stage import Stage
+from . import config_files
 
 MADE = ("prompt", "responses", "scores", UNFINISHED)
 REPLACED_COLUMNS = (*MADE, "chosen", "rejected")
@@ -43,13 +43,14 @@ WAYS_OUT = "choose another output, or start over with --overwrite"
 class GenerateArguments(SamplingConfig):
     """Options of `polypo generate`."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the policy; a folder with a PEFT adapter works too."})
-    prompts: str = field(metadata={"help": "A .jsonl or .jsonl.gz file, or the hub id of a data set, with `prompt`."})
-    output: str = field(metadata={"help": "File to write: .jsonl or .jsonl.gz."})
-    scorer: list[str] = field(
-        metadata={"help": "Import path of a reward function, or folder or hub id of a reward model. Several give the "
-                  "sum, with weights written as NAME=0.5.", "nargs": "+"}
-    )  # fmt: skip
+    model: str = option(MISSING, "Folder or hub id of the policy; a folder with a PEFT adapter works too.")
+    prompts: str = option(MISSING, "A .jsonl or .jsonl.gz file, or the hub id of a data set, with `prompt`.")
+    output: str = option(MISSING, "File to write: .jsonl or .jsonl.gz.")
+    scorer: list[str] = option(
+        MISSING,
+        "Import path of a reward function, or folder or hub id of a reward model. Several give the sum, with weights "
+        "written as NAME=0.5.",
+    )
     dtype: str = option("float32", "Weights of the policy; fast is bfloat16 where that is fast.", choices=DTYPES)
     scorer_batch_size: int = option(8, "Texts per forward pass of a reward model.", at_least=1)
     split: str = option("train", "Split to take from a hub data set of prompts.")
@@ -144,14 +145,10 @@ def generate(args: GenerateArguments) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    sys.path.append(os.getcwd())  # a reward function in the user's own folder can be named
     accelerator = Accelerator()  # finds the processes that the launcher started
-    try:
-        (args,) = HfArgumentParser(GenerateArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        statistics = generate(args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    (args,) = config_files.read(argv, GenerateArguments)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    statistics = generate(args)
     lines = [f"  {name.replace('_', ' '):<38}{value:>12,}" for name, value in statistics.items()]
     accelerator.print("\n".join([args.output, *lines]))
     accelerator.end_training()

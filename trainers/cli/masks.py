@@ -11,14 +11,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers.utils import logging
-
-from polypo import recipes
 
 from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
@@ -52,7 +50,7 @@ BLUE, RED = (31, 111, 235), (209, 36, 47)
 class ShowArguments:
     """What to show."""
 
-    checkpoint: str = field(metadata={"help": "Folder of the trained policy and its masks."})
+    checkpoint: str = option(MISSING, "Folder of the trained policy and its masks.")
     rows: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Rows to show, counted from 0."})
     split: str = option("train", "Rows of the training or the test split.", choices=["train", "test"])
     page: str | None = option(None, "The page; masks.html in the checkpoint by default.")
@@ -68,8 +66,7 @@ def write_report(argv: list[str]) -> Path:
     Raises:
         ValueError: the folder holds no policy, or a row cannot be shown.
     """
-    classes = [ShowArguments, DataArguments, SparsePOConfig, ModelArguments]
-    show, data, args, model = config_files.parse(classes, *recipes.split_recipe(argv))
+    show, data, args, model = config_files.read(argv, ShowArguments, DataArguments, SparsePOConfig, ModelArguments)
     folder = Path(show.checkpoint)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} holds no policy: name the output folder of a finished run, or a checkpoint.")

@@ -24,7 +24,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from ..config import option
 from ..data import detect_format, load_preferences
@@ -32,6 +31,7 @@ from ..data.canonical import in_columns
 from ..data.drops import collected_reports
 from ..data.json_rows import file_digest
 from ..runs.files import replacing, write_atomic, write_rows
+from . import config_files
 
 ROWS_PER_GROUP = 1000
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -59,7 +59,7 @@ class PrepareArguments:
 
 
 def main(argv: list[str]) -> None:
-    [args] = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    (args,) = config_files.read(argv, PrepareArguments)
     manifest = prepare(args)
     print(f"{args.output}: {manifest['rows']} rows, described in {manifest_path(args.output)}")
 

@@ -6,7 +6,6 @@ methods. The masks of a SparsePO run need its recipe and take any of its fields:
     polypo report runs/sparsepo-demo --config configs/sparsepo/demo.yaml --rows 0 3
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def write_report(folder: Path, flags: list[str]) -> Path:
     Raises:
         ValueError: the folder holds nothing that there is a page for.
     """
-    sys.path.append(os.getcwd())  # a scorer may lie there
     # Each page loads what it needs, which takes seconds.
     if flags:
         from . import masks

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from trl import get_peft_config, get_quantization_config
 
-from polypo import recipes
-
 from .. import EMDPOTrainer
 from ..config import check_options, option
 from ..emdpo.mixture import annotator_log_likelihood
@@ -40,8 +38,9 @@ class TypesArguments:
 
 
 def main(argv: list[str]) -> dict:
-    classes = [TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments]
-    options, data, args, model = config_files.parse(classes, *recipes.split_recipe(argv))
+    options, data, args, model = config_files.read(
+        argv, TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments
+    )
     set_model_options(args, model)
     rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
