@@ -3,6 +3,7 @@
 A matrix product of a token costs two per weight; causal attention of T tokens costs 2 T^2 times its width per layer.
 """
 
+from collections.abc import Callable
 from statistics import median
 
 Group = tuple[int, list[int]]  # tokens of a prompt and of each of its responses
@@ -20,31 +21,32 @@ NAMES = {
 PEAKS = {"H100 80GB HBM3": 989, "H100 SXM": 989, "H200": 989, "A100": 312}
 
 
-def sequence_flops(shape: dict, prompt: int, response: int, fed: int | None = None) -> float:
-    """Forward of one causal sequence, fed `fed` tokens with padding, the LM head on its response only."""
-    fed = prompt + response if fed is None else fed
+def flops(shape: dict, fed: int, attended: int, predicted: int) -> float:
+    """Forward of `fed` tokens with the LM head on `predicted` of them; `attended` is twice the pairs that attend."""
     return (
         2 * shape["parameters"] * fed
-        + 2 * shape["layers"] * shape["attention"] * fed**2
-        + 2 * shape["hidden"] * shape["vocabulary"] * response
+        + 2 * shape["layers"] * shape["attention"] * attended
+        + 2 * shape["hidden"] * shape["vocabulary"] * predicted
     )
 
 
+def sequence_flops(shape: dict, prompt: int, response: int, fed: int | None = None) -> float:
+    """One causal sequence, fed `fed` tokens with padding."""
+    fed = prompt + response if fed is None else fed
+    return flops(shape, fed, fed**2, response)
+
+
 def padded_flops(shape: dict, batch: list[tuple[int, int]]) -> float:
-    """Forward of (prompt, response) sequences that are all padded to the longest."""
+    """(prompt, response) sequences that are all padded to the longest."""
     longest = max(p + r for p, r in batch)
     return sum(sequence_flops(shape, p, r, longest) for p, r in batch)
 
 
 def shared_flops(shape: dict, group: Group) -> float:
-    """Forward of one prompt and its responses as branches: every token is fed once."""
+    """One prompt and its responses as branches: every token is fed once."""
     p, responses = group
     attended = p**2 + sum((p + r) ** 2 - p**2 for r in responses)
-    return (
-        2 * shape["parameters"] * (p + sum(responses))
-        + 2 * shape["layers"] * shape["attention"] * attended
-        + 2 * shape["hidden"] * shape["vocabulary"] * sum(responses)
-    )
+    return flops(shape, p + sum(responses), attended, sum(responses))
 
 
 def sequences(variant: str, group: Group, best: int) -> list[tuple[int, int]]:
@@ -84,11 +86,21 @@ def peak_flops(gpu: str | None) -> float | None:
     return None if gpu is None or "PCIe" in gpu or "NVL" in gpu else next(known, None)
 
 
-def ratios(runs: list[dict], variant: str, part: str) -> list[float]:
-    """How many times as long as `shared` a variant took, turn by turn."""
+def against_shared(runs: list[dict], variant: str, cost: Callable[[dict], float]) -> list[float]:
+    """`cost` of the runs of a variant over that of `shared`, turn by turn."""
     groups = by_variant(runs)
-    ours = {run["turn"]: total(run, part) for run in groups.get("shared", [])}
-    return [total(run, part) / ours[run["turn"]] for run in groups.get(variant, []) if run["turn"] in ours]
+    ours = {run["turn"]: cost(run) for run in groups.get("shared", [])}
+    return [cost(run) / ours[run["turn"]] for run in groups.get(variant, []) if run["turn"] in ours]
+
+
+def ratios(runs: list[dict], variant: str, part: str) -> list[float]:
+    """How many times as long as `shared` a variant took."""
+    return against_shared(runs, variant, lambda run: total(run, part))
+
+
+def ideals(runs: list[dict], variant: str, *, padding: bool) -> list[float]:
+    """FLOPs of a variant over those of `shared`, for the same rows."""
+    return against_shared(runs, variant, lambda run: forward_flops(run, padding=padding))
 
 
 def total(run: dict, part: str) -> float:
@@ -108,13 +120,6 @@ def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
     return {name: group for name, group in found.items() if group}
 
 
-def ideals(runs: list[dict], variant: str, *, padding: bool) -> list[float]:
-    """FLOPs of a variant over those of `shared`, for the rows of each turn."""
-    groups = by_variant(runs)
-    ours = {run["turn"]: forward_flops(run, padding=False) for run in groups.get("shared", [])}
-    return [forward_flops(r, padding=padding) / ours[r["turn"]] for r in groups[variant] if r["turn"] in ours]
-
-
 def share_reached(runs: list[dict], *, padding: bool) -> list[float]:
     """Of the gain of `shared` over `rows` that FLOPs allow, how much was reached in each turn."""
     pairs = zip(ratios(runs, "rows", "seconds"), ideals(runs, "rows", padding=padding), strict=True)
@@ -124,7 +129,7 @@ def share_reached(runs: list[dict], *, padding: bool) -> list[float]:
 def growth_points(runs: list[dict], variant: str) -> list[tuple[int, int, float]]:
     """(K, prompt tokens, median seconds) of each step of the growth runs of a layout."""
     group = by_variant(runs).get(variant, [])
-    points = []
-    for i, (prompt, responses) in enumerate(group[0]["lengths"] if group else []):
-        points.append((len(responses), prompt, median(run["steps"][i]["seconds"] for run in group)))
-    return points
+    return [
+        (len(responses), prompt, median(run["steps"][i]["seconds"] for run in group))
+        for i, (prompt, responses) in enumerate(group[0]["lengths"] if group else [])
+    ]

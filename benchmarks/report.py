@@ -147,13 +147,11 @@ def speed_table(runs: list[dict], gpu: str | None) -> str:
 def ratio_table(runs: list[dict]) -> str:
     head = ["shared prompts against", "step", "policy part", "reference pass", "FLOP-ideal, no padding",
             "FLOP-ideal, as padded"]  # fmt: skip
-    groups, rows = by_variant(runs), []
-    for name in groups:
-        if name == "shared":
-            continue
-        rows.append([NAMES[name], *(spread(ratios(runs, name, part)) for part in ("seconds", "policy", "reference"))])
-        for padding in (False, True):
-            rows[-1].append(spread(ideals(runs, name, padding=padding)))
+    rows = [
+        [NAMES[name], *(spread(ratios(runs, name, part)) for part in ("seconds", "policy", "reference")),
+         *(spread(ideals(runs, name, padding=padding)) for padding in (False, True))]
+        for name in by_variant(runs) if name != "shared"
+    ]  # fmt: skip
     return markdown(head, rows)
 
 
@@ -171,14 +169,14 @@ def growth_table(runs: list[dict]) -> str:
     groups, rows = by_variant(runs), []
     if len(groups) < 2:
         return ""
-    both = zip(growth_points(runs, "shared"), growth_points(runs, "rows"), groups["rows"][0]["lengths"], strict=True)
-    for i, ((k, prompt, ours), (_, _, theirs), group) in enumerate(both):
-        found = [r["steps"][i]["seconds"] / s["steps"][i]["seconds"]
+    points = (growth_points(runs, variant) for variant in ("shared", "rows"))
+    for i, ((k, prompt, ours), (_, _, theirs)) in enumerate(zip(*points, strict=True)):
+        times = [r["steps"][i]["seconds"] / s["steps"][i]["seconds"]
                  for r, s in zip(groups["rows"], groups["shared"], strict=False)]  # fmt: skip
-        shape = groups["rows"][0]["shape"]
+        shape, group = groups["rows"][0]["shape"], groups["rows"][0]["lengths"][i]
         ideal = sum(sequence_flops(shape, *s) for s in sequences("rows", group, 0)) / shared_flops(shape, group)
-        rows.append([str(k), str(prompt), str(group[1][0]), number(ours, 3), number(theirs, 3), spread(found),
-                     number(ideal, 3)])  # fmt: skip
+        cells = number(ours, 3), number(theirs, 3), spread(times), number(ideal, 3)
+        rows.append([str(k), str(prompt), str(group[1][0]), *cells])
     return markdown(
         ["K", "prompt tokens", "response tokens", "shared, s", "padded rows, s", "ratio", "FLOP-ideal"], rows
     )

@@ -40,11 +40,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, tokenizer):
+def start(tmp_path_factory):
     """A folder with a tiny model and its tokenizer, for runs that read their start from disk."""
-    from helpers import tiny_llama
+    from helpers import save_start  # torch, after the settings above
 
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer.save_pretrained(folder)
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    return folder
+    return save_start(tmp_path_factory.mktemp("start"))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
@@ -125,6 +126,20 @@ def tiny_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Gemma3ForConditionalGeneration(config).float()
+
+
+def save_start(folder: Path, family: str | None = None) -> Path:
+    """A folder with the tiny Llama and its tokenizer, for runs that read their start from disk."""
+    tokenizer = family_tokenizer(family) if family else build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def flags(**options) -> list[str]:
+    """`name=value` -> --name value; a list gives several values."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [str(part) for name, parts in values.items() for part in (f"--{name}", *parts)]
 
 
 def leave_processes() -> None:

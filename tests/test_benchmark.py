@@ -15,7 +15,7 @@ from benchmarks import ratios, report
 from benchmarks import rows as benchmark_rows
 from benchmarks import run as benchmark
 from benchmarks import step as benchmark_step
-from helpers import build_tokenizer, tiny_llama
+from helpers import save_start
 from trainers.swepo import swepo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,9 +84,7 @@ def test_pairs_of_a_row_with_ties():
 def job(tmp_path_factory):
     """Rows drawn from a small file for a tiny Llama: a warm-up step and a timed step of the same two prompts."""
     folder = tmp_path_factory.mktemp("benchmark")
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model")
     words = "the quick brown fox jumps over a lazy dog".split()
     rows = [
         {

@@ -17,7 +17,7 @@ from datasets import Dataset
 import moved
 import polypo
 import trainers
-from helpers import family_tokenizer, tiny_llama
+from helpers import flags, save_start
 from polypo import recipes, usage
 from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
@@ -157,8 +157,9 @@ def test_what_goes_to_accelerate_and_what_to_the_command(argv, needed, launch, r
 
 def test_accelerate_has_the_options_that_are_handed_to_it():
     values = {name: "1" for name in usage.LAUNCH} | {"main_process_ip": "10.0.0.1"}
-    parts = [part for name, value in values.items() for part in (f"--{name}", value)]
-    known = launch_command_parser().parse_args([*parts, "--cpu", "--quiet", "--config_file", "a", "--module", "b"])
+    known = launch_command_parser().parse_args(
+        [*flags(**values), "--cpu", "--quiet", "--config_file", "a", "--module", "b"]
+    )
     assert known.training_script == "b" and known.gpu_ids == "1" and known.machine_rank == 1
 
 
@@ -177,9 +178,7 @@ def test_the_wheel_trains_a_recipe_on_the_demo_rows_without_a_checkout(tmp_path)
     recipe = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
     assert recipe == {path.relative_to(site / "polypo") for path in (site / "polypo/configs").rglob("*.yaml")}
 
-    tokenizer = family_tokenizer("llama3")
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    save_start(tmp_path / "model", "llama3")
     command = ["train", "--config", "dpo/demo.yaml", "--accelerate_config", "single", "--cpu", "--use_cpu", "true"]
     command += ["--model_name_or_path", "model", "--max_steps", "1", "--lora_target_modules", "q_proj", "v_proj"]
     environment = os.environ | {"PYTHONPATH": str(site)}

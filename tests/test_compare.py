@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers import family_tokenizer, tiny_llama
+from helpers import family_tokenizer, flags, save_start
 from trainers.cli import compare, config_files
 from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores, split_rows
 from trainers.cli.compare_report import aggregate, notes, plot
@@ -42,16 +42,14 @@ def count_a(prompts, completions, **columns):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = family_tokenizer("llama3")
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model", "llama3")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 
 
 def test_mappings_are_json_on_a_command_line():
-    flags = ["--output_dir", "x", "--dataset_name", "x", "--base", '{"beta": 0.5}', "--methods", '{"dpo": {}}']
-    (read,) = config_files.parse([compare.CompareArguments], [*flags, "--samples", '{"prompts": 3}'], {})
+    mappings = {"base": '{"beta": 0.5}', "methods": '{"dpo": {}}', "samples": '{"prompts": 3}'}
+    (read,) = config_files.read(flags(output_dir="x", dataset_name="x", **mappings), compare.CompareArguments)
     assert (read.base, read.methods, read.samples["prompts"]) == ({"beta": 0.5}, {"dpo": {}}, 3)
 
 

@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from helpers import FAMILIES, build_tokenizer, tiny_llama
+from helpers import FAMILIES, build_tokenizer, flags, tiny_llama
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli.dry_run import plan_batches
 from trainers.cli.train import main
@@ -58,11 +58,9 @@ def folder(tmp_path_factory):
 def report(folder, tmp_path, capsys):
     """The report of a dry run with these flags, on top of a file, in a folder where nothing must be left."""
 
-    def run(*argv, **flags):
+    def run(*argv, **options):
         local = {"model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl", "output_dir": tmp_path}
-        flags = {name: value if isinstance(value, list) else [value] for name, value in (local | flags).items()}
-        given = [str(part) for name, values in flags.items() for part in (f"--{name}", *values)]
-        main([*argv, "--dry_run", *given])
+        main([*argv, "--dry_run", *flags(**local | options)])
         assert not any(tmp_path.iterdir())
         return capsys.readouterr().out
 
@@ -71,14 +69,14 @@ def report(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_passes_without_weights(name, folder, report):
-    flags = {}
+    local = {}
     if FILES[name].get("dataset_test_split") == "test":  # the file here has no other split than train
-        flags["dataset_test_split"] = "train[:10]"
+        local["dataset_test_split"] = "train[:10]"
     if name in STAGES:
-        flags |= {"sft_target_source": "best", "preference_dataset": folder / "more.jsonl",
+        local |= {"sft_target_source": "best", "preference_dataset": folder / "more.jsonl",
                   "dataset_train_split": "train[:40]", "preference_split": "train[40:100]"}  # fmt: skip
-        flags["dataset_test_split"] = "train[100:]"
-    text = report("--config", str(ROOT / name), **flags)
+        local["dataset_test_split"] = "train[100:]"
+    text = report("--config", str(ROOT / name), **local)
     targets = FILES[name].get("lora_target_modules") if FILES[name].get("use_peft") else []
     targets = list(LINEARS) if targets == ["all-linear"] else targets
     adapter = sum(LAYERS * FILES[name]["lora_r"] * sum(LINEARS[target]) for target in targets)
@@ -143,7 +141,7 @@ def test_a_plan_for_gpus_takes_their_dtype(report):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("changes", "message"),
     [
         ({"pad_token": "<none>"}, "pad_token='<none>' is not in the vocabulary"),
         ({"layout": "shared", "attn_implementation": "eager"}, "attn_implementation is 'eager'"),
@@ -153,9 +151,9 @@ def test_a_plan_for_gpus_takes_their_dtype(report):
         ({"trainer": "trainers.SWEPOConfig"}, "not a PreferenceTrainer"),
     ],
 )
-def test_what_would_stop_the_run_stops_here(flags, message, report):
+def test_what_would_stop_the_run_stops_here(changes, message, report):
     with pytest.raises(ValueError, match=message):
-        report(**flags)
+        report(**changes)
 
 
 def test_a_trainer_by_import_path_brings_its_own_fields(report, tmp_path_factory, monkeypatch):
@@ -209,7 +207,7 @@ def test_large_batches():
 
 
 def test_gradients_that_fsdp_accumulates(report):
-    told, flags = "FSDP adds up whole gradients", {"gradient_accumulation_steps": 2, "accelerate_config": "fsdp2"}
-    assert told in report(**flags)
+    told, given = "FSDP adds up whole gradients", {"gradient_accumulation_steps": 2, "accelerate_config": "fsdp2"}
+    assert told in report(**given)
     synced = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    assert told not in report(**flags, accelerator_config=json.dumps(synced))
+    assert told not in report(**given, accelerator_config=json.dumps(synced))

@@ -8,6 +8,7 @@ import yaml
 from datasets import Dataset
 from pyarrow import parquet
 
+from helpers import flags
 from test_formats import CASES, write
 from trainers.cli import prepare as prepare_data
 from trainers.data import load_preferences
@@ -18,9 +19,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def run(folder, **flags):
-    prepare_data.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
-    return yaml.safe_load(prepare_data.manifest_path(folder / flags["output"]).read_text())
+def run(folder, **options):
+    prepare_data.main(flags(**options))
+    return yaml.safe_load(prepare_data.manifest_path(folder / options["output"]).read_text())
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import flags, save_start
 from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli.arguments import ModelArguments, set_model_options
@@ -53,9 +53,8 @@ def test_time_is_that_of_typical_tokens_between_the_fastest_and_the_slowest_step
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path, tokenizer = tmp_path_factory.mktemp("start"), build_tokenizer()
-    tokenizer.save_pretrained(path / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(path / "model")
+    path = tmp_path_factory.mktemp("start")
+    save_start(path / "model")
     judged = [row | {"annotator": f"a{i % 5}"} for i, row in enumerate(rows(16))]
     Dataset.from_list(judged).to_json(path / "rows.jsonl")
     answers = [{"prompt": f"say {i}", "responses": ["the fox " * k for k in (1, 2)], "scores": [0.0, 1.0]}
@@ -92,10 +91,10 @@ def test_advice_to_recompute_nothing_and_to_cut_the_longest_row(folder):
 
 
 def launch(folder, out, **changes):
-    flags = {"trainer": "SWEPOTrainer", "model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl",
-             "output_dir": out, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2,
-             "max_steps": 3, "seed": 3, "disable_tqdm": True, "learning_rate": 0.01}  # fmt: skip
-    main([str(part) for name, value in (flags | changes).items() for part in (f"--{name}", value)])
+    common = {"trainer": "SWEPOTrainer", "model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl",
+              "output_dir": out, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2,
+              "max_steps": 3, "seed": 3, "disable_tqdm": True, "learning_rate": 0.01}  # fmt: skip
+    main(flags(**common | changes))
 
 
 SGPO = {"trainer": "SGPOTrainer", "sft_target_source": "best", "preference_split": "train[10:]",

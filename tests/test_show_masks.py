@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import flags, save_start
 from test_pages import check_page
 from test_sparsepo_trainer import DENSE, config, pairs
 from test_trainer import LORA
@@ -18,9 +18,7 @@ from trainers.cli.report import write_report
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_page_of_a_trained_run(tmp_path, adapter):
-    tokenizer, model = build_tokenizer(), tiny_llama(330)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_start(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, pairs())))
     trainer = SparsePOTrainer(
         str(tmp_path / "base"),
@@ -33,8 +31,8 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     trainer.save_state()
     recipe = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "dataset_name": tmp_path / "rows.jsonl",
               "output_dir": tmp_path / "unused", "use_cpu": True, "independent": True, **DENSE}  # fmt: skip
-    flags = [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
-    page = write_report(tmp_path / "out", [*flags, "--rows", "1", "4"]).read_text()
+    options = flags(**recipe)
+    page = write_report(tmp_path / "out", [*options, "--rows", "1", "4"]).read_text()
     check_page(page)
     assert page.count("<h2>Row") == 2 and page.count("<figure>") == 4
     # The numbers on the page are those of the run itself.
@@ -45,9 +43,9 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     assert shown == pytest.approx(values["reward_mask"][0, best, :length].tolist(), rel=1e-3) and max(shown) > 0
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match="holds no policy"):
-        write_report(tmp_path / "base" / "nowhere", flags)
+        write_report(tmp_path / "base" / "nowhere", options)
     with pytest.raises(ValueError, match="independent"):
-        write_report(tmp_path / "out", [*flags, "--independent", "false"])
+        write_report(tmp_path / "out", [*options, "--independent", "false"])
 
 
 def test_texts_are_escaped_and_colours_follow_the_values():

@@ -7,14 +7,13 @@ import torch
 
 from experiments import sparsepo_frontier
 from experiments.sparsepo_frontier import at_equal_kl, plot, summarize, tables
-from helpers import build_tokenizer, tiny_llama
+from helpers import build_tokenizer, save_start, tiny_llama
 from trainers.generation.sampler import Sample
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    tiny_llama(330).save_pretrained(tmp_path / "model")
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    save_start(tmp_path / "model")
     monkeypatch.setattr(sparsepo_frontier, "TOKENS", 6)
     monkeypatch.setattr(sparsepo_frontier, "OPENINGS", sparsepo_frontier.OPENINGS[:1])
     monkeypatch.setattr(sparsepo_frontier, "KINDS", sparsepo_frontier.KINDS[:2])

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import flags, save_start
 from test_trainer import rows
 from trainers import SWEPOTrainer
 from trainers.cli import train
@@ -22,21 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model")
     Dataset.from_list(rows(8)).to_json(folder / "rows.jsonl")
     return folder
 
 
 def run(inputs, output, **changes):
-    flags = {
+    options = {
         "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
         "dataset_test_split": "train[:4]", "output_dir": output, "use_cpu": True, "report_to": "none",
         "per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1,
         "logging_steps": 1, "disable_tqdm": True, "learning_rate": 0.01, **changes,
     }  # fmt: skip
-    train.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    train.main(flags(**options))
 
 
 def contents(folder):
@@ -114,8 +112,8 @@ def test_processes_that_the_launcher_did_not_start_are_missed(environment, lost)
 @pytest.mark.parametrize("program", [["polypo", "train"], ["accelerate.commands.accelerate_cli", "launch"]])
 def test_accelerate_with_two_cpu_processes_is_stopped(program, inputs, tmp_path):
     launch = [sys.executable, "-m", *program, "--cpu", "--num_processes", "2"]
-    flags = ["--trainer", "LIRETrainer", "--model_name_or_path", inputs / "model", "--dataset_name",
-             inputs / "rows.jsonl", "--output_dir", tmp_path, "--report_to", "none"]  # fmt: skip
+    options = flags(trainer="LIRETrainer", model_name_or_path=inputs / "model", dataset_name=inputs / "rows.jsonl",
+                    output_dir=tmp_path, report_to="none")  # fmt: skip
     script = [] if program[0] == "polypo" else [ROOT / "scripts/train.py"]
-    done = subprocess.run([*launch, *script, *flags], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    done = subprocess.run([*launch, *script, *options], capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode != 0 and "several processes and started one" in done.stderr, done.stderr[-2000:]

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl import LogCompletionsCallback, RichProgressCallback
 
-from helpers import build_tokenizer, family_tokenizer, tiny_llama
+from helpers import build_tokenizer, family_tokenizer, save_start, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli import train
@@ -82,9 +82,7 @@ def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, ca
 def inputs(tmp_path_factory):
     """A model with its tokenizer, TRL pairs and scored rows, as files."""
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = family_tokenizer("llama3")
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model", "llama3")
     Dataset.from_list(chat_pairs()).to_json(folder / "pairs.jsonl")
     completions = [{"instruction": row["prompt"], "source": "s", "completions": [
         {"response": text, "overall_score": score, "annotations": {"honesty": {"Rating": "3"}}, "model": "m"}
