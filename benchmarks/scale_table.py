@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 from trainers.cli import train
-from trainers.cli.arguments import set_model_options
 from trainers.cli.dry_run import build_model, cheaper, estimate_of, plan_batches
 from trainers.estimate import read_plan
 
@@ -71,9 +70,7 @@ def peak(name: str, hardware: str, method: str, engine: str) -> float | None:
 def parse(name: str, hardware: str, method: str):
     """The command line of a recipe, on a folder that holds nothing but the model's config."""
     files = [str(ROOT / f"configs/ultrafeedback/{part}.yaml") for part in ("common", name, hardware, method)]
-    parsed = train.parse(["--config", *files, "--model_name_or_path", folder_of(name), "--dry_run", "true"])
-    set_model_options(*parsed[2:])
-    return parsed
+    return train.parse(["--config", *files, "--model_name_or_path", folder_of(name), "--dry_run", "true"])
 
 
 @cache

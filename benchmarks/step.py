@@ -5,7 +5,6 @@ for: collating, layout, reference, forward, backward, clipping, optimizer, metri
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.forward.layout import rows_layout, to_responses
 from trainers.forward.policy import base_model
 from trainers.forward.run import Forward
+from trainers.runs.processes import peak_rss
 
 # Randomly initialised Llamas, made on the device: no download, and speed does not depend on what the weights are.
 RANDOM_MODELS = {
@@ -215,12 +215,6 @@ def measure(job: dict) -> dict:
         "before": before,
         "shape": shape(trainer.model),
     }
-
-
-def peak_rss() -> int:
-    """Most bytes that this process ever held in memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def shape(model) -> dict:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from trainers import SGPOTrainer
 from trainers.cli import train
-from trainers.cli.arguments import set_model_options
+from trainers.cli.answers import at_equal_length
 from trainers.generation.rewards import rouge_l
 from trainers.generation.start import load_start
 from trainers.pages.text import interval, markdown
@@ -81,7 +81,6 @@ def take_rows(source: Path, target: Path) -> None:
 def measure(base: Path) -> dict:
     """ROUGE-L of all answers, and the reference answers' likelihood, against the model before training."""
     _, _, args, model = train.parse(["--config", str(RECIPE)])
-    set_model_options(args, model)
     gold = base / "gold_pairs" / MODEL
     train_into(gold, lambda folder: train_on_gold_pairs(folder, base / "self/round-00", args, model), Processes())
     before = read_rows(base / "self/round-00/measure/policy.jsonl.gz")
@@ -128,12 +127,10 @@ def train_on_gold_pairs(folder: Path, run: Path, args, model) -> None:
 
 def compare(rows: list[dict], before: list[str], after: list[str]) -> dict:
     """Gain in ROUGE-L, as it is and with both texts cut to the words of the shorter one."""
-    words = [[text.split() for text in pair] for pair in zip(before, after, strict=True)]
-    cut = [[" ".join(text[: min(map(len, pair))]) for text in pair] for pair in words]
     references = [row["reference"] for row in rows]
     first, second, short_first, short_second = (
         np.array(rouge_l(None, texts, reference=references))
-        for texts in (before, after, [pair[0] for pair in cut], [pair[1] for pair in cut])
+        for texts in (before, after, *at_equal_length(before, after))
     )
     return {
         "prompts": len(rows),
@@ -142,8 +139,8 @@ def compare(rows: list[dict], before: list[str], after: list[str]) -> dict:
         "gain": bootstrap_interval(second - first),
         "gain_at_equal_length": bootstrap_interval(short_second - short_first),
         "win_rate": bootstrap_interval((second > first) + 0.5 * (second == first)),
-        "words": [float(np.mean([len(pair[side]) for pair in words])) for side in (0, 1)],
-        "copies": float(np.mean([first == second for first, second in words])),
+        "words": [float(np.mean([len(text.split()) for text in texts])) for texts in (before, after)],
+        "copies": float(np.mean([a.split() == b.split() for a, b in zip(before, after, strict=True)])),
     }
 
 

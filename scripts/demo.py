@@ -29,7 +29,6 @@ from transformers.utils import logging
 
 from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
-from trainers.cli.arguments import set_model_options
 from trainers.cli.compare_samples import SampleOptions, policy_and_base, sample_and_measure
 from trainers.cli.demo_report import write_report
 from trainers.cli.probe import measure
@@ -165,7 +164,6 @@ def finished_first(row: dict) -> dict:
 def foresee(config: dict, prompts: list) -> tuple[str, str]:
     """The dtype of the training, and how long all of it will take, from a timed step and a few sampled tokens."""
     trainer_class, data, args, model = train.parse(["--config", str(CONFIG), "--use_cpu", "true"])
-    set_model_options(args, model)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     rows = prepare_rows(data.load(args, "train"), tokenizer, args)
     size = args.per_device_train_batch_size

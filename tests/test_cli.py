@@ -117,7 +117,7 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("beta: 0.5\nalpha: 0.5\ngamma: 0.5\noutput_dir: out\nuse_cpu: true\n")
     (tmp_path / "b.yaml").write_text(
         "learning_rate: 1e-4\nalpha: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: 'no'\n"
-        "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: float32}\n"
+        "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: bfloat16}\n"
         "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
         "dataset_name: y\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
     )
@@ -127,7 +127,7 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         assert (args.beta, args.alpha, args.gamma) == (0.5, 1, 2)
         assert (args.learning_rate, args.max_steps, args.bf16, args.max_length) == (1e-4, 3, False, None)
         assert model.lora_target_modules == ["q_proj", "v_proj"] and args.save_strategy == "no"
-        assert data.dataset_name == "y" and args.model_init_kwargs == {"dtype": "float32"} and args.data_seed == 5
+        assert data.dataset_name == "y" and args.model_init_kwargs["dtype"] == "bfloat16" and args.data_seed == 5
     assert os.environ.pop("SOME_NAME") == "a"
 
 

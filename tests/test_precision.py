@@ -62,5 +62,4 @@ def test_the_launcher_settles_a_fast_dtype(tmp_path, how):
     (tmp_path / "recipe.yaml").write_text("dtype: fast\n")
     given = ["--dtype", "fast"] if how == "flag" else ["--config", str(tmp_path / "recipe.yaml")]
     _, _, args, model = train.parse([*given, "--output_dir", str(tmp_path), "--use_cpu", "true"])
-    train.set_model_options(args, model)
     assert model.dtype == args.model_init_kwargs["dtype"] == precision.settle_dtype("fast", CPU)[0]

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from polypo.recipes import is_true
+
 from .data.budget import Lengths
 from .forward.head import CHUNK_ELEMENTS, LogitRule, head_rows, logit_rule
 from .forward.layout import piece_bounds
@@ -58,7 +60,7 @@ def read_plan(path: str | None = None) -> Plan:
     """
     if path is None:
         own = {name.lower().removeprefix("accelerate_"): value for name, value in os.environ.items()}
-        kind = "DEEPSPEED" if _yes(own.get("use_deepspeed")) else "FSDP" if _yes(own.get("use_fsdp")) else "NO"
+        kind = "DEEPSPEED" if is_true(own.get("use_deepspeed")) else "FSDP" if is_true(own.get("use_fsdp")) else "NO"
         processes, options = int(own.get("world_size", 1)), own if kind != "NO" else {}
         options = {name: value for name, value in options.items() if name.startswith(("deepspeed_", "fsdp_"))}
     elif Path(path).is_file():
@@ -76,8 +78,8 @@ def read_plan(path: str | None = None) -> Plan:
     if kind == "FSDP":
         reshard = str(options.get("reshard_after_forward", True)).lower() not in ("false", "shard_grad_op")
         return Plan(f"FSDP{options.get('version') or 1}", processes, "fsdp", 3, half, reshard=reshard,
-                    offload_weights=_yes(options.get("offload_params")),
-                    recompute=_yes(options.get("activation_checkpointing")))  # fmt: skip
+                    offload_weights=is_true(options.get("offload_params")),
+                    recompute=is_true(options.get("activation_checkpointing")))  # fmt: skip
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"distributed_type={kind} is not estimated: use NO, MULTI_GPU, DEEPSPEED or FSDP.")
     return Plan("DDP" if processes > 1 else "one process", processes, half=half)
@@ -92,10 +94,6 @@ def _zero_options(options: dict) -> dict:
         stage, devices = zero.get("stage", 0), {part: (zero.get(f"offload_{part}") or {}).get("device")
                                                 for part in devices}  # fmt: skip
     return {"stage": stage, **{part: str(device or "none") != "none" for part, device in devices.items()}}
-
-
-def _yes(value) -> bool:
-    return str(value).lower() in ("true", "1", "yes")
 
 
 class Fed(NamedTuple):

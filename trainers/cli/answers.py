@@ -33,14 +33,21 @@ def compare_answers(before: list[list[Answer]], after: list[list[Answer]]) -> di
     return compared
 
 
+def at_equal_length(first: list[str], second: list[str]) -> tuple[list[str], list[str]]:
+    """Both texts of each pair, cut to the words of the shorter one."""
+    words = [(a.split(), b.split()) for a, b in zip(first, second, strict=True)]
+    sizes = [min(map(len, pair)) for pair in words]
+    before, after = ([" ".join(p[side][:n]) for p, n in zip(words, sizes, strict=True)] for side in (0, 1))
+    return before, after
+
+
 def matched_gain(before: list[list[Answer]], after: list[list[Answer]], scorer: Callable) -> dict:
     """Gain in reward with both answers of a pair cut to the words of the shorter one: what length cannot explain."""
     gains = []
-    for first, second in zip(before, after, strict=True):
-        pairs = [(a["text"].split(), b["text"].split()) for a, b in zip(first, second, strict=True)]
-        cut = [[" ".join(words[: min(len(a), len(b))]) for words in (a, b)] for a, b in pairs]
-        flat = scorer(prompts=[""] * 2 * len(cut), completions=[text for pair in cut for text in pair])
-        gains.append(np.mean(flat[1::2]) - np.mean(flat[0::2]))
+    for rows in zip(before, after, strict=True):
+        sides = at_equal_length(*([answer["text"] for answer in row] for row in rows))
+        first, second = (np.mean(scorer(prompts=[""] * len(texts), completions=texts)) for texts in sides)
+        gains.append(second - first)
     return bootstrap_interval(np.array(gains))
 
 

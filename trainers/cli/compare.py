@@ -40,7 +40,7 @@ from ..runs.files import write_json, write_rows
 from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
-from .arguments import ModelArguments, set_model_options
+from .arguments import ModelArguments
 from .compare_data import RowOptions, cut_rows, split_rows
 from .compare_report import BASE, write_report
 from .compare_samples import SampleOptions, sample_and_measure, sum_logps
@@ -209,7 +209,6 @@ def parse_method(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     trainer, _, args, model = parse(["--config", str(path)])
-    set_model_options(args, model)
     return trainer, args, model
 
 

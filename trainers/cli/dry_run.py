@@ -6,6 +6,7 @@ Nothing here needs weights or a GPU. The model is built on the meta device, wher
 import math
 from collections import Counter
 from dataclasses import fields
+from textwrap import indent
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl import get_peft_config
 
 from .. import PreferenceConfig, PreferenceTrainer
@@ -70,7 +70,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
         "memory per GPU, estimated": _memory(estimate, large, largest),
         "notes": "\n".join(notes + _notes(estimate)),
     }
-    return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in sections.items() if text)
+    return "\n\n".join(f"{title}\n{indent(text, '  ')}" for title, text in sections.items() if text)
 
 
 # Model and batches.
@@ -83,10 +83,9 @@ def _keywords(args: PreferenceConfig) -> dict:
 def find_config(model_args: ModelArguments, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
     """Config of the model, or of the base under the adapter that it is, and that adapter."""
     keywords = {k: v for k, v in _keywords(args).items() if k not in ("dtype", "attn_implementation")}
-    adapter: PeftConfig | None = None
     name = model_args.model_name_or_path
-    if find_adapter_config_file(name, revision=keywords["revision"] or "main") is not None:
-        adapter = PeftConfig.from_pretrained(name, revision=keywords["revision"])
+    adapter = policies.find_adapter(name, keywords["revision"])
+    if adapter is not None:
         adapter.inference_mode = False  # as saved, it would be frozen
         name, keywords["revision"] = adapter.base_model_name_or_path or "", adapter.revision
     return AutoConfig.from_pretrained(name, **keywords), adapter
@@ -273,7 +272,3 @@ def _notes(estimate: Estimate) -> list[str]:
             "{gradient_accumulation_kwargs: {sync_each_batch: true}} to keep them sharded."
         )
     return notes
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

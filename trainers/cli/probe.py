@@ -7,8 +7,6 @@ are chosen, and nothing is written: the trainer works in a folder that is delete
 import copy
 import os
 import random
-import resource
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -27,6 +25,7 @@ from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
 from ..data.load import load_split
 from ..estimate import read_plan
 from ..inputs import prepare_rows
+from ..runs.processes import peak_rss
 from .dry_run import Batches, build_model, cheaper, estimate_of, load_tokenizer, plan_batches
 
 LONGEST, TYPICAL = 3, 2  # steps; the first one warms up, so its time is not counted
@@ -144,9 +143,8 @@ class Clock(TrainerCallback):
         if self.device.type == "cuda":
             peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
             return peak, reserved, self.resting, torch.cuda.mem_get_info(self.device)[1]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return peak, peak, self.resting, psutil.virtual_memory().total // local
+        return peak_rss(), peak_rss(), self.resting, psutil.virtual_memory().total // local
 
 
 def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Lengths], batch: list[int]) -> list[str]:

@@ -36,7 +36,6 @@ def main(argv: list[str]) -> None:
                 f"{name}: {value} is not there. A recipe of the demo takes it from a checkout of this project, where "
                 f"`make demo` makes it: run it there, or give --{name}, on the hub or a path."
             )
-    set_model_options(args, model, planned_for=data.accelerate_config if data.dry_run else None)
     if data.dry_run or data.probe:
         report = (describe if data.dry_run else probe)(trainer_class, data, args, model)
         if args.process_index == 0:
@@ -52,13 +51,18 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:
-    """Read the command line. Which fields exist depends on the trainer, so its name is read first."""
+    """Read the command line. Which fields exist depends on the trainer, so its name is read first.
+
+    The model's options are in `args.model_init_kwargs` as well, with the dtype that they come to on this machine.
+    """
     flags, recipe = recipes.split_recipe(argv)
     trainer_class = find_trainer(recipes.chosen("trainer", flags, recipe, DataArguments.trainer))
     if recipes.is_true(recipes.chosen("dry_run", flags, recipe)):
         flags = [*flags, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16
     classes: list[type] = [DataArguments, trainer_class.config_class, ModelArguments]
-    return trainer_class, *config_files.parse(classes, flags, recipe)
+    data, args, model = config_files.parse(classes, flags, recipe)
+    set_model_options(args, model, planned_for=data.accelerate_config if data.dry_run else None)
+    return trainer_class, data, args, model
 
 
 def refuse_lost_processes(processes: int, environment: Mapping[str, str]) -> None:

@@ -71,13 +71,20 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool)
     return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
 
 
+def find_adapter(path: str, revision: str | None = None) -> PeftConfig | None:
+    """The config of the adapter at a path or hub id; None where there is none."""
+    if find_adapter_config_file(path, revision=revision or "main") is None:
+        return None
+    return PeftConfig.from_pretrained(path, revision=revision or "main")
+
+
 def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_config=None) -> PeftModel | None:
     """The trainable adapter at a path or hub id on the base that it names; None where there is no adapter."""
     kwargs = {**SAFE, **(init_kwargs or {})}
     revision = kwargs.get("revision") or "main"
-    if find_adapter_config_file(path, revision=revision) is None:
+    config = find_adapter(path, revision)
+    if config is None:
         return None
-    config = PeftConfig.from_pretrained(path, revision=revision)
     kwargs["revision"] = config.revision or "main"  # the other one was that of the adapter
     base = load_policy(config.base_model_name_or_path, init_kwargs=kwargs, quantization_config=quantization_config)
     return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -49,3 +51,8 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def peak_rss() -> int:
+    """Most bytes that this process ever held in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
