@@ -92,21 +92,31 @@ def inputs(tmp_path_factory):
     return folder
 
 
+TRL_SCRIPT = """from datasets import load_dataset
+from trl import DPOConfig, DPOTrainer
+
+dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
+args = DPOConfig(output_dir="runs/mine", learning_rate=0.05, beta=0.1)
+trainer = DPOTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args=args, train_dataset=dataset)
+trainer.train()
+"""
+
+
 def test_two_lines_of_a_trl_script_make_it_swepo(inputs, tmp_path):
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1].splitlines()
-    before = "\n".join(line[1:] for line in diff if line[:1] in " -")
-    after = "\n".join(line[1:] for line in diff if line[:1] in " +")
-    assert sum(line.startswith("-") for line in diff) == sum(line.startswith("+") for line in diff) == 2
+    ours = dict(zip(*([line[1:] for line in diff if line[:1] == sign] for sign in "-+"), strict=True))
+    after = "\n".join(ours.pop(line, line) for line in TRL_SCRIPT.splitlines())
+    assert len(diff) == 5 and not ours
     local = {
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(inputs / "model")),
         '"trl-lib/ultrafeedback_binarized", split="train"':
             f'"json", data_files={str(inputs / "pairs.jsonl")!r}, split="train"',
         '"openbmb/UltraFeedback"': repr(str(inputs / "ultrafeedback.jsonl")),
         'output_dir="runs/': "max_steps=2, logging_steps=1, report_to='none', use_cpu=True, bf16=False, "
-            f'save_strategy="no", learning_rate=0.05, output_dir="{tmp_path}/',
+            f'save_strategy="no", output_dir="{tmp_path}/',
     }  # fmt: skip
     found = []
-    for script in (before, after):
+    for script in (TRL_SCRIPT, after):
         for name, here in local.items():
             script = script.replace(name, here)
         scope = {}
