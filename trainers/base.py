@@ -52,6 +52,7 @@ class PreferenceTrainer(RunningTrainer):
         ValueError: an option or a row that cannot be used; the message names it and the fix.
     """
 
+    data_collator: PreferenceCollator
     columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums

@@ -93,7 +93,7 @@ def judge(arena: Arena, players: list[Player], args: AggregateArguments) -> dict
         }
         for player, answers in zip(players, samples, strict=True)
     }
-    own = ("dataset_name", "dataset_split", "num_generations", "seed", "max_new_tokens", "extra")
+    own: tuple[str, ...] = ("dataset_name", "dataset_split", "num_generations", "seed", "max_new_tokens", "extra")
     own += tuple(n for n in vars(args) if n.startswith("distill")) if args.distill else ()
     report["settings"] = {"prompts": len(arena.prompts), **{name: getattr(args, name) for name in own}}
     if arena.processes.is_main_process:
@@ -108,9 +108,8 @@ def judge(arena: Arena, players: list[Player], args: AggregateArguments) -> dict
 def read_prompts(args: AggregateArguments) -> list:
     """The first different prompts of a file of rows or of a data set."""
     lines = args.dataset_name.removesuffix(".gz").endswith(".jsonl")
-    split = {"split": args.dataset_split}
     prompts: dict[str, object] = {}
-    for row in read_rows(args.dataset_name) if lines else load_preferences(args.dataset_name, **split):
+    for row in read_rows(args.dataset_name) if lines else load_preferences(args.dataset_name, args.dataset_split):
         refuse_template_options(row)
         prompts.setdefault(str(row["prompt"]), plain_prompt(row["prompt"]))
         if len(prompts) == args.max_prompts:

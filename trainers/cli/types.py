@@ -9,6 +9,7 @@ which goes on where a killed one stopped. Writes choose_types.json, table.md and
 import copy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> dict:
         manifest = read_json(trainer.policies[0].parents[1] / "manifest.json")
         manifest["held_out"]["coin"] = coin(trainer)
         path = Path(own_args.output_dir) / "result.json"
-        trainer.processes.main(lambda path=path, manifest=manifest: write_json(path, manifest))
+        trainer.processes.main(partial(write_json, path, manifest))
     report = summarize(folder, options.max_types)
     if args.process_index == 0:
         write_json(folder / "choose_types.json", report)
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> dict:
 def coin(trainer: EMDPOTrainer) -> dict:
     """Log-likelihood of each held-out annotator's rows if all rankings were equally likely: {name: nats}."""
     judged = trainer.held_out
+    assert judged is not None and judged.reference is not None
     logps = judged.log_likelihood(judged.reference, beta=trainer.args.beta, top=trainer.args.top_q)
     total = annotator_log_likelihood(logps[:, None], judged.owner, len(judged.annotators))[:, 0]
     return dict(zip(map(str, judged.annotators.names), total.tolist(), strict=True))

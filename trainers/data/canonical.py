@@ -67,7 +67,7 @@ def canonicalize(
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
     dataset = without_format(dataset) if isinstance(dataset, Dataset) else dataset
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     columns = row_features(_results(_rows_of(dataset), **options), dataset.features if adapter is None else {})
     grouped = inspect.isgeneratorfunction(adapter)
     shards = 1 if grouped else min(num_proc or 1, len(dataset))
@@ -102,7 +102,7 @@ def canonical_stream(
     Raises:
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features if adapter is None and isinstance(source, IterableDataset) else None
     columns = row_features(_results(_rows_of(source), **options), known or {})
     keywords = {"source": source, "columns": columns, "title": title, **options}
@@ -149,7 +149,7 @@ def _kept(results: Iterable[Result], report: DropReport) -> Iterator[Row]:
 
 
 def _results(
-    rows: Iterable[Row], adapter: Adapter | None, invalid: str, as_chat: bool, start: int = 0
+    rows: Iterable[Row], adapter: Callable | None, invalid: str, as_chat: bool, start: int = 0
 ) -> Iterator[Result]:
     """What becomes of each row; the first one has the index `start` in messages."""
     options = {"invalid": invalid, "as_chat": as_chat}
@@ -184,7 +184,8 @@ def _result(row: Row | Drop, where: str, options: dict[str, Any]) -> Result:
 
 def _grouped(rows: Iterable[Row], adapter, options: dict[str, Any]) -> Iterator[Result]:
     """The results of a generator function; its drops of responses count for the row that follows them."""
-    index, source, pending = -1, {}, []
+    index, pending = -1, []
+    source: Row = {}
 
     def watched() -> Iterator[Row]:
         nonlocal index, source
@@ -224,7 +225,7 @@ def _explained(error: Exception, where: str, source: Row, adapter) -> Exception:
     )
 
 
-def _name(adapter: Adapter) -> str:
+def _name(adapter: Callable | None) -> str:
     return getattr(adapter, "__name__", "the adapter")  # a partial function has none
 
 

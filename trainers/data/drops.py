@@ -76,12 +76,12 @@ class DropReport:
 @contextmanager
 def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
     """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    reports = []
+    reports: list[tuple[str, DropReport]] = []
 
     def collect(record: logging.LogRecord) -> bool:
-        is_report = isinstance(record.args, tuple) and len(record.args) == 2 and isinstance(record.args[1], DropReport)
-        reports.extend([record.args] if is_report else [])
-        return not is_report
+        title, report = record.args if isinstance(record.args, tuple) and len(record.args) == 2 else (None, None)
+        reports.extend([(str(title), report)] if isinstance(report, DropReport) else [])
+        return not isinstance(report, DropReport)
 
     loggers = [logging.getLogger(f"{__package__}.{name}") for name in ("load", "canonical", "tokenization")]
     levels = [logger.level for logger in loggers]
@@ -144,7 +144,8 @@ def source_digest(*functions: Callable | None) -> str:
         digest.update(path.read_bytes())
     for function in functions:
         try:
-            digest.update(inspect.getsource(inspect.getmodule(function)).encode())
-        except (TypeError, OSError):  # None, or defined in an interactive session, where it is hashed by value
+            if (module := inspect.getmodule(function)) is not None:
+                digest.update(inspect.getsource(module).encode())
+        except (TypeError, OSError):  # builtin, or defined in an interactive session, where it is hashed by value
             continue
     return digest.hexdigest()

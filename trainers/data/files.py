@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow
 import pyarrow.parquet
@@ -26,7 +27,7 @@ from .json_rows import JsonRows, explained, file_digest
 
 logger = logging.getLogger(__name__)
 
-Source = Dataset | IterableDataset | JsonRows
+Source: TypeAlias = Dataset | IterableDataset | JsonRows
 
 OF_FOLDERS = {"name", "data_files", "data_dir"}  # options of `load_dataset` that say which files are read
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -120,6 +121,7 @@ def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, streamin
     if path.suffix == ".gz":  # `datasets` does not unpack these
         table = pyarrow.parquet.read_table(io.BytesIO(gzip.decompress(path.read_bytes())))
         rows = in_split({"train": Dataset(table)}, split, path)
+        assert isinstance(rows, Dataset)
         return rows.to_iterable_dataset() if streaming else rows
     # A configuration of another name has a cache of its own: `datasets` knows a file by its size and date only.
     digests = "" if streaming else "".join(file_digest(file) for some in files.values() for file in some)

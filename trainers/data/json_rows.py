@@ -50,6 +50,13 @@ class Part(NamedTuple):
     start: int = 0
     stop: int | None = None
 
+    @property
+    def rows(self) -> int:
+        """Their number."""
+        if self.stop is None:
+            raise TypeError("the rows of a stream have no number")  # which `list` and tqdm do without
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class JsonRows:
@@ -64,14 +71,14 @@ class JsonRows:
     @classmethod
     def read(cls, paths: Iterable[Path]) -> "JsonRows":
         """Raises ValueError, naming file and row, for what is no JSON."""
-        paths = tuple(map(str, paths))
-        count, kinds = 0, {}
+        paths, count = tuple(paths), 0
+        kinds: dict[str, Kinds] = {}
         shown = tqdm(cls.stream(paths), desc="Reading JSON", unit=" rows", disable=not is_first_process())
         for row in shown:
             count += 1
             for name, value in row.items():
                 kinds.setdefault(name, set()).update(() if name in LEFT_OUT else _kinds(value))
-        return cls((Part(paths, tuple(map(file_digest, paths)), 0, count),), kinds)
+        return cls((Part(tuple(map(str, paths)), tuple(map(file_digest, paths)), 0, count),), kinds)
 
     @classmethod
     def stream(cls, paths: Iterable[Path]) -> "JsonRows":
@@ -88,7 +95,7 @@ class JsonRows:
         return {name: _type(kinds, name) for name, kinds in self.kinds.items()}
 
     def __len__(self) -> int:
-        return sum(part.stop - part.start for part in self.parts)
+        return sum(part.rows for part in self.parts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for part in self.parts:
@@ -103,9 +110,9 @@ class JsonRows:
         """The rows of a range that counts up by one."""
         parts, before = [], 0
         for part in self.parts:
-            first, last = (min(max(i - before, 0), part.stop - part.start) for i in (rows.start, rows.stop))
+            first, last = (min(max(i - before, 0), part.rows) for i in (rows.start, rows.stop))
             parts += [part._replace(start=part.start + first, stop=part.start + last)] if first < last else []
-            before += part.stop - part.start
+            before += part.rows
         return replace(self, parts=tuple(parts))
 
     def __add__(self, other: "JsonRows") -> "JsonRows":
@@ -206,5 +213,5 @@ def _whole(path: Path) -> Any:
             raise ValueError(f"{path.name!r} is not valid JSON ({error}).") from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

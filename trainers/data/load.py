@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset, Json, List, load_dataset
 from transformers import TrainingArguments
@@ -119,7 +119,8 @@ def read_dataset(name_or_path: str, split: str, **kwargs) -> Source:
 
 def _refuse_mixed(rows: Dataset | IterableDataset, name: str, columns: Iterable[str]) -> None:
     """`datasets` keeps a column of a JSON file whose types differ as raw JSON, where the text "2" becomes a number."""
-    features, first = rows.features or {}, next(iter(rows), {})
+    first: dict[str, Any] = next(iter(rows), {})
+    features = rows.features or {}
     for column in features.keys() & set(columns) - set(TEMPLATE):
         kind, value = features[column], first.get(column)
         if isinstance(kind, List):

@@ -1,6 +1,7 @@
 """Canonical rows of several data sets as one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -35,7 +36,7 @@ def mix(
     parts = [_share(part, weights[i], (seed, i)) for i, part in enumerate(parts)]
     if any("weight" in part.column_names for part in parts):
         parts = [p if "weight" in p.column_names else p.add_column("weight", [1.0] * len(p)) for p in parts]
-    features = {}
+    features: dict[str, Any] = {}
     for part, name in zip(parts, names, strict=True):
         for column in set(OWN) & set(part.column_names):
             kind = part.features[column]

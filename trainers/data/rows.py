@@ -96,13 +96,12 @@ def to_canonical(row: Row) -> Row:
     return out
 
 
-def checked_annotator(value) -> str | int:
+def checked_annotator(value) -> None:
     """The name of who judged: text that is not blank, or an integer; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, str | Integral):
         raise ValueError(f"'annotator' is {describe(value)}; give a str or an int.")
     if isinstance(value, str) and not value.strip():
         raise ValueError("'annotator' is blank; name who judged, or give null where nobody knows.")
-    return value
 
 
 def unfinished(row: Row) -> list[bool]:
@@ -271,7 +270,7 @@ def _number(value, name: str) -> float | None:
     try:
         return float(value)
     except OverflowError:  # an integer beyond every float
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def _template_option(value, name: str) -> list[dict] | dict | None:

@@ -160,14 +160,14 @@ def _tokenize_batch(
 ) -> dict[str, list]:
     rows = unpadded((dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)), source)
     if "prompt_ids" in source:
-        read = [(row, []) for row in rows]
+        read: list[tuple[Row | None, list[str]]] = [(row, []) for row in rows]
     else:
         read = [checked_row(row, f"row {index}", **reading) for index, row in zip(indices, rows, strict=True)]
     usable = [(index, row) for index, (row, _) in zip(indices, read, strict=True) if row is not None]
     results = iter(_tokenize(usable, tokenizer, max_length, template_kwargs))
-    out = {name: [] for name in (*columns, EVENTS, KEPT, CUT)}
-    for index, (row, reasons) in zip(indices, read, strict=True):
-        row, more, cut = (None, [], None) if row is None else next(results)
+    out: dict[str, list] = {name: [] for name in (*columns, EVENTS, KEPT, CUT)}
+    for index, (given, reasons) in zip(indices, read, strict=True):
+        row, more, cut = (None, [], None) if given is None else next(results)
         faults = [reason for reason in more if not reason.startswith("note: ")]
         if faults and reading["invalid"] == "error":
             refuse(f"row {index}", faults[0])
@@ -221,12 +221,12 @@ def _control_tokens(tokenizer) -> re.Pattern | None:
 
 def _encode(rows: list[tuple[int, Row]], tokenizer, template_kwargs: dict) -> list[Encoded]:
     encoded = []
-    for options, group in groupby(rows, lambda pair: _template_options(*pair, template_kwargs)):
-        group = list(group)
+    for options, group in groupby(rows, lambda pair: _template_options(pair[0], pair[1], template_kwargs)):
+        pairs = list(group)
         encoded += (
-            _encode_text([row for _, row in group], tokenizer)
+            _encode_text([row for _, row in pairs], tokenizer)
             if options is None
-            else _encode_chat(group, tokenizer, options)
+            else _encode_chat(pairs, tokenizer, options)
         )
     return encoded
 
@@ -316,8 +316,8 @@ def _fit(row: Row, max_length: int | None, where: str) -> tuple[Row | None, list
         cut = sum(len(ids) > room and not fault for ids, fault in zip(response_ids, faults, strict=True))
         notes = ["note: responses truncated to fit max_length"] * cut
         row = _truncate(row, room)
-    row, reasons = without_responses(row, faults)
-    return row, reasons + notes
+    kept, reasons = without_responses(row, faults)
+    return kept, reasons + notes
 
 
 def _truncate(row: Row, room: int) -> Row:

@@ -4,6 +4,7 @@ Regret of type i when policy j answers is E_{y~pi_i} - E_{y~pi_j} of log pi_i(y|
 reward divided by beta. The expectations are means over samples at temperature 1, with their end token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class Arena:
 
 
 def compare(
-    gains: np.ndarray, names: list[str], shares: np.ndarray, weights: np.ndarray | None = None, *,
+    gains: np.ndarray, names: list[str], shares: np.ndarray, weights: Sequence[float] | None = None, *,
     resamples: int = 1000, seed: int = 0,
 ) -> dict:  # fmt: skip
     """The game over the types' policies, and how every aggregate and every further policy does in it.

@@ -78,6 +78,7 @@ class Judged:
         """(J,) log-likelihood, in float64, of each row's ranking under a policy with these log-probabilities, times
         the row's weight."""
         scores, mask = _pad(list(self.rows["scores"]))
+        assert self.reference is not None
         rewards = beta * (_pad(logps)[0] - _pad(self.reference)[0])
         return self.weights * ranking_logps(rewards, scores, mask, top=top).numpy()
 

@@ -1,6 +1,7 @@
 """One policy from a mixture: supervised fine-tuning on answers of the mixture. An extension; the paper may differ."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
         weights: (T,) of the types.
         training: of `trl.SFTConfig`: learning_rate, num_train_epochs and, per process, per_device_train_batch_size.
     """
-    player, processes = Player(DISTILLED, arena.folder / DISTILLED), arena.processes
+    target, processes = arena.folder / DISTILLED, arena.processes
+    player = Player(DISTILLED, target)
     samples = [arena.samples(own) for own in arena.types]
     rows = mixture_samples(samples, encode_prompts(arena.tokenizer, arena.prompts), np.array(weights), seed=seed)
     settings = {
@@ -58,13 +60,13 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
         **training,
         "per_device_train_batch_size": training["per_device_train_batch_size"] * processes.num_processes,
     }
-    path = player.start / SETTINGS
+    path = target / SETTINGS
     kept = path.is_file() and read_json(path) == settings
     processes.wait_for_everyone()  # all have read it before one removes it
     if kept:
         return player
-    for stale in (arena.samples_of(player), player.start):
-        processes.main(lambda folder=stale: shutil.rmtree(folder, ignore_errors=True))
+    for stale in (arena.samples_of(player), target):
+        processes.main(partial(shutil.rmtree, stale, ignore_errors=True))
 
     def train(folder: Path) -> None:
         # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
@@ -78,6 +80,6 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
         trainer.save_model()
         processes.main(lambda: write_json(folder / SETTINGS, settings))
 
-    processes.say(f"{player.start} is trained on {len(rows)} answers of the mixture.")
-    train_into(player.start, train, processes)
+    processes.say(f"{target} is trained on {len(rows)} answers of the mixture.")
+    train_into(target, train, processes)
     return player

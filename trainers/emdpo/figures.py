@@ -57,7 +57,8 @@ def regrets(table: dict[str, dict], labels: list[str] | None = None) -> str:
         ends = [(row["low"][k], row["high"][k]) if "low" in row else (None, None) for row in rows]
         values = [{"mean": row["regret"][k], "low": low, "high": high}
                   for row, (low, high) in zip(rows, ends, strict=True)]  # fmt: skip
-        lines.append(Series(labels[k] if labels else f"type {k}", np.arange(len(rows)) + 0.1 * k, values, "o"))
+        places = (np.arange(len(rows)) + 0.1 * k).tolist()
+        lines.append(Series(labels[k] if labels else f"type {k}", places, values, "o"))
     ticks = {"xticks": range(len(rows)), "xticklabels": [name.replace(" ", "\n", 1) for name in names]}
     size = (1.6 + 1.3 * len(rows), 4)
     return chart("", "", lines, level=(0, "its own policy"), size=size, ylabel="regret, nats per response", **ticks)

@@ -132,7 +132,8 @@ def _read(path: str) -> dict[str, list[float]]:
 
 def _votes(rows: Dataset, annotators: Annotators) -> csr_matrix:
     """(N, pairs of responses): +1 or -1 for who won, an explicit 0 for ties; repeated votes are averaged."""
-    columns, votes = {}, defaultdict(list)
+    columns: dict[tuple, int] = {}
+    votes = defaultdict(list)
     own = rows.select_columns(["prompt_ids", "response_ids", "scores"])
     for owner, row in zip(annotators.owner, own, strict=True):
         prompt, texts = tuple(row["prompt_ids"]), [tuple(ids) for ids in row["response_ids"]]

@@ -19,6 +19,7 @@ class TypePolicyTrainer(PreferenceTrainer):
     """
 
     config_class = EMDPOConfig
+    args: EMDPOConfig
     method = "EM-DPO"
     paper = (
         "Direct Preference Optimization With Unobserved Preference Heterogeneity: "

@@ -15,6 +15,7 @@ nothing but the files of the round before. Policies of earlier rounds are delete
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class EM:
         return runs
 
     def _restart(self, restart: int) -> list[Round]:
-        folder, done = self.folder / f"restart-{restart}", []
+        folder = self.folder / f"restart-{restart}"
+        done: list[Round] = []
         gamma = self._start(restart, folder / "start.csv")
         for index in range(self.args.rounds if self.types > 1 else 1):
             done.append(self._round(restart, folder / f"round-{index:02d}", gamma, done))
@@ -86,7 +88,7 @@ class EM:
             write_annotators(path, self.rows.annotators.names, self.rows.items(), gamma)
 
         # The main process alone looks: another one that looks later would find the file, and not wait for it.
-        self.processes.main(lambda: path.exists() or write())
+        self.processes.main(lambda: None if path.exists() else write())
         gamma = read_annotators(path)[1]
         if self.types > 1 and np.ptp(gamma, axis=0).max() < 1e-6:
             self.trainer.warn(
@@ -231,7 +233,7 @@ class EM:
         return abs(change) / len(self.rows.annotators) < self.args.stop_change
 
     def _delete(self, folders: list[Path]) -> None:
-        self.processes.main(lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in folders])
+        self.processes.main(lambda: [*map(partial(shutil.rmtree, ignore_errors=True), folders)])
 
 
 def best(runs: list[list[Round]]) -> list[Round]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -44,16 +44,17 @@ class MixturePolicy:
 
     def __init__(self, models: list[PreTrainedModel] | PeftModel, weights, tokenizer, *, seed: int = 0):
         self.models, self.tokenizer = models, tokenizer
-        single = isinstance(models, PeftModel)
-        count = sum(name.startswith(f"{TYPE}-") for name in models.peft_config) if single else len(models)
+        adapters = [*models.peft_config] if isinstance(models, PeftModel) else []
+        every: list = [models] if isinstance(models, PeftModel) else models
+        count = sum(name.startswith(f"{TYPE}-") for name in adapters) if adapters else len(every)
         values = np.asarray(weights, dtype=np.float64)
         if values.shape != (count,) or not (values >= 0).all() or abs(values.sum() - 1) > 1e-6:
             raise ValueError(f"weights={values.tolist()} must be {count} probabilities that sum to 1, one per policy.")
         self.weights = torch.as_tensor(values)
-        for model in [models] if single else models:
+        for model in every:
             disable_dropout(model)
         self._random = np.random.default_rng(seed)
-        self._runner = Runner([base_model(models)] if single else [base_model(model) for model in models], "auto")
+        self._runner = Runner([base_model(model) for model in every], "auto")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, weights=None, device: str = "cpu", seed: int = 0,
@@ -70,14 +71,15 @@ class MixturePolicy:
         mixture = read_mixture(folder)
         kwargs = {**(mixture["model_init_kwargs"] or {}), **init_kwargs}
         paths = [Path(folder) / policy for policy in mixture["policies"]]
-        if mixture["adapters"]:
-            models = _with_adapters(load_start(mixture["base"], None, init_kwargs=kwargs), paths).to(device).eval()
-        else:
-            models = [load_start(mixture["base"], path, init_kwargs=kwargs).to(device).eval() for path in paths]
+        starts = [None] if mixture["adapters"] else paths
+        plain = [base_model(load_start(mixture["base"], start, init_kwargs=kwargs)) for start in starts]
+        models: list[PreTrainedModel] | PeftModel = _with_adapters(plain[0], paths) if mixture["adapters"] else plain
+        for model in models if isinstance(models, list) else [models]:
+            model.to(device).eval()  # type: ignore[arg-type]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(models, mixture["weights"] if weights is None else weights, tokenizer, seed=seed)
 
-    def policy(self, k: int) -> nn.Module:
+    def policy(self, k: int) -> PreTrainedModel | PeftModel:
         """The policy of type k; with adapters the one model with that adapter active."""
         if isinstance(self.models, PeftModel):
             self.models.set_adapter(f"{TYPE}-{k}", inference_mode=True)
@@ -106,7 +108,8 @@ class MixturePolicy:
         answers: list = [None] * len(input_ids)
         for k in sorted(set(types.tolist())):
             rows = np.flatnonzero(types == k).tolist()
-            out = self.policy(k).generate(input_ids=input_ids[rows], attention_mask=attention_mask[rows], **kwargs)
+            own = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+            out = self.policy(k).generate(**own, **kwargs)  # type: ignore[operator]
             for row, ids in zip(rows, out, strict=True):
                 answers[row] = ids
         return pad_sequence(answers, batch_first=True, padding_value=self.tokenizer.pad_token_id)

@@ -30,15 +30,15 @@ def write_annotators(
     ))  # fmt: skip
 
 
-def read_annotators(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_annotators(path: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names as text, posterior (N,T), log-likelihood (N,T), as they were written; NaN where nothing was."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    read = [
+    posterior, log_likelihood = (
         np.array([[float(value or "nan") for name, value in row.items() if name.startswith(prefix)] for row in rows])
         for prefix in (TYPE, LIKELIHOOD)
-    ]
-    return [row["annotator"] for row in rows], *read
+    )
+    return [row["annotator"] for row in rows], posterior, log_likelihood
 
 
 def write_rounds(path: Path, manifests: list[dict]) -> None:

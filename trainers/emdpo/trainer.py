@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -22,6 +23,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
+from ..config import PreferenceConfig
 from ..data.load import load_split, name_of
 from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
@@ -76,13 +78,15 @@ class EMDPOTrainer(TypePolicyTrainer):
             raise ValueError(
                 "model is an adapter, but EM-DPO starts each type from a plain model: merge it, and pass peft_config."
             )
-        self._name, self._given_weights = model if isinstance(model, str) else None, None
+        self._name: str | None = model if isinstance(model, str) else None
+        self._given_weights: str | None = None
         self._init_kwargs, self._quantization_config = self.args.model_init_kwargs, quantization_config
         self._ref_model, self._peft_config, self._callbacks = ref_model, peft_config, callbacks
         self.processes = Processes()
         self._refuse_unsupported()
         self.judged = Judged.of(self.train_dataset, self.args.top_q, "train_dataset")
-        self.held_out = self.eval_dataset and Judged.of(self.eval_dataset, self.args.top_q, "eval_dataset")
+        held_out = self.eval_dataset
+        self.held_out = Judged.of(held_out, self.args.top_q, "eval_dataset") if held_out else None
         for name, judged in (("train_dataset", self.judged), ("eval_dataset", self.held_out)):
             if judged and judged.silent:
                 self.warn(
@@ -96,15 +100,18 @@ class EMDPOTrainer(TypePolicyTrainer):
     # What the user calls.
 
     @classmethod
-    def run(cls, args: EMDPOConfig, data, model: str, *, quantization_config=None, peft_config=None) -> "EMDPOTrainer":
+    def run(
+        cls, args: PreferenceConfig, data, model: str, *, quantization_config=None, peft_config=None
+    ) -> "EMDPOTrainer":
         """As `PreferenceTrainer.run`; what is done is found in `args.output_dir`, so no checkpoint need be named."""
+        assert isinstance(args, EMDPOConfig)
         train_dataset, eval_dataset = (load_split(data, args, name) for name in ("train", "test"))
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         trainer = cls(model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **loading)
         trainer.train_and_save(dataset=name_of(data))
         return trainer
 
-    def train(self, resume_from_checkpoint=None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint=None, *arguments, **keywords) -> TrainOutput:
         """Runs the rounds that are not done yet. `resume_from_checkpoint` is not needed: the folder says what is done.
 
         Raises:
@@ -115,9 +122,9 @@ class EMDPOTrainer(TypePolicyTrainer):
         first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {kind_of_guess(self.args, self.judged)}.")
         self._save_start(folder / tables.START)
-        self.model = self.model_wrapped = self.callback_handler.model = None
+        self.model = self.model_wrapped = self.callback_handler.model = None  # type: ignore[assignment]
         free_memory()  # each policy that is read from disk is alone in memory
-        Stage(folder, self._settings(), processes=self.processes, settings_name="emdpo.json").open()
+        Stage(folder, self._whole_settings(), processes=self.processes, settings_name="emdpo.json").open()
         every = [self.judged, *([self.held_out] if self.held_out else [])]
         reference = self.score(folder / "reference", every, "Reference log-probabilities", self._load_reference)
         for judged, logps in zip(every, reference, strict=True):
@@ -161,8 +168,9 @@ class EMDPOTrainer(TypePolicyTrainer):
         Judged.of(rows, args.top_q, "train_dataset" if training else "eval_dataset")
 
     @classmethod
-    def probed(cls, args: EMDPOConfig, rows: Dataset):
+    def probed(cls, args: PreferenceConfig, rows: Dataset):
         """An M-step on all rows, whose posterior and reference are made up: they change no shape."""
+        assert isinstance(args, EMDPOConfig)
         gamma, weights = np.full(len(rows), 1 / args.num_types), np.ones(len(rows))
         reference = [[0.0] * len(scores) for scores in rows["scores"]]
         return TypePolicyTrainer, args, m_step_rows(rows, gamma, weights, reference, args.normalize)
@@ -172,6 +180,7 @@ class EMDPOTrainer(TypePolicyTrainer):
     def m_step(self, weights: np.ndarray, start: Path | None, folder: Path, seed: int) -> None:
         """An ordinary training in its own folder and order of the rows; it neither evaluates nor loads a model."""
         args, judged = copy.copy(self.args), self.judged
+        assert judged.reference is not None
         args.output_dir, args.seed, args.model_init_kwargs = str(folder), seed, None
         args.eval_strategy, args.do_eval, args.precompute_ref_logps = "no", False, False
         args.deepspeed_plugin = None  # the first Accelerator of a process has it; a second one takes it from there
@@ -202,6 +211,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _load(self, start: Path | None, *, model: str | None = None, trainable: bool = False):
         kwargs = {"init_kwargs": self._init_kwargs, "quantization_config": self._quantization_config}
+        assert self._name is not None  # a model that was given loaded is saved first
         return load_start(model or self._name, start, trainable=trainable, **kwargs)
 
     def _load_reference(self):
@@ -225,8 +235,9 @@ class EMDPOTrainer(TypePolicyTrainer):
 
         self.processes.main(save)
 
-    def _settings(self) -> dict:
-        rows = {
+    def _whole_settings(self) -> dict:
+        assert self._name is not None
+        rows: dict[str, Any] = {
             f"{kind} rows": judged
             and digest([rows_digest(judged.rows), list(map(str, judged.annotators.names)), judged.owner.tolist()])
             for kind, judged in (("training", self.judged), ("held-out", self.held_out))
