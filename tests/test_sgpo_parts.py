@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from helpers import family_tokenizer
 from trainers.cli.sgpo_report import word_diff, write_report
 from trainers.data.load import read_dataset
 from trainers.runs.processes import Processes
-from trainers.sgpo import SGPOConfig, sampling
-from trainers.sgpo.data import read_data, read_rows
+from trainers.runs.stage import Stage
+from trainers.sgpo import SGPOConfig, SGPOTrainer, sampling
+from trainers.sgpo.data import Rows, read_data, read_rows
 from trainers.sgpo.monitor import alarms, dpo_metrics
+from trainers.sgpo.stages import Run
 
 
 def config(folder, **options):
@@ -105,6 +108,19 @@ def test_limits_hold_for_rows_that_are_handed_over(tmp_path):
     }
     found = read_data(config(tmp_path, max_preference_rows=2, sft={"max_rows": 3}), rows)
     assert [len(part) for part in (found.improver, found.preferences, found.conversations)] == [5, 2, 3]
+
+
+def test_sft_before_stages_that_were_made_without_it_is_refused_at_once(tmp_path):
+    family_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    row = {"prompt": "Hi", "reference": "a"}
+    args = config(tmp_path / "out", sft={"max_rows": 1})
+    run = Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([row], [row], [], None))
+    own = {"stage": "current", "round": 0, "earlier stages": None}
+    stage = Stage(run.at("current", 0), run.settings()["current"] | own)
+    stage.open()
+    stage.finish()
+    with pytest.raises(ValueError, match="current/settings.json was written with other settings: earlier stages"):
+        Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([row], [row], [], [row])).run()
 
 
 @pytest.mark.parametrize("given", ["abc", {"x": 0, "y": 1, "z": 2}, [1, 2, 3], ["a", "b"], None])

@@ -85,12 +85,16 @@ class Run:
                 f"rounds={self.args.rounds}, but {self.folder} holds more, whose policy would be replaced by an older "
                 "one: raise rounds, or choose another output_dir."
             )
-        earlier, settings = None, self.settings()
+        earlier, settings, stages = None, self.settings(), []
         for index, name in [(i, n) for i in range(self.args.rounds) for n in settings if n != "sft" or i == 0]:
             own = settings[name] | {"stage": name, "round": index, "earlier stages": earlier}
             stage = Stage(self.at(name, index), own, processes=self.processes, ways_out=WAYS_OUT)
             if name != "measure":
                 earlier = stage.key
+            stages.append((stage, name, index))
+        for stage, _, _ in stages:
+            stage.done()  # refuses other settings before hours of work, as of an `sft` that was not there before
+        for stage, name, index in stages:
             self._run_stage(stage, name, index)
         end = self.at("dpo", self.args.rounds - 1) / MODEL
         self.processes.main(lambda: shutil.copytree(end, self.folder, dirs_exist_ok=True))
