@@ -86,7 +86,8 @@ def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_
     if config is None:
         return None
     kwargs["revision"] = config.revision or "main"  # the other one was that of the adapter
-    base = load_policy(config.base_model_name_or_path, init_kwargs=kwargs, quantization_config=quantization_config)
+    path_of_base = config.base_model_name_or_path or ""
+    base = load_policy(path_of_base, init_kwargs=kwargs, quantization_config=quantization_config)
     return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
 
 

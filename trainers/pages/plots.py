@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ def chart(title: str, xlabel: str, series: Sequence[Series], *, level: tuple[flo
     return svg(figure, title)
 
 
-def histogram(title: str, groups: dict[str, Sequence[float]], bins: Sequence[float] | np.ndarray,
+def histogram(title: str, groups: Mapping[str, Sequence[float]], bins: Sequence[float] | np.ndarray,
               colours: Sequence[str] = COLOURS, *, marks: Sequence[float] = (), **labels) -> str:  # fmt: skip
     """The values of each group over each other; `marks` are dashed lines, `labels` go to `axes.set`."""
     figure, (axes,) = panels()
