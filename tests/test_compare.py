@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import family_tokenizer, flags, save_start
 from trainers.cli import compare, config_files
-from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores, split_rows
+from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores
 from trainers.cli.compare_report import aggregate, notes, plot
 from trainers.pages.text import interval
 from trainers.runs.files import read_rows
@@ -257,8 +257,6 @@ def test_cut_rows_counts_what_it_leaves_out_and_draws_by_prompt():
     assert backwards[::-1] == kept
     other, _ = cut_rows(ROWS, lambda text: len(text.split()), dataclasses.replace(options, draw_seed=1))
     assert other != kept
-    assert split_rows(kept, train=4, test=3) == (kept[3:7], kept[:3])
-    assert split_rows(kept, train=9, test=3)[1] == kept[:3]
 
 
 def test_aggregate_on_numbers_worked_by_hand():

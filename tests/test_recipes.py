@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from benchmarks.scale_table import HARDWARE, METHODS, MODELS, PAGE, parse, peak, tables
 from trainers.emdpo.simulated import ultrafeedback_by_aspect
@@ -23,14 +22,6 @@ def test_every_combination_is_read(name, hardware, method):
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert batch * (8 if hardware == "full-8x80gb" else 1) == 128
     assert model.use_peft == (hardware != "full-8x80gb") and model.load_in_4bit == (hardware == "qlora-24gb")
-
-
-def test_a_key_stands_in_one_file_only_unless_a_method_needs_its_own():
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*.yaml")}
-    for kind in (["common"], [*MODELS], [*HARDWARE]):
-        keys = {key for stem in kind for key in files[stem]}
-        elsewhere = {key for stem in OTHERS - set(kind) for key in files[stem]}
-        assert not keys & elsewhere
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)

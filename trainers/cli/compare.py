@@ -32,7 +32,7 @@ from ..data.rows import refuse_template_options
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..forward.run import Runner
-from ..generation.options import read_options
+from ..generation.options import read_mapping, read_options
 from ..generation.sampler import plain_prompt
 from ..generation.start import load_start
 from ..precision import instructions
@@ -41,7 +41,7 @@ from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments
-from .compare_data import RowOptions, cut_rows, split_rows
+from .compare_data import RowOptions, cut_rows
 from .compare_report import BASE, write_report
 from .compare_samples import SampleOptions, sample_and_measure, sum_logps
 from .train import parse
@@ -74,9 +74,7 @@ class CompareArguments(RowOptions):
 
     def __post_init__(self):
         check_options(self)
-        for name in ("base", "methods"):  # JSON on a command line
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
+        self.base, self.methods = read_mapping("base", self.base), read_mapping("methods", self.methods)
         self.samples = dataclasses.asdict(read_options("samples", self.samples or {}, SampleOptions))
         for method, own in (("base", self.base), *self.methods.items()):
             wrong = [name for name in own if name in SET_HERE or (own is not self.base and name.startswith(SHARED))]
@@ -156,7 +154,11 @@ class Data:
         kept, dropped = cut_rows(
             list(rows), lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]), arguments
         )
-        train, test = split_rows(kept, train=arguments.train_rows, test=arguments.test_rows)
+        # The held-out rows come first, so that they stay the same whatever the number of training rows.
+        held_out, needed = arguments.test_rows, arguments.test_rows + arguments.train_rows
+        if len(kept) < needed:
+            raise ValueError(f"train_rows and test_rows need {needed} rows, but only {len(kept)} fit.")
+        test, train = kept[:held_out], kept[held_out:needed]
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", train), ("test", test)):
             write_rows(self.folder / f"{name}.jsonl.gz", part)

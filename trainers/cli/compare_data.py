@@ -1,4 +1,4 @@
-"""The rows that every method of a comparison is trained and judged on: cut to one size, rescaled, split."""
+"""The rows that every method of a comparison is trained and judged on: cut to one size, rescaled."""
 
 import json
 import random
@@ -79,16 +79,3 @@ def cut_rows(rows: list[dict], count_tokens, options: RowOptions) -> tuple[list[
             **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
         })  # fmt: skip
     return kept, dropped
-
-
-def split_rows(rows: list[dict], *, train: int, test: int) -> tuple[list[dict], list[dict]]:
-    """The first `test` rows are held out, so that they stay the same whatever the number of training rows.
-
-    Raises:
-        ValueError: there are too few rows.
-    """
-    if len(rows) < train + test:
-        raise ValueError(
-            f"train_rows={train} and test_rows={test} need {train + test} rows, but only {len(rows)} fit."
-        )
-    return rows[test : test + train], rows[:test]

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import fields
 from textwrap import indent
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from trl import get_peft_config
 from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
 from ..data.drops import collected_reports
+from ..data.load import load_split
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
 from ..forward.attention import FLEX
@@ -45,16 +46,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     engine = "zero3" if plan.engine == "deepspeed" and plan.stage == 3 else plan.engine
     if engine in trainer_class.unsupported_engines:
         raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
-    planned, notes = trainer_class.planned_rows(args, data)
-    tokenizer = load_tokenizer(model_args, args)
-    splits, reports = {}, []
-    for name in ("train", "test"):
-        with collected_reports() as passes:
-            rows = data.load(args, name) if planned is None else planned if name == "train" else None
-            splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
-        reports += [f"{name}, {title}: {report}" for title, report in passes]
-        if splits[name] is not None:
-            trainer_class.check_rows(splits[name], args, training=name == "train")
+    tokenizer, splits, reports, notes = read_splits(trainer_class, data, args, model_args, ("train", "test"))
     lengths = token_lengths(splits["train"])
     batches = plan_batches(lengths, args, plan.processes)
     model = build_model(model_args, args, plan)
@@ -73,7 +65,23 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     return "\n\n".join(f"{title}\n{indent(text, '  ')}" for title, text in sections.items() if text)
 
 
-# Model and batches.
+# Rows, model and batches.
+
+
+def read_splits(trainer_class, data, args: PreferenceConfig, model_args: ModelArguments, names: tuple[str, ...]):
+    """The tokenizer, the tokenised rows by split, what was dropped of them, and what a method says of its plan."""
+    planned, notes = trainer_class.planned_rows(args, data)
+    tokenizer = load_tokenizer(model_args, args)
+    splits: dict[str, Any] = {}
+    reports = []
+    for name in names:
+        with collected_reports() as passes:
+            rows = load_split(data, args, name) if planned is None else planned if name == "train" else None
+            splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
+        reports += [f"{name}, {title}: {report}" for title, report in passes]
+        if splits[name] is not None:
+            trainer_class.check_rows(splits[name], args, training=name == "train")
+    return tokenizer, splits, reports, notes
 
 
 def _keywords(args: PreferenceConfig) -> dict:

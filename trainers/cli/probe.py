@@ -22,11 +22,9 @@ from trl import get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
-from ..data.load import load_split
 from ..estimate import read_plan
-from ..inputs import prepare_rows
 from ..runs.processes import peak_rss
-from .dry_run import Batches, build_model, cheaper, estimate_of, load_tokenizer, plan_batches
+from .dry_run import Batches, build_model, cheaper, estimate_of, plan_batches, read_splits
 
 LONGEST, TYPICAL = 3, 2  # steps; the first one warms up, so its time is not counted
 FULL, GIB = 0.9, 2**30  # share of the memory that advice fills
@@ -54,19 +52,14 @@ class Measured(NamedTuple):
 
 def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, model_args) -> str:
     """Makes the steps and gives the report; every process of a run calls it, with the launcher's arguments."""
-    planned, notes = trainer_class.planned_rows(args, data)
-    tokenizer = load_tokenizer(model_args, args)
-    rows = load_split(data, args, "train") if planned is None else planned
-    rows = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
-    trainer_class.check_rows(rows, args, training=True)
-    lengths = token_lengths(rows)
+    tokenizer, splits, reports, notes = read_splits(trainer_class, data, args, model_args, ("train",))
+    lengths = token_lengths(rows := splits["train"])
     batches = plan_batches(lengths, args, args.world_size)
     steps = choose_batches(batches, args.world_size * args.gradient_accumulation_steps)
     measured = measure(trainer_class, args, model_args, tokenizer, rows, steps)
     advice = advise(measured, trainer_class, args, model_args, lengths, steps[0][0])
-    return "\n  ".join(
-        [*_report(measured, trainer_class, args, lengths, batches), *notes, *(f"advice: {a}" for a in advice)]
-    )
+    lines = _report(measured, trainer_class, args, lengths, batches)
+    return "\n  ".join([*lines, *reports, *notes, *(f"advice: {text}" for text in advice)])
 
 
 def choose_batches(batches: Batches, window: int) -> list[list[list[int]]]:
