@@ -31,11 +31,11 @@ from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
 from trainers.cli.compare_samples import SampleOptions, policy_and_base, sample_and_measure
 from trainers.cli.demo_report import write_report
+from trainers.cli.dry_run import read_splits
 from trainers.cli.probe import measure
 from trainers.data.tokenization import UNFINISHED, prepare_dataset
 from trainers.generation import sample_responses
 from trainers.generation.scorer import load_scorer
-from trainers.inputs import prepare_rows
 from trainers.metrics import pairwise_accuracy
 from trainers.pages.text import interval
 from trainers.precision import instructions
@@ -164,11 +164,10 @@ def finished_first(row: dict) -> dict:
 def foresee(config: dict, prompts: list) -> tuple[str, str]:
     """The dtype of the training, and how long all of it will take, from a timed step and a few sampled tokens."""
     trainer_class, data, args, model = train.parse(["--config", str(CONFIG), "--use_cpu", "true"])
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
-    rows = prepare_rows(data.load(args, "train"), tokenizer, args)
+    tokenizer, splits, *_ = read_splits(trainer_class, data, args, model, ("train",))
     size = args.per_device_train_batch_size
     batches = [[list(range(size))], [list(range(size, 2 * size))]]  # of two steps, of which the first warms up
-    step = measure(trainer_class, args, model, tokenizer, rows, batches).seconds[-1]
+    step = measure(trainer_class, args, model, tokenizer, splits["train"], batches).seconds[-1]
     steps, checkpoints = config["max_steps"], config["max_steps"] // config["save_steps"]
     few, more = (time_sampling(config, prompts, tokens) for tokens in (2, 10))
     batch = few + (SAMPLING.max_new_tokens - 2) * (more - few) / 8

@@ -122,23 +122,6 @@ def test_every_method_is_probed_and_nothing_stays(changes, told, folder, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-class Weighed(SWEPOTrainer):
-    """A method that reads a column of its own."""
-
-    columns = ("hours",)
-
-    def loss(self, batch, policy, reference):
-        losses, metrics = super().loss(batch, policy, reference)
-        return losses * batch["hours"], metrics
-
-
-def test_a_method_gets_its_own_columns(folder, tmp_path, capsys):
-    Dataset.from_list([row | {"hours": 2.0} for row in rows(16)]).to_json(tmp_path / "hours.jsonl")
-    own = {"trainer": "test_probe.Weighed", "dataset_name": tmp_path / "hours.jsonl"}
-    launch(folder, tmp_path / "out", probe=True, **own)
-    assert "16 rows in, 16 kept" in capsys.readouterr().out
-
-
 def test_a_run_after_a_probe_is_the_run_without_it(folder, tmp_path):
     launch(folder, tmp_path / "before")
     launch(folder, tmp_path / "after", probe=True)
