@@ -1,4 +1,4 @@
-"""Samples K responses per prompt, scores them and writes canonical rows that `load_preferences` reads.
+r"""Samples K responses per prompt, scores them and writes canonical rows that `load_preferences` reads.
 
     polypo generate --model runs/models/smollm2-135m \
         --prompts data/demo/prompts.jsonl --output data/demo/preferences.jsonl.gz \

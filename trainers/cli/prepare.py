@@ -1,4 +1,4 @@
-"""Reads preference data of any format and writes canonical rows, for clusters without a network.
+r"""Reads preference data of any format and writes canonical rows, for clusters without a network.
 
     polypo prepare --dataset_name openbmb/UltraFeedback --data_format ultrafeedback \
         --revision 40b436560ca83a8dba36114c22ab3c66e43f6d5e --output data/ultrafeedback.parquet

@@ -94,8 +94,9 @@ def write_rows(path: str | Path, rows: Iterable[dict], *, allow_nan: bool = True
     """Atomic JSON lines, compressed when the name ends in .gz; the same rows give the same bytes. Returns how many."""
     count = 0
     with replacing(path) as file, contextlib.ExitStack() as stack:
-        packed = str(path).endswith(".gz")
-        lines = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0)) if packed else file
+        lines: IO[bytes] | gzip.GzipFile = file
+        if str(path).endswith(".gz"):
+            lines = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
         for count, row in enumerate(rows, 1):  # noqa: B007
             lines.write((json.dumps(row, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode())
     return count
