@@ -33,7 +33,7 @@ def run(name: str, file: str) -> None:
     if name != "__main__":
         return
     path, module = Path(file).resolve(), MODULES[Path(file).stem]
-    sys.path[:0] = [str(path.parents[1]), os.getcwd()]  # a user's own scorers and formats are in the second
+    sys.path[:] = [str(path.parents[1]), *sys.path, os.getcwd()]  # a user's own scorers and formats are in the last
     command = module.replace("trainers.cli.", "polypo ") if module.startswith("trainers") else f"python -m {module}"
     warnings.warn(f"{path.name} moved: use `{command}`.", FutureWarning, stacklevel=3)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
