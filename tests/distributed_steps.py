@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
-from emdpo_rows import em_config, opposed_rows  # noqa: E402
+from emdpo_runs import em_config, opposed_rows  # noqa: E402
 from helpers import build_tokenizer, leave_processes, tiny_gemma3, tiny_llama  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 from trainers.cli.arguments import ModelArguments  # noqa: E402

@@ -1,20 +1,63 @@
-"""Runs of EM-DPO on tiny models, and what tests read of them."""
+"""Rows of annotators with opposed tastes, runs of EM-DPO on tiny models, and what tests read of them."""
 
+import gc
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from emdpo_rows import em_config, opposed_rows
 from helpers import build_tokenizer
-from trainers import EMDPOTrainer
+from trainers import EMDPOConfig, EMDPOTrainer
 
+WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """EM collects garbage between policies; what was imported before need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def opposed_rows(annotators=6, items=5, k=3, *, seed=0):
+    """Even annotators rank short responses first, odd ones long ones; the rows of an annotator lie scattered."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(count):
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator))
+
+    rows = []
+    for item in range(items):
+        prompt = text(4) + " "
+        responses = [text(2 + 3 * j) for j in torch.randperm(k, generator=generator).tolist()]
+        for annotator in range(annotators):
+            sign = 1 if annotator % 2 else -1
+            scores = [sign * float(len(r.split())) for r in responses]
+            rows.append({"prompt": prompt, "responses": responses, "scores": scores,
+                         "annotator": f"a{annotator}", "item": item})  # fmt: skip
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return [rows[i] for i in order]
+
+
+def em_config(folder, **kwargs):
+    defaults = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "learning_rate": 5e-3, "num_types": 2,
+        "rounds": 2, "per_device_train_batch_size": 4, "logging_steps": 2, "save_strategy": "no", "seed": 3,
+        "lr_scheduler_type": "constant", "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    if "initial_posterior" in kwargs:
+        defaults["init"] = "given"
+    return EMDPOConfig(**{**defaults, **kwargs})
 
 
 def em(folder, start, rows=None, eval_rows=None, peft=False, callbacks=None, **kwargs):

@@ -1,9 +1,11 @@
-"""Small tokenizers and models built in memory, for tests without network or downloads."""
+"""Small tokenizers and models built in memory, for tests without network or downloads, and hand-worked vectors."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -21,6 +23,8 @@ SENTENCES = [
     "say something kind to a friend who had a bad day today",
     "user assistant system model",
 ]
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}  # of the vectors
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -140,6 +144,22 @@ def flags(**options) -> list[str]:
     """`name=value` -> --name value; a list gives several values."""
     values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     return [str(part) for name, parts in values.items() for part in (f"--{name}", *parts)]
+
+
+def vectors(name: str) -> dict[str, dict]:
+    """The hand-worked cases of tests/vectors/NAME.json by their id."""
+    content = json.loads((Path(__file__).parent / f"vectors/{name}.json").read_text())
+    assert content["tolerance"].items() >= TOLERANCE.items()
+    return {case["id"]: case for case in content["cases"]}
+
+
+def close(found, expected, dtype="float64") -> None:
+    """Asserts equal shapes and an error within the tolerance of the vectors, relative above 1 and absolute below."""
+    found = found.detach().double().numpy() if isinstance(found, torch.Tensor) else np.asarray(found, dtype=float)
+    expected = np.asarray(expected, dtype=float)
+    assert found.shape == expected.shape
+    error = np.abs(found - expected) / np.maximum(np.abs(expected), 1)
+    assert error.max() <= TOLERANCE[str(dtype).removeprefix("torch.")], (found, expected)
 
 
 def leave_processes() -> None:

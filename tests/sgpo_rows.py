@@ -60,8 +60,9 @@ def command(inputs, output, **changes):
 
 
 @cache
-def finished_run(parent):
+def finished_run(temporary):
     """(inputs, output) of one whole run, made once for all test files."""
+    parent = temporary / "sgpo"
     parent.mkdir()
     inputs = write_inputs(parent)
     train.main(command(inputs, parent / "finished"))

@@ -9,8 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, groups, round_folder, same, trained, weights
+from emdpo_runs import em, em_config, groups, opposed_rows, quick_collection, round_folder, same, trained, weights  # noqa: F401
 from helpers import build_tokenizer
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
 from trainers.emdpo.annotators import halves
@@ -39,6 +38,9 @@ def test_opposed_annotators_are_told_apart_and_the_files_say_so(finished):
     assert [folder / p for p in mixture["policies"]] == finished.policies
     for name in ("responsibilities.svg", "log_likelihood.svg", "held_out.csv", "tokenizer.json"):
         assert (folder / name).stat().st_size
+    # Policies of earlier rounds are deleted, and their scores kept.
+    assert not list(folder.glob("**/round-0[01]/*/policy")) and len(list(folder.glob("**/round-02/*/policy"))) == 2
+    assert len(list(folder.glob("**/round-*/*/logps.parquet"))) == 6 and not list(folder.glob("**/training"))
     # The log-likelihood of the file is that of a fresh policy on the annotator's rows.
     rows = [row for row in opposed_rows() if row["annotator"] == "a1"]
     args = PlackettLuceConfig(output_dir=str(folder / "check"), use_cpu=True, report_to="none")
@@ -46,12 +48,6 @@ def test_opposed_annotators_are_told_apart_and_the_files_say_so(finished):
                                 eval_dataset=Dataset.from_list(rows), processing_class=build_tokenizer())  # fmt: skip
     mean = judge.evaluate()["eval_loss"]
     assert likelihood[names.index("a1"), 0] == pytest.approx(-5 * mean, abs=1e-3)
-
-
-def test_policies_of_earlier_rounds_are_deleted_and_their_scores_kept(finished):
-    folder = Path(finished.args.output_dir) / "restart-0"
-    assert not list(folder.glob("round-0[01]/*/policy")) and len(list(folder.glob("round-02/*/policy"))) == 2
-    assert len(list(folder.glob("round-*/*/logps.parquet"))) == 6 and not list(folder.glob("**/training"))
 
 
 def test_held_out_rows_are_scored_under_the_mixture(finished):
@@ -180,6 +176,12 @@ def test_a_run_stops_when_nothing_changes_any_more(tmp_path, start):
 def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
     em(tmp_path, start, rounds=1).train()
     first = (tmp_path / "restart-0/round-00/manifest.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"beta was 0.1 and is 0.2"):
+        em(tmp_path, start, rounds=1, beta=0.2).train()
+    with pytest.raises(ValueError, match=r"training rows are others"):
+        em(tmp_path, start, opposed_rows()[:-1], rounds=1).train()
+    with pytest.raises(ValueError, match=r"model_init_kwargs was None and is \{'dtype': 'bfloat16'\}"):
+        em(tmp_path, start, rounds=1, model_init_kwargs={"dtype": "bfloat16"}).train()
     trainer = trained(tmp_path, start, rounds=2)
     assert (tmp_path / "restart-0/round-00/manifest.json").stat().st_mtime_ns == first
     whole = trained(tmp_path / "whole", start, rounds=2)
@@ -190,13 +192,3 @@ def test_finished_rounds_are_kept_and_more_can_be_asked_for(tmp_path, start):
             em(tmp_path, start, rounds=3).train()
         with pytest.raises(ValueError, match=r"round-0\d/type-0/policy was deleted when this run went further"):
             em(tmp_path, start, **fewer).train()
-
-
-def test_other_settings_are_refused_by_name(tmp_path, start):
-    em(tmp_path, start, rounds=1).train()
-    with pytest.raises(ValueError, match=r"beta was 0.1 and is 0.2"):
-        em(tmp_path, start, rounds=1, beta=0.2).train()
-    with pytest.raises(ValueError, match=r"training rows are others"):
-        em(tmp_path, start, opposed_rows()[:-1], rounds=1).train()
-    with pytest.raises(ValueError, match=r"model_init_kwargs was None and is \{'dtype': 'bfloat16'\}"):
-        em(tmp_path, start, rounds=1, model_init_kwargs={"dtype": "bfloat16"}).train()

@@ -13,8 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import processes
-from emdpo_rows import opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import em, same, types_alone, weights
+from emdpo_runs import em, opposed_rows, quick_collection, same, types_alone, weights  # noqa: F401
 from helpers import build_tokenizer, tiny_llama
 from trainers import MixturePolicy
 from trainers.cli import aggregate
@@ -29,7 +28,6 @@ from trainers.runs import files
 
 PROMPTS = ["the cat sat on", "a mat and saw", "over an old green hill"]
 SAMPLING = {"num_generations": 2, "max_new_tokens": 6, "batch_size": 4}
-SAID = {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -82,26 +80,23 @@ def test_gains_are_log_ratios_of_the_samples(run, start, tmp_path):
 
 
 def test_the_table_compares_every_aggregate():
-    random = np.random.default_rng(0)
+    random, names, shares = np.random.default_rng(0), ["type-0", "type-1", "dpo"], np.array([0.9, 0.1])
     truth = np.array([[4.0, -1.0, 1.0], [-2.0, 5.0, 3.0]])
     gains = truth[..., None] + random.normal(0, 0.1, (2, 3, 200))
-    report = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), resamples=100)
-    regret = regret_matrix(gains.mean(-1))
+    report, regret = compare(gains, names, shares, resamples=100), regret_matrix(gains.mean(-1))
     np.testing.assert_allclose(report["regret"], regret)
     mixture, value = min_max_regret(regret[:, :2])
     np.testing.assert_allclose(report["mixture"], mixture)
-    table = report["table"]
-    assert table["min-max mixture"]["max"] == pytest.approx(value)
-    assert table["uniform mixture"]["max"] == pytest.approx((regret[:, :2] @ [0.5, 0.5]).max())
-    assert table["shares of EM"]["max"] == pytest.approx((regret[:, :2] @ [0.9, 0.1]).max())
-    assert table["best single type (type-1)"]["max"] == pytest.approx(regret[:, 1].max())
-    assert table["dpo"]["regret"] == pytest.approx(regret[:, 2])
-    mixtures = ("uniform mixture", "shares of EM", "best single type (type-1)")
-    assert all(table["min-max mixture"]["max"] < table[name]["max"] for name in mixtures)
-    for name in ("min-max mixture", "dpo"):
+    table, single = report["table"], "best single type (type-1)"
+    expected = {"uniform mixture": [0.5, 0.5, 0], "shares of EM": [0.9, 0.1, 0], single: [0, 1, 0], "dpo": [0, 0, 1]}
+    for name, weights_of in expected.items():
+        assert table[name]["max"] == pytest.approx((regret @ weights_of).max())
         assert table[name]["max_low"] <= table[name]["max"] <= table[name]["max_high"]
+    assert table["dpo"]["regret"] == pytest.approx(regret[:, 2])
+    assert table["min-max mixture"]["max"] == pytest.approx(value)
+    assert all(table[name]["max"] > value for name in ("uniform mixture", "shares of EM", single))
     assert table["min-max mixture, judged on other prompts"]["max"] == pytest.approx(value, abs=0.1)
-    scaled = compare(gains, ["type-0", "type-1", "dpo"], np.array([0.9, 0.1]), np.array([1.0, 3.0]), resamples=10)
+    scaled = compare(gains, names, shares, np.array([1.0, 3.0]), resamples=10)
     assert scaled["mixture"][1] > report["mixture"][1]
     # The factors are of the game: regrets stay in nats.
     row = scaled["table"]["min-max mixture"]
@@ -109,17 +104,11 @@ def test_the_table_compares_every_aggregate():
     assert row["max"] == pytest.approx(max(row["regret"])) and row["low"][1] <= row["regret"][1] <= row["high"][1]
     assert row["weighted_max"] == pytest.approx(scaled["value"])
     assert scaled["value"] == pytest.approx((np.array([1.0, 3.0]) * row["regret"]).max())
-    text = aggregate.table(scaled | SAID)
-    assert "minimise the largest regret after the factors: 1 x type 0, 3 x type 1." in text
-
-
-@pytest.mark.parametrize("prompts, says", [(4, "No intervals: 4 prompts"), (5, "(5) are too narrow"), (20, "")])
-def test_a_handful_of_prompts_has_no_interval(prompts, says):
-    gains = np.array([[4.0, -1.0], [-2.0, 5.0]])[..., None] + np.random.default_rng(0).normal(0, 1, (2, 2, prompts))
-    report = compare(gains, ["type-0", "type-1"], [0.5, 0.5], resamples=20)
-    text = aggregate.table(report | SAID)
-    assert says in text and ("ntervals" in text) == (prompts < 20) and ("[" in text) == (prompts >= 5)
-    assert (report["interval"] is None) == (prompts < 5) == ("low" not in report["table"]["uniform mixture"])
+    # A handful of prompts has no interval.
+    few = compare(gains[..., :4], names, shares, resamples=20)
+    assert few["interval"] is None and "low" not in few["table"]["uniform mixture"]
+    said = {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
+    assert "No intervals: 4 prompts" in aggregate.table(few | said)
 
 
 # The command.
@@ -131,7 +120,7 @@ def test_the_command_writes_weights_table_picture_and_one_plain_model(copied, st
     report, mixture = overview(folder), json.loads((copied / MIXTURE).read_text())
     assert mixture["weights"] == report["mixture"] and sum(mixture["weights"]) == pytest.approx(1)
     assert report["policies"] == ["type-0", "type-1", "start", "base-model", "distilled"]
-    assert "| distilled |" in (folder / "table.md").read_text() and (folder / "regret.svg").stat().st_size > 1000
+    assert "| distilled |" in (folder / "table.md").read_text() and (folder / "regret.svg").stat().st_size
     model = AutoModelForCausalLM.from_pretrained(folder / "distilled")
     before = AutoModelForCausalLM.from_pretrained(start).state_dict()
     assert model.state_dict().keys() == before.keys() and (folder / "distilled/tokenizer.json").exists()
@@ -154,13 +143,6 @@ def test_the_distilled_policy_is_trained_anew_when_anything_about_it_changed(cop
     aggregate.main(command(copied, start, *distil))
     same(weights(folder / "distilled"), first)
     assert overview(folder) == report
-
-
-def test_a_distilled_policy_that_is_no_better_than_its_start_is_said():
-    gains = np.zeros((2, 4, 10)) + np.array([[4.0, 0, 1, 0.5], [0, 4, 1, 0.5]])[..., None]
-    for names, said in ((["base-model", "distilled"], True), (["distilled", "base-model"], False)):
-        report = compare(gains, ["type-0", "type-1", *names], [0.5, 0.5], resamples=5)
-        assert ("not better than the base model" in aggregate.table(report | SAID)) == said
 
 
 @full
@@ -257,15 +239,5 @@ def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path
     assert one["log_likelihood_per_item"] < -1.7 and two["log_likelihood_per_item"] > one["log_likelihood_per_item"]
     assert report["coin_log_likelihood"] == pytest.approx(-5 * math.log(6))
     assert one["gain_over_coin"]["mean"] == pytest.approx(one["log_likelihood"]["mean"] + 5 * math.log(6))
-    text = (tmp_path / "table.md").read_text()
-    assert "| *a coin* | -8.959 |" in text and "No intervals: 2 held-out annotators are fewer than 5" in text
+    assert "| *a coin* | -8.959 |" in (tmp_path / "table.md").read_text()
     assert "a coin" in (tmp_path / "plot.svg").read_text() and two["gain_over_one_less"]["low"] is None
-    for k in (1, 2):
-        path = tmp_path / f"types-{k}/result.json"
-        many = {f"b{i}": -9.0 - k - i / 10 for i in range(6)}
-        result = json.loads(path.read_text())
-        result["held_out"] |= {"per_annotator": many, "coin": dict.fromkeys(many, -8.0)}
-        path.write_text(json.dumps(result))
-    text = choose_types.table(choose_types.summarize(tmp_path, 2))
-    assert "No number of types says more about new annotators than a coin" in text and "-2.250 [" in text
-    assert "Intervals from fewer than 20 held-out annotators (6) are too narrow" in text

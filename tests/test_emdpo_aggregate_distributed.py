@@ -10,8 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import processes
-from emdpo_rows import opposed_rows
-from emdpo_runs import em
+from emdpo_runs import em, opposed_rows
 from helpers import leave_processes
 from trainers.cli import aggregate
 

@@ -10,24 +10,19 @@ import transformers
 from datasets import Dataset
 
 import processes
-from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import same, weights
+from emdpo_runs import em_config, opposed_rows, quick_collection, same, weights  # noqa: F401
 from trainers import EMDPOTrainer
 from trainers.cli import train
 from trainers.forward import cache
 
 
 def arguments(start, output, **changes):
-    args = em_config(output)
-    names = (
-        "use_cpu", "report_to", "learning_rate", "num_types", "rounds", "logging_steps", "seed", "lr_scheduler_type",
-        "disable_tqdm", "init", "max_grad_norm",
-    )  # fmt: skip
-    flags = {name: getattr(args, name) for name in names} | {
-        "report_to": "none", "lr_scheduler_type": "constant", "trainer": "EMDPOTrainer", "model_name_or_path": start,
-        "dataset_name": start / "rows.jsonl", "output_dir": output, "per_device_train_batch_size": 2,
-        "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "dataset_test_split": "train[:6]",
-        "ref_tokens_per_batch": 40,
+    flags = {
+        "use_cpu": True, "report_to": "none", "learning_rate": 5e-3, "num_types": 2, "rounds": 2, "logging_steps": 2,
+        "seed": 3, "lr_scheduler_type": "constant", "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0,
+        "trainer": "EMDPOTrainer", "model_name_or_path": start, "dataset_name": start / "rows.jsonl",
+        "output_dir": output, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3,
+        "save_total_limit": 2, "dataset_test_split": "train[:6]", "ref_tokens_per_batch": 40,
     }  # fmt: skip
     return [str(part) for name, value in (flags | changes).items() for part in (f"--{name}", value)]
 
@@ -40,15 +35,12 @@ def launched(tmp_path_factory, start):
     return folder
 
 
-def test_the_launcher_runs_the_whole_em(launched):
+def test_the_launcher_runs_the_whole_em_and_goes_on_by_itself(start, launched):
     for name in ("README.md", "train_results.json", "eval_results.json", "annotators.csv", "mixture.json"):
         assert (launched / name).is_file()
     results = json.loads((launched / "train_results.json").read_text())
     assert results["train_rounds"] == 2 and "train_smallest_type" in results
     assert not list(launched.glob("**/checkpoint-*"))
-
-
-def test_a_run_goes_on_by_itself(start, launched):
     policy = launched / "restart-0/round-01/type-0/policy/model.safetensors"
     before = policy.stat().st_mtime_ns
     train.main(arguments(start, launched, resume_from_checkpoint="true"))
@@ -72,32 +64,28 @@ def die_and_train(phase, count, argv):
     train.main(argv)
 
 
-def run_and_die(argv, phase, count):
-    codes, output = processes.run(die_and_train, phase, count, argv)
-    assert codes == [-signal.SIGKILL], output
-
-
-def assert_same_run(found, expected):
-    for index in (0, 1):
-        for name in ("annotators.csv", "manifest.json", "held_out.csv"):
-            path = Path(f"restart-0/round-0{index}/{name}")
-            assert (found / path).read_text() == (expected / path).read_text()
-    for k in (0, 1):
-        path = Path(f"restart-0/round-01/type-{k}/policy")
-        same(weights(found / path), weights(expected / path))
-
-
 def test_survives_kill_9_in_m_step_and_e_step(start, launched, tmp_path):
     argv = arguments(start, tmp_path)
-    run_and_die(argv, "m-step", 8 + 5)  # 8 steps of type 0, 5 of type 1
+
+    def run_and_die(phase, count):
+        codes, output = processes.run(die_and_train, phase, count, argv)
+        assert codes == [-signal.SIGKILL], output
+
+    run_and_die("m-step", 8 + 5)  # 8 steps of type 0, 5 of type 1
     folder = tmp_path / "restart-0/round-00"
     assert (folder / "type-0/policy").is_dir() and (folder / "type-1/training/checkpoint-3").is_dir()
     half = folder / "type-1/training/checkpoint-4"
     shutil.copytree(folder / "type-1/training/checkpoint-3", half)
     (half / "trainer_state.json").unlink()
     kept = (folder / "type-0/policy/model.safetensors").stat().st_mtime_ns
-    run_and_die(argv, "e-step", 2)  # parts of the first E-step
+    run_and_die("e-step", 2)  # parts of the first E-step
     assert (folder / "type-0/policy/model.safetensors").stat().st_mtime_ns == kept
     assert list((folder / "type-0/logps.parts").iterdir()) and not (folder / "manifest.json").exists()
     train.main(argv)
-    assert_same_run(tmp_path, launched)
+    for index in (0, 1):
+        for name in ("annotators.csv", "manifest.json", "held_out.csv"):
+            path = Path(f"restart-0/round-0{index}/{name}")
+            assert (tmp_path / path).read_text() == (launched / path).read_text()
+    for k in (0, 1):
+        path = Path(f"restart-0/round-01/type-{k}/policy")
+        same(weights(tmp_path / path), weights(launched / path))

@@ -10,59 +10,51 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from emdpo_rows import em_config, opposed_rows, quick_collection  # noqa: F401
-from emdpo_runs import LORA, em, round_folder, same, trained, weights
-from helpers import build_tokenizer, tiny_llama
-from test_emdpo_parts import CASES, close
+from emdpo_runs import LORA, em, em_config, opposed_rows, quick_collection, round_folder, same, trained, weights  # noqa: F401
+from helpers import build_tokenizer, close, tiny_llama
+from test_emdpo_parts import CASES
 from trainers import DPOConfig, DPOTrainer
 from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
 from trainers.forward.run import Forward
 
+# With Adam an entry whose gradient is 0 but for rounding would move as far as any other.
+SGD = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 2}
 
-def shared_options(folder, **changes):
-    """The options of an EM run that DPO has too."""
+
+def dpo(folder, start, rows, peft=False):
+    """The weights that DPO alone gives, with the options of an EM run."""
     names = (
-        "output_dir", "use_cpu", "report_to", "learning_rate", "per_device_train_batch_size", "logging_steps",
-        "num_train_epochs", "save_strategy", "seed", "lr_scheduler_type", "disable_tqdm", "max_grad_norm",
+        "output_dir", "use_cpu", "report_to", "per_device_train_batch_size", "logging_steps", "save_strategy", "seed",
+        "lr_scheduler_type", "disable_tqdm", "max_grad_norm",
     )  # fmt: skip
-    return {name: getattr(em_config(folder), name) for name in names} | changes
+    args = DPOConfig(**{name: getattr(em_config(folder), name) for name in names}, **SGD)
+    adapter = LoraConfig(**LORA) if peft else None
+    trainer = DPOTrainer(str(start), args=args, train_dataset=Dataset.from_list(rows), peft_config=adapter,
+                         processing_class=build_tokenizer())  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return weights(folder)
 
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_one_type_is_dpo(tmp_path, start, peft):
     rows = opposed_rows(k=2)
-    # With Adam an entry whose gradient is 0 but for rounding would move as far as any other.
-    options = {"optim": "sgd", "learning_rate": 0.1}
-    trainer = trained(tmp_path / "em", start, rows, peft=peft, num_types=1, rounds=4, num_train_epochs=2, **options)
+    trainer = trained(tmp_path / "em", start, rows, peft=peft, num_types=1, rounds=4, **SGD)
     assert len(list((tmp_path / "em/restart-0").iterdir())) == 2  # the start and one round
     assert (trainer.posterior == 1).all()
-    args = DPOConfig(**shared_options(tmp_path / "dpo", **options, num_train_epochs=2))
-    dpo = DPOTrainer(str(start), args=args, train_dataset=Dataset.from_list(rows), processing_class=build_tokenizer(),
-                     peft_config=LoraConfig(**LORA) if peft else None)  # fmt: skip
-    dpo.train()
-    dpo.save_model()
-    same(weights(trainer.policies[0]), weights(tmp_path / "dpo"), rtol=1e-4, atol=2e-6)
-    moved = [float((a - b).abs().max()) for a, b in zip(weights(tmp_path / "dpo").values(),
-             (torch.zeros(()) if peft else v for v in weights(start).values()), strict=False)]  # fmt: skip
-    assert max(moved) > 0.01
+    expected, before = dpo(tmp_path / "dpo", start, rows, peft), {} if peft else weights(start)
+    same(weights(trainer.policies[0]), expected, rtol=1e-4, atol=2e-6)
+    assert max(float((value - before.get(name, 0)).abs().max()) for name, value in expected.items()) > 0.01
 
 
 def test_one_hot_posteriors_are_dpo_on_each_cluster(tmp_path, start):
     """With normalize='posterior' the rows of the others are left out, so even the batches are the same."""
-    rows = opposed_rows(k=2)
-    clusters = {"a0": 0, "a1": 1, "a2": 1, "a3": 0, "a4": 1, "a5": 0}
+    rows, clusters = opposed_rows(k=2), {"a0": 0, "a1": 1, "a2": 1, "a3": 0, "a4": 1, "a5": 0}
     given = {name: [1.0 - k, float(k)] for name, k in clusters.items()}
-    options = {"optim": "sgd", "learning_rate": 0.1}
-    trainer = trained(
-        tmp_path / "em", start, rows, rounds=1, initial_posterior=given, normalize="posterior", **options
-    )
+    trainer = trained(tmp_path / "em", start, rows, rounds=1, initial_posterior=given, normalize="posterior", **SGD)
     for k in (0, 1):
-        args = DPOConfig(**shared_options(tmp_path / f"dpo{k}", optim="sgd", learning_rate=0.1))
-        own = Dataset.from_list([row for row in rows if clusters[row["annotator"]] == k])
-        dpo = DPOTrainer(str(start), args=args, train_dataset=own, processing_class=build_tokenizer())
-        dpo.train()
-        dpo.save_model()
-        same(weights(trainer.policies[k]), weights(tmp_path / f"dpo{k}"), rtol=1e-4, atol=2e-6)
+        own = [row for row in rows if clusters[row["annotator"]] == k]
+        same(weights(trainer.policies[k]), dpo(tmp_path / f"dpo{k}", start, own), rtol=1e-4, atol=2e-6)
 
 
 def test_types_are_exchangeable_to_the_last_bit(tmp_path, start):
@@ -71,8 +63,7 @@ def test_types_are_exchangeable_to_the_last_bit(tmp_path, start):
     order, runs = [2, 0, 1], []
     for name, table in (("a", first), ("b", first[:, order])):
         given = {f"a{i}": row.tolist() for i, row in enumerate(table)}
-        trainer = trained(tmp_path / name, start, num_types=3, initial_posterior=given)
-        runs.append(trainer)
+        runs.append(trained(tmp_path / name, start, num_types=3, initial_posterior=given))
     np.testing.assert_array_equal(runs[1].posterior, runs[0].posterior[:, order])
     for k in range(3):
         same(weights(runs[1].policies[k]), weights(runs[0].policies[order[k]]))

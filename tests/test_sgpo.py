@@ -1,35 +1,24 @@
 """The loss, the filters, the texts and the metrics of SGPO on hand-worked vectors, and their properties."""
 
-import json
 import math
 import random
 from functools import cache
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
+from helpers import close, vectors
 from trainers.sgpo import filters, sgpo_loss
 from trainers.sgpo.filters import fault, filter_statistic, iqr_fences, iqr_keep, meta_text
 from trainers.sgpo.monitor import distinct_n, edit_distance, edit_metrics, round_metrics
 from trainers.sgpo.text import BLOCKS, MARKER, free_marker, improver_prompt, parse_revision, reviser_prompt
 
-VECTORS = json.loads((Path(__file__).parent / "vectors" / "sgpo.json").read_text())
-
 
 def cases(function):
-    return pytest.mark.parametrize(
-        "case", [c for c in VECTORS["cases"] if c["function"] == function], ids=lambda case: case["id"]
-    )
-
-
-def close(found, expected, dtype=torch.float64):
-    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
-    error = (found - expected).abs() / expected.abs().clamp(min=1)
-    assert error.max() <= VECTORS["tolerance"][str(dtype).removeprefix("torch.")], (found, expected)
+    found = [case for case in vectors("sgpo").values() if case["function"] == function]
+    return pytest.mark.parametrize("case", found, ids=lambda case: case["id"])
 
 
 # The loss.
@@ -54,25 +43,15 @@ def test_loss_and_gradient(case, dtype):
     losses.mean().backward()
     close(losses.detach(), expected["losses"], dtype)
     close(losses.mean().detach(), expected["loss"], dtype)
+    flipped = (x.flip(1) for x in (logps - reference, scores, mask))
+    again = sgpo_loss(*flipped, logps=logps.flip(1), lengths=lengths.flip(1), **case["options"])
+    torch.testing.assert_close(again, losses)  # whichever side comes first
     close(logps.grad[:, 0], expected["grad_chosen_seq_logps"], dtype)
     close(logps.grad[:, 1], expected["grad_rejected_seq_logps"], dtype)
     rewards = case["options"]["beta"] * (logps - reference).detach()
     close(rewards[:, 0], expected["rewards_chosen"], dtype)
     close(rewards[:, 0] - rewards[:, 1], expected["margins"], dtype)
     assert float((rewards[:, 0] > rewards[:, 1]).double().mean()) == pytest.approx(expected["accuracy"])
-
-
-def test_the_loss_is_the_formula_written_out_for_one_pair_at_a_time():
-    torch.manual_seed(0)
-    logps, reference = -40 * torch.rand(6, 2, dtype=torch.float64), -40 * torch.rand(6, 2, dtype=torch.float64)
-    lengths = torch.randint(1, 30, (6, 2))
-    chosen = torch.randint(0, 2, (6,))
-    scores = torch.nn.functional.one_hot(chosen, 2).double()
-    found = sgpo_loss(logps - reference, scores, torch.ones(6, 2, dtype=torch.bool), logps=logps, lengths=lengths,
-                      beta=0.3, sft_weight=0.7)  # fmt: skip
-    for i, w in enumerate(chosen.tolist()):
-        margin = 0.3 * ((logps[i, w] - reference[i, w]) - (logps[i, 1 - w] - reference[i, 1 - w]))
-        assert float(found[i]) == pytest.approx(float(-logsigmoid(margin) - 0.7 * logps[i, w] / lengths[i, w]))
 
 
 def test_gradcheck():
@@ -132,13 +111,12 @@ def test_hygiene_gives_its_reason(text, options, reason):
 
 
 ABOUT_THE_TASK = [
-    "Here is the improved response: blue.", "Here's a slightly revised version of it:\nBlue.", "[[draft]] Blue.",
+    "Here is the improved response: blue.", "Here's a slightly revised version of it:\nBlue.",
     "**Improved response:** Blue.", "The original response was too short. Blue.", "text " * 80 + "[[/response 2]]",
-    "I improved the response by naming a colour.",
 ]  # fmt: skip
 PLAIN = [
-    "The new process improved response times in the city.", "Write a draft, then revise it.", "An improved bicycle.",
-    "Her version of the answer was short.", "Here is a list of colours: red, blue.", "The response time was 3 s.",
+    "The new process improved response times in the city.", "Write a draft, then revise it.",
+    "Her version of the answer was short.", "Here is a list of colours: red, blue.",
 ]  # fmt: skip
 
 
@@ -156,29 +134,17 @@ def test_parse_revision(case):
     assert case["inputs"]["marker"] == MARKER
 
 
-def test_the_improver_sees_prompt_and_response_and_no_reference():
-    [turn] = improver_prompt([{"role": "user", "content": "Name {a} colour."}], "Red {x}.")
+def test_what_improver_and_reviser_see():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name {a} colour."}]
+    [turn] = improver_prompt(chat[1:], "Red {x}.")
     assert turn["role"] == "user" and "reference" not in turn["content"]
     assert "[[prompt]]\nName {a} colour.\n[[/prompt]]\n\n[[response]]\nRed {x}.\n[[/response]]" in turn["content"]
     text = improver_prompt("Name a colour.", "Red.")
     assert isinstance(text, str) and text.endswith("\n\nResponse:\n")
-
-
-def test_the_reviser_sees_instruction_draft_reference_and_the_marker():
-    [turn] = reviser_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.")
-    for block in ("[[prompt]]\nName a colour.", "[[draft]]\nRed.", "[[reference]]\nGreen."):
-        assert block in turn["content"]
-    assert turn["content"].count(MARKER) == 1
-    [turn] = reviser_prompt([{"role": "user", "content": "Name a colour."}], "Red.", "Green.", analysis=False)
-    assert MARKER not in turn["content"]
-
-
-def test_earlier_turns_and_the_system_turn_are_part_of_the_prompt():
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "A colour?"}]  # fmt: skip
-    [turn] = improver_prompt(chat, "Red.")
-    for block in ("[[system]]\nBe brief.\n[[/system]]", "[[assistant]]\nHello\n[[/assistant]]"):
-        assert block in turn["content"]
+    [turn], [direct] = (reviser_prompt(chat, "Red.", "Green.", analysis=analysis) for analysis in (True, False))
+    for block in ("[[system]]\nBe brief.\n[[/system]]", "[[draft]]\nRed.", "[[reference]]\nGreen."):
+        assert block in turn["content"] and block in direct["content"]
+    assert turn["content"].count(MARKER) == 1 and MARKER not in direct["content"]
     with pytest.raises(ValueError, match="role 'user' has no text"):
         improver_prompt([{"role": "user", "content": [{"type": "image"}]}], "Red.")
 
@@ -230,9 +196,5 @@ def test_round_metrics(case):
     found, expected = round_metrics(case["inputs"]["rejected"], case["inputs"]["chosen"]), case["expected"]
     for name in ("copy_rate", "median_edit_ratio", "mean_word_ratio"):
         close(found[name], expected[name])
-    assert round_metrics([], []) == {}
-
-
-def test_distinct_n():
     assert distinct_n(["a b c", "a b d"]) == 0.75  # ab twice, bc, bd
-    assert distinct_n(["a b c"], 1) == 1.0 and math.isnan(distinct_n(["a", ""]))
+    assert math.isnan(distinct_n(["a", ""]))

@@ -23,17 +23,10 @@ def config(folder, **options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"reviser": "gpt"}, "reviser='gpt' is unknown: choose one of self, local, external"),
         ({"reviser": "local"}, "reviser='local' and reviser_model do not fit"),
         ({"reviser_function": "a.b"}, "reviser='self' and reviser_function do not fit"),
-        ({"rounds": 0}, "rounds=0 must be"),
-        ({"filter_factor": 0}, "filter_factor=0 must be"),
-        (
-            {"filter_statistic": "edit_ratio"},
-            "filter_statistic='edit_ratio' is unknown: choose one of logp_gain, none",
-        ),
+        ({"filter_statistic": "edit_ratio"}, "filter_statistic='edit_ratio' is unknown: choose one of"),
         ({"sampling": {"top_p": 2}}, "top_p=2 must be"),
-        ({"revision": '{"tokens": 3}'}, "revision: unknown key 'tokens'"),
         ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat'"),
         ({"self_enhance": {"scorer": "a.b"}}, "self_enhance has no effect on SGPO"),
     ],
@@ -137,12 +130,8 @@ def test_no_prompt_is_in_two_splits(tmp_path):
     def rows(*prompts):
         return Dataset.from_list([{"prompt": p, "chosen": "x"} for p in prompts])
 
-    splits = {
-        "train": rows("a", "b", "t"),
-        "preferences": rows("B ", "c", "t"),
-        "test": rows("t"),
-        "sft": rows("a", "t"),
-    }
+    splits = {"train": rows("a", "b", "t"), "preferences": rows("B ", "c", "t"), "test": rows("t"),
+              "sft": rows("a", "t")}  # fmt: skip
     found = read_data(config(tmp_path), splits)
     assert [[row["prompt"] for row in part] for part in found] == [["a", "b"], ["c"], ["t"], ["a"]]
     for changes, message in (({"preferences": rows("a")}, "no prompt is left"), ({"train": None}, "are missing")):

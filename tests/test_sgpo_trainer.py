@@ -64,6 +64,8 @@ def test_the_improver_learns_from_the_answers_alone(tmp_path, weight, steps):
     assert state["log_history"][0]["loss"] == pytest.approx(expected, rel=1e-4)
     steps_taken = [(tensor - before[name]).abs().max() for name, tensor in model.state_dict().items()]
     assert 0.015 < max(steps_taken) < 0.021  # one Adam step at the stage's own learning rate
+    with pytest.raises(ValueError, match="^seed cannot be set for one stage alone"):
+        sft_config(args, {"seed": 3}, tmp_path, 1)
 
 
 def test_what_is_too_long_is_left_out_and_never_cut():
@@ -122,11 +124,6 @@ def test_a_stale_reference_is_found_before_the_first_step(tmp_path):
     trainer.train()  # a reference of one's own may be any model
     with pytest.raises(ValueError, match="^ref='initial' has no effect without ref_model"):
         dpo_trainer(tmp_path, ref="initial")
-
-
-def test_what_belongs_to_the_run_is_refused_for_a_stage(tmp_path):
-    with pytest.raises(ValueError, match="^seed cannot be set for one stage alone"):
-        sft_config(config(tmp_path), {"seed": 3}, tmp_path, 1)
 
 
 def test_a_trained_policy_may_be_trained_again(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments import sparsepo_frontier
-from experiments.sparsepo_frontier import at_equal_kl, plot, summarize, tables
+from experiments.sparsepo_frontier import at_equal_kl
 from helpers import build_tokenizer, save_start, tiny_llama
 from trainers.generation.sampler import Sample
 
@@ -58,19 +58,6 @@ def test_the_kl_is_the_sum_of_exact_divergences_along_the_sample(run, tmp_path):
         total += float((ours * (ours / theirs).log()).sum())
         ratio += float((ours[token] / theirs[token]).log())
     assert found == pytest.approx((total, ratio), rel=1e-4)
-
-
-def test_points_have_intervals_over_seeds_and_a_single_seed_has_none():
-    def record(seed, reward):
-        return {"method": "DPO", "beta": 0.1, "seed": seed, "reward": reward, "kl": 2.0, "logratio": 2.0,
-                "tokens": 9.0, "seconds": 1.0, "history": [{"rewards/accuracies": 0.5}]}  # fmt: skip
-
-    reference = {"method": "reference", "beta": 0.0, "by_opening": {"reward": [0.1, 0.2], "tokens": [3, 4]}}
-    summary = summarize({}, 1, [reference, record(1, 0.2), record(2, 0.4), record(1, 0.2) | {"beta": 0.2}])
-    first, second = summary["points"]
-    assert first["reward"]["mean"] == pytest.approx(0.3) and first["reward"]["high"] > 0.4
-    assert second["reward"]["low"] is None
-    assert tables(summary).count("\n") == 8 and "DPO" in plot(summary)
 
 
 def test_rewards_are_compared_at_equal_kl_only_where_both_lines_reach():

@@ -35,19 +35,10 @@ def pairs(n=8, seed=0):
 
 def config(tmp_path, **kwargs):
     defaults = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "report_to": "none",
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "lr_scheduler_type": "constant",
-        "disable_tqdm": True,
-        "optim": "adamw_torch",
-        **DENSE,
-    }
+        "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2,
+        "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "optim": "adamw_torch", **DENSE,
+    }  # fmt: skip
     return SparsePOConfig(**{**defaults, **kwargs})
 
 
@@ -55,13 +46,9 @@ def trainer(tmp_path, tokenizer, model=None, data=None, **kwargs):
     extra = {k: kwargs.pop(k) for k in ("peft_config", "ref_model", "callbacks", "optimizers") if k in kwargs}
     data = Dataset.from_list(data or pairs())
     return SparsePOTrainer(
-        model or tiny_llama(len(tokenizer)),
-        args=config(tmp_path, **kwargs),
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=tokenizer,
-        **extra,
-    )
+        model or tiny_llama(len(tokenizer)), args=config(tmp_path, **kwargs), train_dataset=data, eval_dataset=data,
+        processing_class=tokenizer, **extra,
+    )  # fmt: skip
 
 
 KINDS = {
@@ -111,24 +98,19 @@ def test_step_zero_with_penalties_is_log_two_plus_the_sum_of_the_masks(tmp_path,
 
 def test_dpo_is_the_dpo_trainers_loss_and_gradients_also_from_the_cache(tmp_path, tokenizer):
     policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
+    shared = {"args": DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", beta=0.3),
+              "train_dataset": Dataset.from_list(pairs()), "processing_class": tokenizer}  # fmt: skip
+    dpo = DPOTrainer(copy.deepcopy(policy), copy.deepcopy(reference), **shared)
+    own = trainer(tmp_path, tokenizer, copy.deepcopy(policy), ref_model=copy.deepcopy(reference), beta=0.3,
+                  **KINDS["dpo"])  # fmt: skip
     results = []
-    for make in (
-        lambda: DPOTrainer(
-            copy.deepcopy(policy), copy.deepcopy(reference),
-            DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", beta=0.3),
-            Dataset.from_list(pairs()), processing_class=tokenizer,
-        ),
-        lambda: trainer(tmp_path, tokenizer, copy.deepcopy(policy), ref_model=copy.deepcopy(reference), beta=0.3,
-                        **KINDS["dpo"]),
-    ):  # fmt: skip
-        t = make()
-        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
-        loss = t.compute_loss(t.model, batch)
+    for t in (dpo, own):
+        loss = t.compute_loss(t.model, t.data_collator([t.train_dataset[i] for i in range(4)]))
         loss.backward()
-        results.append((loss.item(), {n: p.grad for n, p in t.model.named_parameters()}))
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6) and abs(results[0][0] - math.log(2)) > 1e-3
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-7)
+        results.append(loss.item())
+    assert results[0] == pytest.approx(results[1], abs=1e-6) and abs(results[0] - math.log(2)) > 1e-3
+    for (name, one), other in zip(dpo.model.named_parameters(), own.model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-7, msg=name)
     losses = []
     for cached in (False, True):
         t = trainer(tmp_path, tokenizer, copy.deepcopy(policy), precompute_ref_logps=cached,
@@ -285,7 +267,7 @@ def test_ranked_responses_and_gradient_checkpointing(tmp_path, tokenizer):
             assert t.evaluate()["eval_rewards/margins"] > 0
 
 
-def test_what_cannot_be_done_is_refused_at_the_start(tmp_path, tokenizer):
+def test_which_models_and_references_can_be_used(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="vocabulary"):
         trainer(tmp_path, tokenizer, ref_model=tiny_llama(len(tokenizer) + 3))
     with pytest.raises(ValueError, match="optimizers"):
@@ -296,10 +278,7 @@ def test_what_cannot_be_done_is_refused_at_the_start(tmp_path, tokenizer):
         model = get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**adapter, init_lora_weights=False))
         trainer(tmp_path, tokenizer, model=model)
     trainer(tmp_path, tokenizer, peft_config=LoraConfig(**adapter)).train()  # a fresh one can be switched off
-
-
-def test_a_reference_of_another_size_gives_the_masks(tmp_path, tokenizer):
-    reference = tiny_llama(len(tokenizer), seed=9, hidden_size=48, num_hidden_layers=3)
-    t = trainer(tmp_path, tokenizer, ref_model=reference)
+    # A reference of another size gives the masks.
+    t = trainer(tmp_path, tokenizer, ref_model=tiny_llama(len(tokenizer), hidden_size=48, num_hidden_layers=3))
     assert t.mask_heads.heads["common"].weight.shape == (3, 48)
     t.train()

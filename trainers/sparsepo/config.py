@@ -80,13 +80,8 @@ class SparsePOConfig(PreferenceConfig):
     @property
     def masked(self) -> tuple[str, ...]:
         """Which of "reward" and "kl" have a mask that is not constant."""
-        if self.mask == "ones":
-            return ()
-        return tuple(
-            name
-            for name, on in (("reward", self.mask_reward), ("kl", self.mask_kl and self.kl_term == "masked"))
-            if on
-        )
+        on = {"reward": self.mask_reward, "kl": self.mask_kl and self.kl_term == "masked"}
+        return tuple(name for name, used in on.items() if used and self.mask != "ones")
 
     @property
     def head_names(self) -> list[str]:
