@@ -91,7 +91,9 @@ class Stage:
     def _check(self) -> None:
         path = self.folder / self.settings_name
         saved = json.loads(path.read_text())["settings"]
-        refuse_other_settings(path, saved, self.settings, ways_out=self.ways_out)
+        # A name that only one side has is a difference too: an option that a recipe no longer sets, or sets now.
+        names = dict.fromkeys([*saved, *self.settings])
+        refuse_other_settings(path, names | saved, names | self.settings, ways_out=self.ways_out)
 
     def _has_work(self) -> bool:
         return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
