@@ -34,6 +34,13 @@ def run(name: str, file: str) -> None:
         return
     path, module = Path(file).resolve(), MODULES[Path(file).stem]
     sys.path[:] = [str(path.parents[1]), *sys.path, os.getcwd()]  # a user's own scorers and formats are in the last
-    command = module.replace("trainers.cli.", "polypo ") if module.startswith("trainers") else f"python -m {module}"
-    warnings.warn(f"{path.name} moved: use `{command}`.", FutureWarning, stacklevel=3)
+    told = "{} moved: use `{}`."
+    if module.startswith("trainers.cli."):
+        import polypo
+
+        command = module.rpartition(".")[2]
+        warnings.warn(told.format(path.name, f"polypo {command}"), FutureWarning, stacklevel=3)
+        polypo.main([command, *sys.argv[1:]])  # which answers --help
+        return
+    warnings.warn(told.format(path.name, f"python -m {module}"), FutureWarning, stacklevel=3)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
