@@ -191,7 +191,10 @@ def test_other_settings_are_refused_by_name(inputs, finished):
     with pytest.raises(ValueError, match=r"DPO best/worst.beta was 0.1 and is 0.2"):
         methods = {"DPO best/worst": {"trainer": "DPOTrainer", "beta": 0.2}, "LIRE at rest": STILL}
         compare.main(config(inputs, finished, methods=methods))
-    for own, told in (({}, r"beta was 0.1 and is None"), ({"beta": 0.1, "pairs": "all"}, "pairs was None and is 'all'")):
+    for own, told in (
+        ({}, r"beta was 0.1 and is None"),
+        ({"beta": 0.1, "pairs": "all"}, "pairs was None and is 'all'"),
+    ):
         with pytest.raises(ValueError, match=told):
             methods = {"DPO best/worst": {"trainer": "DPOTrainer", **own}, "LIRE at rest": still}
             compare.main(config(inputs, finished, methods=methods))

@@ -247,6 +247,21 @@ def test_any_method_goes_in_rounds_and_takes_the_start_of_the_round_for_its_refe
         assert losses[0] == pytest.approx(0.693147, abs=1e-5) and losses[-1] != pytest.approx(0.693147, abs=1e-3)
 
 
+def test_rows_from_python_are_read_as_a_trainer_reads_them(inputs, tmp_path):
+    """Pairs in plain text, which become messages before they are sampled on."""
+    pairs = [
+        {"prompt": row["prompt"][0]["content"], "chosen": TEXTS[i], "rejected": TEXTS[i - 1], "topic": row["topic"]}
+        for i, row in enumerate(ROWS)
+    ]
+    args = LIREConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, as_chat=True, seed=3,
+                      save_strategy="no", disable_tqdm=True, self_enhance=OPTIONS | {"rounds": 1})  # fmt: skip
+    data = {"train": Dataset.from_list(pairs[:4]), "test": Dataset.from_list(pairs[4:])}
+    LIRETrainer.run(args, data, str(inputs / "model"))
+    made = pool(tmp_path, 0)
+    assert [row["prompt"] for row in made] == [row["prompt"] for row in ROWS[:4]]
+    assert [texts(row)[:2] for row in made] == [[TEXTS[i], TEXTS[i - 1]] for i in range(4)]
+
+
 def die_and_train(phase, count, argv):
     """Train until so many training steps, or writes to a journal of samples or scores."""
     if phase == "training":

@@ -19,6 +19,7 @@ each round for it, not the model of the first one.
 import copy
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .data.canonical import canonicalize
 from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
@@ -42,6 +44,8 @@ from .runs.processes import uses_fsdp
 from .runs.settings import digest, policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
+
+logger = logging.getLogger(__name__)
 
 ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and OWN for the data set's own ones
 OWN = -1
@@ -99,6 +103,15 @@ def run(
     own |= {"held-out prompts": digest([row["prompt"] for row in held_out])} | policy_settings(model, **keywords)
     settings = run_settings(args, adapter=peft_config, **own)
     Rounds(options, rows, held_out, Stage(args.output_dir, settings, settings_name=SETTINGS), load, train, args.seed)()
+
+
+def canonical(rows: Dataset | None, args) -> Dataset | None:
+    """Canonical rows, as `args` want them, of rows that a trainer takes too, such as TRL pairs."""
+    if rows is None:
+        return None
+    rows, report = canonicalize(rows, None, args.invalid_rows, args.dataset_num_proc, args.as_chat)
+    report.log(logger, "Reading")
+    return rows
 
 
 def round_arguments(args, iterations: int, index: int, folder: Path):

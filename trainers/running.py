@@ -1,6 +1,6 @@
 """How a run starts, goes on after a kill, and ends: what surrounds the steps of a trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -73,6 +73,8 @@ class RunningTrainer(Trainer):
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
         if args.self_enhance is not None:
+            if isinstance(data, Mapping):  # data arguments have read rows as the args want them
+                splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
             rounds.run(cls, args, model, dataset=name_of(data), **splits, **loading)
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)
