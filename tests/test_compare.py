@@ -196,7 +196,7 @@ def test_other_settings_are_refused_by_name(inputs, finished):
         ({"beta": 0.1, "pairs": "all"}, "pairs was None and is 'all'"),
     ):
         with pytest.raises(ValueError, match=told):
-            methods = {"DPO best/worst": {"trainer": "DPOTrainer", **own}, "LIRE at rest": still}
+            methods = {"DPO best/worst": {"trainer": "DPOTrainer", **own}, "LIRE at rest": STILL}
             compare.main(config(inputs, finished, methods=methods))
     with pytest.raises(ValueError, match=r"base.lora_r was 4 and is 2"):
         compare.main(config(inputs, finished, base={"lora_r": 2}))
