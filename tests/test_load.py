@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Json
+from datasets import Dataset, DatasetDict
 
 from trainers.data import load, load_preferences
 
@@ -140,13 +140,6 @@ def test_real_pairs_with_empty_responses(caplog):
     assert len(dataset) == 998
     assert "responses dropped: 2 (empty text)" in caplog.text
     assert all(len(row) == 2 for row in dataset["responses"])
-
-
-def test_a_column_that_datasets_keeps_as_raw_json_is_refused():
-    mixed = Dataset.from_dict({"prompt": ["a"], "id": ["1"]}, features=Features(prompt=Json(), id=Json()))
-    with pytest.raises(ValueError, match="column 'prompt' of lab/rows mixes types"):
-        load._refuse_mixed(mixed, "lab/rows", ["prompt"])
-    load._refuse_mixed(mixed, "lab/rows", ["scores"])
 
 
 def test_a_split_of_a_mapping_and_of_arguments():

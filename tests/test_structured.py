@@ -9,7 +9,6 @@ from helpers import build_tokenizer
 from trainers.cli import generate
 from trainers.cli import prepare as prepare_data
 from trainers.data import canonicalize, load_preferences, tokenize_dataset
-from trainers.data.load import _refuse_mixed
 
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{{ style }}"
@@ -103,7 +102,6 @@ def test_json_inside_a_table_keeps_its_nulls():
     found = canonicalize(Dataset.from_list(rows, features=features))[0][0]["responses"]
     assert found[0][0]["tool_calls"] == [{"function": {"arguments": {"x": None}, "name": "f"}}]
     assert found[1][0]["tool_calls"] == [{"function": {}}]
-    _refuse_mixed(Dataset.from_list(rows, features=features), "lab/calls", ["chosen"])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])

@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig
+from .data.budget import token_lengths
 from .data.tokenization import prepare_dataset
 from .forward.policy import table_sizes
 
@@ -76,14 +77,8 @@ def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None
 
 def _extremes(dataset: Dataset) -> tuple[int, int, int]:
     """Lowest and highest token id of tokenised rows, and the tokens of the longest prompt with one response."""
-    ids, longest = [0], 0
+    ids = [0]
     for table in dataset.select_columns(["prompt_ids", "response_ids"]).with_format("arrow").iter(1000):
-        prompts, groups = (table[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
-        responses = groups.flatten()
-        lengths = pc.add(
-            pc.list_value_length(prompts).take(pc.list_parent_indices(groups)), pc.list_value_length(responses)
-        )
-        longest = max(longest, pc.max(lengths).as_py())
-        for tokens in (prompts.flatten(), responses.flatten()):
+        for tokens in (pc.list_flatten(table["prompt_ids"]), pc.list_flatten(pc.list_flatten(table["response_ids"]))):
             ids += pc.min_max(tokens).as_py().values()
-    return min(ids), max(ids), longest
+    return min(ids), max(ids), max(prompt + max(responses) for prompt, responses in token_lengths(dataset))

@@ -29,7 +29,7 @@ from .drops import (
     split_off_drops,
     without_format,
 )
-from .json_rows import JsonRows, column_type
+from .json_rows import column_type, types_of
 from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, without_padding
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ KINDS = {"string": str, "large_string": str, "bool": bool, "int64": int, "float6
 
 
 def canonicalize(
-    dataset: Dataset | JsonRows,
+    dataset: Dataset,
     adapter: Adapter | None = None,
     invalid: str = "drop",
     num_proc: int | None = None,
@@ -66,9 +66,9 @@ def canonicalize(
     """
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
-    dataset = without_format(dataset) if isinstance(dataset, Dataset) else dataset
-    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    columns = row_features(_results(_rows_of(dataset), **options), dataset.features if adapter is None else {})
+    dataset = without_format(dataset)
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    columns = row_features(_results(_rows_of(dataset), **options), types_of(dataset) if adapter is None else {})
     grouped = inspect.isgeneratorfunction(adapter)
     shards = 1 if grouped else min(num_proc or 1, len(dataset))
     starts = [len(dataset) * i // shards for i in range(shards + 1)]
@@ -89,7 +89,7 @@ def canonicalize(
 
 
 def canonical_stream(
-    source: IterableDataset | JsonRows,
+    source: IterableDataset,
     adapter: Adapter | None,
     invalid: str = "drop",
     as_chat: bool = False,
@@ -102,9 +102,9 @@ def canonical_stream(
     Raises:
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
-    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    known = source.features if adapter is None and isinstance(source, IterableDataset) else None
-    columns = row_features(_results(_rows_of(source), **options), known or {})
+    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    known = source.features or {} if adapter is None else {}
+    columns = row_features(_results(_rows_of(source), **options), known)
     keywords = {"source": source, "columns": columns, "title": title, **options}
     return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
 
@@ -252,11 +252,8 @@ def _reported(source: Iterable[Row], columns: dict[str, Any], title: str, **opti
         report.log(logger, title)
 
 
-def _rows_of(source: Dataset | IterableDataset | JsonRows) -> Iterator[Row]:
+def _rows_of(source: Dataset | IterableDataset) -> Iterator[Row]:
     """All rows, also in the one worker of a data loader that has this pass: it would read a part of the files."""
-    if isinstance(source, JsonRows):
-        yield from source
-        return
     shards = source.num_shards if isinstance(source, IterableDataset) else 1
     for index in range(shards):
         part = source.shard(num_shards=shards, index=index) if shards > 1 else source

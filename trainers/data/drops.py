@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from datasets import Dataset, Features, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
 COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
+_collected: ContextVar[list | None] = ContextVar("collected", default=None)
 
 
 class Drop(Exception):
@@ -68,7 +70,9 @@ class DropReport:
 
     def log(self, logger: logging.Logger, title: str) -> None:
         """Print the report once: on the first process only, as a warning if anything was dropped or changed."""
-        if is_first_process():
+        if (reports := _collected.get()) is not None:
+            reports.append((title, self))
+        elif is_first_process():
             level = logging.WARNING if self.reasons or self.responses_dropped or self.notes else logging.INFO
             logger.log(level, "%s: %s", title, self)
 
@@ -76,24 +80,11 @@ class DropReport:
 @contextmanager
 def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
     """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    reports: list[tuple[str, DropReport]] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        title, report = record.args if isinstance(record.args, tuple) and len(record.args) == 2 else (None, None)
-        reports.extend([(str(title), report)] if isinstance(report, DropReport) else [])
-        return not isinstance(report, DropReport)
-
-    loggers = [logging.getLogger(f"{__package__}.{name}") for name in ("load", "canonical", "tokenization")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addFilter(collect)
-        logger.setLevel(logging.INFO)
+    token = _collected.set([])
     try:
-        yield reports
+        yield _collected.get()
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeFilter(collect)
-            logger.setLevel(level)
+        _collected.reset(token)
 
 
 def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:

@@ -23,17 +23,15 @@ from datasets import (
 )
 
 from .drops import is_first_process, without_format
-from .json_rows import JsonRows, explained, file_digest
+from .json_rows import explained, file_digest, json_stream, json_table
 
 logger = logging.getLogger(__name__)
-
-Source: TypeAlias = Dataset | IterableDataset | JsonRows
 
 OF_FOLDERS = {"name", "data_files", "data_dir"}  # options of `load_dataset` that say which files are read
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def read_local(path: Path, split: str, streaming: bool = False, **options) -> Source:
+def read_local(path: Path, split: str, streaming: bool = False, **options) -> Dataset | IterableDataset:
     """The rows of a file or folder; `options` are those of `load_dataset` that say what is read of a folder.
 
     A file ends in .jsonl, .json or .parquet, each also with .gz. A folder is one that `save_to_disk` wrote, or holds
@@ -67,7 +65,7 @@ def kind_of(path: Path) -> str | None:
     return SUFFIXES.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
-def in_split(splits: dict[str, Dataset] | dict[str, JsonRows], split: str, path: Path) -> Dataset | JsonRows:
+def in_split(splits: dict[str, Dataset], split: str, path: Path) -> Dataset:
     """A split in the syntax of `datasets`: slices like train[:90%], and sums.
 
     Raises:
@@ -77,14 +75,10 @@ def in_split(splits: dict[str, Dataset] | dict[str, JsonRows], split: str, path:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
         raise ValueError(f"unknown split {split!r} of {path.name!r}; give one of {sorted(splits)}.") from error
-    rows = [
-        rows if (part.from_, part.to) in ((None, None), (0, len(rows))) else rows.select(range(part.from_, part.to))
-        for part in parts
-        for rows in [splits[part.splitname]]
+    chosen = [
+        splits[part.splitname].select(range(len(splits[part.splitname]))[part.from_ : part.to]) for part in parts
     ]
-    if isinstance(rows[0], JsonRows):
-        return sum(rows[1:], rows[0])
-    return rows[0] if len(rows) == 1 else concatenate_datasets(rows)
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def _files_of(folder: Path, options: dict) -> dict[str, list[Path]]:
@@ -108,13 +102,13 @@ def _is_no_data(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts) or name.name.endswith((".md", ".manifest.yaml", "LICENSE"))
 
 
-def _read_json(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> JsonRows:
+def _read_json(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     if not streaming:
         wanted = [name for name in files if name in split]
-        return in_split({name: JsonRows.read(files[name]) for name in wanted or files}, split, path)
+        return in_split({name: json_table(files[name]) for name in wanted or files}, split, path)
     if split not in files:
         raise ValueError(f"a stream of {path.name!r} has whole splits: give one of {sorted(files)}, not {split!r}.")
-    return JsonRows.stream(files[split])
+    return json_stream(files[split])
 
 
 def _read_parquet(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:

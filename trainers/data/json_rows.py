@@ -9,21 +9,16 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import pyarrow
-from datasets import Json, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
-from tqdm.auto import tqdm
 
-from .drops import is_first_process
-
-LEFT_OUT = {"prompt", "responses", "scores", "chosen", "rejected"}  # whose types are fixed anyway
+TEXT = "_json"  # the one column of a table of JSON rows, which are decoded as they are read
 EXACT = 2**53  # integers beyond it are rounded among floats
 LARGE, HUGE, BEYOND = "large", "huge", "beyond"  # kinds of integers: beyond EXACT, beyond int64, beyond uint64
 TYPES = {
@@ -39,86 +34,42 @@ TYPES = {
 FAULTS = (DatasetGenerationError, pyarrow.ArrowException, EOFError, zlib.error, OSError, RuntimeError, ValueError,
           KeyError, TypeError)  # fmt: skip
 
+LEFT_OUT = {"prompt", "responses", "scores", "chosen", "rejected"}  # whose types are fixed anyway
 Kinds = set[tuple[int, Any]]  # of the leaves of a column: in how many lists they lie, and what they are
 
 
-class Part(NamedTuple):
-    """The rows from `start` to `stop` of some files, read one after the other."""
+def json_table(paths: Sequence[Path]) -> Dataset:
+    """The rows of files as text in a table, which gives them as Python reads them.
 
-    paths: tuple[str, ...]
-    digests: tuple[str, ...]  # for the cache of `datasets`, which must not mistake a changed file
-    start: int = 0
-    stop: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Their number."""
-        if self.stop is None:
-            raise TypeError("the rows of a stream have no number")  # which `list` and tqdm do without
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class JsonRows:
-    """Rows of JSON files, parsed anew by every pass over them: never in memory, and never in a table.
-
-    `kinds` are those of all columns in all rows of the files.
+    Raises:
+        ValueError: naming file and row, for what is no JSON.
     """
+    # The digests are for the cache of `datasets`, which must not mistake a changed file.
+    keywords = {"paths": tuple(map(str, paths)), "digests": tuple(map(file_digest, paths))}
+    table = Dataset.from_generator(_texts, features=Features({TEXT: Value("string")}), gen_kwargs=keywords)
+    return table.with_transform(_decoded)
 
-    parts: tuple[Part, ...]
-    kinds: dict[str, Kinds]
 
-    @classmethod
-    def read(cls, paths: Iterable[Path]) -> "JsonRows":
-        """Raises ValueError, naming file and row, for what is no JSON."""
-        paths, count = tuple(paths), 0
-        kinds: dict[str, Kinds] = {}
-        shown = tqdm(cls.stream(paths), desc="Reading JSON", unit=" rows", disable=not is_first_process())
-        for row in shown:
-            count += 1
-            for name, value in row.items():
-                kinds.setdefault(name, set()).update(() if name in LEFT_OUT else _kinds(value))
-        return cls((Part(tuple(map(str, paths)), tuple(map(file_digest, paths)), 0, count),), kinds)
+def json_stream(paths: Sequence[Path]) -> IterableDataset:
+    """The same to go through only, with nothing kept; it raises on its way."""
+    return IterableDataset.from_generator(_all_rows, gen_kwargs={"paths": tuple(map(str, paths))})
 
-    @classmethod
-    def stream(cls, paths: Iterable[Path]) -> "JsonRows":
-        """Rows to go through only: their number and their columns are not known."""
-        return cls((Part(tuple(map(str, paths)), ()),), {})
 
-    @property
-    def column_names(self) -> list[str]:
-        return list(self.kinds)
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """The columns of a data set; JSON has those of its first row."""
+    names = rows.column_names
+    return sorted(next(iter(rows), {})) if names in (None, [TEXT]) else names
 
-    @property
-    def features(self) -> dict[str, Any]:
-        """The types that `column_type` gives the columns."""
-        return {name: _type(kinds, name) for name, kinds in self.kinds.items()}
 
-    def __len__(self) -> int:
-        return sum(part.rows for part in self.parts)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for part in self.parts:
-            yield from islice((row for path in part.paths for row in _rows(Path(path))), part.start, part.stop)
-
-    def take(self, count: int) -> "JsonRows":
-        """The first rows; of a stream too."""
-        [part] = self.parts
-        return replace(self, parts=(part._replace(stop=count),))
-
-    def select(self, rows: range) -> "JsonRows":
-        """The rows of a range that counts up by one."""
-        parts, before = [], 0
-        for part in self.parts:
-            first, last = (min(max(i - before, 0), part.rows) for i in (rows.start, rows.stop))
-            parts += [part._replace(start=part.start + first, stop=part.start + last)] if first < last else []
-            before += part.rows
-        return replace(self, parts=tuple(parts))
-
-    def __add__(self, other: "JsonRows") -> "JsonRows":
-        names = self.kinds | other.kinds
-        kinds = {name: self.kinds.get(name, set()) | other.kinds.get(name, set()) for name in names}
-        return JsonRows(self.parts + other.parts, kinds)
+def types_of(rows: Dataset) -> dict[str, Any]:
+    """The types of the columns of a data set; JSON has those that `column_type` gives all of its values."""
+    if rows.column_names != [TEXT]:
+        return rows.features
+    kinds: dict[str, Kinds] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).update(() if name in LEFT_OUT else _kinds(value))
+    return {name: _type(some, name) for name, some in kinds.items()}
 
 
 @contextmanager
@@ -127,9 +78,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        if isinstance(error, ValueError) and path.name in str(error):
-            raise  # one of ours
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, ValueError) and path.name in str(cause):
+            raise cause from None  # one of ours
         raise ValueError(f"cannot read {path.name!r} ({type(cause).__name__}: {cause}).") from error
 
 
@@ -175,6 +126,20 @@ def _type(kinds: Kinds, name: str) -> Any:
 
 
 # Text.
+
+
+def _texts(paths: Sequence[str], digests: Sequence[str]) -> Iterator[dict[str, str]]:
+    return ({TEXT: json.dumps(row)} for row in _all_rows(paths))
+
+
+def _decoded(batch: dict[str, list[str]]) -> dict[str, list]:
+    rows = [json.loads(text) for text in batch[TEXT]]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _all_rows(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return (row for path in paths for row in _rows(Path(path)))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

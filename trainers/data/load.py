@@ -2,24 +2,22 @@
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from datasets import Dataset, IterableDataset, Json, List, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from transformers import TrainingArguments
 
 from .canonical import Adapter, canonical_stream, canonicalize
 from .drops import is_first_process
-from .files import SUFFIXES, Source, read_local
+from .files import SUFFIXES, read_local
 from .formats import FORMATS, known_formats, recognise
-from .json_rows import JsonRows
-from .rows import TEMPLATE
+from .json_rows import columns_of
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-OWN = ("prompt", "responses", "scores", "chosen", "rejected", "weight", "annotator")
 
 
 class Splits(Protocol):
@@ -84,8 +82,6 @@ def load_preferences(
         source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
     if adapter is None:
         adapter = _adapter_by_columns(source, title, auto=data_format == AUTO)
-    if not isinstance(source, JsonRows):
-        _refuse_mixed(source, title, OWN if adapter is None else _columns(source))
     try:
         if streaming:
             return canonical_stream(source, adapter, invalid_rows, as_chat, title=title)
@@ -105,7 +101,7 @@ def detect_format(name_or_path: str, split: str | None = None, **kwargs) -> str:
     return _recognised(read_dataset(str(name_or_path), split or "train", **kwargs), str(name_or_path))
 
 
-def read_dataset(name_or_path: str, split: str, **kwargs) -> Source:
+def read_dataset(name_or_path: str, split: str, **kwargs) -> Dataset | IterableDataset:
     """One split of a hub data set, a folder or a file as it is; for the rest see `load_preferences`."""
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -117,28 +113,16 @@ def read_dataset(name_or_path: str, split: str, **kwargs) -> Source:
     return load_dataset(name_or_path, split=split, **kwargs)
 
 
-def _refuse_mixed(rows: Dataset | IterableDataset, name: str, columns: Iterable[str]) -> None:
-    """`datasets` keeps a column of a JSON file whose types differ as raw JSON, where the text "2" becomes a number."""
-    first: dict[str, Any] = next(iter(rows), {})
-    features = rows.features or {}
-    for column in features.keys() & set(columns) - set(TEMPLATE):
-        kind, value = features[column], first.get(column)
-        if isinstance(kind, List):
-            kind, value = kind.feature, (value or [None])[0]
-        if isinstance(kind, Json) and not isinstance(value, list | dict):
-            raise ValueError(f"column {column!r} of {name} mixes types; give the same type in every row.")
-
-
 def _looks_like_path(name: str) -> bool:
     stem = name.removesuffix(".gz")
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or stem.endswith(tuple(SUFFIXES)) or "\\" in name
 
 
-def _adapter_by_columns(source: Source, title: str, *, auto: bool) -> Adapter | None:
+def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: bool) -> Adapter | None:
     """The adapter that `auto` finds; None, for canonical rows and TRL pairs, which need none, without it."""
     if auto:
         return FORMATS[_recognised(source, title)].adapter
-    columns = _columns(source)
+    columns = columns_of(source)
     if not ({"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
         raise ValueError(
             f"columns {sorted(columns)} are neither canonical rows (prompt, responses, scores) nor TRL pairs (prompt, "
@@ -160,8 +144,8 @@ def _adapter_by_columns(source: Source, title: str, *, auto: bool) -> Adapter | 
     return None
 
 
-def _recognised(source: Source, title: str) -> str:
-    name = recognise(_columns(source), next(iter(source), {}))
+def _recognised(source: Dataset | IterableDataset, title: str) -> str:
+    name = recognise(columns_of(source), next(iter(source), {}))
     if is_first_process():
         logger.warning(
             "%s: data_format 'auto' reads it as %r (%s). Set data_format to this name, or to another, to fix it.",
@@ -170,10 +154,6 @@ def _recognised(source: Source, title: str) -> str:
             FORMATS[name].of,
         )
     return name
-
-
-def _columns(source: Source) -> list[str]:
-    return source.column_names or sorted(next(iter(source), {}))  # a stream of JSON does not know its columns
 
 
 def _find_adapter(data_format: str | Adapter | None) -> Adapter | None:

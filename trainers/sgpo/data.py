@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..data.canonical import canonicalize
 from ..data.drops import DropReport, refuse
+from ..data.json_rows import columns_of
 from ..data.load import load_preferences, read_dataset
 from ..data.rows import refuse_template_options
 from ..data.tokenization import unfinished
@@ -96,7 +97,7 @@ def _first(dataset, limit: int | None):
 
 def _canonical(dataset: Dataset | None, args: SGPOConfig) -> Dataset | None:
     """Scored responses as canonical rows, of which the best is taken; other rows as they are."""
-    if dataset is None or args.sft_target_source != BEST or not {"responses", "scores"} <= set(dataset.column_names):
+    if dataset is None or args.sft_target_source != BEST or not {"responses", "scores"} <= set(columns_of(dataset)):
         return dataset
     dataset, report = canonicalize(dataset, invalid=args.invalid_rows)
     report.log(logger, "responses")
@@ -115,7 +116,7 @@ def read_rows(dataset: Dataset, args: SGPOConfig, *, title: str = "", needs_refe
     Raises:
         ValueError: no column can be read as that, no row is left, or `invalid_rows` is `error` and a row has a fault.
     """
-    column = _reference_column(dataset.column_names, args.sft_target_source, needs_reference)
+    column = _reference_column(columns_of(dataset), args.sft_target_source, needs_reference)
     report, rows, seen = DropReport(rows_in=len(dataset)), [], set()
     for index, row in enumerate(dataset):
         refuse_template_options(row)

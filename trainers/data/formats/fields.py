@@ -1,6 +1,8 @@
 """What the adapters share: messages, and groups of rows that follow each other."""
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from ..rows import Row
 
@@ -15,14 +17,7 @@ def assistant(content: str | None) -> dict:
 
 def in_runs(rows: Iterable[Row], name: str) -> Iterator[list[Row]]:
     """Rows that follow each other and are equal in a column, one list at a time."""
-    run: list[Row] = []
-    for row in rows:
-        if run and row[name] != run[0][name]:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+    return (list(run) for _, run in groupby(rows, key=itemgetter(name)))
 
 
 def in_groups(rows: Iterable[Row], name: str) -> Iterator[list[Row]]:
