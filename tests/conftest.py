@@ -19,6 +19,12 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache of data sets for this test alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
 def exact_softmax(monkeypatch):
     """Eager attention takes its softmax in float32 also in a float64 model, where the rounding of the sum depends on
     the width of the batch and on the CPU. Here it stays in float64, so that exact values can be compared."""

@@ -13,6 +13,10 @@ def answers(*texts):
     return [[assistant(text)] for text in texts]
 
 
+def chat_row(*texts, prompt="say it"):
+    return {"prompt": [user(prompt)], "responses": answers(*texts), "scores": [float(k) for k in range(len(texts))]}
+
+
 def completion(response, overall, *ratings, model="m"):
     aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
     return {
@@ -35,16 +39,14 @@ ULTRAFEEDBACK = [
             completion("", 2.0, "1", "1", "1", "1", model="b"),
             completion("Ho.", 9.0, "N/A", "N/A", "N/A", "2", model="c"),
         ],
-        "correct_answers": ["None"],
     },
     {
         "source": "sharegpt",
         "instruction": "One?",
         "models": ["a"],
         "completions": [completion("1", 7.0, *"4444")],
-        "correct_answers": ["None"],
     },
-    {"source": "ultrachat", "instruction": "None?", "models": [], "completions": [], "correct_answers": ["None"]},
+    {"source": "ultrachat", "instruction": "None?", "models": [], "completions": []},
     {
         "source": "truthful_qa",
         "instruction": "Unrated?",
@@ -54,7 +56,6 @@ ULTRAFEEDBACK = [
             completion("y", 5.0, *"3333"),
             completion("z", 1.5, "1", "2", None, "2"),
         ],
-        "correct_answers": ["None"],
     },
 ]
 UTTERANCE = {"conversation_type": "unguided", "included_in_balanced_subset": True, "model_provider": "p"}

@@ -1,5 +1,6 @@
 """Small tokenizers and models built in memory, for tests without network or downloads, and hand-worked vectors."""
 
+import gzip
 import json
 import os
 import sys
@@ -160,6 +161,14 @@ def close(found, expected, dtype="float64") -> None:
     assert found.shape == expected.shape
     error = np.abs(found - expected) / np.maximum(np.abs(expected), 1)
     assert error.max() <= TOLERANCE[str(dtype).removeprefix("torch.")], (found, expected)
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """JSON lines, packed where the name ends in .gz."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
 
 
 def leave_processes() -> None:

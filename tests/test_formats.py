@@ -1,29 +1,20 @@
 """Every format of trainers.data.formats: exact rows, drops by reason, streams, recognition by columns."""
 
-import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
 
-from format_cases import CASES, answers, chats
+from format_cases import CASES
+from helpers import write_rows
 from trainers.data import canonicalize, load_preferences
 from trainers.data.canonical import canonical_stream
 from trainers.data.drops import Drop
 from trainers.data.formats import FORMATS, recognise
 
 SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hub_samples"
+pytestmark = pytest.mark.usefixtures("own_cache")
 needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="shared/data is not here")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def test_every_format_has_a_case():
@@ -42,7 +33,7 @@ def test_exact_rows_and_drops_by_reason(name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_stream_gives_the_same_rows_and_says_at_its_end_what_was_dropped(name, tmp_path, caplog):
     source, expected, dropped, responses_dropped = CASES[name]
-    stream = load_preferences(write(tmp_path / "data.jsonl", source), data_format=name, streaming=True)
+    stream = load_preferences(write_rows(tmp_path / "data.jsonl", source), data_format=name, streaming=True)
     assert isinstance(stream, IterableDataset)
     for _ in range(2):  # every pass counts anew
         caplog.clear()
@@ -57,7 +48,7 @@ def test_a_stream_gives_the_same_rows_and_says_at_its_end_what_was_dropped(name,
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"ultrafeedback_fine_grained"}))
 def test_auto_recognises_the_columns_and_says_so(name, tmp_path, caplog):
     source, expected, *_ = CASES[name]
-    path = write(tmp_path / "data.jsonl", source)
+    path = write_rows(tmp_path / "data.jsonl", source)
     for streaming in (False, True):
         caplog.clear()
         assert list(load_preferences(path, data_format="auto", streaming=streaming)) == expected
@@ -66,7 +57,7 @@ def test_auto_recognises_the_columns_and_says_so(name, tmp_path, caplog):
 
 def test_auto_lists_the_candidates_where_columns_fit_several_formats(tmp_path):
     both = {"prompt": "a", "responses": ["x", "y"], "scores": [1, 2], "chosen": "y", "rejected": "x"}
-    path = write(tmp_path / "data.jsonl", [both])
+    path = write_rows(tmp_path / "data.jsonl", [both])
     message = r"fit several formats: rows, pairs. Set data_format to one of: 'rows' \(.*\); 'pairs' \(.*\); or to the"
     with pytest.raises(ValueError, match=message) as caught:
         load_preferences(path, data_format="auto")
@@ -101,13 +92,6 @@ def test_grouped_rows_say_how_many_rows_of_the_source_they_were_made_of():
     assert str(report).startswith("18 rows of the source, grouped: 7 rows in, 2 kept, 5 dropped")
 
 
-def test_the_last_answers_of_eight_are_read_in_order():
-    texts = [f"t{i}" for i in range(8)]
-    rows = [dict(reversed(chats(*texts, scores=range(8)).items()))]
-    dataset, _ = canonicalize(Dataset.from_list(rows), FORMATS["numbered"].adapter)
-    assert dataset[0]["responses"] == answers(*texts) and dataset[0]["scores"] == [float(i) for i in range(8)]
-
-
 def by_topic(rows):
     """A generator function of one's own: a topic per row, the shortest answers first."""
     found = {}
@@ -127,7 +111,7 @@ def by_topic(rows):
 def test_a_generator_function_of_ones_own(streaming, tmp_path, caplog):
     rows = [{"topic": t, "text": x} for t, x in zip("abaab", ("x", "yy", "zz", "", "y"), strict=True)]
     rows.append({"topic": "spam", "text": "buy"})
-    path = write(tmp_path / "data.jsonl", rows)
+    path = write_rows(tmp_path / "data.jsonl", rows)
     dataset = load_preferences(path, data_format="test_formats.by_topic", streaming=streaming)
     assert list(dataset) == [
         {"prompt": "a", "responses": ["x", "zz"], "scores": [-1.0, -2.0]},

@@ -106,13 +106,6 @@ def test_a_column_that_comes_late_is_named():
         read([*[{**GOOD, "note": 7}] * 70, {**GOOD, "note": "7"}])
 
 
-def test_duplicate_and_many_responses_are_kept_as_they_are():
-    twice = {**GOOD, "responses": ["a", "a", "a"], "scores": [1.0, 2.0, 1.0]}
-    many = {"prompt": "p", "responses": [f"r{i}" for i in range(64)], "scores": [float(i % 7) for i in range(64)]}
-    rows, report = read([twice, many])
-    assert rows == [twice, many] and not report.reasons and not report.responses_dropped
-
-
 # The layouts of the hub: every column of a good row, replaced by values of another type.
 
 HOSTILE = {"null": None, "int": 5, "text": "text", "record": {}, "nested": [[["x"]]], "half": "\ud800"}

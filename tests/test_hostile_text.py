@@ -1,12 +1,10 @@
 """Odd text that is valid reaches the tokens as it is, special tokens in it are counted, the loss stays finite."""
 
-import logging
-
 import pytest
 import torch
 from datasets import Dataset
 
-from format_cases import assistant, user
+from format_cases import chat_row
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.data import canonicalize, tokenize_dataset
@@ -43,14 +41,6 @@ CONTROL = {
 HUGE = ("huge word",)
 
 
-def chat(prompt, *texts):
-    return {
-        "prompt": [user(prompt)],
-        "responses": [[assistant(text)] for text in texts],
-        "scores": [float(k) for k in range(len(texts))],
-    }
-
-
 def tokenised(tokenizer, *rows, **options):
     canonical, report = canonicalize(Dataset.from_list(list(rows)))
     assert not report.reasons and not report.responses_dropped
@@ -76,7 +66,7 @@ def test_plain_text_reaches_the_tokens_as_it_is(name, tokenizers):
 @pytest.mark.parametrize("name", [name for name in TEXTS if name not in HUGE])
 def test_messages_reach_the_tokens_as_the_template_writes_them(name, family, tokenizers):
     text, tokenizer = TEXTS[name], tokenizers[family]
-    row = chat(f"say {text} now", f"it: {text}.", "the dog")
+    row = chat_row(f"it: {text}.", "the dog", prompt=f"say {text} now")
     dataset, report = tokenised(tokenizer, row)
     prompt, first = (tokenizer.decode(ids) for ids in (dataset[0]["prompt_ids"], dataset[0]["response_ids"][0]))
     assert f"say {text} now" in prompt and f"it: {text}." in first
@@ -85,19 +75,16 @@ def test_messages_reach_the_tokens_as_the_template_writes_them(name, family, tok
 
 @pytest.mark.parametrize(("family", "text"), [(family, text) for family in CONTROL for text in CONTROL[family]])
 @pytest.mark.parametrize("place", ["prompt", "response"])
-def test_special_tokens_in_a_message_are_counted_and_said(family, text, place, tokenizers, caplog):
+def test_special_tokens_in_a_message_are_counted(family, text, place, tokenizers):
     tokenizer = tokenizers[family]
-    plain = chat("say it", "the dog", "a fox")
+    plain = chat_row("the dog", "a fox")
     prompt, response = (f"a {text} b" if place == side else "a b" for side in ("prompt", "response"))
-    row = chat(prompt, response, "a fox")
+    row = chat_row(response, "a fox", prompt=prompt)
     dataset, report = tokenised(tokenizer, plain, row)
     assert report.notes == {CONTROL_NOTE: 1}
     # What becomes of them is what the model would see at inference.
     full = tokenizer.apply_chat_template(row["prompt"] + row["responses"][0])["input_ids"]
     assert dataset[1]["prompt_ids"] + dataset[1]["response_ids"][0] == full
-    with caplog.at_level(logging.INFO):
-        report.log(logging.getLogger("test"), "Tokenising")
-    assert caplog.records[0].levelname == "WARNING" and f"1 {CONTROL_NOTE}" in caplog.text
 
 
 @pytest.mark.parametrize("name", HUGE)

@@ -1,31 +1,22 @@
 """Several data sets as one: from the command line and in a file, with shares, configurations and formats."""
 
-import json
 from collections import Counter
 
 import pytest
 import yaml
 from datasets import Dataset
 
+from helpers import write_rows
 from trainers.cli import train
 from trainers.data import load_preferences
 from trainers.data.mixture import mix
 from trainers.sgpo.data import read_data
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(name, count, **more):
     return [{"prompt": f"{name}{i} ", "chosen": "good", "rejected": "bad", **more} for i in range(count)]
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def arguments(tmp_path, *flags, **keys):
@@ -40,7 +31,7 @@ def read(tmp_path, *flags, split="train", **keys):
 
 
 def test_several_data_sets_from_flags_and_from_a_file(tmp_path):
-    names = [write(tmp_path / "a.jsonl", rows("a", 3)), write(tmp_path / "b.jsonl", rows("b", 2))]
+    names = [write_rows(tmp_path / "a.jsonl", rows("a", 3)), write_rows(tmp_path / "b.jsonl", rows("b", 2))]
     expected = ["a0", "a1", "a2", "b0", "b1"]
     assert read(tmp_path, "--dataset_name", *names) == read(tmp_path, dataset_name=names) == expected
     assert read(tmp_path, "--dataset_name", names[1]) == read(tmp_path, dataset_name=[names[1]]) == ["b0", "b1"]
@@ -50,7 +41,7 @@ def test_several_data_sets_from_flags_and_from_a_file(tmp_path):
 
 
 def test_shares_of_the_training_rows(tmp_path):
-    names = [write(tmp_path / "a.jsonl", rows("a", 8)), write(tmp_path / "b.jsonl", rows("b", 2))]
+    names = [write_rows(tmp_path / "a.jsonl", rows("a", 8)), write_rows(tmp_path / "b.jsonl", rows("b", 2))]
     flags = ["--dataset_name", *names, "--dataset_weights", "0.5", "2.5"]
     found = Counter(read(tmp_path, *flags))
     assert sorted(found[f"a{i}"] for i in range(8)) == [0] * 4 + [1] * 4
@@ -67,7 +58,7 @@ def test_a_configuration_of_a_data_set(tmp_path):
         Dataset.from_list(rows(name, 2)).to_parquet(tmp_path / f"hub/{name}/train-0.parquet")
     configs = [{"config_name": n, "data_files": [{"split": "train", "path": f"{n}/*"}]} for n in ("easy", "hard")]
     (tmp_path / "hub/README.md").write_text("---\n" + yaml.safe_dump({"configs": configs}) + "---\n")
-    hub, other = str(tmp_path / "hub"), write(tmp_path / "a.jsonl", rows("a", 1))
+    hub, other = str(tmp_path / "hub"), write_rows(tmp_path / "a.jsonl", rows("a", 1))
     assert read(tmp_path, "--dataset_name", hub, "--dataset_config", "hard") == ["hard0", "hard1"]
     both = read(tmp_path, "--dataset_name", hub, hub, "--dataset_config", "hard", "easy")
     assert both == ["hard0", "hard1", "easy0", "easy1"]
@@ -83,7 +74,7 @@ def test_each_data_set_has_its_format(tmp_path):
     row = {"instruction": "q", "source": "s", "completions": [
         {"response": text, "overall_score": 1.0 + i} for i, text in enumerate("ab")
     ]}  # fmt: skip
-    names = [write(tmp_path / "a.jsonl", rows("a", 1)), write(tmp_path / "b.jsonl", [row])]
+    names = [write_rows(tmp_path / "a.jsonl", rows("a", 1)), write_rows(tmp_path / "b.jsonl", [row])]
     data, args = arguments(tmp_path, dataset_name=names, data_format=["pairs", "ultrafeedback"], as_chat=True)
     found = data.load(args, "train")
     assert found["scores"][:] == [[1.0, 0.0], [1.0, 2.0]]
@@ -94,7 +85,7 @@ def test_each_data_set_has_its_format(tmp_path):
 
 def test_columns_of_a_mixture(tmp_path):
     parts = [rows("a", 1, id=7, note="x", weight=2), rows("b", 1, id="u", note="y", annotator="eve")]
-    parts = [load_preferences(write(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate(parts)]
+    parts = [load_preferences(write_rows(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate(parts)]
     common = {"responses": ["good", "bad"], "scores": [1.0, 0.0]}
     assert mix(parts, ["a", "b"]).to_list() == [
         {"prompt": "a0 ", **common, "note": "x", "weight": 2.0, "annotator": None},

@@ -4,29 +4,12 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
+from format_cases import assistant, user
 from trainers.data import canonicalize
 from trainers.data.drops import Drop
 from trainers.data.rows import clean_row, to_canonical
 
 ROW = {"prompt": "Name a colour.", "responses": ["Red.", "Blue!", "Green?"], "scores": [1, 2.5, -3]}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def faulty(index, prompt, responses, scores):
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "scores": scores,
-        "models": list("mno")[: len(scores)],
-        "id": index,
-    }
 
 
 def dataset_with_faults():
@@ -35,7 +18,9 @@ def dataset_with_faults():
         ("c", ["x", "y"], [None, 2.0]), ("d", ["x", "y", "z"], [math.nan, 1.0, 0.0]),
         ("e", ["x"], [1.0]), (" ", ["x", "y"], [1.0, 0.0]),
     ]  # fmt: skip
-    return Dataset.from_list([faulty(i, *row) for i, row in enumerate(rows)])
+    names = ("prompt", "responses", "scores", "models", "id")
+    rows = [(*row, list("mno")[: len(row[2])], index) for index, row in enumerate(rows)]
+    return Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])
 
 
 def test_canonical_row_keeps_its_content_and_gets_float_scores():
@@ -44,28 +29,25 @@ def test_canonical_row_keeps_its_content_and_gets_float_scores():
     assert all(type(score) is float for score in out["scores"])
 
 
-def test_explicit_pair():
-    out = to_canonical({"prompt": "p", "chosen": "good", "rejected": "bad", "score_chosen": 7.0})
-    assert out == {"prompt": "p", "responses": ["good", "bad"], "scores": [1.0, 0.0], "score_chosen": 7.0}
+HEAD = [user("Hi"), assistant("Hello."), user("Sing.")]
+CHAT = {"chosen": [*HEAD, assistant("La.")], "rejected": [*HEAD, assistant("No.")]}
+PAIRS = {  # a pair, and what it becomes
+    "explicit": ({"prompt": "p", "chosen": "good", "rejected": "bad"}, ("p", "good", "bad")),
+    "implicit text": ({"chosen": "Sky? Blue.", "rejected": "Sky? Green."}, ("Sky?", " Blue.", " Green.")),
+    "implicit chat": (CHAT, (HEAD, [assistant("La.")], [assistant("No.")])),
+    "chat with its prompt as text": ({"prompt": "Sing.", **CHAT}, (HEAD, [assistant("La.")], [assistant("No.")])),
+    "text prompt, chat answers": (
+        {"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        ([user("Hi")], [assistant("a")], [assistant("b")]),
+    ),
+}
 
 
-def test_implicit_text_pair_is_split_where_the_answers_differ():
-    out = to_canonical({"chosen": "Sky? Blue.", "rejected": "Sky? Green."})
-    assert out == {"prompt": "Sky?", "responses": [" Blue.", " Green."], "scores": [1.0, 0.0]}
-
-
-def test_implicit_chat_pair_with_and_without_a_text_prompt():
-    head = [user("Hi"), assistant("Hello."), user("Sing.")]
-    pair = {"chosen": [*head, assistant("La.")], "rejected": [*head, assistant("No.")]}
-    expected = {"prompt": head, "responses": [[assistant("La.")], [assistant("No.")]], "scores": [1.0, 0.0]}
-    assert to_canonical(pair) == expected
-    assert to_canonical({"prompt": "Sing.", **pair}) == expected
-
-
-def test_text_prompt_with_chat_answers_becomes_a_user_message():
-    out = to_canonical({"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]})
-    assert out["prompt"] == [user("Hi")]
-    assert out["responses"] == [[assistant("a")], [assistant("b")]]
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name):
+    pair, (prompt, chosen, rejected) = PAIRS[name]
+    expected = {"prompt": prompt, "responses": [chosen, rejected], "scores": [1.0, 0.0], "margin": 7.0}
+    assert to_canonical(pair | {"margin": 7.0}) == expected
 
 
 @pytest.mark.parametrize(
@@ -110,12 +92,6 @@ def test_a_prompt_that_would_end_inside_a_word_is_refused(chosen, rejected, end)
         to_canonical({"chosen": chosen, "rejected": rejected})
 
 
-def test_wrongly_built_row_is_refused_whatever_invalid_says():
-    rows = Dataset.from_list([ROW, ROW, {**ROW, "scores": [1.0, 2.0]}])
-    with pytest.raises(ValueError, match="row 2: 'responses' has 3 items but 'scores' has 2"):
-        canonicalize(rows, invalid="drop")
-
-
 def test_clean_row_takes_per_response_columns_along():
     row, reasons = clean_row(
         {"prompt": "p", "responses": ["a", "", "c", "d"], "scores": [1.0, 2.0, math.inf, 4.0], "models": list("wxyz")}
@@ -132,15 +108,9 @@ def test_canonicalize_counts_every_drop(num_proc):
     assert dataset["scores"][:] == [[1.0, 2.0, 3.0], [1.0, 3.0], [1.0, 0.0]]
     assert dataset["models"][:] == [["m", "n", "o"], ["m", "o"], ["n", "o"]]
     assert (report.rows_in, report.rows_out) == (6, 3)
-    assert report.reasons == Counter(
-        {
-            "fewer than 2 usable responses left": 1,
-            "fewer than 2 responses given": 1,
-            "prompt is empty": 1,
-        }
-    )
+    reasons = ("fewer than 2 usable responses left", "fewer than 2 responses given", "prompt is empty")
+    assert report.reasons == Counter(reasons)
     assert report.responses_dropped == Counter({"missing score": 2, "empty text": 1})
-    assert report.rows_in - report.rows_out == report.reasons.total()
 
 
 def test_invalid_error_names_row_and_field():
@@ -150,24 +120,12 @@ def test_invalid_error_names_row_and_field():
         canonicalize(dataset_with_faults().select([5, 0]), invalid="error")
 
 
-def test_nothing_left_is_an_error_with_the_reasons():
-    with pytest.raises(ValueError, match="no usable row is left(.|\n)*prompt is empty"):
-        canonicalize(dataset_with_faults().select([5]))
-
-
 def test_as_chat_wraps_text_and_leaves_messages():
     dataset, _ = canonicalize(Dataset.from_list([ROW]), as_chat=True)
     assert dataset[0]["prompt"] == [user("Name a colour.")]
     assert dataset[0]["responses"] == [[assistant("Red.")], [assistant("Blue!")], [assistant("Green?")]]
     again, _ = canonicalize(dataset, as_chat=True)
     assert again[:] == dataset[:]
-
-
-def test_canonicalize_is_idempotent():
-    once, _ = canonicalize(dataset_with_faults())
-    twice, report = canonicalize(once)
-    assert twice[:] == once[:]
-    assert (report.rows_in, report.rows_out) == (3, 3)
 
 
 def first_score_only(row):
@@ -181,15 +139,9 @@ def test_adapter_that_returns_none_is_counted_under_its_name():
 
 
 def test_fingerprint_is_the_same_for_the_same_input_and_differs_by_option():
-    def build(**kwargs):
-        return canonicalize(dataset_with_faults(), **kwargs)[0]
-
-    assert build()._fingerprint == build()._fingerprint
-    assert build(adapter=first_score_only)._fingerprint == build(adapter=first_score_only)._fingerprint
-    assert (
-        len({build()._fingerprint, build(as_chat=True)._fingerprint, build(adapter=first_score_only)._fingerprint})
-        == 3
-    )
+    options = ({}, {"as_chat": True}, {"adapter": first_score_only})
+    prints = [[canonicalize(dataset_with_faults(), **some)[0]._fingerprint for some in options] for _ in range(2)]
+    assert prints[0] == prints[1] and len(set(prints[0])) == 3
 
 
 def test_counts_are_right_when_the_result_comes_from_the_cache(tmp_path):
@@ -206,10 +158,3 @@ def test_column_that_is_empty_in_the_first_rows_keeps_its_type():
     rows = [{**ROW, "note": None} for _ in range(1200)] + [{**ROW, "note": "late"}]
     dataset, _ = canonicalize(Dataset.from_list(rows))
     assert dataset[1200]["note"] == "late" and dataset[0]["note"] is None
-
-
-def test_message_keys_that_appear_late_keep_their_type():
-    rows = [{"prompt": [{**user("Hi"), "name": None}], "responses": ["a", "b"], "scores": [1, 0]} for _ in range(100)]
-    rows.append({"prompt": [{**user("Hi"), "name": "eve"}], "responses": ["a", "b"], "scores": [1, 0]})
-    dataset, _ = canonicalize(Dataset.from_list(rows))
-    assert dataset[100]["prompt"][0]["name"] == "eve"

@@ -5,11 +5,13 @@ import json
 import pytest
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from helpers import build_tokenizer
+from helpers import build_tokenizer, write_rows
 from trainers.cli import generate
 from trainers.cli import prepare as prepare_data
 from trainers.data import canonicalize, load_preferences, tokenize_dataset
+from trainers.data.canonical import canonical_stream
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{{ style }}"
     "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content or '' }}"
@@ -19,11 +21,6 @@ TEMPLATE = (
 USER = [{"role": "user", "content": "q"}]
 WEATHER = {"name": "weather", "parameters": {"city": {"type": "string"}}}
 SUM = {"name": "sum", "parameters": {"x": {"type": "number"}, "y": {"type": "number", "default": None}}}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +49,16 @@ CALLS = [pair(call(city="Rome"), call(city="Oslo")), pair(call(x=1, y={"z": [2]}
 WRITTEN = [['{"city": "Rome"}', '{"city": "Oslo"}'], ['{"x": 1, "y": {"z": [2]}}', '{"x": 1}']]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("source", ["list", "jsonl", "parquet"])
+@pytest.mark.parametrize("source", ["list", "jsonl", "parquet", "at once"])
 def test_the_nulls_of_a_table_do_not_reach_the_arguments_of_a_call(source, tokenizer, tmp_path):
     table = Dataset.from_list(CALLS)
     if source == "jsonl":
-        table = load_preferences(write(tmp_path / "rows.jsonl", CALLS))
+        table = load_preferences(write_rows(tmp_path / "rows.jsonl", CALLS))
     elif source == "parquet":
         table.to_parquet(tmp_path / "rows.parquet")
         table = load_preferences(tmp_path / "rows.parquet")
-    assert texts(table, tokenizer)[1] == [[f"<{text}><|im_end|>" for text in row] for row in WRITTEN]
-
-
-def test_rows_that_are_tokenised_at_once_lose_them_too(tokenizer):
-    rows = [{"prompt": USER, "responses": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]} for row in CALLS]
-    found, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer)
-    assert [tokenizer.batch_decode(ids) for ids in found["response_ids"]] == [
+    rows = tokenize_dataset(table if source == "at once" else canonicalize(table)[0], tokenizer)[0]
+    assert [tokenizer.batch_decode(ids) for ids in rows["response_ids"]] == [
         [f"<{text}><|im_end|>" for text in row] for row in WRITTEN
     ]
 
@@ -81,7 +68,7 @@ MIXED = [pair(call(x=None, y=0.1 + 0.2), call(x="2")), pair(call(x={"a": [None]}
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_nulls_and_types_of_a_json_file_are_kept(streaming, tokenizer, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [*MIXED, *[MIXED[0]] * 1100, MIXED[1]])
+    path = write_rows(tmp_path / "rows.jsonl", [*MIXED, *[MIXED[0]] * 1100, MIXED[1]])
     found = load_preferences(path, streaming=streaming)
     rows = list(found)
     for index in (0, 1, 1101, 1102):
@@ -106,7 +93,7 @@ def test_json_inside_a_table_keeps_its_nulls():
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
 def test_a_prepared_file_holds_the_same_calls_and_tools(suffix, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [row | {"tools": [SUM]} for row in MIXED])
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"tools": [SUM]} for row in MIXED])
     prepare_data.main(["--dataset_name", str(path), "--output", str(tmp_path / f"out.{suffix}")])
     assert load_preferences(tmp_path / f"out.{suffix}").to_list() == load_preferences(path).to_list()
 
@@ -127,8 +114,6 @@ def test_tools_as_json_text_and_from_a_stream_keep_everything(tokenizer):
     rows = [pair(*ANSWER, tools=json.dumps([SUM]))]
     assert texts(Dataset.from_list(rows), tokenizer)[0][0].startswith(f"[{json.dumps(SUM)}]")
     stream = IterableDataset.from_generator(lambda: iter([pair(*ANSWER, tools=[SUM])] * 2))
-    from trainers.data.canonical import canonical_stream
-
     assert [row["tools"] for row in canonical_stream(stream, None)] == [[SUM]] * 2
 
 
@@ -157,7 +142,7 @@ def test_tools_that_cannot_be_used_are_refused(tokenizer, tmp_path):
             canonicalize(Dataset.from_list([pair(*ANSWER, tools=tools)]))
     with pytest.raises(ValueError, match="row 0: 'chat_template_kwargs' is the list .*; give a dict"):
         canonicalize(Dataset.from_list([pair(*ANSWER, chat_template_kwargs=["x"])]))
-    path = write(tmp_path / "rows.jsonl", [{"prompt": USER, "reference": "a", "tools": [WEATHER]}])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": USER, "reference": "a", "tools": [WEATHER]}])
     with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
         generate.load_prompts(generate.GenerateArguments(model="m", prompts=str(path), output="o.jsonl", scorer=["s"]))
 

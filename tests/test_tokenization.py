@@ -1,15 +1,12 @@
 import logging
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
+from format_cases import assistant, chat_row
 from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer
 from trainers.data import PreferenceCollator, canonicalize, load_preferences, tokenize_dataset, tokenize_row
-
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-MODEL = DATA.parent / "models" / "stories260K"
-needs_data = pytest.mark.skipif(not DATA.exists() or not MODEL.exists(), reason="shared/ is not here")
 
 PLAIN = {"prompt": "say something", "responses": [" kind", " kind today", " the dog"], "scores": [1.0, 2.0, 3.0]}
 
@@ -33,14 +30,6 @@ EXPECTED = {
 END_OF_TURN = {"llama3": "<|eot_id|>", "qwen": "<|im_end|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
 
 
-def chat_row(*texts, prompt="say it"):
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "responses": [[{"role": "assistant", "content": text}] for text in texts],
-        "scores": [float(k) for k in range(len(texts))],
-    }
-
-
 def as_dataset(*rows):
     return canonicalize(Dataset.from_list(list(rows)))[0]
 
@@ -60,7 +49,7 @@ def test_chat_template_writes_bos_and_end_of_turn_exactly_once(family):
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
     for text, ids in zip(texts, row["response_ids"], strict=True):
         assert ids.count(end) == 1
-        full = chat_row(text)["prompt"] + [{"role": "assistant", "content": text}]
+        full = chat_row(text)["prompt"] + [assistant(text)]
         assert row["prompt_ids"] + ids == tokenizer.apply_chat_template(full)["input_ids"]
         if tokenizer.bos_token_id is not None:
             assert (row["prompt_ids"] + ids).count(tokenizer.bos_token_id) == 1
@@ -147,7 +136,7 @@ def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_pa
     assert found == [["the dog", "a fox<|im_end|>\n"], ["a day<|im_end|>\n", "it rains"]]
     assert sorted(tokens.column_names) == ["prompt", "prompt_ids", "response_ids", "scores"]
     turns = chat_row("the dog", "a fox") | {"unfinished_responses": [True, False]}
-    turns["responses"][0] += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "it"}]
+    turns["responses"][0] += [{"role": "tool", "content": "3"}, assistant("it")]
     with pytest.raises(ValueError, match="unfinished_responses marks a response of several messages"):
         tokenize_row(turns, tokenizer)
 
@@ -181,36 +170,24 @@ def test_prompt_that_fills_the_window_is_dropped_and_one_token_less_is_kept():
 
 def test_prompt_without_tokens_is_dropped():
     # without BOS and with everything merged into the responses nothing is left of the prompt
-    tokenizer = build_tokenizer(bos=None)
     row = {"prompt": "th", "responses": ["e dog", "e fox"], "scores": [0.0, 1.0]}
-    dataset, report = tokenize_dataset(as_dataset(row, PLAIN), tokenizer)
+    dataset, report = tokenize_dataset(as_dataset(row, PLAIN), build_tokenizer(bos=None))
     assert len(dataset) == 1
     assert report.reasons == {"prompt has no tokens, so the first response token would have no context": 1}
 
 
 def test_token_ids_are_accepted_and_truncated_with_their_per_token_columns():
-    rows = [
-        token_row(weights=[[0.1, 0.2, 0.3], [0.4]], ref=[-1.5, -2.5], annotator="anna"),
-        token_row(
-            response_ids=[[1], [], [5, 6]],
-            scores=[1.0, 2.0, 3.0],
-            weights=[[1.0], [], [0.5, 0.6]],
-            ref=[-1.0, -2.0, -3.0],
-            annotator="bert",
-        ),
-    ]
-    dataset, report = tokenize_dataset(
-        Dataset.from_list(rows), build_tokenizer(), max_length=4, columns=("weights", "ref")
-    )
+    given = token_row(weights=[[0.1, 0.2, 0.3], [0.4]], ref=[-1.5, -2.5], annotator="anna")
+    holed = {
+        "prompt_ids": [7, 8], "response_ids": [[1], [], [5, 6]], "scores": [1.0, 2.0, 3.0],
+        "weights": [[1.0], [], [0.5, 0.6]], "ref": [-1.0, -2.0, -3.0],
+    }  # fmt: skip
+    rows = Dataset.from_list([given, holed | {"annotator": "bert"}])
+    dataset, report = tokenize_dataset(rows, build_tokenizer(), max_length=4, columns=("weights", "ref"))
+    whole = {name: value if name == "prompt_ids" else [value[0], value[2]] for name, value in holed.items()}
     assert dataset.to_list() == [
-        token_row(response_ids=[[1, 2], [4]], weights=[[0.1, 0.2], [0.4]], ref=[-1.5, -2.5], annotator="anna"),
-        token_row(
-            response_ids=[[1], [5, 6]],
-            scores=[1.0, 3.0],
-            weights=[[1.0], [0.5, 0.6]],
-            ref=[-1.0, -3.0],
-            annotator="bert",
-        ),
+        given | {"response_ids": [[1, 2], [4]], "weights": [[0.1, 0.2], [0.4]]},
+        whole | {"annotator": "bert"},
     ]
     assert report.responses_dropped == {"no tokens": 1}
     batch = PreferenceCollator(0, columns=("weights", "ref"))(dataset.to_list())
@@ -279,8 +256,6 @@ def test_fingerprint_depends_on_content_and_options_only(tmp_path):
     def fingerprint(tokenizer, **kwargs):
         return tokenize_dataset(data, tokenizer, **kwargs)[0]._fingerprint
 
-    from transformers import AutoTokenizer
-
     first, second = AutoTokenizer.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
     fresh = fingerprint(first, max_length=64)
     first(["used", "before this"], padding=True, truncation=True, max_length=2)
@@ -299,19 +274,3 @@ def test_several_processes_give_the_same_rows_and_counts(caplog):
     assert one.to_list() == two.to_list()
     assert one_report == two_report
     assert 0 < one_report.rows_out < 9
-
-
-@needs_data
-def test_real_ragged_rows_fit_the_window():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    data = load_preferences(str(DATA / "alpaca_eval_ranked_short.jsonl.gz"), max_rows=40)
-    dataset, report = tokenize_dataset(data, tokenizer, max_length=256)
-    assert report.rows_in == len(data) and report.rows_out == len(dataset)
-    assert len(dataset) + report.reasons.total() == 40
-    for row in dataset:
-        assert len(row["response_ids"]) == len(row["scores"]) >= 2
-        assert all(0 < len(ids) <= 256 - len(row["prompt_ids"]) for ids in row["response_ids"])
-    batch = PreferenceCollator(0)(dataset.to_list())
-    assert batch["mask"].sum() == sum(len(row["scores"]) for row in dataset)
