@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import flags, save_start
 from test_trainer import rows as make_rows
 from trainers.cli import train
 from trainers.data import load_preferences
@@ -143,19 +143,17 @@ def test_a_folder_without_data_is_named_and_its_scripts_do_not_run(content, tmp_
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model")
     Dataset.from_list(make_rows(4)).to_json(folder / "rows.jsonl")
     return folder
 
 
 def launch(inputs, output, **changes):
-    flags = {
+    options = {
         "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
         "output_dir": output, "use_cpu": True, "report_to": "none", "max_steps": 1, "disable_tqdm": True, **changes,
     }  # fmt: skip
-    train.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    train.main(flags(**options))
 
 
 @pytest.mark.parametrize("wanted", ["absent", "file", "empty", "a\x00b", "maybe"])

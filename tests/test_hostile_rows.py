@@ -100,10 +100,10 @@ def test_half_a_character_is_an_error_that_names_the_row(prompt):
 
 
 def test_a_column_that_comes_late_is_named():
-    with pytest.raises(ValueError, match="row 70: column 'note' is not in the rows before it; give it in every row"):
-        read([*[GOOD] * 70, {**GOOD, "note": "x"}])
-    with pytest.raises(ValueError, match="row 70: 'note' is the str '7', unlike in the rows before it"):
-        read([*[{**GOOD, "note": 7}] * 70, {**GOOD, "note": "7"}])
+    with pytest.raises(ValueError, match="row 1100: column 'note' is not in the rows before it; give it in every row"):
+        read([*[GOOD] * 1100, {**GOOD, "note": "x"}])
+    with pytest.raises(ValueError, match="row 1100: 'note' is the str '7', unlike in the rows before it"):
+        read([*[{**GOOD, "note": 7}] * 1100, {**GOOD, "note": "7"}])
 
 
 # The layouts of the hub: every column of a good row, replaced by values of another type.

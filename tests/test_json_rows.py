@@ -129,7 +129,7 @@ def test_names_with_brackets(tmp_path):
     assert len(load_preferences(tmp_path / "a[1].parquet")) == len(load_preferences(tmp_path / "b[1].jsonl")) == 1
     for name in ("c[1]", "c1"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name / "train.jsonl", [ROW])
+        write_rows(tmp_path / name / "train.jsonl", [ROW])
     with pytest.raises(ValueError, match="rename 'c.1.'"):
         load_preferences(tmp_path / "c[1]")
 

@@ -8,13 +8,8 @@ import yaml
 from datasets import Dataset
 from pyarrow import parquet
 
-<<<<<<< HEAD
-from helpers import flags
-from test_formats import CASES, write
-=======
 from format_cases import CASES
-from helpers import write_rows
->>>>>>> 89c5bab (Tests of the data: one cache, one writer and one chat row for all; what a higher test proves is gone)
+from helpers import flags, write_rows
 from trainers.cli import prepare as prepare_data
 from trainers.data import load_preferences
 

@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 Adapter = Callable[[Row], Row | None] | Callable[[Iterable[Row]], Iterator[Row | Drop]]
 Result = tuple[Row | None, list[str]]  # the row to keep or None, and what was left out of it
 
-SAMPLE = 64  # kept rows from which the columns are taken that an adapter gives
-LONG_SAMPLE = 1024  # the same where a value is missing in all of those
+SAMPLE = 1024  # kept rows from which the columns are taken that an adapter gives
 FIXED = {"weight": Value("float64"), UNFINISHED: List(Value("bool")), **dict.fromkeys(TEMPLATE, Json())}
 KINDS = {"string": str, "large_string": str, "bool": bool, "int64": int, "float64": int | float}
 
@@ -116,20 +115,16 @@ def row_features(results: Iterable[Result], known: dict[str, Any]) -> dict[str, 
         ValueError: there is no row; the message holds the counts.
     """
     report = DropReport()
-    kept = _kept(results, report)
-    sample = list(islice(kept, SAMPLE))
+    sample = list(islice(_kept(results, report), SAMPLE))
     if not sample:
         raise ValueError(f"no usable row is left.\n{report}")
-    names = dict.fromkeys(name for row in sample for name in row)
-    if any(all(row.get(name) is None for row in sample) for name in names.keys() - known.keys()):
-        sample += islice(kept, LONG_SAMPLE - SAMPLE)
     chat = isinstance(sample[0]["prompt"], list)
     features = {
         "prompt": Json() if chat else Value("string"),
         "responses": Json() if chat else List(Value("string")),
         "scores": List(Value("float64")),
     }
-    names |= dict.fromkeys(name for row in sample for name in row)
+    names = dict.fromkeys(name for row in sample for name in row)
     for name in [*names, *(name for name in known if name not in ("chosen", "rejected"))]:
         kind = FIXED.get(name) or known.get(name) or column_type([row.get(name) for row in sample], name)
         features.setdefault(name, Json() if kind == Value("uint64") else kind)

@@ -21,16 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 TEXT = "_json"  # the one column of a table of JSON rows, which are decoded as they are read
 EXACT = 2**53  # integers beyond it are rounded among floats
 LARGE, HUGE, BEYOND = "large", "huge", "beyond"  # kinds of integers: beyond EXACT, beyond int64, beyond uint64
-TYPES = {
-    frozenset(): "string",
-    frozenset({str}): "string",
-    frozenset({bool}): "bool",
-    frozenset({int}): "int64",
-    frozenset({LARGE}): "int64",
-    frozenset({int, LARGE}): "int64",
-    frozenset({float}): "float64",
-    frozenset({int, float}): "float64",
-}
+DTYPES = {str: "string", bool: "bool", int: "int64", LARGE: "int64", float: "float64"}
 FAULTS = (DatasetGenerationError, pyarrow.ArrowException, EOFError, zlib.error, OSError, RuntimeError, ValueError,
           KeyError, TypeError)  # fmt: skip
 
@@ -117,9 +108,10 @@ def _type(kinds: Kinds, name: str) -> Any:
     if BEYOND in leaves:
         raise ValueError(f"column {name!r} holds an integer of more than 64 bits, which no table takes; give text.")
     deepest = max((depth for depth, _ in kinds), default=0)
-    if frozenset(leaves) not in TYPES or any(depth < deepest for depth, kind in kinds if kind is not None):
+    dtypes = {"float64"} if leaves == {int, float} else {DTYPES.get(kind) for kind in leaves} or {"string"}
+    if len(dtypes) > 1 or None in dtypes or any(depth < deepest for depth, kind in kinds if kind is not None):
         return Json()
-    feature = Value(TYPES[frozenset(leaves)])
+    feature: Value | List = Value(dtypes.pop())
     for _ in range(deepest):
         feature = List(feature)
     return feature

@@ -29,56 +29,33 @@ class Format(NamedTuple):
 
     adapter: Adapter
     of: str
-    columns: frozenset[str] = frozenset()
-    beside: frozenset[str] = frozenset()
+    columns: str = ""
+    beside: str = ""
     looks: Callable[[Row], bool] | None = None
 
 
-def _columns(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-FORMATS: dict[str, Format] = {
-    "rows": Format(rows, "canonical rows", _columns("prompt responses scores")),
-    "pairs": Format(pairs, "TRL pairs, scores 1 and 0", _columns("chosen rejected")),
-    "scored_pairs": Format(
-        scored_pairs, "trl-lib/ultrafeedback_binarized", _columns("chosen rejected score_chosen score_rejected")
-    ),
-    "argilla": Format(
-        argilla,
-        "argilla/ultrafeedback-binarized-preferences",
-        _columns("instruction chosen_response rejected_response chosen_avg_rating rejected_avg_rating"),
-    ),
-    "hh_rlhf": Format(hh_rlhf, "Anthropic/hh-rlhf", _columns("chosen rejected"), looks=has_markers),
-    "ultrafeedback": Format(
-        ultrafeedback, "openbmb/UltraFeedback, overall scores", _columns("instruction completions")
-    ),
-    "ultrafeedback_fine_grained": Format(
-        ultrafeedback_fine_grained, "openbmb/UltraFeedback, means of the aspect ratings"
-    ),
-    "nectar": Format(nectar, "berkeley-nest/Nectar", _columns("prompt answers num_responses")),
-    "armorm": Format(
-        armorm,
-        "princeton-nlp/llama3-ultrafeedback-armorm, snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset",
-        _columns("prompt all_generated_responses all_rm_scores"),
-        beside=_columns("chosen rejected"),
-    ),
-    "list_ultrafeedback": Format(
-        list_ultrafeedback, "OPO-alignment/ListUltraFeedback", _columns("prompt all_responses overall_scores")
-    ),
-    "numbered": Format(
-        numbered, "ChenDRAG/ultrafeedback_reward: A0, score_A0, ...", _columns("A0 A1 score_A0 score_A1")
-    ),
-    "helpsteer2": Format(helpsteer2, "nvidia/HelpSteer2", _columns("prompt response helpfulness correctness")),
-    "prism": Format(
-        prism,
-        "HannahRoseKirk/prism-alignment, utterances",
-        _columns("interaction_id conversation_id user_id turn user_prompt model_response score if_chosen"),
-    ),
-    "oasst1": Format(
-        oasst1, "OpenAssistant/oasst1 and oasst2", _columns("message_id parent_id message_tree_id role text rank")
-    ),
-}
+FORMATS = {
+    "rows": Format(rows, "canonical rows", "prompt responses scores"),
+    "pairs": Format(pairs, "TRL pairs, scores 1 and 0", "chosen rejected"),
+    "scored_pairs": Format(scored_pairs, "trl-lib/ultrafeedback_binarized",
+                           "chosen rejected score_chosen score_rejected"),
+    "argilla": Format(argilla, "argilla/ultrafeedback-binarized-preferences",
+                      "instruction chosen_response rejected_response chosen_avg_rating rejected_avg_rating"),
+    "hh_rlhf": Format(hh_rlhf, "Anthropic/hh-rlhf", "chosen rejected", looks=has_markers),
+    "ultrafeedback": Format(ultrafeedback, "openbmb/UltraFeedback, overall scores", "instruction completions"),
+    "ultrafeedback_fine_grained": Format(ultrafeedback_fine_grained,
+                                         "openbmb/UltraFeedback, means of the aspect ratings"),
+    "nectar": Format(nectar, "berkeley-nest/Nectar", "prompt answers num_responses"),
+    "armorm": Format(armorm, "princeton-nlp/llama3-ultrafeedback-armorm, snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset",
+                     "prompt all_generated_responses all_rm_scores", beside="chosen rejected"),
+    "list_ultrafeedback": Format(list_ultrafeedback, "OPO-alignment/ListUltraFeedback",
+                                 "prompt all_responses overall_scores"),
+    "numbered": Format(numbered, "ChenDRAG/ultrafeedback_reward: A0, score_A0, ...", "A0 A1 score_A0 score_A1"),
+    "helpsteer2": Format(helpsteer2, "nvidia/HelpSteer2", "prompt response helpfulness correctness"),
+    "prism": Format(prism, "HannahRoseKirk/prism-alignment, utterances",
+                    "interaction_id conversation_id user_id turn user_prompt model_response score if_chosen"),
+    "oasst1": Format(oasst1, "OpenAssistant/oasst1 and oasst2", "message_id parent_id message_tree_id role text rank"),
+}  # fmt: skip
 
 
 def recognise(columns: Iterable[str], first_row: Row) -> str:
@@ -88,16 +65,18 @@ def recognise(columns: Iterable[str], first_row: Row) -> str:
         ValueError: no format fits, or several do; the message names them.
     """
     columns = set(columns)
-    fitting = {
-        name: found
-        for name, found in FORMATS.items()
-        if found.columns and found.columns <= columns and (found.looks is None or found.looks(first_row))
-    }
-    best = [name for name, found in fitting.items() if not any(_is_closer(f, found) for f in fitting.values())]
+    fitting = [
+        name
+        for name, known in FORMATS.items()
+        if known.columns and _read(known) <= columns and (known.looks is None or known.looks(first_row))
+    ]
+    best = [name for name in fitting if not any(_is_closer(FORMATS[other], FORMATS[name]) for other in fitting)]
     if len(best) == 1:
         return best[0]
-    found = f"columns {sorted(columns)} fit " + (f"several formats: {', '.join(best)}" if best else "no known format")
-    raise ValueError(f"data_format 'auto': {found}. Set data_format to {known_formats(best)}.")
+    fit = f"several formats: {', '.join(best)}" if best else "no known format"
+    raise ValueError(
+        f"data_format 'auto': columns {sorted(columns)} fit {fit}. Set data_format to {known_formats(best)}."
+    )
 
 
 def known_formats(names: Iterable[str] = ()) -> str:
@@ -109,4 +88,8 @@ def known_formats(names: Iterable[str] = ()) -> str:
 def _is_closer(one: Format, other: Format) -> bool:
     if one.columns == other.columns:
         return one.looks is not None and other.looks is None
-    return other.columns < one.columns | one.beside
+    return _read(other) < _read(one) | set(one.beside.split())
+
+
+def _read(known: Format) -> set[str]:
+    return set(known.columns.split())
