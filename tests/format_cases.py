@@ -30,34 +30,16 @@ def completion(response, overall, *ratings, model="m"):
 
 
 ULTRAFEEDBACK = [
-    {
-        "source": "flan",
-        "instruction": "Say hi.",
-        "models": ["a", "b", "c"],
-        "completions": [
-            completion("Hi.", 9.0, "5", "4", "N/A", "3", model="a"),
-            completion("", 2.0, "1", "1", "1", "1", model="b"),
-            completion("Ho.", 9.0, "N/A", "N/A", "N/A", "2", model="c"),
-        ],
-    },
-    {
-        "source": "sharegpt",
-        "instruction": "One?",
-        "models": ["a"],
-        "completions": [completion("1", 7.0, *"4444")],
-    },
-    {"source": "ultrachat", "instruction": "None?", "models": [], "completions": []},
-    {
-        "source": "truthful_qa",
-        "instruction": "Unrated?",
-        "models": ["a", "b", "c"],
-        "completions": [
-            completion("x", None, "N/A", "N/A", "N/A", "N/A"),
-            completion("y", 5.0, *"3333"),
-            completion("z", 1.5, "1", "2", None, "2"),
-        ],
-    },
-]
+    {"source": "flan", "instruction": "Say hi.", "completions": [
+        completion("Hi.", 9.0, "5", "4", "N/A", "3", model="a"), completion("", 2.0, *"1111", model="b"),
+        completion("Ho.", 9.0, "N/A", "N/A", "N/A", "2", model="c"),
+    ]},
+    {"source": "sharegpt", "instruction": "One?", "completions": [completion("1", 7.0, *"4444")]},
+    {"source": "ultrachat", "instruction": "None?", "completions": []},
+    {"source": "truthful_qa", "instruction": "Unrated?", "completions": [
+        completion("x", None, *["N/A"] * 4), completion("y", 5.0, *"3333"), completion("z", 1.5, "1", "2", None, "2"),
+    ]},
+]  # fmt: skip
 UTTERANCE = {"conversation_type": "unguided", "included_in_balanced_subset": True, "model_provider": "p"}
 
 
@@ -108,30 +90,22 @@ def chats(*texts, scores, prompt="Q?", head=None):
 
 TALK = [user("Hi"), assistant("Hello."), user("Sing.")]
 
+
+def ultrafeedback_case(first, second):
+    rows = [
+        {"prompt": [user("Say hi.")], "responses": answers("Hi.", "Ho."), "scores": first, "models": ["a", "c"],
+         "source": "flan"},
+        {"prompt": [user("Unrated?")], "responses": answers("y", "z"), "scores": second, "models": ["m", "m"],
+         "source": "truthful_qa"},
+    ]  # fmt: skip
+    dropped = {"no completions": 1, "fewer than 2 responses given": 1}
+    return ULTRAFEEDBACK, rows, dropped, {"empty text": 1, "missing score": 1}
+
+
 # format: (rows of the source, canonical rows, rows dropped, responses dropped)
 CASES = {
-    "ultrafeedback": (
-        ULTRAFEEDBACK,
-        [
-            {"prompt": [user("Say hi.")], "responses": answers("Hi.", "Ho."), "scores": [9.0, 9.0],
-             "models": ["a", "c"], "source": "flan"},
-            {"prompt": [user("Unrated?")], "responses": answers("y", "z"), "scores": [5.0, 1.5],
-             "models": ["m", "m"], "source": "truthful_qa"},
-        ],
-        {"no completions": 1, "fewer than 2 responses given": 1},
-        {"empty text": 1, "missing score": 1},
-    ),
-    "ultrafeedback_fine_grained": (
-        ULTRAFEEDBACK,
-        [
-            {"prompt": [user("Say hi.")], "responses": answers("Hi.", "Ho."), "scores": [4.0, 2.0],
-             "models": ["a", "c"], "source": "flan"},
-            {"prompt": [user("Unrated?")], "responses": answers("y", "z"), "scores": [3.0, 5 / 3],
-             "models": ["m", "m"], "source": "truthful_qa"},
-        ],
-        {"no completions": 1, "fewer than 2 responses given": 1},
-        {"empty text": 1, "missing score": 1},
-    ),
+    "ultrafeedback": ultrafeedback_case([9.0, 9.0], [5.0, 1.5]),
+    "ultrafeedback_fine_grained": ultrafeedback_case([4.0, 2.0], [3.0, 5 / 3]),
     "nectar": (
         [
             nectar("\n\nHuman: Bread?\n\nAssistant: ", ("b", 2.0), ("a", 1.0), ("c", None), ("d", 2.0)),

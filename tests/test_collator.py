@@ -32,18 +32,8 @@ def test_exact_tensors_with_ragged_k_and_lengths():
     expected = {
         "prompt_ids": tensor([[5, 6, 7, 8], [9, PAD, PAD, PAD]]),
         "prompt_mask": tensor([[True, True, True, True], [True, False, False, False]]),
-        "response_ids": tensor(
-            [
-                [[1, PAD, PAD], [2, 3, PAD], [PAD, PAD, PAD]],
-                [[4, 4, 4], [5, PAD, PAD], [6, 7, PAD]],
-            ]
-        ),
-        "response_mask": tensor(
-            [
-                [[True, False, False], [True, True, False], [False, False, False]],
-                [[True, True, True], [True, False, False], [True, True, False]],
-            ]
-        ),
+        "response_ids": tensor([[[1, PAD, PAD], [2, 3, PAD], [PAD] * 3], [[4, 4, 4], [5, PAD, PAD], [6, 7, PAD]]]),
+        "response_mask": tensor([[[1, 0, 0], [1, 1, 0], [0, 0, 0]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]]).bool(),
         "mask": tensor([[True, True, False], [True, True, True]]),
         "scores": tensor([[1.5, -1.0, 0.0], [0.0, 2.0, 1.0]]),
     }
@@ -77,17 +67,13 @@ def test_pad_to_multiple_of_rounds_prompt_and_response_lengths_only():
         ([True, False], tensor([True, False])),
         ([0.5, None], tensor([0.5, float("nan")])),
         ([[1.0, 2.0], [3, 4, 5]], tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])),
+        ([[1.0, None], [3, 4, 5]], tensor([[1.0, float("nan"), 0.0], [3.0, 4.0, 5.0]])),
         (
             [[[1.0], [2.0, 3.0]], [[4, 5, 6], [7], [8, 9]]],
-            tensor(
-                [
-                    [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0], [0.0, 0.0, 0.0]],
-                    [[4.0, 5.0, 6.0], [7.0, 0.0, 0.0], [8.0, 9.0, 0.0]],
-                ]
-            ),
+            tensor([[[1.0, 0, 0], [2, 3, 0], [0, 0, 0]], [[4, 5, 6], [7, 0, 0], [8, 9, 0]]]),
         ),
     ],
-    ids=["int", "float", "bool", "missing", "per response", "per token"],
+    ids=["int", "float", "bool", "missing", "per response", "one missing", "per token"],
 )
 def test_further_columns(values, expected):
     assert_equal(collate(with_column("extra", values), columns=("extra",))["extra"], expected)

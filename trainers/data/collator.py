@@ -91,14 +91,14 @@ class PreferenceCollator:
         p = self._round_up(max(len(row["prompt_ids"]) for row in rows))
         k = max(map(len, lengths))
         r = self._round_up(max(map(max, lengths)))
-        tokens = _pad(lengths, (k,), torch.long)
+        tokens = _pad(lengths, (k,), np.int64)
         batch = {
-            "prompt_ids": _pad([row["prompt_ids"] for row in rows], (p,), torch.long, self.pad_token_id),
-            "prompt_mask": _pad([[True] * len(row["prompt_ids"]) for row in rows], (p,), torch.bool),
-            "response_ids": _pad([row["response_ids"] for row in rows], (k, r), torch.long, self.pad_token_id),
+            "prompt_ids": _pad([row["prompt_ids"] for row in rows], (p,), np.int64, self.pad_token_id),
+            "prompt_mask": _pad([[True] * len(row["prompt_ids"]) for row in rows], (p,), np.bool_),
+            "response_ids": _pad([row["response_ids"] for row in rows], (k, r), np.int64, self.pad_token_id),
             "response_mask": torch.arange(r) < tokens[..., None],
             "mask": tokens > 0,
-            "scores": _pad([row["scores"] for row in rows], (k,), torch.float32),
+            "scores": _pad([row["scores"] for row in rows], (k,), np.float32),
         }
         further = {name: _column(name, [row[name] for row in rows], lengths, k, r) for name in read if name not in OWN}
         return batch | {name: column for name, column in further.items() if column is not None}
@@ -108,15 +108,15 @@ class PreferenceCollator:
         return -(-length // multiple) * multiple
 
 
-def _pad(rows: list[list], shape: tuple[int, ...], dtype: torch.dtype, value: float = 0) -> Tensor:
-    """Pad B nested lists to (B, *shape) on the right."""
-    out = torch.full((len(rows), *shape), value, dtype=dtype)
-    for b, row in enumerate(rows):
+def _pad(rows: list[list], shape: tuple[int, ...], dtype: type, value: float = 0) -> Tensor:
+    """Pad B nested lists to (B, *shape) on the right; None becomes NaN."""
+    out = np.full((len(rows), *shape), value, dtype=dtype)
+    for index, row in enumerate(rows):
         if len(shape) == 1:
-            out[b, : len(row)] = torch.tensor(row, dtype=dtype)
+            out[index, : len(row)] = row
         else:
-            out[b, : len(row)] = _pad(row, shape[1:], dtype, value)
-    return out
+            out[index, : len(row)] = _pad(row, shape[1:], dtype, value)
+    return torch.from_numpy(out)
 
 
 def _column(name: str, values: list[Any], lengths: list[list[int]], k: int, r: int) -> Tensor | None:
@@ -128,13 +128,12 @@ def _column(name: str, values: list[Any], lengths: list[list[int]], k: int, r: i
         return torch.tensor(values, dtype=torch.bool)
     if all(isinstance(value, int) for value in values):
         return torch.tensor(values, dtype=torch.long)
-    values = [_with_nan(value) for value in values]
     if not any(isinstance(value, list) for value in values):
-        return torch.tensor(values, dtype=torch.float32)
+        return _pad([values], (len(values),), np.float32)[0]
     if all(_is_per_response(value, row) for value, row in zip(values, lengths, strict=True)):
-        return _pad(values, (k,), torch.float32)
+        return _pad(values, (k,), np.float32)
     if all(is_per_token(value, row) for value, row in zip(values, lengths, strict=True)):
-        return _pad(values, (k, r), torch.float32)
+        return _pad(values, (k, r), np.float32)
     raise ValueError(
         f"column {name!r} holds lists that fit neither the number of responses nor the number of response tokens of "
         "their row; correct it, or remove it from the dataset."
@@ -147,12 +146,6 @@ def _is_per_response(value: Any, lengths: list[int]) -> bool:
 
 def _leaves(value: Any) -> list:
     return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return float("nan") if value is None else value
 
 
 def _plain(value: Any) -> Any:
