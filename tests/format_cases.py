@@ -68,11 +68,8 @@ def marks(*values):
 
 
 def nectar(prompt, *answers):
-    found = [{"answer": text, "model": f"m{i}", "rank": rank} for i, (text, rank) in enumerate(answers)]
-    return {
-        "prompt": prompt, "answers": found, "turns": 1, "num_responses": len(found), "source": ["a", "b"],
-        "good_natured": True,
-    }  # fmt: skip
+    ranked = [{"answer": text, "model": f"m{i}", "rank": rank} for i, (text, rank) in enumerate(answers)]
+    return {"prompt": prompt, "answers": ranked, "num_responses": len(ranked), "good_natured": True}
 
 
 def armorm(responses, scores):

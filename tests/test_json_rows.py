@@ -74,11 +74,6 @@ def test_a_row_without_a_weight_beside_others_is_dropped(streaming, tmp_path, ca
     assert [row["weight"] for row in found] == [2.0] * 3 and "1 (weight is missing or not finite)" in caplog.text
 
 
-def test_a_file_that_changes_is_read_again(tmp_path):
-    assert load_preferences(write_rows(tmp_path / "data.jsonl", [ROW]))["prompt"][:] == ["q"]
-    assert load_preferences(write_rows(tmp_path / "data.jsonl", [ROW | {"prompt": "p"}]))["prompt"][:] == ["p"]
-
-
 # Folders.
 
 
@@ -102,10 +97,12 @@ def test_parquet_files_of_a_folder_too(streaming, tmp_path):
         load_preferences(tmp_path, streaming=streaming)
 
 
-def test_a_parquet_file_that_changes_is_read_again(tmp_path):
-    path = tmp_path / "data.parquet"
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_file_that_changes_is_read_again(suffix, tmp_path):
+    path = tmp_path / f"data.{suffix}"
     for prompt in "qp":
-        Dataset.from_list([ROW | {"prompt": prompt}]).to_parquet(path)
+        rows = Dataset.from_list([ROW | {"prompt": prompt}])
+        rows.to_parquet(path) if suffix == "parquet" else rows.to_json(path)
         os.utime(path, ns=(10**18, 10**18))
         for place in (path, tmp_path):
             assert load_preferences(place)["prompt"][:] == [prompt]

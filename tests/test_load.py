@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from helpers import write_rows
 from trainers.data import load, load_preferences
@@ -45,8 +45,6 @@ def test_the_splits_of_a_folder_and_files_that_are_not_read(tmp_path, caplog):
     assert "2 file(s) are NOT read: more.jsonl, x.parquet" in caplog.text
     assert load_preferences(tmp_path / "files", split="train+test")["prompt"][:] == ["a", "b", "a"]
     assert [row["prompt"] for row in load_preferences(tmp_path / "files", split="test", streaming=True)] == ["a"]
-    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
-    assert_is_rows(load_preferences(str(tmp_path / "saved")))
 
 
 def test_split_of_a_file_and_max_rows(tmp_path):
