@@ -66,7 +66,7 @@ def canonicalize(
     if len(dataset) == 0:
         raise ValueError("the dataset has no rows.")
     dataset = without_format(dataset)
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     columns = row_features(_results(_rows_of(dataset), **options), types_of(dataset) if adapter is None else {})
     grouped = inspect.isgeneratorfunction(adapter)
     shards = 1 if grouped else min(num_proc or 1, len(dataset))
@@ -101,7 +101,7 @@ def canonical_stream(
     Raises:
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
-    options = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features or {} if adapter is None else {}
     columns = row_features(_results(_rows_of(source), **options), known)
     keywords = {"source": source, "columns": columns, "title": title, **options}

@@ -110,7 +110,7 @@ class PreferenceCollator:
 
 def _pad(rows: list[list], shape: tuple[int, ...], dtype: type, value: float = 0) -> Tensor:
     """Pad B nested lists to (B, *shape) on the right; None becomes NaN."""
-    out = np.full((len(rows), *shape), value, dtype=dtype)
+    out: np.ndarray = np.full((len(rows), *shape), value, dtype=dtype)
     for index, row in enumerate(rows):
         if len(shape) == 1:
             out[index, : len(row)] = row

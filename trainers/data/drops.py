@@ -80,9 +80,10 @@ class DropReport:
 @contextmanager
 def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
     """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    token = _collected.set([])
+    reports: list[tuple[str, DropReport]] = []
+    token = _collected.set(reports)
     try:
-        yield _collected.get()
+        yield reports
     finally:
         _collected.reset(token)
 

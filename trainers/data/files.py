@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 from pathlib import Path
-from typing import TypeAlias
 
 import pyarrow
 import pyarrow.parquet

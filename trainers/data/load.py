@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import TrainingArguments
