@@ -14,7 +14,7 @@ from datasets import Dataset
 import trainers
 from batches import own_logps
 from helpers import tiny_llama
-from test_trainer import trainer
+from test_trainer import signal_rows, trainer
 from trainers import (
     DPOTrainer,
     InfoNCATrainer,
@@ -25,22 +25,6 @@ from trainers import (
     SWEPOTrainer,
 )
 from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
-
-
-def ranked_rows(n=6):
-    """Tokenised rows with 2 to 4 responses of 2 to 9 tokens and different scores."""
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(5, 300, (length,), generator=generator).tolist()
-
-    rows = []
-    for i in range(n):
-        scores = torch.randperm(7, generator=generator)[: 2 + i % 3].tolist()
-        row = {"prompt_ids": ids(3, 8), "response_ids": [ids(2, 10) for _ in scores]}
-        rows.append(row | {"scores": [float(score) for score in scores]})
-    return rows
 
 
 @torch.no_grad()
@@ -74,11 +58,10 @@ STEP_ZERO = {
 
 @pytest.mark.parametrize("cls", STEP_ZERO, ids=lambda cls: cls.__name__)
 def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokenizer, cls):
-    data, model = ranked_rows(), tiny_llama(len(tokenizer))
-    expected = sum(STEP_ZERO[cls](summed_logps(model, row), row) for row in data) / len(data)
-    before = copy.deepcopy(model.state_dict())
-    options = {"per_device_train_batch_size": 6, "learning_rate": 2e-3}
-    t = trainer(tmp_path, tokenizer, model, data, data, cls=cls, **options)
+    options = {"data": signal_rows(), "eval_data": signal_rows(), "per_device_train_batch_size": 7}
+    t = trainer(tmp_path, tokenizer, cls=cls, learning_rate=2e-3, **options)
+    expected = sum(STEP_ZERO[cls](summed_logps(t.model, row), row) for row in t.train_dataset) / 7
+    before = copy.deepcopy(t.model.state_dict())
     assert t.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
     t.train()
     assert t.evaluate()["eval_loss"] < expected - 1e-6
@@ -127,7 +110,7 @@ def test_every_logged_metric_is_on_its_page(tmp_path, tokenizer, name):
     if cls is trainers.PreferenceTrainer:
         return
     page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
-    rows = [row | {column: row[column][:2] for column in ("response_ids", "scores")} for row in ranked_rows()]
+    rows = [{"prompt_ids": [5, 9 - i], "response_ids": [[6, 7 + i, 8], [9]], "scores": [1.0, 0.0]} for i in range(6)]
     if cls is TypePolicyTrainer:
         rows = m_step_rows(Dataset.from_list(rows), np.full(6, 0.5), np.ones(6), [[0.0, 0.0]] * 6, "batch").to_list()
     options = {"independent": True} if cls is trainers.SparsePOTrainer else {}

@@ -262,6 +262,9 @@ def test_two_responses_make_one_pair_for_every_method_that_contrasts_pairs():
         *(dpo_loss(x, scores, mask, beta=0.1, pairs=pairs) for pairs in ("best_worst", "best_rest", "all")),
         plackett_luce_loss(x, scores, mask, beta=0.1),
         infonca_loss(x, scores, mask, beta=0.1, alpha=1e4),
+        swepo_loss(x, scores, mask, beta=0.1, alpha=3.0, weighting="none"),
+        swepo_loss(x, scores, mask, beta=0.1, alpha=0.5, power=2),
+        *(swepo_loss(x, scores, mask, beta=0.1, alpha=0.2, positives=p) for p in ("above_mean", "best", "top_m")),
     ):
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
 

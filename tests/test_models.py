@@ -15,8 +15,6 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     ProcessorMixin,
-    T5Config,
-    T5ForConditionalGeneration,
     XGLMConfig,
 )
 
@@ -26,7 +24,6 @@ from trainers.forward.policy import table_sizes
 
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
-T5 = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4}
 POSITIONS = 24
 
@@ -48,10 +45,9 @@ def token_rows(prompt=3, response=4, token=5):
     "build, word",
     [
         (lambda size: BartForConditionalGeneration(BartConfig(vocab_size=size, **BART)), "Bart.*has an encoder"),
-        (lambda size: T5ForConditionalGeneration(T5Config(vocab_size=size, **T5)), "T5.*has an encoder"),
         (lambda size: Bodiless(tiny_llama(size).config), "Bodiless.*base_model is itself"),
     ],
-    ids=["bart", "t5", "bodiless"],
+    ids=["bart", "bodiless"],
 )
 def test_models_that_are_no_decoder_with_a_body_are_refused(tmp_path, tokenizer, build, word, as_reference):
     other = build(len(tokenizer))

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from batches import own_logps
 from helpers import tiny_llama
-from test_trainer import LORA, rows, trainer
+from test_trainer import LORA, signal_rows, trainer
 
 TWO = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 KINDS = {
@@ -25,10 +25,6 @@ KINDS = {
     "norms": LNTuningConfig(target_modules=["input_layernorm"]),
     "adalora": AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1),
 }
-
-
-def two_scores(n=4):
-    return [row for row in rows(n + 2) if len(set(row["scores"])) > 1][:n]
 
 
 @torch.no_grad()
@@ -57,7 +53,7 @@ def test_the_reference_of_an_adapter_is_the_start_and_stays_it(tmp_path, tokeniz
                     parameter.mul_(1.1)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    t = trainer(tmp_path, tokenizer, model=model, data=two_scores(), learning_rate=0.3, max_steps=4, **kwargs)
+    t = trainer(tmp_path, tokenizer, model=model, data=signal_rows(5), learning_rate=0.3, max_steps=4, **kwargs)
     if how == "PeftModel":
         now = dict(t.model.named_parameters())
         assert all(torch.equal(now[name], value) for name, value in before.items())
@@ -108,7 +104,7 @@ def test_trained_biases_are_refused_or_get_a_reference_of_their_own(tmp_path, to
         with pytest.raises(ValueError, match="would move with the policy: .*q_proj.*bias.* bias='none'.*ref_model"):
             trainer(tmp_path, tokenizer, **kwargs)
     t = trainer(tmp_path, tokenizer, model=qwen(tokenizer), peft_config=lora, ref_model=qwen(tokenizer),
-                data=two_scores(), learning_rate=0.3)  # fmt: skip
+                data=signal_rows(5), learning_rate=0.3)  # fmt: skip
     policy, before = predicted(t)
     torch.testing.assert_close(policy, before, rtol=1e-5, atol=1e-4)
     t.train()
@@ -150,7 +146,7 @@ def loaded(adapters, tokenizer, **folders):
 
 @pytest.mark.parametrize("precompute", [False, True])
 def test_an_adapter_of_the_user_called_reference_is_the_reference(adapters, tokenizer, precompute):
-    fields = {"data": two_scores(), "learning_rate": 0.3, "precompute_ref_logps": precompute, "max_steps": 3,
+    fields = {"data": signal_rows(5), "learning_rate": 0.3, "precompute_ref_logps": precompute, "max_steps": 3,
               "ref_cache_dir": str(adapters / "cache")}  # fmt: skip
     trainer(adapters, tokenizer, model=loaded(adapters, tokenizer, policy="first"), **fields).train()
     t = trainer(adapters, tokenizer, model=loaded(adapters, tokenizer, policy="first", reference="second"), **fields)
@@ -168,7 +164,7 @@ def test_an_adapter_of_the_user_called_reference_is_the_reference(adapters, toke
 def test_the_adapter_in_training_may_be_called_reference(adapters, tokenizer):
     model = loaded(adapters, tokenizer, reference="first", other="second")
     other = {n: p.detach().clone() for n, p in model.named_parameters() if ".other." in n}
-    t = trainer(adapters, tokenizer, model=model, data=two_scores(), learning_rate=0.3)
+    t = trainer(adapters, tokenizer, model=model, data=signal_rows(5), learning_rate=0.3)
     policy, before = predicted(t)
     torch.testing.assert_close(policy, before, rtol=0, atol=1e-4)
     t.train()
@@ -180,7 +176,7 @@ def test_the_adapter_in_training_may_be_called_reference(adapters, tokenizer):
 @pytest.mark.parametrize("kind", ["full", "pretrained"])
 def test_a_second_trainer_starts_from_where_the_first_one_ended(adapters, tokenizer, kind):
     model = tiny_llama(len(tokenizer)) if kind == "full" else loaded(adapters, tokenizer, default="first")
-    fields = {"model": model, "data": two_scores(), "learning_rate": 0.3}
+    fields = {"model": model, "data": signal_rows(5), "learning_rate": 0.3}
     first = trainer(adapters, tokenizer, **fields)
     start = predicted(first)[1]
     first.train()
@@ -210,7 +206,7 @@ def test_a_copy_of_the_trained_model_runs_its_own_weights(tmp_path, tokenizer, f
         assert torch.equal(t.model(input_ids=ids).logits, expected)
         # A trainer prepares the copy once more.
         again = trainer(
-            tmp_path, tokenizer, model=other, data=two_scores(), **({} if "peft_config" in fields else fields)
+            tmp_path, tokenizer, model=other, data=signal_rows(5), **({} if "peft_config" in fields else fields)
         )
         uniform = -torch.log(torch.tensor(float(len(tokenizer))))
         lengths = torch.tensor([len(ids) for row in again.train_dataset for ids in row["response_ids"]])

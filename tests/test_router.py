@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from batches import RAGGED, make_batch, real_responses
 from helpers import build_tokenizer
-from test_trainer import LORA, Grab, rows, trainer
+from test_trainer import LORA, Grab, signal_rows, trainer
 from trainers.forward.layout import rows_layout
 from trainers.forward.router import router_loss
 from trainers.forward.run import prepare_forward, run
@@ -76,7 +76,7 @@ def test_the_loss_and_its_gradient_are_the_models_own(shared, own, checkpointing
 def step(tmp_path, coefficient, batch, accumulation, **keywords):
     """One step: what is logged, the gradients of the optimiser's step, the micro-batches and the trainer."""
     grab, batches, tokenizer = Grab(), [], build_tokenizer()
-    data = [row for row in rows() if len(set(row["scores"])) > 1][:6]
+    data = signal_rows()[:6]
     t = trainer(tmp_path, tokenizer, mixtral(len(tokenizer), coefficient), data, callbacks=[grab], max_steps=1,
                 per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=0.0,
                 **keywords)  # fmt: skip
@@ -119,7 +119,7 @@ def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path, tokenizer):
 
 
 def test_evaluation_counts_it_too_and_an_adapter_has_it(tmp_path):
-    data = [row for row in rows() if len(set(row["scores"])) > 1][:4]
+    data = signal_rows()[:4]
     keywords = {"peft_config": LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]}), "eval_data": data}
     _, plain, _, t = step(tmp_path, 0.0, 6, 1, **copy.deepcopy(keywords))
     without = t.evaluate()

@@ -35,6 +35,10 @@ def rows(n=8, seed=0):
     return out
 
 
+def signal_rows(n=8):
+    return [row for row in rows(n) if len(set(row["scores"])) > 1]
+
+
 def config(tmp_path, cls=SWEPOTrainer, **kwargs):
     defaults = {
         "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "learning_rate": 1e-2, "max_steps": 2,
@@ -64,7 +68,7 @@ def test_step_zero_is_the_closed_form(tmp_path, tokenizer, kind, layout):
     if kind == "pretrained":
         torch.manual_seed(5)
         model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
-    data = [row for row in rows() if len(set(row["scores"])) > 1]
+    data = signal_rows()
     t = trainer(tmp_path, tokenizer, model=model, data=data, eval_data=data, **kwargs)
     expected = sum(
         math.log(len(s) / sum(x > sum(s) / len(s) for x in s)) for s in (row["scores"] for row in data)

@@ -178,10 +178,8 @@ def _copy_adapter(policy: PeftModel, trained: str) -> str:
     vars(config).update(dict.fromkeys(_initialisations(config), False), inference_mode=True, reference_copy=True)
     if getattr(config, "layer_replication", None):
         vars(config).update(layer_replication=None)  # of the base, and done
-    if getattr(config, "bias", "none") != "none":
-        vars(config).update(
-            bias="none"
-        )  # no bias is trained here (`_refuse_shared`), and PEFT takes one such adapter only
+    if getattr(config, "bias", "none") != "none":  # none is trained here (`_refuse_shared`), and PEFT takes one only
+        vars(config).update(bias="none")
     with _same_learning(policy):
         policy.add_adapter(copied, config, autocast_adapter_dtype=False)
         for module in policy.modules():  # PEFT keeps weights and settings of adapters in dicts, by adapter
