@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import tiny_llama
 from test_trainer import rows, trainer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

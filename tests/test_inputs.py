@@ -5,18 +5,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import tiny_llama
 from test_trainer import config, rows
 from trainers import SWEPOTrainer
 from trainers.data import canonicalize
 from trainers.emdpo.m_step import m_step_rows
 
 ROWS = rows(4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 def trainer(tmp_path, tokenizer, dataset, *, cls=SWEPOTrainer, **options):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerState, trainer_utils
+from transformers import Trainer, TrainerState, trainer_utils
+from transformers.trainer_callback import CallbackHandler
 
+import processes
 import trainers
 from helpers import build_tokenizer, tiny_llama
 from test_trainer import LORA, rows, trainer
@@ -50,7 +52,7 @@ def adapter(tmp_path_factory, tokenizer):
 def make(tmp_path, tokenizer, adapter):
     """`make(case, **changes)`: the trainer of a case, with its output in tmp_path / "out"."""
 
-    def build(case="SWEPO full", *, kind=lambda c: c, data=None, peft=LORA, name="default", model=None, **changes):
+    def build(case="SWEPO full", *, data=None, peft=LORA, name="default", model=None, **changes):
         method, tuning, *_ = case.split()
         model = tiny_llama(len(tokenizer)) if model is None else model
         if tuning == "pretrained":
@@ -62,63 +64,44 @@ def make(tmp_path, tokenizer, adapter):
             per_device_eval_batch_size=2, save_steps=2, eval_steps=2, save_strategy="steps", eval_strategy="steps",
             save_total_limit=2, seed=3, dataloader_pin_memory=False, ref_cache_dir=str(tmp_path / "cache"),
         ) | CASES.get(case, {}) | changes  # fmt: skip
-        cls = kind(getattr(trainers, f"{method}Trainer"))
+        cls = getattr(trainers, f"{method}Trainer")
         return trainer(tmp_path / "out", tokenizer, model, data or rows(11), rows(5, seed=2), cls=cls, **fields)
 
     return build
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_at(moment, step):
+    """Let this process die at this moment of the step."""
 
+    def now(trainer, *_):
+        return trainer.state.global_step == step
 
-class AtStep(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            die()
-
-
-def deadly(moment, step):
-    """A trainer class -> one that dies at this moment of the step."""
+    def after(owner, name, count=1, when=now):
+        setattr(owner, name, processes.die_after(getattr(owner, name), count, when))
 
     def half_a_state(state, path):
-        with open(path, "w") as file:
-            file.write(json.dumps({"global_step": state.global_step, "log_history": state.log_history})[:-20])
-        die()
+        save_state(state, path)
+        if state.global_step == step:
+            os.truncate(path, os.path.getsize(path) - 20)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def half_a_rotation(folder, *args, **kwargs):
-        os.unlink(os.path.join(folder, "optimizer.pt"))
-        die()
+    def half_a_rotation(trainer, *arguments):
+        if now(trainer):
+            trainer_utils.shutil.rmtree = processes.die_after(lambda path, **_: os.unlink(f"{path}/optimizer.pt"), 1)
+        save_checkpoint(trainer, *arguments)
 
-    def wrap(trainer_class):
-        class Deadly(trainer_class):
-            batches = 0
-
-            def save_model(self, output_dir=None, _internal_call=False):
-                super().save_model(output_dir, _internal_call)
-                if self.state.global_step == step and moment == "weights":
-                    die()  # the optimizer is not saved yet
-
-            def prediction_step(self, *args, **kwargs):
-                self.batches += self.state.global_step == step and moment == "evaluation"
-                if self.batches == 2:
-                    die()
-                return super().prediction_step(*args, **kwargs)
-
-            def _save_checkpoint(self, *args, **kwargs):
-                if self.state.global_step == step and moment == "state":
-                    TrainerState.save_to_json = half_a_state
-                if self.state.global_step == step and moment == "rotation":
-                    trainer_utils.shutil.rmtree = half_a_rotation
-                super()._save_checkpoint(*args, **kwargs)
-
-        Deadly.__name__ = trainer_class.__name__  # a checkpoint knows it
-        return Deadly
-
-    return wrap
+    save_state, save_checkpoint = TrainerState.save_to_json, Trainer._save_checkpoint
+    match moment:
+        case "step":
+            after(CallbackHandler, "on_step_end", when=lambda handler, args, state, control: state.global_step == step)
+        case "weights":  # the optimizer is not saved yet
+            after(Trainer, "save_model")
+        case "evaluation":
+            after(trainers.PreferenceTrainer, "prediction_step", 2)
+        case "state":
+            TrainerState.save_to_json = half_a_state
+        case "rotation":
+            Trainer._save_checkpoint = half_a_rotation
 
 
 def in_child(work):
@@ -162,8 +145,8 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(case, make, tmp_path):
         resume = last_checkpoint(out) is not None
 
         def work(moment=moment, step=step, resume=resume):
-            dies = {"callbacks": [AtStep(step)]} if moment == "step" else {"kind": deadly(moment, step)}
-            make(case, **dies).train(resume_from_checkpoint=resume)
+            die_at(moment, step)
+            make(case).train(resume_from_checkpoint=resume)
 
         assert in_child(work) == -signal.SIGKILL, (moment, step)
         if moment in ("weights", "state"):

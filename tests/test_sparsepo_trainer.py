@@ -12,17 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from helpers import build_tokenizer, tiny_llama
+from helpers import tiny_llama
 from test_trainer import LORA, rows
 from trainers import DPOConfig, DPOTrainer, SparsePOConfig, SparsePOTrainer
 from trainers.sparsepo import MaskHeads
 
 DENSE = {"mask_init": "dense", "mask_init_std": 0.5}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 def pairs(n=8, seed=0):

@@ -13,18 +13,13 @@ from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl import LogCompletionsCallback, RichProgressCallback
 
-from helpers import build_tokenizer, family_tokenizer, save_start, tiny_llama
+from helpers import family_tokenizer, save_start, tiny_llama
 from test_trainer import LORA, config, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli import train
 from trainers.config import COMPILES
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
 
 
 def pairs(n=8):

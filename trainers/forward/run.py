@@ -97,20 +97,17 @@ class Runner:
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
         if difference <= limit:
             return
-        finite = math.isfinite(difference)
-        found = (
-            f"log-probabilities differ from the model's own logits by {difference:.2g} per token (limit {limit:.2g})"
-            if finite
-            else "log-probabilities are not finite"
-        )
-        if self.layout != "auto" and not finite:
+        if self.layout != "auto" and not math.isfinite(difference):
             raise FloatingPointError(
                 "The log-probabilities of the first batch are not finite: the weights hold NaN or infinity, or the "
                 "precision is too low for them. Look at the model's weights; in place of float16 take bfloat16."
             )
+        wrong = (
+            f"log-probabilities differ from the model's own logits by {difference:.2g} per token (limit {limit:.2g})"
+        )
         if self.layout != "auto":
-            raise LayoutError(f"The {found}: this model computes its logits in a way that is not supported.")
-        logger.warning("The shared layout's %s. Training goes on with padded rows.", found)
+            raise LayoutError(f"The {wrong}: this model computes its logits in a way that is not supported.")
+        logger.warning("The shared layout's %s. Training goes on with padded rows.", wrong)
         self.layout, self._checked = "rows", False
         self.check(model, batch, accelerator)
 
