@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import processes
 from distributed_matrix import torchrun
-from helpers import family_tokenizer, tiny_llama
+from helpers import family_tokenizer, flags, save_start
 from trainers import DPOConfig, DPOTrainer, LIREConfig, LIRETrainer
 from trainers import rounds as enhance
 from trainers.cli import train
@@ -54,15 +54,13 @@ def vowels(prompts, completions, *, topic, **columns):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = family_tokenizer("llama3")
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    save_start(folder / "model", "llama3")
     Dataset.from_list(ROWS).to_json(folder / "rows.jsonl")
     return folder
 
 
 def arguments(inputs, output, *, lora=False, options=None, **changes):
-    flags = {
+    given = {
         "trainer": "LIRETrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
         "dataset_train_split": "train[:4]", "dataset_test_split": "train[4:]", "output_dir": output,
         "self_enhance": json.dumps(OPTIONS | (options or {})), "use_cpu": True, "report_to": "none",
@@ -71,9 +69,8 @@ def arguments(inputs, output, *, lora=False, options=None, **changes):
         "seed": 3,
     }  # fmt: skip
     if lora:
-        flags |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
-    given = {name: value for name, value in (flags | changes).items() if value is not None}
-    return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+        given |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+    return flags(**{name: value for name, value in (given | changes).items() if value is not None})
 
 
 @pytest.fixture(scope="module")

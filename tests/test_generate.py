@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
 from distributed_matrix import torchrun
-from helpers import family_tokenizer, tiny_llama
+from helpers import family_tokenizer, save_start, tiny_llama
 from scripts import get_smollm2
 from trainers.cli import generate
 from trainers.generation import Sample, SamplingConfig, sample_responses, start
@@ -43,9 +43,7 @@ def score(prompts, completions, *, split, **columns):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = family_tokenizer("llama3")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_start(folder / "model", "llama3")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from helpers import tiny_llama
+from helpers import save_start, tiny_llama
 from test_trainer import LORA, logged, rows, trainer
 
 
@@ -47,8 +47,7 @@ def test_operations_are_counted_as_the_trainer_does(tmp_path, tokenizer, layout,
 
 
 def test_a_path_to_an_adapter_goes_on_with_it(tmp_path, tokenizer):
-    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_start(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     torch.manual_seed(5)
     get_peft_model(base, LoraConfig(**LORA, init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
