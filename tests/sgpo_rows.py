@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from helpers import family_tokenizer, tiny_llama
+from helpers import family_tokenizer, flags, tiny_llama
 from trainers.cli import train
 from trainers.runs.files import read_rows
 
@@ -46,17 +46,13 @@ def vowels(prompts, completions, *, reference, **columns):
 
 def command(inputs, output, **changes):
     """Flags of a whole run; None leaves one out."""
-    flags = OPTIONS | {
+    options = OPTIONS | {
         "trainer": "SGPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
         "dataset_train_split": "train[:5]", "preference_split": "train[5:10]", "dataset_test_split": "train[10:]",
         "output_dir": output, "sft": {"dataset_name": str(inputs / "rows.jsonl"), "dataset_split": "train[:5]"},
     } | changes  # fmt: skip
-    return [
-        str(part)
-        for name, value in flags.items()
-        if value is not None
-        for part in (f"--{name}", json.dumps(value) if isinstance(value, dict) else value)
-    ]
+    texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return flags(**{name: value for name, value in texts.items() if value is not None})
 
 
 @cache

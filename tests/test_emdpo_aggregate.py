@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import processes
 from emdpo_runs import em, opposed_rows, quick_collection, same, types_alone, weights  # noqa: F401
-from helpers import build_tokenizer, tiny_llama
+from helpers import build_tokenizer, flags, tiny_llama
 from trainers import MixturePolicy
 from trainers.cli import aggregate
 from trainers.cli import types as choose_types
@@ -220,12 +220,11 @@ def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():
 
 def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path):
     Dataset.from_list(opposed_rows()).to_json(tmp_path / "rows.jsonl")
-    flags = {
-        "model_name_or_path": start, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path, "use_cpu": True,
-        "report_to": "none", "learning_rate": 0.01, "rounds": 2, "init": "agreement", "disable_tqdm": True,
-        "per_device_train_batch_size": 4, "save_strategy": "no", "max_types": 2, "held_out": 0.34, "seed": 3,
-    }  # fmt: skip
-    report = choose_types.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    report = choose_types.main(flags(
+        model_name_or_path=start, dataset_name=tmp_path / "rows.jsonl", output_dir=tmp_path, use_cpu=True,
+        report_to="none", learning_rate=0.01, rounds=2, init="agreement", disable_tqdm=True, seed=3,
+        per_device_train_batch_size=4, save_strategy="no", max_types=2, held_out=0.34,
+    ))  # fmt: skip
     assert report["held_out_annotators"] == 2 and report["held_out_items"] == 10
     inside, outside = (
         {line.split(",")[0] for line in (tmp_path / f"types-2/{name}.csv").read_text().splitlines()[1:]}

@@ -49,7 +49,7 @@ def log_likelihood(histories: list[list[dict]]) -> str:
     return chart("", "round", lines, ylabel="log-likelihood per row, nats")
 
 
-def regrets(table: dict[str, dict], labels: list[str] | None = None) -> str:
+def regrets(table: dict[str, dict]) -> str:
     """Regret of each type under each policy or mixture: {name: {"regret": (T,), and perhaps "low" and "high"}}."""
     rows, names = list(table.values()), list(table)
     lines = []
@@ -58,7 +58,7 @@ def regrets(table: dict[str, dict], labels: list[str] | None = None) -> str:
         values = [{"mean": row["regret"][k], "low": low, "high": high}
                   for row, (low, high) in zip(rows, ends, strict=True)]  # fmt: skip
         places = (np.arange(len(rows)) + 0.1 * k).tolist()
-        lines.append(Series(labels[k] if labels else f"type {k}", places, values, "o"))
+        lines.append(Series(f"type {k}", places, values, "o"))
     ticks = {"xticks": range(len(rows)), "xticklabels": [name.replace(" ", "\n", 1) for name in names]}
     size = (1.6 + 1.3 * len(rows), 4)
     return chart("", "", lines, level=(0, "its own policy"), size=size, ylabel="regret, nats per response", **ticks)

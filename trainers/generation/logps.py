@@ -30,14 +30,23 @@ def collect_logps(
         ValueError: a prompt or a response without tokens.
     """
     processes = processes or Processes()
-    rows = [
-        {"prompt": p, "responses": [as_completion(p, text) for text in texts], "scores": [0.0] * len(texts)}
-        for p, texts in zip(prompts, responses, strict=True)
-    ]
-    tokens, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")
+    rows = tokenize_texts(tokenizer, prompts, responses)
     logps = score_rows(
-        lambda: load()[0], [tokens], folder, accelerator=processes, pad_token_id=tokenizer.pad_token_id, layout=layout,
+        lambda: load()[0], [rows], folder, accelerator=processes, pad_token_id=tokenizer.pad_token_id, layout=layout,
         per_token=True, budget=1,
     )  # fmt: skip
     free_memory()
     return cast("list[list[list[float]]]", logps[0])  # not sums, as it is per token
+
+
+def tokenize_texts(tokenizer, prompts: list[Prompt], responses: list[list[str]]) -> Dataset:
+    """Tokenised rows of prompts and the texts that answer each of them, 2 or more.
+
+    Raises:
+        ValueError: a prompt or a response without tokens.
+    """
+    rows = [
+        {"prompt": p, "responses": [as_completion(p, text) for text in texts], "scores": [0.0] * len(texts)}
+        for p, texts in zip(prompts, responses, strict=True)
+    ]
+    return tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")[0]

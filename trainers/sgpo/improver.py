@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from ..data.tokenization import tokenize_dataset
+from ..generation.logps import tokenize_texts
 from ..generation.sampler import Prompt
 from ..runs.checkpoints import last_checkpoint
 
@@ -45,11 +45,8 @@ def tokenise(examples: Sequence[Example], tokenizer) -> list[dict]:
     """`prompt_ids` and `response_ids` of (prompt, answer), as the rest of the suite has them."""
     if not examples:
         return []
-    rows = [
-        {"prompt": p, "responses": [a, a] if isinstance(p, str) else [[{"role": "assistant", "content": a}]] * 2,
-         "scores": [0.0, 0.0]} for p, a in examples
-    ]  # fmt: skip
-    tokens, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")
+    prompts, answers = zip(*examples, strict=True)
+    tokens = tokenize_texts(tokenizer, list(prompts), [[answer] * 2 for answer in answers])  # a row has two or more
     return [{"prompt_ids": row["prompt_ids"], "response_ids": row["response_ids"][0]} for row in tokens]
 
 

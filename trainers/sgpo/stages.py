@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from ..forward.policy import set_pad_token
 from ..generation.collect import collect_scores
+from ..generation.rewards import as_completion
 from ..generation.scorer import load_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
@@ -359,8 +360,7 @@ class Run:
 
 def pair(row: dict) -> dict:
     """A canonical row: chosen over rejected, both under the plain prompt."""
-    texts = [row["chosen"], row["rejected"]]
-    responses = texts if isinstance(row["prompt"], str) else [[{"role": "assistant", "content": t}] for t in texts]
+    responses = [as_completion(row["prompt"], row[name]) for name in ("chosen", "rejected")]
     return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
 
 
