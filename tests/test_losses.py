@@ -311,3 +311,27 @@ def test_infonca_is_least_where_the_rewards_are_alpha_times_the_scores():
 def test_a_large_common_offset_of_the_scores_costs_no_precision(loss):
     x, scores, mask = torch.tensor([[0.5, -1.0, 0.3]]), torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3).bool()
     torch.testing.assert_close(loss(x, scores + 1e6, mask, alpha=0.7), loss(x, scores, mask, alpha=0.7))
+
+
+@pytest.mark.parametrize(
+    "loss, option",
+    [
+        (dpo_loss, "pairs"),
+        (plackett_luce_loss, "reduction"),
+        (lire_loss, "score_transform"),
+        (lire_loss, "reduction"),
+        (swepo_loss, "weighting"),
+        (swepo_loss, "positives"),
+    ],
+)
+def test_a_misspelt_choice_is_no_other_choice(loss, option):
+    needed = {"beta": 0.1, "alpha": 0.1} if loss is swepo_loss else {}
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{option}='bestworst' is unknown"):
+        loss(
+            x,
+            torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64),
+            torch.ones(1, 3).bool(),
+            **needed,
+            **{option: "bestworst"},
+        )

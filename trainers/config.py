@@ -58,6 +58,12 @@ def option(default, help: str, *, choices: Sequence[str] | None = None, **bounds
     return dataclasses.field(default=default, metadata={"help": help} | ({"choices": allowed} if allowed else {}))
 
 
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    """Raises ValueError for a word that a loss would take for another one."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+
 def check_options(options) -> None:
     """Raises ValueError for the first field of a dataclass that is outside its choices or bounds.
 
@@ -69,8 +75,9 @@ def check_options(options) -> None:
         optional = field.default is None or type(None) in get_args(types[field.name])
         if allowed is None or value in allowed or (value is None and optional):
             continue
-        kind = "must be a finite number," if isinstance(allowed, Range) else "is unknown: choose one of"
-        raise ValueError(f"{field.name}={value!r} {kind} {', '.join(allowed)}.")
+        if isinstance(allowed, Range):
+            raise ValueError(f"{field.name}={value!r} must be a finite number, {', '.join(allowed)}.")
+        check_choice(field.name, value, allowed)
 
 
 class Demands(NamedTuple):

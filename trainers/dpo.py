@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, option
+from .config import PreferenceConfig, check_choice, option
+
+PAIRS = ("best_worst", "best_rest", "all")
 
 
 @dataclass
@@ -26,7 +28,7 @@ class DPOConfig(PreferenceConfig):
         "best_worst",
         "Which pairs of a prompt's responses count: the best against the worst, the best against each other one, or "
         "all with different scores.",
-        choices=["best_worst", "best_rest", "all"],
+        choices=PAIRS,
     )
     label_smoothing: float = option(
         0.0, "Probability that a pair is in the wrong order (TRL's loss_type 'robust').", at_least=0, below=0.5
@@ -65,7 +67,11 @@ def score_pairs(scores: Tensor, mask: Tensor, pairs: str = "best_worst") -> Tens
     """(B,K,K) bool: true at [i, j] where i is preferred to j and the pair counts.
 
     Responses that tie for best (or worst) all take that side, so the order of the data decides nothing.
+
+    Raises:
+        ValueError: `pairs` is unknown.
     """
+    check_choice("pairs", pairs, PAIRS)
     mask = mask.bool()
     preferred = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
     if pairs == "all":

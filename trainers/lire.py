@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, option
+from .config import PreferenceConfig, check_choice, option
 from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
 
+SCORE_TRANSFORMS = ("softmax", "none", "zscore")
+REDUCTIONS = ("sum", "mean")
 LISTWISE_OPTIONS = (
     "temperature", "score_transform", "score_temperature", "length_average", "reduction", "loss_weight",
 )  # fmt: skip
@@ -47,7 +49,7 @@ class LIREConfig(PreferenceConfig):
         "softmax",
         "What the scores become: a softmax over the prompt's responses (the authors' code), themselves (none), or "
         "z-scores with the population's standard deviation.",
-        choices=["softmax", "none", "zscore"],
+        choices=SCORE_TRANSFORMS,
     )
     score_temperature: float = option(
         1.0, "Divides the scores before score_transform='softmax'; no effect otherwise.", above=0
@@ -55,12 +57,12 @@ class LIREConfig(PreferenceConfig):
     length_average: bool = option(
         False, "Log-probability per token instead of the sum. Not LIRE, but does not collapse."
     )
-    reduction: str = option("sum", "Sum or mean over a prompt's responses.", choices=["sum", "mean"])
+    reduction: str = option("sum", "Sum or mean over a prompt's responses.", choices=REDUCTIONS)
     loss_weight: float = option(1.0, "Factor on the expected score, not on the SFT term.", above=0)
     sft_alpha: float = option(
         0.0, "Weight of the negative log-likelihood of the best response; 0 for none.", at_least=0
     )
-    sft_reduction: str = option("mean", "Sum or mean over the tokens in the SFT term.", choices=["sum", "mean"])
+    sft_reduction: str = option("mean", "Sum or mean over the tokens in the SFT term.", choices=REDUCTIONS)
 
 
 def lire_loss(
@@ -91,11 +93,13 @@ def lire_loss(
         no SFT term. The SFT term is about the first of the best responses.
 
     Raises:
-        ValueError: `lengths` is missing.
+        ValueError: `lengths` is missing, or a choice is unknown.
     """
     assert logps.shape == scores.shape == mask.shape, (logps.shape, scores.shape, mask.shape)
     if lengths is None and (length_average or (sft_alpha and sft_reduction == "mean")):
         raise ValueError("lengths is missing: length_average and sft_reduction='mean' need the tokens per response.")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("sft_reduction", sft_reduction, REDUCTIONS)
     mask = mask.bool()
     logits = candidate_logits(logps, mask, temperature, lengths if length_average else None)
     rewards = transform_scores(scores.to(logits.dtype), mask, score_transform, score_temperature)
@@ -122,6 +126,7 @@ def candidate_logits(logps: Tensor, mask: Tensor, temperature: float, lengths: T
 
 def transform_scores(scores: Tensor, mask: Tensor, transform: str, temperature: float = 1.0) -> Tensor:
     """(B,K) constants R that take the place of the scores, 0 in masked slots."""
+    check_choice("score_transform", transform, SCORE_TRANSFORMS)
     scores = scores.detach().masked_fill(~mask, 0)
     if transform == "softmax":
         return _softmax(scores / temperature, mask)

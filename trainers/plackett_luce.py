@@ -10,8 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, option
+from .config import PreferenceConfig, check_choice, option
 from .likelihood import stage_logps
+
+REDUCTIONS = ("sum", "mean")
 
 
 @dataclass
@@ -23,7 +25,7 @@ class PlackettLuceConfig(PreferenceConfig):
     reduction: str = option(
         "sum",
         "Sum over the stages of a ranking, its likelihood, or that divided by the number of responses.",
-        choices=["sum", "mean"],
+        choices=REDUCTIONS,
     )
 
 
@@ -48,6 +50,7 @@ def plackett_luce_loss(
     Returns:
         (B,) losses, exactly 0 and without gradient for prompts whose scores are all equal.
     """
+    check_choice("reduction", reduction, REDUCTIONS)
     mask = mask.bool()
     losses = -stage_logps(beta * logratios.masked_fill(~mask, 0), scores, mask).sum(-1)
     return losses / mask.sum(-1).clamp(min=1) if reduction == "mean" else losses

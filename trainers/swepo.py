@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, option
+from .config import PreferenceConfig, check_choice, option
+
+WEIGHTINGS = ("absolute", "signed", "none")
+POSITIVES = ("above_mean", "best", "top_m")
+MEANS = ("kept", "all")
 
 # A score counts as above the mean only by more than this share of the prompt's score range: the mean of three equal
 # floats is not always that float.
@@ -38,18 +42,18 @@ class SWEPOConfig(PreferenceConfig):
         "absolute",
         "Weight exp(alpha * g(d)) of a response that lies d above its prompt's mean score: g is |d|^power, "
         "sign(d)|d|^power or 0.",
-        choices=["absolute", "signed", "none"],
+        choices=WEIGHTINGS,
     )
     power: float = option(1.0, "Exponent of the score deviation; 0 means no weights.", at_least=0)
     positives: str = option(
         "above_mean",
         "Which responses are positive: above the prompt's mean, only the best one, or the `top_m` best against the "
         "`top_m` worst.",
-        choices=["above_mean", "best", "top_m"],
+        choices=POSITIVES,
     )
     top_m: int = option(1, "Responses per side with positives='top_m'.", at_least=1)
     mean_over: str = option(
-        "kept", "With positives='top_m': mean score over the kept or over all responses.", choices=["kept", "all"]
+        "kept", "With positives='top_m': mean score over the kept or over all responses.", choices=MEANS
     )
     gamma: float = option(1.0, "Factor on the negatives in the denominator (REFA Eq. 6).", above=0)
     alpha_inside_beta: bool = option(False, "Multiply the score weights' exponent by beta as well (REFA Eq. 18).")
@@ -104,6 +108,8 @@ def score_split(
 
     They are constants: no gradient passes through the scores.
     """
+    check_choice("positives", positives, POSITIVES)
+    check_choice("mean_over", mean_over, MEANS)
     scores, mask = scores.detach(), mask.bool()
     # Measured from the lowest score, so that a large common offset costs no precision.
     lowest = scores.masked_fill(~mask, math.inf).amin(-1, keepdim=True)
@@ -142,6 +148,7 @@ def _top_and_bottom(d: Tensor, mask: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def _log_weights(split: Split, *, beta, alpha, weighting, power, gamma, alpha_inside_beta) -> Tensor:
     """(B,K) logarithm of the factor of each response in the sums of the loss: its weight, times gamma if negative."""
+    check_choice("weighting", weighting, WEIGHTINGS)
     deviations = split.deviations
     size = deviations.abs() ** power
     if weighting == "none" or power == 0:  # also for `signed`, where sign(d)|d|^0 would still tell the sides apart
