@@ -39,6 +39,8 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
     ):
         with pytest.raises(ValueError, match=word):
             em(tmp_path, start, data)
+    with pytest.raises(ValueError, match="num_types=9 is more than the"):
+        em(tmp_path, start, rows, num_types=9)
     for table, word in (
         ({"a0": [0.5, 0.5]}, "no row for annotator"),
         ({f"a{i}": [0.5, 0.6] for i in range(6)}, "give 2 probabilities"),

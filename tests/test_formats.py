@@ -81,6 +81,12 @@ def test_a_group_that_is_torn_apart_is_an_error_that_names_the_row(name, again, 
         canonicalize(rows, FORMATS[name].adapter)
 
 
+def test_a_reply_that_is_there_twice_in_its_tree_is_refused():
+    source = CASES["oasst1"][0]
+    with pytest.raises(ValueError, match="message_id is there twice"):
+        canonicalize(Dataset.from_list([*source[:2], *source[1:]]), FORMATS["oasst1"].adapter)
+
+
 @pytest.mark.parametrize("name", ["nectar", "prism", "oasst1"])
 def test_a_drop_is_refused_where_invalid_rows_are_errors(name):
     with pytest.raises(ValueError, match="row .*invalid_rows='drop'"):

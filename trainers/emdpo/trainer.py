@@ -70,6 +70,8 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, callbacks=None, quantization_config=None, peft_config=None):  # fmt: skip
+        if isinstance(eval_dataset, dict):
+            raise ValueError("eval_dataset must be one data set of held-out annotators, not a dict.")
         super().__init__(
             model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
             processing_class=processing_class, quantization_config=quantization_config, peft_config=peft_config,
@@ -94,6 +96,8 @@ class EMDPOTrainer(TypePolicyTrainer):
                     "say nothing about a ranking; they are left out."
                 )
         self.annotators = self.judged.annotators
+        if len(self.annotators) < self.args.num_types:
+            raise ValueError(f"num_types={self.args.num_types} is more than the {len(self.annotators)} annotators.")
         self.posterior: np.ndarray | None = None
         self.policies: list[Path] = []
 

@@ -17,6 +17,10 @@ def oasst1(rows: Iterable[Row]) -> Iterator[Row | Drop]:
     """
     for tree in in_groups(rows, "message_tree_id"):
         messages = {message["message_id"]: message for message in tree}
+        if len(messages) < len(tree):
+            raise ValueError(
+                "a message_id is there twice in its tree, so a reply would count twice: give each its own."
+            )
         replies: dict[str | None, list[Row]] = {}
         for message in tree:
             if message["role"] == "assistant":
