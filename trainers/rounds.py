@@ -38,6 +38,7 @@ from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer
 from .generation.start import dtype_for_all, load_for_sampling, load_start
+from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
 from .runs.processes import uses_fsdp
@@ -274,8 +275,7 @@ def describe(manifest: dict) -> str:
         f"({samples['mean_response_tokens']:.0f} tokens, {samples['truncated_share']:.1%} cut off)"
     ]
     for name, value in manifest.get("held_out", {}).items():
-        interval = f"[{value['low']:.3f}, {value['high']:.3f}]"
-        lines.append(f"  held-out prompts, {name.replace('_', ' ')}: {value['mean']:.3f} {interval}")
+        lines.append(f"  held-out prompts, {name.replace('_', ' ')}: {interval(value)}")
     return "\n".join(lines)
 
 

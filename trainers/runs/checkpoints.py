@@ -118,17 +118,19 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
     needed = {"optimizer*": "the optimizer", "scheduler.pt": "the learning rate", "rng_state*.pth": "random numbers"}
     if engine == "deepspeed":  # keeps the first two in files of its own
         needed = {"latest": "the optimizer", "rng_state*.pth": "random numbers"}
+    adapter = None
     if isinstance(model, PeftModel) and engine is None:
-        own = "" if model.active_adapter == "default" else f"{model.active_adapter}/"
-        needed[own + ADAPTER] = f"the adapter {model.active_adapter!r}"
+        adapter = ADAPTER if model.active_adapter == "default" else f"{model.active_adapter}/{ADAPTER}"
+        needed[adapter] = f"the adapter {model.active_adapter!r}"
     for pattern, what in needed.items():
         if not any(folder.glob(pattern)):
             raise ValueError(
                 f"resume_from_checkpoint: {folder} has no {pattern}, so {what} would start anew (save_only_model "
                 "leaves it out): put the file back, go on under the same engine, or take another checkpoint."
             )
-    if isinstance(model, PeftModel) and engine is None:
-        _check_names(folder / own / ADAPTER, model)
+    if adapter is not None:
+        assert isinstance(model, PeftModel)
+        _check_names(folder / adapter, model)
 
 
 def _check_names(path: Path, model: PeftModel) -> None:
