@@ -24,7 +24,6 @@ from trainers.generation.start import load_start
 from trainers.pages.text import interval, markdown
 from trainers.runs.checkpoints import last_checkpoint
 from trainers.runs.files import read_rows, write_atomic, write_json, write_rows
-from trainers.runs.processes import Processes
 from trainers.runs.stage import train_into
 from trainers.sgpo.filters import fault
 from trainers.sgpo.sampling import Sampler
@@ -82,10 +81,10 @@ def measure(base: Path) -> dict:
     """ROUGE-L of all answers, and the reference answers' likelihood, against the model before training."""
     _, _, args, model = train.parse(["--config", str(RECIPE)])
     gold = base / "gold_pairs" / MODEL
-    train_into(gold, lambda folder: train_on_gold_pairs(folder, base / "self/round-00", args, model), Processes())
+    train_into(gold, lambda folder: train_on_gold_pairs(folder, base / "self/round-00", args, model))
     before = read_rows(base / "self/round-00/measure/policy.jsonl.gz")
     name = model.model_name_or_path
-    sampler = Sampler(args, name, AutoTokenizer.from_pretrained(name), Processes())
+    sampler = Sampler(args, name, AutoTokenizer.from_pretrained(name))
 
     def policy(title: str, path: Path | None, answers: list[str]) -> dict:
         folder = base / "likelihood" / folder_of(title.replace(": ", "-"))

@@ -13,7 +13,6 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
 from trainers.generation import GumbelSampler, SamplingConfig, collect_samples, sample_responses
-from trainers.generation.collect import batches
 from trainers.generation.sampler import encode_prompt, sample_seed
 from trainers.generation.vllm import VLLMServer
 
@@ -191,15 +190,6 @@ def test_adapters_change_the_samples(policy):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0, generator=torch.Generator().manual_seed(0))
     assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) != fresh
-
-
-def test_processes_share_the_work_in_lock_step():
-    todo = [(i, j) for i in range(5) for j in range(3)]
-    for world, size in ((2, 4), (4, 1), (7, 2), (16, 3)):
-        shares = [list(batches(todo, size, rank, world)) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1
-        assert sorted(key for share in shares for keys in share for key in keys) == todo
-        assert all(len(keys) <= size for share in shares for keys in share)
 
 
 class Stub(BaseHTTPRequestHandler):

@@ -8,7 +8,6 @@ from datasets import Dataset
 from helpers import family_tokenizer
 from trainers.cli.sgpo_report import word_diff, write_report
 from trainers.data.load import read_dataset
-from trainers.runs.processes import Processes
 from trainers.runs.stage import Stage
 from trainers.sgpo import SGPOConfig, SGPOTrainer, sampling
 from trainers.sgpo.data import Rows, read_data, read_rows
@@ -122,7 +121,7 @@ def test_what_no_reviser_may_give_is_refused_and_not_kept(given, tmp_path, monke
     args = config(tmp_path, reviser="external", reviser_function="trainers.sgpo.sampling.reference_answer")
     rows = [{"prompt": "Hi", "current": "a", "reference": "b"}] * 3
     with pytest.raises(ValueError, match="reviser_function gave .* for 3 drafts"):
-        sampling.Sampler(args, "no model", None, Processes()).revise(tmp_path, rows, None, 0)
+        sampling.Sampler(args, "no model", None).revise(tmp_path, rows, None, 0)
     assert not any(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
 
 

@@ -164,7 +164,7 @@ class Rounds:
         if not done:
             pool, statistics = self._pool(index, folder, start)
             self.processes.main(lambda: write_rows(folder / "rows.jsonl.gz", pool))
-            train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at), self.processes)
+            train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at))
         rewards.append(self._measure(folder / "held-out", folder / "checkpoint"))
         if not done:
             self.processes.main(lambda: write_json(path, self._manifest(index, statistics, rewards)))

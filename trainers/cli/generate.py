@@ -104,7 +104,7 @@ def generate(args: GenerateArguments) -> dict:
     args = replace(args, dtype=dtype_for_all(args.dtype, processes.device))  # its settings hold on another machine too
     check_scorer(scorer)
     output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
-    stage = Stage(parts, settings_of(args, rows), processes=processes, ways_out=WAYS_OUT)
+    stage = Stage(parts, settings_of(args, rows), ways_out=WAYS_OUT)
     if args.overwrite and processes.is_main_process:
         shutil.rmtree(parts, ignore_errors=True)
         output.unlink(missing_ok=True)

@@ -87,12 +87,12 @@ class Arena:
             **{n: getattr(self.config, n) for n in ("num_generations", "max_new_tokens", "seed")},
         }
         ways_out = f"name another folder with --output, or remove {self.folder} to sample anew"
-        folder = Stage(self.samples_of(player), settings, processes=self.processes, ways_out=ways_out).open()
+        folder = Stage(self.samples_of(player), settings, ways_out=ways_out).open()
 
         def load() -> HuggingFace:
             return HuggingFace(self.load(player), self.tokenizer)
 
-        made = collect_samples(folder, load, self.prompts, self.config, accelerator=self.processes)
+        made = collect_samples(folder, load, self.prompts, self.config)
         free_memory()
         return made
 

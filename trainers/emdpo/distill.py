@@ -81,5 +81,5 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
         processes.main(lambda: write_json(folder / SETTINGS, settings))
 
     processes.say(f"{target} is trained on {len(rows)} answers of the mixture.")
-    train_into(target, train, processes)
+    train_into(target, train)
     return player

@@ -133,7 +133,7 @@ class EM:
             def train(folder: Path, weights=weights, start=starts and starts[k]) -> None:
                 self.trainer.m_step(weights, start, folder, seed)
 
-            train_into(policy, train, self.processes)
+            train_into(policy, train)
 
     def _final(self, last: Round) -> Round:
         """What `last` found, with policies that are trained on all rows by its posterior."""

@@ -128,7 +128,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         self._save_start(folder / tables.START)
         self.model = self.model_wrapped = self.callback_handler.model = None  # type: ignore[assignment]
         free_memory()  # each policy that is read from disk is alone in memory
-        Stage(folder, self._whole_settings(), processes=self.processes, settings_name="emdpo.json").open()
+        Stage(folder, self._whole_settings(), settings_name="emdpo.json").open()
         every = [self.judged, *([self.held_out] if self.held_out else [])]
         reference = self.score(folder / "reference", every, "Reference log-probabilities", self._load_reference)
         for judged, logps in zip(every, reference, strict=True):

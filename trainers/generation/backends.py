@@ -1,16 +1,12 @@
 """What answers requests: a backend with one method. The one for Hugging Face models is here, vLLM's in vllm.py."""
 
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
-from trl.models import unwrap_model_for_generation
 
-from ..runs.processes import Processes
 from .sampler import GumbelSampler, Sample, SamplingConfig
 
 FLAGS = ("training", "gradient_checkpointing")  # of modules, off while sampling
@@ -41,38 +37,34 @@ class HuggingFace:
     """Samples with `generate`, reproducibly sample by sample.
 
     Args:
-        model: causal language model or PeftModel, wrapped by DDP, DeepSpeed or FSDP or not. Training mode and
-            gradient checkpointing are switched off while it samples and put back afterwards.
-        accelerator: which wrapped the model. A sharded model samples in lock step on all processes.
+        model: causal language model or PeftModel, whole and on its device. Training mode and gradient checkpointing
+            are switched off while it samples and put back afterwards.
     """
 
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
-    accelerator: Accelerator | Processes = field(default_factory=Processes)
 
     @property
     def context(self) -> int | None:
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
-        with self._generating() as model:
-            return self._generate(model, requests, config)
-
-    def _generate(self, model, requests: list[Request], config: SamplingConfig) -> list[Sample]:
-        rows, device = [request.prompt_ids for request in requests], model.get_input_embeddings().weight.device
-        width, ends = max(map(len, rows)), end_ids(model, self.tokenizer)
+        rows, device = [request.prompt_ids for request in requests], self.model.get_input_embeddings().weight.device
+        width, ends = max(map(len, rows)), end_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         processors = LogitsProcessorList()
         if config.temperature > 0:
             seeds, heat, top_p = [request.seed for request in requests], config.temperature, config.top_p
             processors.append(GumbelSampler(seeds, temperature=heat, top_p=top_p, top_k=config.top_k, device=device))
-        output = model.generate(
-            input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
-            attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
-            logits_processor=processors,
-            generation_config=_greedy_config(config.max_new_tokens, ends, pad),
-        )
+        with _without_training(self.model):
+            output = self.model.generate(
+                input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
+                attention_mask=torch.tensor(
+                    [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
+                ),
+                logits_processor=processors,
+                generation_config=_greedy_config(config.max_new_tokens, ends, pad),
+            )
         return [self._cut(row, ends) for row in output[:, width:].tolist()]
 
     def _cut(self, ids: list[int], ends: list[int]) -> Sample:
@@ -82,23 +74,20 @@ class HuggingFace:
         assert isinstance(text, str)  # of one list of ids
         return Sample(text, kept, truncated=stop is None)
 
-    @contextmanager
-    def _generating(self):
-        model = self.accelerator.unwrap_model(self.model)
-        flags = {
-            module: {name: vars(module)[name] for name in FLAGS if name in vars(module)} for module in model.modules()
-        }
-        distributed = self.accelerator.distributed_type != DistributedType.NO
-        whole = unwrap_model_for_generation(self.model, self.accelerator) if distributed else nullcontext(model)
-        for module in flags:
-            # The flags, not gradient_checkpointing_disable(): enabling again would forget the user's arguments.
-            vars(module).update(dict.fromkeys(flags[module], False))
-        try:
-            with whole as generator:
-                yield generator
-        finally:
-            for module, values in flags.items():
-                vars(module).update(values)
+
+@contextmanager
+def _without_training(model: torch.nn.Module):
+    flags = {
+        module: {name: vars(module)[name] for name in FLAGS if name in vars(module)} for module in model.modules()
+    }
+    for module in flags:
+        # The flags, not gradient_checkpointing_disable(): enabling again would forget the user's arguments.
+        vars(module).update(dict.fromkeys(flags[module], False))
+    try:
+        yield
+    finally:
+        for module, values in flags.items():
+            vars(module).update(values)
 
 
 def end_ids(model, tokenizer) -> list[int]:

@@ -5,7 +5,7 @@ depend on the batch, so it does not matter where the run was cut.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -22,63 +22,49 @@ SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
 
 
 def collect(
-    todo: list, make: Callable[[list], list], *, size: int, processes: Processes, title: str,
-    on_batch: Callable[[dict], None] | None = None, lockstep: bool = False, progress: bool = True,
+    todo: list, make: Callable[[list], list], save: Callable[[dict], None], *, size: int, title: str,
+    progress: bool = True,
 ) -> dict:  # fmt: skip
     """Makes what is missing: `make(keys)` for batches of `todo`, shared by the processes, of which all get the result.
 
-    Args:
-        on_batch: called in each process with what it made, after each batch, for instance to save it.
-        lockstep: every process makes as many batches as any, as sharded models need it.
+    After each batch, `save` is called with what this process made.
     """
-    own, made = todo[processes.process_index :: processes.num_processes], {}
+    processes, made = Processes(), {}
+    own = todo[processes.process_index :: processes.num_processes]
     with tqdm(total=len(own), desc=title, disable=not (progress and own and processes.is_main_process)) as bar:
-        for keys in batches(todo, size, processes.process_index, processes.num_processes):
-            if not keys:
-                if lockstep:
-                    make(todo[:1])  # for the collectives alone
-                continue
+        for start in range(0, len(own), size):
+            keys = own[start : start + size]
             new = dict(zip(keys, make(keys), strict=True))
             made.update(new)
             bar.update(len(new))
-            if on_batch is not None:
-                on_batch(new)
+            save(new)
     return dict(gather_object(list(made.items()))) if processes.num_processes > 1 else made
 
 
-def batches(todo: list, size: int, rank: int, world: int) -> Iterator[list]:
-    """This process's batches; the same number of them in every process, the last ones empty in some."""
-    own = todo[rank::world]
-    return (own[start : start + size] for start in range(0, len(todo[0::world]), size))
-
-
-def sample_responses(
-    model, tokenizer, prompts: list[Prompt], config: SamplingConfig, *, accelerator=None, **options
-) -> list[list[Sample]]:
+def sample_responses(model, tokenizer, prompts: list[Prompt], config: SamplingConfig, **options) -> list[list[Sample]]:
     """`collect_samples` of a Hugging Face model that keeps nothing: [prompts][num_generations] samples."""
-    backend = HuggingFace(model, tokenizer, accelerator or Processes())
-    return collect_samples(None, lambda: backend, prompts, config, accelerator=accelerator, **options)
+    return collect_samples(None, lambda: HuggingFace(model, tokenizer), prompts, config, **options)
 
 
 def collect_samples(
     folder: str | Path | None, load: Callable[[], Backend], prompts: list[Prompt], config: SamplingConfig, *,
-    round: int = 0, accelerator=None, progress: bool = True,
+    round: int = 0, progress: bool = True,
 ) -> list[list[Sample]]:  # fmt: skip
     """`config.num_generations` responses to each prompt, in the order of `prompts`.
+
+    Each process samples its share with a whole policy, and all return the full result.
 
     Args:
         folder: where they are kept, and samples that exist already are found; None keeps nothing.
         load: gives the backend; it is not called when all samples are there already.
         prompts: plain texts or lists of messages.
         round: counts the rounds of a loop; another round gives other samples.
-        accelerator: with several processes each one samples its share and all return the full result. All must
-            make the call with the same arguments.
 
     Raises:
         ValueError: a prompt without tokens, messages without a chat template, a prompt that does not fit in the
             context together with `max_new_tokens`.
     """
-    journal = Journal(folder, "samples", accelerator or Processes())
+    journal = Journal(folder, "samples")
     known: dict[Key, Sample] = {
         (record["prompt"], record["index"]): Sample(record["text"], record["token_ids"], record["truncated"])
         for record in journal.read()
@@ -106,27 +92,26 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
         journal.append({"prompt": i, "index": j, **sample._asdict()} for (i, j), sample in made.items())
 
     todo = sorted(todo, key=lambda key: (-len(encoded[key[0]]), key))
-    options = {"size": config.batch_size, "processes": journal.processes, "on_batch": save, "progress": progress}
-    return collect(todo, make, lockstep=True, title="sampling", **options)
+    return collect(todo, make, save, size=config.batch_size, title="sampling", progress=progress)
 
 
 def collect_scores(
     folder: str | Path, load: Callable[[], Scorer], prompts: list[Prompt], responses: list[list[str]], *,
-    columns: dict[str, list] | None = None, accelerator=None,
+    columns: dict[str, list] | None = None,
 ) -> list[list[float]]:  # fmt: skip
     """Scores all responses, kept in `folder`.
 
     `load()` returns a scorer and is not called when all scores are there already. A prompt of messages has its
     responses handed over as assistant messages. `columns` hold one value per prompt.
     """
-    journal = Journal(folder, "scores", accelerator or Processes())
+    journal = Journal(folder, "scores")
     known = {record["prompt"]: record["scores"] for record in journal.read()}
     if todo := [i for i in range(len(prompts)) if i not in known]:
         scorer = load()
         known |= collect(
-            todo, lambda at: _score(scorer, at, prompts, responses, columns or {}), size=SCORE_CHUNK, title="scoring",
-            processes=journal.processes,
-            on_batch=lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
+            todo, lambda at: _score(scorer, at, prompts, responses, columns or {}),
+            lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
+            size=SCORE_CHUNK, title="scoring",
         )  # fmt: skip
     return [known[i] for i in range(len(prompts))]
 

@@ -17,9 +17,9 @@ class Journal:
     Without a folder nothing is kept.
     """
 
-    def __init__(self, folder: str | Path | None, name: str, processes: Processes):
+    def __init__(self, folder: str | Path | None, name: str):
         self.folder = None if folder is None else Path(folder)
-        self.name, self.processes = name, processes
+        self.name, self.processes = name, Processes()
 
     def read(self) -> list[dict]:
         """All whole records. Every process must call this, and none may append before.

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import gather
 from transformers import TrainingArguments
 
 
 class Processes:
-    """What sampling and scoring ask of an accelerator, for a policy that every process holds whole and unwrapped."""
+    """The processes of the launcher, and what scoring asks of an accelerator for a policy that each holds whole."""
 
-    distributed_type = DistributedType.NO
     gather = staticmethod(gather)
     autocast = staticmethod(nullcontext)  # the policy computes in the dtype that it was loaded in
 
@@ -26,9 +25,6 @@ class Processes:
         self.num_processes, self.process_index = state.num_processes, state.process_index
         self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
         self.is_local_main_process, self.device = state.is_local_main_process, state.device
-
-    def unwrap_model(self, model):
-        return model
 
     def say(self, text: str) -> None:
         if self.is_main_process:

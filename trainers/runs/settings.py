@@ -130,20 +130,13 @@ def _update(hashed, name: str, values: pa.Array) -> None:
         hashed.update("\n".join(map(str, values.storage.to_pylist())).encode())
 
 
-def fingerprint(path: Path) -> str | None:
-    """Hash of a file, or of the weights in a folder, which also holds logs with durations; None where nothing is."""
-    if path.is_dir():
-        return model_fingerprint(str(path), WEIGHTS)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-
-def model_fingerprint(name: str, suffixes: tuple[str, ...] = (".json", ".jinja", ".bin", *WEIGHTS)) -> str | None:
+def model_fingerprint(name: str) -> str | None:
     """Hash of a local folder's file sizes, small files and samples of the weights; None for a hub id."""
     folder = Path(name)
     if not folder.is_dir():
         return None
     hashed, block = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".bin", *WEIGHTS)):
         size = path.stat().st_size
         hashed.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

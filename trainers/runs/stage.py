@@ -2,7 +2,7 @@
 
     <folder>/settings.json   what its result depends on, written before any work: other settings are refused
     <folder>/...             journals and files of the work itself, each with a way to go on after a kill
-    <folder>/manifest.json   hash of the settings and of the outputs, and what came out; written last, which ends it
+    <folder>/manifest.json   hash of the settings, and what came out; written last, which ends it
 
 A later stage takes the hashes of what it reads from the manifests of earlier ones into its own settings, so it is tied
 to all that came before it.
@@ -11,13 +11,13 @@ to all that came before it.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoints import remove_incomplete_checkpoints
 from .files import write_json
 from .processes import Processes, free_memory
-from .settings import WEIGHTS, digest, fingerprint, plain, refuse_other_settings
+from .settings import WEIGHTS, digest, plain, refuse_other_settings
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
@@ -31,21 +31,18 @@ class Stage:
 
     Args:
         settings: from `run_settings`, or anything else by name that JSON can hold.
-        outputs: names of the files or model folders that later stages read.
         ways_out: what to do where the folder was made with other settings, beside setting them back.
         settings_name: of the file with the settings.
     """
 
     folder: Path
     settings: dict
-    outputs: tuple[str, ...] = ()
-    processes: Processes = field(default_factory=Processes)
     ways_out: str = WAYS_OUT
     settings_name: str = SETTINGS
 
     def __post_init__(self):
         self.folder, self.settings = Path(self.folder), plain(self.settings)
-        self.key = digest(self.settings)
+        self.key, self.processes = digest(self.settings), Processes()
 
     def done(self) -> bool:
         """Whether the stage has ended.
@@ -80,10 +77,8 @@ class Stage:
         return self.folder
 
     def finish(self, **content) -> None:
-        """Writes the manifest, atomically: hashes of settings and outputs, and `content`."""
-        outputs = {name: fingerprint(self.folder / name) for name in self.outputs}
-        manifest = {"hash": self.key, "outputs": outputs, **content}
-        self.processes.main(lambda: write_json(self.folder / MANIFEST, manifest))
+        """Writes the manifest, atomically: the hash of the settings, and `content`."""
+        self.processes.main(lambda: write_json(self.folder / MANIFEST, {"hash": self.key, **content}))
 
     def manifest(self) -> dict:
         return json.loads((self.folder / MANIFEST).read_text())
@@ -99,11 +94,12 @@ class Stage:
         return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def train_into(done: Path, train: Callable[[Path], None], processes: Processes) -> None:
+def train_into(done: Path, train: Callable[[Path], None]) -> None:
     """Calls `train(folder)` unless `done` is there, which the folder becomes when its training is over.
 
     `train` leaves model and results in the folder and must resume from `last_checkpoint(folder)`.
     """
+    processes = Processes()
     if not done.exists():
         training = done.with_name("training")
         processes.main(lambda: remove_incomplete_checkpoints(training))

@@ -13,7 +13,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from ..generation.logps import tokenize_texts
+from ..data.tokenization import tokenize_dataset
+from ..generation.rewards import as_completion
 from ..generation.sampler import Prompt
 from ..runs.checkpoints import last_checkpoint
 
@@ -39,6 +40,19 @@ def sft_config(args: TrainingArguments, options: dict, folder: Path, seed: int) 
         raise ValueError(f"{', '.join(sorted(taken))} cannot be set for one stage alone: leave it out.")
     options = {name: _number(value) for name, value in options.items()}
     return SFTConfig(**{name: getattr(args, name) for name in shared} | {"max_length": None} | options | own)
+
+
+def tokenize_texts(tokenizer, prompts: list[Prompt], responses: list[list[str]]) -> Dataset:
+    """Tokenised rows of prompts and the texts that answer each of them, 2 or more.
+
+    Raises:
+        ValueError: a prompt or a response without tokens.
+    """
+    rows = [
+        {"prompt": p, "responses": [as_completion(p, text) for text in texts], "scores": [0.0] * len(texts)}
+        for p, texts in zip(prompts, responses, strict=True)
+    ]
+    return tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")[0]
 
 
 def tokenise(examples: Sequence[Example], tokenizer) -> list[dict]:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from ..forward.cache import score_rows
 from ..generation.backends import Backend, HuggingFace
 from ..generation.collect import collect, collect_samples
-from ..generation.logps import collect_logps
 from ..generation.sampler import Prompt, encode_prompts
 from ..generation.start import load_for_sampling
 from ..generation.vllm import VLLM
 from ..runs.files import Journal
 from ..runs.processes import Processes, free_memory
 from .config import SGPOConfig
+from .improver import tokenize_texts
 from .text import free_marker, parse_revision, reviser_prompt, turns
 
 CHUNK = 16  # drafts per call of a reviser function
@@ -33,7 +34,6 @@ class Sampler:
     args: SGPOConfig
     model: str
     tokenizer: object
-    processes: Processes
     quantization_config: object = None
 
     def draw(
@@ -57,7 +57,7 @@ class Sampler:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = collect_samples(
             folder, lambda: self._load(name, None if model else start, options["dtype"]), [*at.values()],
-            self.args.sampling_config(option), round=round, accelerator=self.processes,
+            self.args.sampling_config(option), round=round,
         )  # fmt: skip
         free_memory()
         for i, [sample] in zip(at, drawn, strict=True):
@@ -102,22 +102,26 @@ class Sampler:
             return list(texts)
 
         folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(folder, "revisions", self.processes)
+        journal = Journal(folder, "revisions")
         known = {record["row"]: record["text"] for record in journal.read()}
         made = collect(
-            [i for i in range(len(rows)) if i not in known], make, size=CHUNK, processes=self.processes,
-            title="revising", on_batch=lambda new: journal.append({"row": i, "text": t} for i, t in new.items()),
+            [i for i in range(len(rows)) if i not in known], make,
+            lambda new: journal.append({"row": i, "text": t} for i, t in new.items()), size=CHUNK, title="revising",
         )  # fmt: skip
         texts = known | made
         return [row | {"target": texts[i] or "", "target_truncated": False} for i, row in enumerate(rows)]
 
     def logps(self, folder: Path, start: Path | None, rows: list[dict], names: tuple[str, ...]) -> list:
         """Log-probabilities of the tokens of `row[name]` under the plain prompt, for each row and name."""
-        return collect_logps(
-            folder, lambda: self.load_policy(self.model, start, self.args.sampling["dtype"]), self.tokenizer,
-            [row["prompt"] for row in rows], [[row[name] for name in names] for row in rows],
-            layout=self.args.layout, processes=self.processes,
-        )  # fmt: skip
+        texts = [[row[name] for name in names] for row in rows]
+        logps = score_rows(
+            lambda: self.load_policy(self.model, start, self.args.sampling["dtype"])[0],
+            [tokenize_texts(self.tokenizer, [row["prompt"] for row in rows], texts)], folder,
+            accelerator=Processes(), pad_token_id=self.tokenizer.pad_token_id, layout=self.args.layout,
+            per_token=True, budget=1,  # a prompt at a time: no number depends, by rounding, on where a pass was killed
+        )[0]  # fmt: skip
+        free_memory()
+        return logps
 
     def load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
         """Model and tokenizer, on the device."""

@@ -72,7 +72,7 @@ class Run:
         self.folder = Path(self.args.output_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         set_pad_token(self.tokenizer, self.args.pad_token)
-        self.sampler = Sampler(self.args, self.model, self.tokenizer, self.processes, self.quantization_config)
+        self.sampler = Sampler(self.args, self.model, self.tokenizer, self.quantization_config)
 
     def run(self) -> None:
         """Does what is not done yet, and copies the last policy to the run's folder.
@@ -89,7 +89,7 @@ class Run:
         earlier, settings, stages = None, self.settings(), []
         for index, name in [(i, n) for i in range(self.args.rounds) for n in settings if n != "sft" or i == 0]:
             own = settings[name] | {"stage": name, "round": index, "earlier stages": earlier}
-            stage = Stage(self.at(name, index), own, processes=self.processes, ways_out=WAYS_OUT)
+            stage = Stage(self.at(name, index), own, ways_out=WAYS_OUT)
             if name != "measure":
                 earlier = stage.key
             stages.append((stage, name, index))
@@ -219,7 +219,7 @@ class Run:
             train_sft(self._load(start, trainable=True), self.tokenizer, self._sft_config(name, index, training),
                       examples, peft_config=adapter, **more)  # fmt: skip
 
-        train_into(folder / MODEL, train, self.processes)
+        train_into(folder / MODEL, train)
         state = trainer_state(folder / MODEL)
         losses = [log["loss"] for log in state["log_history"] if "loss" in log]
         return {"steps": state["global_step"]} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
@@ -239,7 +239,7 @@ class Run:
             )
             trainer.train_and_save(last_checkpoint(training), self.dataset)
 
-        train_into(folder / MODEL, train, self.processes)
+        train_into(folder / MODEL, train)
         state = trainer_state(folder / MODEL)
         metrics = dpo_metrics(state["log_history"], self.args.beta, starts_at_reference=improved)
         return {"pairs": len(rows), "steps": state["global_step"]} | metrics
@@ -347,7 +347,7 @@ class Run:
         scores = collect_scores(
             folder, lambda: load_scorer(scorer, device=self.processes.device),
             [row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows],
-            columns={"reference": [row["reference"] for row in rows]}, accelerator=self.processes,
+            columns={"reference": [row["reference"] for row in rows]},
         )  # fmt: skip
         gain = bootstrap_interval([chosen - rejected for chosen, rejected in scores])
         wins = [float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores]
