@@ -21,18 +21,17 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 from datasets import Dataset
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .data.canonical import canonicalize
 from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
 from .generation import HuggingFace, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from .generation.collect import MADE
 from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
@@ -41,7 +40,7 @@ from .generation.start import dtype_for_all, load_for_sampling, load_start
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
-from .runs.processes import uses_fsdp
+from .runs.processes import SHARDING, Processes, refuse_engines
 from .runs.settings import digest, policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
@@ -52,58 +51,9 @@ ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and
 OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
-MADE = ("prompt", "responses", "scores", UNFINISHED)
-NO_COLUMNS = {"prompt", "prompts", "completions", "responses", "scores"}  # for a scorer
 UNCOMPARED = ("rounds", "batch_size", "scorer_batch_size")  # options that change no round
 
 Candidate = tuple[str, int, bool]  # text, the round that it was sampled in, and whether it was cut
-
-
-def run(
-    trainer_class, args, model: str, train_dataset: Dataset, eval_dataset: Dataset | None = None, *,
-    dataset=None, quantization_config=None, peft_config=None,
-) -> None:  # fmt: skip
-    """Train `model` in rounds in `args.output_dir`; `PreferenceTrainer.run` calls it where `self_enhance` is set.
-
-    Args:
-        trainer_class: subclass of `PreferenceTrainer`, of which each round has an instance of its own.
-        model: path or hub id.
-        train_dataset: canonical rows; columns other than prompt, responses and scores go to the scorer.
-        eval_dataset: canonical rows; their prompts measure the policy.
-        dataset: name of the data for the model cards.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or something cannot be done in rounds.
-    """
-    refuse_unsupported(args)
-    options = EnhanceOptions.parse(args.self_enhance)
-    if options.dtype is not None:  # one that holds on another machine too
-        options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
-    check_scorer(options.scorer)  # before anything is sampled for it
-    rows, held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
-    keywords = {"init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-
-    def load(start: Path | None) -> HuggingFace:
-        loaded = load_for_sampling(model, start, args, dtype=options.dtype, quantization_config=quantization_config)
-        return HuggingFace(*loaded)
-
-    def train(rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
-        policy = load_start(model, start, trainable=True, **keywords)
-        trainer = trainer_class(
-            policy,
-            args=round_arguments(args, options.iterations, index, folder),
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=eval_dataset,
-            peft_config=peft_config if start is None else None,
-            processing_class=load_tokenizer(policy),
-        )
-        trainer.train_and_save(last_checkpoint(folder), dataset)
-
-    own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
-    own |= {"trainer": trainer_class.__name__, "training rows": digest(rows)}
-    own |= {"held-out prompts": digest([row["prompt"] for row in held_out])} | policy_settings(model, **keywords)
-    settings = run_settings(args, adapter=peft_config, **own)
-    Rounds(options, rows, held_out, Stage(args.output_dir, settings, settings_name=SETTINGS), load, train, args.seed)()
 
 
 def canonical(rows: Dataset | None, args) -> Dataset | None:
@@ -125,35 +75,75 @@ def round_arguments(args, iterations: int, index: int, folder: Path):
     return own
 
 
-@dataclass
 class Rounds:
-    """Rounds of sampling, scoring and training in the folder of `stage`; a call does what is not done yet.
+    """Sampling, scoring and training in rounds in `args.output_dir`; `PreferenceTrainer.run` does it for `self_enhance`.
 
     Args:
-        load: start folder or None (the model of round 0) -> policy to sample from.
-        train: (rows of the pool, round, start folder or None, folder) trains and leaves model and results in folder.
+        trainer_class: subclass of `PreferenceTrainer`, of which each round has an instance of its own.
+        model: path or hub id.
+        train_dataset: canonical rows; columns other than prompt, responses and scores go to the scorer.
+        eval_dataset: canonical rows; their prompts measure the policy.
+        dataset: name of the data for the model cards.
+
+    Raises:
+        ValueError: something cannot be done in rounds.
     """
 
-    options: EnhanceOptions
-    rows: list[dict]
-    held_out: list[dict]
-    stage: Stage
-    load: Callable[[Path | None], HuggingFace]
-    train: Callable[[list[dict], int, Path | None, Path], None]
-    seed: int
+    def __init__(
+        self, trainer_class, args, model: str, train_dataset: Dataset, eval_dataset: Dataset | None = None, *,
+        dataset=None, quantization_config=None, peft_config=None,
+    ):  # fmt: skip
+        refuse_unsupported(args, "self_enhance", SHARDING)
+        options = EnhanceOptions.parse(args.self_enhance)
+        if options.dtype is not None:  # one that holds on another machine too
+            options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
+        check_scorer(options.scorer)  # before anything is sampled for it
+        self.trainer_class, self.args, self.model, self.options = trainer_class, args, model, options
+        self.eval_dataset, self.dataset, self.peft_config = eval_dataset, dataset, peft_config
+        self.quantization_config, self.processes = quantization_config, Processes()
+        self.rows, self.held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
+        own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
+        own |= {"trainer": trainer_class.__name__, "training rows": digest(self.rows)}
+        own |= {"held-out prompts": digest([row["prompt"] for row in self.held_out])}
+        own |= policy_settings(model, quantization_config, args.model_init_kwargs)
+        self.stage = Stage(args.output_dir, run_settings(args, adapter=peft_config, **own), settings_name=SETTINGS)
 
-    def __call__(self) -> None:
-        self.folder, self.processes = self.stage.open(), self.stage.processes
-        if (self._at(self.options.rounds) / "manifest.json").exists():
+    def run(self) -> None:
+        """Does what is not done yet, and copies the last policy to the run's folder.
+
+        Raises:
+            ValueError: the folder holds a run with other settings, or more rounds.
+        """
+        folder, rounds = self.stage.open(), self.options.rounds
+        if (self._at(rounds) / "manifest.json").exists():
             raise ValueError(
-                f"self_enhance: rounds={self.options.rounds}, but {self.folder} holds more: rounds can only be added. "
-                "Raise it, or choose another output_dir."
+                f"self_enhance: rounds={rounds}, but {folder} holds more: rounds can only be added. Raise it, or "
+                "choose another output_dir."
             )
-        rewards, history = [self._measure(self.folder / "before", None)], []
-        for index in range(self.options.rounds):
+        rewards, history = [self._measure(folder / "before", None)], []
+        for index in range(rounds):
             history.append(self._round(index, rewards))
             self.processes.say(describe(history[-1]))
         self.processes.main(lambda: self._publish(history))
+
+    def _load(self, start: Path | None) -> HuggingFace:
+        loading = {"dtype": self.options.dtype, "quantization_config": self.quantization_config}
+        return HuggingFace(*load_for_sampling(self.model, start, self.args, **loading))
+
+    def _train(self, rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
+        policy = load_start(
+            self.model, start, trainable=True, init_kwargs=self.args.model_init_kwargs,
+            quantization_config=self.quantization_config,
+        )  # fmt: skip
+        trainer = self.trainer_class(
+            policy,
+            args=round_arguments(self.args, self.options.iterations, index, folder),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=self.eval_dataset,
+            peft_config=self.peft_config if start is None else None,
+            processing_class=load_tokenizer(policy),
+        )
+        trainer.train_and_save(last_checkpoint(folder), self.dataset)
 
     def _round(self, index: int, rewards: list) -> dict:
         """Does what is missing of a round, and adds the rewards of its policy; returns the manifest."""
@@ -164,22 +154,22 @@ class Rounds:
         if not done:
             pool, statistics = self._pool(index, folder, start)
             self.processes.main(lambda: write_rows(folder / "rows.jsonl.gz", pool))
-            train_into(folder / "checkpoint", lambda at: self.train(pool, index, start, at))
+            train_into(folder / "checkpoint", lambda at: self._train(pool, index, start, at))
         rewards.append(self._measure(folder / "held-out", folder / "checkpoint"))
         if not done:
             self.processes.main(lambda: write_json(path, self._manifest(index, statistics, rewards)))
         return json.loads(path.read_text())
 
     def _publish(self, history: list[dict]) -> None:
-        shutil.copytree(self._at(len(history) - 1) / "checkpoint", self.folder, dirs_exist_ok=True)
-        write_json(self.folder / "rounds.json", {"rounds": history})
+        shutil.copytree(self._at(len(history) - 1) / "checkpoint", self.stage.folder, dirs_exist_ok=True)
+        write_json(self.stage.folder / "rounds.json", {"rounds": history})
 
     def _at(self, index: int) -> Path:
         return self.stage.folder / f"round-{index:02d}"
 
     def _pool(self, index: int, folder: Path, start: Path | None) -> tuple[list[dict], dict]:
         """The rows to train on, and the statistics of the samples. A text is scored once in the whole run."""
-        samples = self._sample(folder / "samples", self.rows, self.options.config(self.seed), index, start)
+        samples = self._sample(folder / "samples", self.rows, self.options.config(self.args.seed), index, start)
         old = read_rows(self._at(index - 1) / "rows.jsonl.gz") if index else [None] * len(self.rows)
         pools = [self._candidates(*parts, index) for parts in zip(self.rows, samples, old, strict=True)]
         known = [_scored(row) if row else {} for row in old]
@@ -210,25 +200,19 @@ class Rounds:
         """Rewards of the policy in `start` on held-out prompts; the same random streams for every policy."""
         if not self.options.held_out_generations or not self.held_out:
             return None
-        config = self.options.config(self.seed, num_generations=self.options.held_out_generations)
+        config = self.options.config(self.args.seed, num_generations=self.options.held_out_generations)
         samples = self._sample(folder / "samples", self.held_out, config, 0, start)
         texts = [[sample.text for sample in row] for row in samples]
         return self._score(folder / "scores", self.held_out, texts)
 
     def _sample(self, folder: Path, rows: list[dict], config: SamplingConfig, index: int, start: Path | None):
         Stage(folder, {"run": self.stage.key}).open()
-        return collect_samples(folder, lambda: self.load(start), [row["prompt"] for row in rows], config, round=index)
+        return collect_samples(folder, lambda: self._load(start), [row["prompt"] for row in rows], config, round=index)
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
         Stage(folder, {"run": self.stage.key}).open()
         options = {"batch_size": self.options.scorer_batch_size, "device": self.processes.device}
-        columns = {
-            name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row} - NO_COLUMNS)
-        }
-        prompts = [row["prompt"] for row in rows]
-        return collect_scores(
-            folder, lambda: load_scorer(self.options.scorer, **options), prompts, texts, columns=columns
-        )
+        return collect_scores(folder, lambda: load_scorer(self.options.scorer, **options), rows, texts)
 
     def _manifest(self, index: int, statistics: dict, rewards: list) -> dict:
         """What a round gave."""
@@ -251,12 +235,11 @@ class Rounds:
         return manifest | {"held_out": {name: bootstrap_interval(found) for name, found in values.items()}}
 
 
-def refuse_unsupported(args, what: str = "self_enhance") -> None:
-    """Raises ValueError for what a loop over samples of the policy cannot do; `what` is its name."""
-    if is_deepspeed_zero3_enabled() or uses_fsdp(args):
-        raise ValueError(f"{what} samples from a whole policy on each GPU: use one process, DDP or ZeRO-2.")
+def refuse_unsupported(args, method: str, engines: Collection[str]) -> None:
+    """Raises ValueError for what a loop over samples of the policy cannot do, these engines among it."""
+    refuse_engines(args, method, engines)
     if args.push_to_hub:
-        raise ValueError(f"push_to_hub does not work with {what}: upload output_dir when the run is done.")
+        raise ValueError(f"push_to_hub does not work with {method}: upload output_dir when the run is done.")
     if args.chat_template_kwargs:
         raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
 

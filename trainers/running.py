@@ -75,7 +75,7 @@ class RunningTrainer(Trainer):
         if args.self_enhance is not None:
             if isinstance(data, Mapping):  # data arguments have read rows as the args want them
                 splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
-            rounds.run(cls, args, model, dataset=name_of(data), **splits, **loading)
+            rounds.Rounds(cls, args, model, dataset=name_of(data), **splits, **loading).run()
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)
         checkpoint = checkpoint_to_resume(args)

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 
 from ..config import option
 from ..data.rows import refuse_template_options
-from ..data.tokenization import UNFINISHED
 from ..forward import policy as policies
 from ..generation import HuggingFace, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from ..generation.collect import MADE
 from ..generation.options import DTYPES
 from ..generation.scorer import check_scorer
 from ..generation.start import dtype_for_all
@@ -34,7 +34,6 @@ from ..runs.settings import digest, model_fingerprint, refuse_other_settings, ru
 from ..runs.stage import Stage
 from . import config_files
 
-MADE = ("prompt", "responses", "scores", UNFINISHED)
 REPLACED_COLUMNS = (*MADE, "chosen", "rejected")
 WAYS_OUT = "choose another output, or start over with --overwrite"
 
@@ -121,11 +120,8 @@ def generate(args: GenerateArguments) -> dict:
     samples = collect_samples(parts, lambda: load_policy(args, processes.device), prompts, args)
     free_memory()  # for the reward model
     responses = [[sample.text for sample in drawn] for drawn in samples]
-    names = sorted({name for row in rows for name in row if name not in (*REPLACED_COLUMNS, "prompts", "completions")})
-    scores = collect_scores(
-        parts, lambda: load_scorer(scorer, batch_size=args.scorer_batch_size, device=processes.device), prompts,
-        responses, columns={name: [row.get(name) for row in rows] for name in names},
-    )  # fmt: skip
+    options = {"batch_size": args.scorer_batch_size, "device": processes.device}
+    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses)
     statistics = summarize(samples, scores)
 
     def write() -> None:

@@ -30,7 +30,7 @@ from ..forward.identity import weights_digest
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import write_atomic, write_json
-from ..runs.processes import Processes, free_memory
+from ..runs.processes import Processes, free_memory, refuse_engines
 from ..runs.settings import digest, model_fingerprint, plain, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
 from . import tables
@@ -302,8 +302,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _refuse_unsupported(self) -> None:
         """Raises ValueError for what EM cannot do under this engine."""
-        if self.is_fsdp_enabled:
-            raise ValueError("EM-DPO does not run under FSDP: use one process, DDP, ZeRO-2 or ZeRO-3.")
+        refuse_engines(self.args, self.method, self.unsupported_engines)
         if not is_deepspeed_zero3_enabled():
             return
         if self._name is None:

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class HuggingFace:
             are switched off while it samples and put back afterwards.
     """
 
-    model: torch.nn.Module
+    model: Any
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -56,14 +56,12 @@ class HuggingFace:
         if config.temperature > 0:
             seeds, heat, top_p = [request.seed for request in requests], config.temperature, config.top_p
             processors.append(GumbelSampler(seeds, temperature=heat, top_p=top_p, top_k=config.top_k, device=device))
+        padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        settings = _greedy_config(config.max_new_tokens, ends, pad)
         with _without_training(self.model):
             output = self.model.generate(
-                input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
-                attention_mask=torch.tensor(
-                    [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
-                ),
-                logits_processor=processors,
-                generation_config=_greedy_config(config.max_new_tokens, ends, pad),
+                input_ids=padded, attention_mask=attention, logits_processor=processors, generation_config=settings
             )
         return [self._cut(row, ends) for row in output[:, width:].tolist()]
 

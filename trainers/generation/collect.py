@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..data.tokenization import UNFINISHED
 from ..runs.files import Journal
 from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request
@@ -19,6 +20,8 @@ from .sampler import Key, Prompt, Sample, SamplingConfig, encode_prompts, sample
 from .scorer import Scorer
 
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
+MADE = ("prompt", "responses", "scores", UNFINISHED)  # columns of a row that sampling and scoring make
+NO_COLUMNS = (*MADE, "prompts", "completions", "chosen", "rejected")  # for a scorer
 
 
 def collect(
@@ -96,31 +99,30 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
 
 
 def collect_scores(
-    folder: str | Path, load: Callable[[], Scorer], prompts: list[Prompt], responses: list[list[str]], *,
-    columns: dict[str, list] | None = None,
-) -> list[list[float]]:  # fmt: skip
-    """Scores all responses, kept in `folder`.
+    folder: str | Path, load: Callable[[], Scorer], rows: list[dict], responses: list[list[str]]
+) -> list[list[float]]:
+    """Scores all responses to the prompts of `rows`, kept in `folder`.
 
     `load()` returns a scorer and is not called when all scores are there already. A prompt of messages has its
-    responses handed over as assistant messages. `columns` hold one value per prompt.
+    responses handed over as assistant messages; further columns of the rows go to the scorer too.
     """
     journal = Journal(folder, "scores")
     known = {record["prompt"]: record["scores"] for record in journal.read()}
-    if todo := [i for i in range(len(prompts)) if i not in known]:
-        scorer = load()
+    if todo := [i for i in range(len(rows)) if i not in known]:
+        scorer, names = load(), sorted({name for row in rows for name in row if name not in NO_COLUMNS})
         known |= collect(
-            todo, lambda at: _score(scorer, at, prompts, responses, columns or {}),
+            todo, lambda at: _score(scorer, at, rows, responses, names),
             lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
             size=SCORE_CHUNK, title="scoring",
         )  # fmt: skip
-    return [known[i] for i in range(len(prompts))]
+    return [known[i] for i in range(len(rows))]
 
 
-def _score(scorer: Scorer, at: list[int], prompts, responses, columns: dict[str, list]) -> list[list[float]]:
-    owner = [i for i in at for _ in responses[i]]
-    completions = [as_completion(prompts[i], text) for i in at for text in responses[i]]
-    repeated = {name: [values[i] for i in owner] for name, values in columns.items()}
-    scores = iter(scorer(prompts=[prompts[i] for i in owner], completions=completions, **repeated))
+def _score(scorer: Scorer, at: list[int], rows: list[dict], responses, names: list[str]) -> list[list[float]]:
+    owners = [rows[i] for i in at for _ in responses[i]]
+    completions = [as_completion(rows[i]["prompt"], text) for i in at for text in responses[i]]
+    columns = {name: [row.get(name) for row in owners] for name in names}
+    scores = iter(scorer(prompts=[row["prompt"] for row in owners], completions=completions, **columns))
     return [[next(scores) for _ in responses[i]] for i in at]
 
 

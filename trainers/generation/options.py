@@ -1,7 +1,7 @@
 """Options with keys of their own, and those of self-enhancement."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
 from ..config import option
@@ -43,27 +43,24 @@ def read_options(option: str, value: dict[str, Any] | str, kind: type[Options]) 
 
 @dataclass(frozen=True, kw_only=True)
 class EnhanceOptions(SamplingOptions):
-    """The keys of `self_enhance`, those of `SamplingOptions` among them.
+    """The keys of `self_enhance`, those of `SamplingOptions` among them."""
 
-    Args:
-        scorer: what `load_scorer` takes: dotted path of a reward function, reward model, weighted list of these.
-        rounds: how often to sample and train (Evolve). May be raised later: finished rounds are kept.
-        iterations: how often a round goes through its training (Iterate): multiplies num_train_epochs or max_steps.
-        own_responses: put the data set's own responses into every round's pool, scored by the same scorer.
-        keep_old: keep the samples of earlier rounds in the pool as well.
-        held_out_generations: responses per held-out prompt (`dataset_test_split`) before the first round and after
-            each, always from the same random streams; 0 for none.
-        dtype: of the weights while sampling; None is the dtype they are trained in.
-        scorer_batch_size: texts per forward pass of a reward model.
-    """
-
-    scorer: Spec
-    rounds: int = option(1, "How often to sample and train.", at_least=1)
-    iterations: int = option(1, "How often a round goes through its training.", at_least=1)
-    own_responses: bool = True
-    keep_old: bool = False
-    held_out_generations: int = option(0, "Responses per held-out prompt.", at_least=0)
-    dtype: str | None = option(None, "Of the weights while sampling.", choices=DTYPES)
+    scorer: Spec = option(
+        MISSING, "What `load_scorer` takes: dotted path of a reward function, reward model, weighted list of these."
+    )
+    rounds: int = option(
+        1, "How often to sample and train (Evolve). May be raised later: finished rounds are kept.", at_least=1
+    )
+    iterations: int = option(
+        1, "How often a round goes through its training (Iterate): multiplies its epochs or max_steps.", at_least=1
+    )
+    own_responses: bool = option(True, "The data set's own responses are in every round's pool, scored like the rest.")
+    keep_old: bool = option(False, "Keep the samples of earlier rounds in the pool as well.")
+    held_out_generations: int = option(
+        0, "Responses per held-out prompt before the first round and after each, always from the same random streams.",
+        at_least=0,
+    )  # fmt: skip
+    dtype: str | None = option(None, "Weights while sampling; by default those of the training.", choices=DTYPES)
     scorer_batch_size: int = option(8, "Texts per forward pass of a reward model.", at_least=1)
 
     def __post_init__(self):

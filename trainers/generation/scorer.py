@@ -39,10 +39,12 @@ def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.de
     there are completions.
 
     Raises:
-        ValueError: a path that cannot be imported, or an empty list.
+        ValueError: as `check_scorer`, and a reward model with several outputs.
     """
     options = {"batch_size": batch_size, "dtype": dtype, "device": device}
-    parts = [(weight, name, function or RewardModelScorer(name, **options)) for weight, name, function in _parts(spec)]
+    parts = [
+        (weight, name, function or RewardModelScorer(name, **options)) for weight, name, function in check_scorer(spec)
+    ]
 
     def score(prompts, completions, **columns) -> list[float]:
         scored = [
@@ -54,13 +56,12 @@ def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.de
     return score
 
 
-def check_scorer(spec: Spec) -> None:
-    """Raises ValueError for a spec that cannot be used, as far as that is known without loading a reward model."""
-    _parts(spec)
+def check_scorer(spec: Spec) -> list[tuple[float, str, Callable | None]]:
+    """Weight, name and function of each part; the function of a reward model is None. It loads none.
 
-
-def _parts(spec: Spec) -> list[tuple[float, str, Callable | None]]:
-    """Weight, name and function of each part; the function of a reward model is None."""
+    Raises:
+        ValueError: an empty list, a weight that is no finite number, a path that leads to no function.
+    """
     if spec == []:
         raise ValueError("The list of scorers is empty: name at least one.")
     parts = spec if isinstance(spec, list) else [spec]
@@ -68,18 +69,23 @@ def _parts(spec: Spec) -> list[tuple[float, str, Callable | None]]:
 
 
 def _part(spec: str | Callable, weight: float = 1.0) -> tuple[float, str, Callable | None]:
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"Scorer {spec}: its weight must be a finite number, not {weight!r}.")
     if callable(spec):
         return weight, repr(spec), spec
     if Path(spec).is_dir() or not DOTTED_PATH.fullmatch(spec):
         return weight, spec, None
     module, _, attribute = spec.rpartition(".")
     try:
-        return weight, spec, getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
+        if not callable(function):
+            raise AttributeError(f"it is a {type(function).__name__} and cannot be called")
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
             f"Scorer {spec}: {error}. Give the import path of a function, a folder with a reward model (./name), or a "
             "hub id (owner/name)."
         ) from error
+    return weight, spec, function
 
 
 def _checked(name: str, scores, count: int) -> list[float]:

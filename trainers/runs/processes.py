@@ -4,7 +4,7 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+SHARDING = {"zero3": "ZeRO-3", "fsdp": "FSDP"}  # engines of which no process holds a whole policy
 
 
 class Processes:
@@ -37,9 +40,16 @@ class Processes:
         self.wait_for_everyone()
 
 
-def uses_fsdp(args: TrainingArguments) -> bool:
-    """Whether weights will be sharded by FSDP, before a trainer is made. The launcher says so in the environment."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def refuse_engines(args: TrainingArguments, method: str, unsupported: Collection[str]) -> None:
+    """Raises ValueError for a run under an engine, of those in SHARDING, that `method` cannot work with."""
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # of the launcher
+    engine = "zero3" if is_deepspeed_zero3_enabled() else "fsdp" if fsdp else ""
+    if engine in unsupported:
+        others = ", ".join(["DDP", "ZeRO-2", *(name for key, name in SHARDING.items() if key not in unsupported)])
+        raise ValueError(
+            f"{method} does not run under {SHARDING[engine]} (docs/distributed.md says why): use one process, or "
+            f"one of {others}."
+        )
 
 
 def free_memory() -> None:

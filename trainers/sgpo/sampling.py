@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..forward.cache import score_rows
 from ..generation.backends import Backend, HuggingFace
@@ -33,7 +33,7 @@ class Sampler:
 
     args: SGPOConfig
     model: str
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     quantization_config: object = None
 
     def draw(

@@ -346,8 +346,8 @@ class Run:
         folder.mkdir(exist_ok=True)
         scores = collect_scores(
             folder, lambda: load_scorer(scorer, device=self.processes.device),
-            [row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows],
-            columns={"reference": [row["reference"] for row in rows]},
+            [{name: row[name] for name in ("prompt", "reference")} for row in rows],
+            [[row["chosen"], row["rejected"]] for row in rows],
         )  # fmt: skip
         gain = bootstrap_interval([chosen - rejected for chosen, rejected in scores])
         wins = [float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores]

@@ -116,7 +116,7 @@ class SGPOTrainer(DPOTrainer):
             ValueError: what cannot be run; a stage of other settings; no row is left.
         """
         assert isinstance(args, SGPOConfig)
-        refuse_unsupported(args, "SGPO")
+        refuse_unsupported(args, cls.method, cls.unsupported_engines)
         if args.save_only_model:
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
         if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
