@@ -76,7 +76,7 @@ def round_arguments(args, iterations: int, index: int, folder: Path):
 
 
 class Rounds:
-    """Sampling, scoring and training in rounds in `args.output_dir`; `PreferenceTrainer.run` does it for `self_enhance`.
+    """Sampling, scoring and training in rounds, in `args.output_dir`; `PreferenceTrainer.run` does it where asked for.
 
     Args:
         trainer_class: subclass of `PreferenceTrainer`, of which each round has an instance of its own.
