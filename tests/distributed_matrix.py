@@ -44,12 +44,13 @@ TUNINGS = {
 REFUSED = {"fsdp2": ("EMDPO",)}  # which trainers an engine is refused for
 # What the path of a batch depends on beside trainer and tuning.
 MORE = {
-    "SWEPO, 9 rows": {"rows": 9},  # the last batch of an epoch has one row, so a process has none
-    "SWEPO, accumulation": {"batch": 2, "accumulation": 2},
+    # The last batch of an epoch has one row, so a process has none.
+    "SWEPO, 9 rows": {"rows": 9, "settings": {"sft_weight": 0.3}},
+    "SWEPO, accumulation": {"batch": 2, "accumulation": 2, "settings": {"sft_weight": 0.3}},
     "SWEPO, padded rows": {"layout": "rows"},
     "SWEPO, reference cache": {"precompute": True},
     "SWEPO, LoRA, reference cache": {"peft": True, "precompute": True},
-    "SWEPO, token budget": {"budget": 120, "rows": 12},
+    "SWEPO, token budget": {"budget": 120, "rows": 12, "settings": {"sft_weight": 0.3}},
     "SparsePO, two masks": {"settings": {**MASKS, "independent": True}},
     "SparsePO, padded rows, checkpointing": {"checkpointing": True, "layout": "rows", "settings": MASKS},
     "SparsePO, activations": {"settings": {"mask": "activations"}},
@@ -61,7 +62,7 @@ MORE = {
     "SWEPO, LoRA and a whole LM head": {"peft": ["q_proj"], "whole": ["lm_head"]},
     "SWEPO, LoRA on the LM head, tied embeddings": {"peft": ["q_proj", "lm_head"], "tied": True},
     "SWEPO, probe": {"probe": True},
-    "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2}},
+    "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2, "sft_weight": 0.3}},
 }
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 import trainers
 from batches import own_logps
 from helpers import tiny_llama
-from test_trainer import signal_rows, trainer
+from test_trainer import config, rows, signal_rows, trainer
 from trainers import (
     DPOTrainer,
     InfoNCATrainer,
@@ -22,6 +22,8 @@ from trainers import (
     NCATrainer,
     PlackettLuceTrainer,
     RRHFTrainer,
+    SGPOTrainer,
+    SparsePOTrainer,
     SWEPOTrainer,
 )
 from trainers.emdpo.m_step import TypePolicyTrainer, m_step_rows
@@ -68,6 +70,39 @@ def test_training_starts_at_the_closed_form_and_lowers_the_loss(tmp_path, tokeni
     assert all(not torch.equal(value, before[name]) for name, value in t.model.state_dict().items())
     assert (t.reference is None) == (cls in (LIRETrainer, RRHFTrainer))
     assert 0 <= t.state.log_history[1]["ranking/pairwise_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("cls", [*STEP_ZERO, SWEPOTrainer, SparsePOTrainer, SGPOTrainer, TypePolicyTrainer])
+def test_the_sft_term_is_the_likelihood_of_the_preferred_responses(tmp_path, tokenizer, monkeypatch, cls):
+    """Per token, of SWEPO's positives and of all others' best response; prompts weigh as they do in the loss."""
+    data = [row | {"weight": 1.0 + i % 2} for i, row in enumerate(rows())]
+    t = trainer(tmp_path, tokenizer, data=data, cls=DPOTrainer)
+    posterior = np.linspace(0.2, 1, len(data))
+    if cls is TypePolicyTrainer:
+        references = [[-5.0] * len(row["scores"]) for row in data]
+        data = m_step_rows(t.train_dataset, posterior, np.ones(len(data)), references, "batch").to_list()
+    terms, weights = [], []
+    for row, factor in zip(t.train_dataset, posterior, strict=True):
+        if len(set(row["scores"])) == 1:
+            continue
+        nll = [-x / len(ids) for x, ids in zip(summed_logps(t.model, row), row["response_ids"], strict=True)]
+        bar = sum(row["scores"]) / len(nll) if cls is SWEPOTrainer else sorted(row["scores"])[-2]
+        preferred = [x for x, score in zip(nll, row["scores"], strict=True) if score > bar]
+        terms.append(sum(preferred) / len(preferred) * (factor if cls is TypePolicyTrainer else 1))
+        weights.append(row["weight"])
+    found = []
+    for weight in (0.3, 0.0):
+        options = {"data": data, "eval_data": data, "sft_weight": weight, "sft_reduction": "mean"}
+        found.append(trainer(tmp_path, tokenizer, cls=cls, **options).evaluate())
+        monkeypatch.setattr(cls, "preferred", None)  # never asked for without a weight
+    assert found[0]["eval_sft_loss"] == pytest.approx(np.mean(terms), rel=1e-5) and "eval_sft_loss" not in found[1]
+    added = 0.3 * np.average(terms, weights=weights)
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"] + added, abs=1e-5)
+
+
+def test_lires_old_name_of_the_weight_is_the_same_option(tmp_path):
+    with pytest.warns(FutureWarning, match="sft_alpha is sft_weight now"):
+        assert config(tmp_path, LIRETrainer, sft_alpha=0.2).sft_weight == 0.2
 
 
 @pytest.mark.parametrize("cls, smoothing", [(DPOTrainer, 0.0), (DPOTrainer, 0.2), (SWEPOTrainer, None)])

@@ -10,6 +10,7 @@ import torch
 
 from trainers.dpo import dpo_loss, score_pairs
 from trainers.infonca import infonca_loss, nca_loss
+from trainers.likelihood import sft_loss
 from trainers.lire import lire_loss
 from trainers.plackett_luce import plackett_luce_loss
 from trainers.rrhf import rrhf_loss
@@ -252,6 +253,27 @@ def test_extreme_values_stay_finite(name):
 
 
 # What single losses are.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_sft_term_is_by_hand_and_only_the_preferred_responses_count(reduction):
+    lengths, weights = [[2, 5, 1], [3, 0, 4]], torch.tensor([[0.5, 0, 0.5], [0, 0, 0.25]], dtype=torch.float64)
+    tokens = torch.arange(5) < torch.tensor(lengths).unsqueeze(-1)
+    logps = -torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logps[0, 1] = -math.inf  # a response that is not preferred
+    logps = logps.masked_fill(~tokens, math.nan).requires_grad_()
+    losses = sft_loss(logps, tokens, weights, reduction=reduction)
+    losses.sum().backward()
+    divisors = lengths if reduction == "mean" else [[1] * 3] * 2
+    for b in range(2):
+        terms = [
+            float(weights[b, k]) * -logps[b, k, : lengths[b][k]].sum().item() / divisors[b][k]
+            for k in range(3) if weights[b, k]
+        ]  # fmt: skip
+        assert losses[b].item() == pytest.approx(sum(terms), abs=1e-12)
+        for k in range(3):
+            slope = -float(weights[b, k]) / divisors[b][k] if weights[b, k] else 0.0
+            assert logps.grad[b, k].tolist() == pytest.approx([slope * bool(real) for real in tokens[b, k]])
 
 
 def test_two_responses_make_one_pair_for_every_method_that_contrasts_pairs():

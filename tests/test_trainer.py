@@ -106,12 +106,13 @@ def gradients_after(tmp_path, tokenizer, batch, accumulation, **kwargs):
     return grab.gradients, result.training_loss
 
 
-@pytest.mark.parametrize("layout", ["rows", "shared"])
-def test_micro_batches_do_not_change_the_gradients(tmp_path, tokenizer, layout):
-    whole, loss = gradients_after(tmp_path, tokenizer, 8, 1, layout=layout)
+@pytest.mark.parametrize("layout, sft_weight", [("rows", 0.0), ("shared", 0.3)])
+def test_micro_batches_do_not_change_the_gradients(tmp_path, tokenizer, layout, sft_weight):
+    fields = {"layout": layout, "sft_weight": sft_weight}
+    whole, loss = gradients_after(tmp_path, tokenizer, 8, 1, **fields)
     assert max(g.abs().max() for g in whole.values()) > 1e-4
     for batch, accumulation in ((2, 4), (1, 8), (4, 2)):
-        parts, parts_loss = gradients_after(tmp_path, tokenizer, batch, accumulation, layout=layout)
+        parts, parts_loss = gradients_after(tmp_path, tokenizer, batch, accumulation, **fields)
         assert parts_loss == pytest.approx(loss, rel=1e-5)
         for name, gradient in whole.items():
             torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from .config import PreferenceConfig
@@ -22,15 +23,13 @@ from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
 from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
-from .inputs import check_ranges, prepare_rows
+from .inputs import REPEATED, Batch, check_ranges, mark_repeated, parts, prepare_rows
+from .likelihood import sft_loss
 from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
 from .precision import warn_if_emulated
 from .running import RunningTrainer
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]
-REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
 
 
 class PreferenceTrainer(RunningTrainer):
@@ -93,11 +92,11 @@ class PreferenceTrainer(RunningTrainer):
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
         train_dataset = prepare_rows(train_dataset, processing_class, args, columns=self.columns)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
-        for part in _parts(train_dataset):
+        for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
-        for part in _parts(eval_dataset):
+        for part in parts(eval_dataset):
             self.check_rows(part, args, training=False)
-        rows = _parts(train_dataset, eval_dataset)
+        rows = parts(train_dataset, eval_dataset)
 
         self.table: LogpsCache | None = None
         self.reference: Reference | None = None
@@ -154,6 +153,14 @@ class PreferenceTrainer(RunningTrainer):
         """(B,) bool: which prompts carry a signal. By default all but all-tied ones; the rest is left out."""
         return scores_differ(batch["scores"], batch["mask"])
 
+    def preferred(self, batch: Batch) -> Tensor:
+        """(B,K) weights of the responses that `sft_weight` makes likelier; prompts without a signal never count.
+
+        By default 1 for the best-scored response, the first on ties: the one of `logps/chosen`.
+        """
+        best, _ = best_and_worst(batch["scores"], batch["mask"])
+        return one_hot(best, batch["scores"].size(-1)).float()
+
     @classmethod
     def check_rows(cls, rows: Dataset, args: PreferenceConfig, *, training: bool) -> None:
         """Raises ValueError for tokenised rows, to train on or to evaluate on, that this method cannot use.
@@ -201,25 +208,18 @@ class PreferenceTrainer(RunningTrainer):
             self._check_finite(loss.detach(), losses.detach(), inputs)
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
 
-    def _check_finite(self, loss: Tensor, losses: Tensor, batch: Batch) -> None:
-        """Raises FloatingPointError for a loss that the Trainer would show as 0 and train on with."""
-        if torch.isfinite(loss):
-            return
-        wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        ends = [self.processing_class.decode(batch["prompt_ids"][b][batch["prompt_mask"][b]])[-80:] for b in wrong[:3]]
-        step = self.state.global_step
-        raise FloatingPointError(
-            f"The loss of step {step + 1} is {float(loss)}: that of {len(wrong)} of {len(losses)} prompts is not "
-            f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: look "
-            "at these rows, lower learning_rate or set max_grad_norm, and go on from the last checkpoint."
-        )
-
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
         reference = self._reference_forward(model, batch) if self.reference is not None else None
         with self.accelerator.autocast():  # as the reference, also where the engine has not wrapped the policy
             policy = self.policy_forward(model, batch, reference)
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
+        if self.args.sft_weight:
+            term = sft_loss(
+                policy.logps, batch["response_mask"], self.preferred(batch), reduction=self.args.sft_reduction
+            )
+            losses = losses + self.args.sft_weight * term
+            metrics = metrics | {"sft_loss": term.detach().masked_fill(~self.signal(batch), torch.nan)}
         if policy.aux_loss is not None:  # per prompt, so that batches of a window weigh as their prompts do
             assert self.runner.router is not None
             losses = losses + self.runner.router.coefficient * policy.aux_loss.to(losses)
@@ -262,7 +262,7 @@ class PreferenceTrainer(RunningTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 return self.forward(self.model_wrapped, batch).logps
 
-        rows = _parts(self.train_dataset, self.eval_dataset)
+        rows = parts(self.train_dataset, self.eval_dataset)
         scored = table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
         logger.info("Reference cache %s: %d responses scored now.", table.path, scored)
         if reference.in_memory or stands_in:
@@ -290,27 +290,11 @@ class PreferenceTrainer(RunningTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.args.max_tokens_per_batch is None:
-            self._mark_repeated(batches[-1])
+        ends = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if batches and ends and self.args.max_tokens_per_batch is None:
+            mark_repeated(batches[-1], self.accelerator, len(self.train_dataset), self._train_batch_size)
         weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
-
-    def _mark_repeated(self, batch: Batch) -> None:
-        """Rows that accelerate repeats so that the last batches of an epoch are even count nowhere."""
-        accelerator, args, rows = self.accelerator, self.args, self.train_dataset
-        assert rows is not None
-        if not accelerator.gradient_state.end_of_dataloader or args.dataloader_drop_last:
-            return
-        # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on.
-        total = self._train_batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
-        remainder = len(rows) % total
-        if accelerator.num_processes == 1 or not remainder:
-            return
-        size = len(batch["scores"])
-        position = accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)
-        batch[REPEATED] = position >= remainder
-        weight = batch.get("weight", torch.ones_like(position))
-        batch["weight"] = weight.float().masked_fill(batch[REPEATED], 0)
 
     # Data.
 
@@ -332,13 +316,13 @@ class PreferenceTrainer(RunningTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             tokenizer, columns = self.processing_class, self.columns
             eval_dataset = prepare_rows(eval_dataset, tokenizer, self.args, columns=columns, several=True)
-            check_ranges(_parts(eval_dataset), [policies.base_model(self.model)])
+            check_ranges(parts(eval_dataset), [policies.base_model(self.model)])
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
         test_dataset = prepare_rows(test_dataset, self.processing_class, self.args, columns=self.columns)
-        check_ranges(_parts(test_dataset), [policies.base_model(self.model)])
+        check_ranges(parts(test_dataset), [policies.base_model(self.model)])
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     # Metrics and evaluation.
@@ -401,9 +385,3 @@ class PreferenceTrainer(RunningTrainer):
                 )
             logs = logs | {name: value for name, value in metrics.items() if value == value}
         super().log(logs, start_time)
-
-
-def _parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
-    """Each data set once, those of a dict one by one."""
-    parts = [d.values() if isinstance(d, dict) else [d] for d in datasets if d is not None]
-    return [dataset for part in parts for dataset in part]

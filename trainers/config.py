@@ -15,6 +15,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+REDUCTIONS = ("sum", "mean")  # over tokens or responses
 COMPILES = Version("2.13")  # the oldest torch whose compiled models were seen to give the same losses; 2.11 does not
 if TYPE_CHECKING:
     JSON = dict[str, Any]
@@ -132,6 +133,13 @@ class PreferenceConfig(TrainingArguments):
         "per_device_train_batch_size.",
         at_least=1,
     )
+    sft_weight: float = option(
+        0.0,
+        "Add so many times the negative log-likelihood of the preferred responses, from the same forward pass: of a "
+        "prompt's best one (the first on ties); with SWEPO the mean over its positives.",
+        at_least=0,
+    )
+    sft_reduction: str = option("mean", "Mean or sum over a response's tokens in that term.", choices=REDUCTIONS)
     precompute_ref_logps: bool = option(
         False, "Score all rows with the reference once, before training, and cache it on disk."
     )

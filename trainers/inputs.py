@@ -1,13 +1,19 @@
-"""The data sets that a trainer is given, as tokenised rows."""
+"""The data sets that a trainer is given, as tokenised rows, and which rows of a batch count."""
 
 import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig
 from .data.budget import token_lengths
 from .data.tokenization import prepare_dataset
 from .forward.policy import table_sizes
+
+Batch = dict[str, Tensor]
+REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
 
 
 def prepare_rows(
@@ -46,6 +52,31 @@ def prepare_rows(
             chat_template_kwargs=args.chat_template_kwargs,
             columns=columns,
         )
+
+
+def parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
+    """Each data set once, those of a dict one by one."""
+    several = [d.values() if isinstance(d, dict) else [d] for d in datasets if d is not None]
+    return [dataset for one in several for dataset in one]
+
+
+def mark_repeated(batch: Batch, accelerator: Accelerator, rows: int, batch_size: int) -> None:
+    """Rows that accelerate repeats so that the last batches of an epoch are even count nowhere.
+
+    Args:
+        batch: this process' last one of an epoch.
+        rows: of the data set.
+        batch_size: the one that the loader was made with.
+    """
+    # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on.
+    remainder = rows % (batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
+    if accelerator.num_processes == 1 or not remainder:
+        return
+    size = len(batch["scores"])
+    position = accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)
+    batch[REPEATED] = position >= remainder
+    weight = batch.get("weight", torch.ones_like(position))
+    batch["weight"] = weight.float().masked_fill(batch[REPEATED], 0)
 
 
 def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None:

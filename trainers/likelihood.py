@@ -1,13 +1,16 @@
-"""Likelihood of a ranking under implicit rewards: the stages of the Plackett-Luce model.
+"""Likelihood of a ranking under implicit rewards, which are the stages of the Plackett-Luce model; and of responses.
 
 At each stage one response is chosen over all those that are ranked below it. A pair is one stage (Bradley-Terry), the
 best of m is one stage over m responses, and a whole ranking without ties is K - 1 stages.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .config import REDUCTIONS, check_choice
 
 
 def stage_logps(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -70,3 +73,25 @@ def ranking_logps(rewards: Tensor, scores: Tensor, mask: Tensor, *, top: int | N
         raise ValueError(f"top={top!r} must be at least 1, or None for the whole ranking.")
     stages = ordered_stages(scores, mask, top)
     return stage_logps(rewards, scores, mask).masked_fill(~stages, 0).sum(-1)
+
+
+def sft_loss(
+    logps: Tensor, token_mask: Tensor, weights: Tensor, *, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """Negative log-likelihood of a prompt's preferred responses, per token: -sum_k w_k / |y_k| sum_t log pi(y_kt).
+
+    Args:
+        logps: (B,K,R) log-probabilities of the tokens; gradients pass through them.
+        token_mask: (B,K,R) true for response tokens; other slots may hold anything.
+        weights: (B,K) which responses, and how much each counts; those of a prompt usually sum to 1.
+        reduction: "sum" leaves out the division by the response's length |y|.
+
+    Returns:
+        (B,) losses, exactly 0 and without gradient where all weights are 0.
+    """
+    assert logps.shape == token_mask.shape and weights.shape == logps.shape[:2], (logps.shape, weights.shape)
+    check_choice("reduction", reduction, REDUCTIONS)
+    losses = -logps.masked_fill(~token_mask, 0).sum(-1)
+    if reduction == "mean":
+        losses = losses / token_mask.sum(-1).clamp(min=1)
+    return (weights * losses.masked_fill(weights == 0, 0)).sum(-1)

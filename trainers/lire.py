@@ -10,6 +10,7 @@ Left out: `sft_target` "chosen" (rows name no chosen response beside the scores)
 
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,13 +18,12 @@ import torch
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, check_choice, option
+from .config import REDUCTIONS, PreferenceConfig, check_choice, option
 from .metrics import best_and_worst, scores_differ
 
 logger = logging.getLogger(__name__)
 
 SCORE_TRANSFORMS = ("softmax", "none", "zscore")
-REDUCTIONS = ("sum", "mean")
 LISTWISE_OPTIONS = (
     "temperature", "score_transform", "score_temperature", "length_average", "reduction", "loss_weight",
 )  # fmt: skip
@@ -59,10 +59,13 @@ class LIREConfig(PreferenceConfig):
     )
     reduction: str = option("sum", "Sum or mean over a prompt's responses.", choices=REDUCTIONS)
     loss_weight: float = option(1.0, "Factor on the expected score, not on the SFT term.", above=0)
-    sft_alpha: float = option(
-        0.0, "Weight of the negative log-likelihood of the best response; 0 for none.", at_least=0
-    )
-    sft_reduction: str = option("mean", "Sum or mean over the tokens in the SFT term.", choices=REDUCTIONS)
+    sft_alpha: float = option(0.0, "The old name of sft_weight.", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sft_alpha:
+            warnings.warn("sft_alpha is sft_weight now, as in every method.", FutureWarning, stacklevel=3)
+            self.sft_weight = self.sft_alpha
 
 
 def lire_loss(
@@ -226,8 +229,7 @@ class LIRETrainer(PreferenceTrainer):
         args, scores, mask = self.args, batch["scores"], batch["mask"]
         logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)
         options = {name: getattr(args, name) for name in LISTWISE_OPTIONS}
-        sft = {"sft_alpha": args.sft_alpha, "sft_reduction": args.sft_reduction}
-        losses = lire_loss(logps, scores, mask, lengths=lengths, **options, **sft)
+        losses = lire_loss(logps, scores, mask, lengths=lengths, **options)
         logps = logps.detach()
         rewards = candidate_logits(logps, mask, args.temperature, lengths if args.length_average else None)
         return losses, self.ranking_metrics(batch, rewards) | lire_metrics(logps, scores, mask, lengths, **options)

@@ -10,10 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, check_choice, option
+from .config import REDUCTIONS, PreferenceConfig, check_choice, option
 from .likelihood import stage_logps
-
-REDUCTIONS = ("sum", "mean")
 
 
 @dataclass

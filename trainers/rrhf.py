@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import PreferenceTrainer
-from .config import PreferenceConfig, option
+from .config import REDUCTIONS, PreferenceConfig, option
 from .metrics import best_and_worst
 
 
@@ -20,9 +20,8 @@ class RRHFConfig(PreferenceConfig):
     """Options of RRHF; the fields of `PreferenceConfig` and `transformers.TrainingArguments` apply as well."""
 
     learning_rate: float = option(2e-5, "Peak learning rate (the authors' value).")
-    sft_weight: float = option(
-        1.0, "Weight of the negative log-likelihood of the best response, summed over its tokens.", at_least=0
-    )
+    sft_weight: float = option(1.0, "Weight of the best response's negative log-likelihood.", at_least=0)
+    sft_reduction: str = option("sum", "Sum (the paper's) or mean over its tokens.", choices=REDUCTIONS)
 
 
 def rrhf_loss(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor, *, sft_weight: float = 1.0) -> Tensor:
@@ -71,8 +70,8 @@ class RRHFTrainer(PreferenceTrainer):
     def loss(self, batch, policy, reference):
         logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)
         hinge, nll = rrhf_terms(logps, batch["scores"], batch["mask"], lengths)
-        # The SFT term is a sum over tokens and hides the hinge in the loss.
+        # The base adds the SFT term, which is a sum over tokens and hides the hinge in the loss.
         parts = {"rrhf/hinge": hinge.detach(), "rrhf/sft": nll.detach()}
         parts = {name: value.masked_fill(~self.signal(batch), math.nan) for name, value in parts.items()}
         per_token = logps.detach() / lengths.clamp(min=1)
-        return hinge + self.args.sft_weight * nll, self.ranking_metrics(batch, per_token) | parts
+        return hinge, self.ranking_metrics(batch, per_token) | parts

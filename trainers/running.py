@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from . import rounds
@@ -144,6 +146,19 @@ class RunningTrainer(Trainer):
             return super().train(resume_from_checkpoint or None, *arguments, **keywords)
         finally:
             self.remove_callback(callback)
+
+    def _check_finite(self, loss: Tensor, losses: Tensor, batch: dict[str, Tensor]) -> None:
+        """Raises FloatingPointError for a loss that the Trainer would show as 0 and train on with."""
+        if torch.isfinite(loss):
+            return
+        wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        ends = [self.processing_class.decode(batch["prompt_ids"][b][batch["prompt_mask"][b]])[-80:] for b in wrong[:3]]
+        step = self.state.global_step
+        raise FloatingPointError(
+            f"The loss of step {step + 1} is {float(loss)}: that of {len(wrong)} of {len(losses)} prompts is not "
+            f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: look "
+            "at these rows, lower learning_rate or set max_grad_norm, and go on from the last checkpoint."
+        )
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""

@@ -181,6 +181,10 @@ class SWEPOTrainer(PreferenceTrainer):
     def signal(self, batch) -> Tensor:
         return self._split(batch).positive.any(-1)
 
+    def preferred(self, batch) -> Tensor:
+        positive = self._split(batch).positive.float()
+        return positive / positive.sum(-1, keepdim=True).clamp(min=1)
+
     def loss(self, batch, policy, reference):
         logratios = policy.logps.sum(-1) - reference.logps.sum(-1)
         options = self._options(SPLIT_OPTIONS) | self._options(WEIGHT_OPTIONS)

@@ -36,6 +36,11 @@ class TypePolicyTrainer(PreferenceTrainer):
         losses = losses * batch[POSTERIOR] if POSTERIOR in batch else losses
         return losses, self.ranking_metrics(batch, rewards.detach())
 
+    def preferred(self, batch) -> Tensor:
+        """A type imitates what its own annotators prefer: the posterior weighs this term as it does the loss."""
+        best = super().preferred(batch)
+        return best * batch[POSTERIOR].unsqueeze(-1) if POSTERIOR in batch else best
+
     def run_settings(self) -> dict:
         """EM compares the settings of the whole run, whose `rounds` may be others when an M-step goes on."""
         return {}

@@ -77,9 +77,6 @@ class SGPOConfig(DPOConfig):
     preference_dataset: str | None = option(None, "Prompts of the preference stage; by default dataset_name.")
     preference_split: str | None = option(None, "Their split, slices included.")
     max_preference_rows: int | None = option(None, "Use only so many of them.", at_least=1)
-    sft_weight: float = option(
-        0.0, "Weight of the chosen response's negative log-likelihood per token in the DPO stage.", at_least=0
-    )
     ref: str = option(
         "improved",
         "Reference of the DPO stage: the improver's checkpoint, or the model before all rounds.",
@@ -130,4 +127,4 @@ class SGPOConfig(DPOConfig):
 
 # Fields that the DPO stage does not read: they say how far a run goes, or belong to other stages.
 OF_STAGES = {f.name for f in dataclasses.fields(SGPOConfig)} - {f.name for f in dataclasses.fields(DPOConfig)}
-OF_STAGES -= {"sft_weight", "ref"}
+OF_STAGES -= {"ref"}

@@ -77,13 +77,10 @@ class SGPOTrainer(DPOTrainer):
 
     def loss(self, batch, policy, reference):
         args, scores, mask = self.args, batch["scores"], batch["mask"]
-        logps, lengths = policy.logps.sum(-1), batch["response_mask"].sum(-1)
-        logratios = logps - reference.logps.sum(-1)
-        self._check_start(logratios.detach(), lengths)
-        losses = sgpo_loss(
-            logratios, scores, mask, logps=logps, lengths=lengths, beta=args.beta, sft_weight=args.sft_weight,
-            pairs=args.pairs, label_smoothing=args.label_smoothing,
-        )  # fmt: skip
+        logratios = policy.logps.sum(-1) - reference.logps.sum(-1)
+        self._check_start(logratios.detach(), batch["response_mask"].sum(-1))
+        options = {"beta": args.beta, "pairs": args.pairs, "label_smoothing": args.label_smoothing}
+        losses = sgpo_loss(logratios, scores, mask, **options)  # the base adds the SFT term
         return losses, self.ranking_metrics(batch, args.beta * logratios.detach())
 
     def _check_start(self, logratios: Tensor, lengths: Tensor) -> None:
