@@ -25,7 +25,7 @@ from .forward.reference import Reference, changes_nothing_yet, make_reference, r
 from .forward.run import Forward, Runner
 from .inputs import REPEATED, Batch, check_ranges, mark_repeated, parts, prepare_rows
 from .likelihood import sft_loss
-from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ
+from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ, take
 from .precision import warn_if_emulated
 from .running import RunningTrainer
 
@@ -314,16 +314,18 @@ class PreferenceTrainer(RunningTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `Trainer.evaluate`; a data set given here is prepared like those given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            tokenizer, columns = self.processing_class, self.columns
-            eval_dataset = prepare_rows(eval_dataset, tokenizer, self.args, columns=columns, several=True)
-            check_ranges(parts(eval_dataset), [policies.base_model(self.model)])
+            eval_dataset = self._prepared(eval_dataset, several=True)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""
-        test_dataset = prepare_rows(test_dataset, self.processing_class, self.args, columns=self.columns)
-        check_ranges(parts(test_dataset), [policies.base_model(self.model)])
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        return super().predict(self._prepared(test_dataset), ignore_keys, metric_key_prefix)
+
+    def _prepared(self, dataset, *, several: bool = False):
+        """Rows that are given after the start, as those of the constructor are prepared."""
+        rows = prepare_rows(dataset, self.processing_class, self.args, columns=self.columns, several=several)
+        check_ranges(parts(rows), [policies.base_model(self.model)])
+        return rows
 
     # Metrics and evaluation.
 
@@ -333,7 +335,7 @@ class PreferenceTrainer(RunningTrainer):
         metrics = {"prompts/without_signal": 1 - self.signal(batch).float()}
         for name, values in (("logps", logps), ("length", lengths)):
             for side, index in (("chosen", best), ("rejected", worst)):
-                metrics[f"{name}/{side}"] = values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+                metrics[f"{name}/{side}"] = take(values, index)
         return metrics
 
     def _record(self, batch: Batch, losses: Tensor, weights: Tensor, metrics: dict[str, Tensor]) -> None:

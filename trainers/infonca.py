@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from .base import PreferenceTrainer
 from .config import PreferenceConfig, option
+from .likelihood import masked_softmax
 from .metrics import scores_differ
 
 
@@ -74,8 +75,7 @@ def _prepare(logratios, scores, mask, beta, alpha) -> tuple[Tensor, Tensor, Tens
     # Differences first: alpha times a score may be so large that float32 forgets the differences.
     highest = scores.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)
     exponents = alpha * (scores - highest).detach().to(logratios.dtype)
-    target = torch.softmax(exponents.masked_fill(~mask, torch.finfo(exponents.dtype).min), -1) * mask
-    return beta * logratios.masked_fill(~mask, 0), target, mask
+    return beta * logratios.masked_fill(~mask, 0), masked_softmax(exponents, mask), mask
 
 
 class InfoNCATrainer(PreferenceTrainer):

@@ -95,3 +95,8 @@ def sft_loss(
     if reduction == "mean":
         losses = losses / token_mask.sum(-1).clamp(min=1)
     return (weights * losses.masked_fill(weights == 0, 0)).sum(-1)
+
+
+def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the real slots (B,K), exactly 0 in the others and in prompts without any."""
+    return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask

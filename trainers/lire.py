@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .base import PreferenceTrainer
 from .config import REDUCTIONS, PreferenceConfig, check_choice, option
-from .metrics import best_and_worst, scores_differ
+from .likelihood import masked_softmax
+from .metrics import best_and_worst, scores_differ, take
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def lire_loss(
     mask = mask.bool()
     logits = candidate_logits(logps, mask, temperature, lengths if length_average else None)
     rewards = transform_scores(scores.to(logits.dtype), mask, score_transform, score_temperature)
-    losses = -loss_weight * (_softmax(logits, mask) * rewards).sum(-1)
+    losses = -loss_weight * (masked_softmax(logits, mask) * rewards).sum(-1)
     if reduction == "mean":
         losses = losses / mask.sum(-1).clamp(min=1)
     total = losses
@@ -132,7 +133,7 @@ def transform_scores(scores: Tensor, mask: Tensor, transform: str, temperature: 
     check_choice("score_transform", transform, SCORE_TRANSFORMS)
     scores = scores.detach().masked_fill(~mask, 0)
     if transform == "softmax":
-        return _softmax(scores / temperature, mask)
+        return masked_softmax(scores / temperature, mask)
     if transform == "none":
         return scores
     # As shares of the prompt's range: equal scores then give exactly 0, whatever their mean is rounded to.
@@ -173,7 +174,7 @@ def lire_metrics(
     """
     mask = mask.bool()
     logits = candidate_logits(logps, mask, temperature, lengths if length_average else None)
-    probs, count = _softmax(logits, mask), mask.sum(-1).clamp(min=1)
+    probs, count = masked_softmax(logits, mask), mask.sum(-1).clamp(min=1)
     scores = scores.to(logits.dtype).masked_fill(~mask, 0)
     rewards = transform_scores(scores, mask, score_transform, score_temperature)
     scale = loss_weight / temperature * mask.to(logits.dtype)
@@ -191,29 +192,20 @@ def lire_metrics(
         "lire/effective_candidates": torch.special.entr(probs).sum(-1).exp(),
         "lire/gradient": gradient(probs),
         "lire/vanished": vanished.to(probs.dtype),
-        "lire/prob_best": _take(probs, best),
+        "lire/prob_best": take(probs, best),
         "lire/expected_score": (probs * scores).sum(-1),
         "lire/mean_score": scores.sum(-1) / count,
-        "lire/likeliest_length": _take(lengths, likeliest).to(probs.dtype),
+        "lire/likeliest_length": take(lengths, likeliest).to(probs.dtype),
     }
     varied = scores_differ(scores, mask)
     return {name: value.masked_fill(~varied, math.nan) for name, value in values.items()}
 
 
-def _softmax(x: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the real slots, exactly 0 in the others and in prompts without any."""
-    return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask
-
-
 def _best_logps(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor | None) -> Tensor:
     """(B,) log-probability of the response with the best score, the first one on ties; per token with `lengths`."""
     best = best_and_worst(scores, mask)[0]
-    values = _take(logps.masked_fill(~mask, 0), best)
-    return values if lengths is None else values / _take(lengths.masked_fill(~mask, 1), best)
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    values = take(logps.masked_fill(~mask, 0), best)
+    return values if lengths is None else values / take(lengths.masked_fill(~mask, 1), best)
 
 
 class LIRETrainer(PreferenceTrainer):

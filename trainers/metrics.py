@@ -19,6 +19,11 @@ def best_and_worst(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(~mask, -torch.inf).argmax(-1), scores.masked_fill(~mask, torch.inf).argmin(-1)
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """The value in one slot of each prompt: (B,K) and (B,) -> (B,)."""
+    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
 def scores_differ(scores: Tensor, mask: Tensor) -> Tensor:
     """(B,) bool: prompts with at least two different scores. Values in masked slots never matter."""
     mask = mask.bool()
@@ -34,7 +39,7 @@ def best_worst(rewards: Tensor, scores: Tensor, mask: Tensor) -> dict[str, Tenso
     Args: `rewards`, `scores`, `mask`, each (B,K). Returns four (B,) tensors by metric name.
     """
     rewards, scores, mask, defined = _prepare(rewards, scores, mask)
-    chosen, rejected = (rewards.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in best_and_worst(scores, mask))
+    chosen, rejected = (take(rewards, slot) for slot in best_and_worst(scores, mask))
     metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -105,8 +110,7 @@ class MetricMeter:
         """Adds `{name: (B,) or scalar}`: one entry per element, NaN entries left out of sum and count."""
         for name, value in metrics.items():
             value = torch.as_tensor(value).detach()
-            # float64 because a long evaluation adds many small values to a large sum; MPS has no float64.
-            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            value = value.to(_summed(value.device))
             total = torch.stack([value.nansum(), (~value.isnan()).sum().to(value.dtype)])
             self._totals[name] = self._totals[name] + total if name in self._totals else total
 
@@ -120,7 +124,9 @@ class MetricMeter:
         names = sorted(set(gather_object(list(self._totals)) if distributed else self._totals))
         if not names:
             return {}
-        totals = self._stack(names, accelerator.device if distributed else None)
+        device = accelerator.device if distributed else self._totals[names[0]].device
+        absent = torch.zeros(2, dtype=_summed(device), device=device)  # a name that this process has not seen
+        totals = torch.stack([self._totals.get(name, absent).to(absent) for name in names])
         if distributed:
             totals = accelerator.reduce(totals, reduction="sum")
         means = totals[:, 0] / totals[:, 1]
@@ -130,12 +136,10 @@ class MetricMeter:
         """Forgets everything added so far."""
         self._totals.clear()
 
-    def _stack(self, names: list[str], device: torch.device | None) -> Tensor:
-        """Sums and counts (N,2) of `names` on one device, zero for names this process has not seen."""
-        device = device or self._totals[names[0]].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        absent = torch.zeros(2, dtype=dtype, device=device)
-        return torch.stack([self._totals.get(name, absent).to(device, dtype) for name in names])
+
+def _summed(device: torch.device) -> torch.dtype:
+    """float64 because a long evaluation adds many small values to a large sum; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _prepare(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

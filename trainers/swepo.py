@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from .base import PreferenceTrainer
 from .config import PreferenceConfig, check_choice, option
@@ -126,9 +127,7 @@ def score_split(
         positive = mask & (d - mean > MEAN_TOLERANCE * spread)
         used = positive.any(-1, keepdim=True)
     elif positives == "best":
-        positive = mask & (
-            torch.arange(d.size(-1), device=d.device) == d.masked_fill(~mask, -1).argmax(-1, keepdim=True)
-        )
+        positive = mask & one_hot(d.masked_fill(~mask, -1).argmax(-1), d.size(-1)).bool()
         used = spread > 0
     else:
         positive = best

@@ -1,7 +1,7 @@
 """Batches by token budget instead of by number of prompts, as a pure function of (seed, epoch, position)."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -75,18 +75,22 @@ class TokenBudgetSampler(Sampler[list[int]]):
         """Shuffle, sort within windows, fill greedily."""
         order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.lengths))
         window = max(1, int(WINDOW * self.budget / max(1.0, self.lengths.mean())))
-        batches: list[list[int]] = []
-        batch: list[int] = []
-        used = 0
-        for start in range(0, len(order), window):
-            chunk = order[start : start + window]
-            for row in chunk[np.argsort(self.lengths[chunk], kind="stable")].tolist():
-                if batch and used + self.lengths[row] > self.budget:
-                    batches.append(batch)
-                    batch, used = [], 0
-                batch.append(row)
-                used += int(self.lengths[row])
-        return batches + [batch] if batch else batches
+        chunks = [order[start : start + window] for start in range(0, len(order), window)]
+        rows = [row for chunk in chunks for row in chunk[np.argsort(self.lengths[chunk], kind="stable")].tolist()]
+        return fill_batches(rows, self.lengths, self.budget)
+
+
+def fill_batches(rows: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of rows in their order, as many to a batch as sum to at most `budget`; a longer one is alone."""
+    batches: list[list[int]] = []
+    used = 0
+    for row in rows:
+        if not batches or used + lengths[row] > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(row)
+        used += int(lengths[row])
+    return batches
 
 
 def token_lengths(rows: Dataset) -> list[Lengths]:

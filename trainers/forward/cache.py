@@ -8,7 +8,7 @@ the file can be copied to another machine.
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from trl.models import prepare_deepspeed
 
 from ..data import PreferenceCollator
-from ..data.budget import packed_tokens
+from ..data.budget import fill_batches, packed_tokens
 from .policy import base_model, disable_dropout
 from .run import Runner
 
@@ -73,13 +73,10 @@ class LogpsCache:
         seen, rows = set(self.entries), []
         for dataset in datasets:
             for row in _token_rows(dataset):
-                fresh = []
-                for key, ids in zip(_row_keys(row), row["response_ids"], strict=True):
-                    if key not in seen:
-                        seen.add(key)
-                        fresh.append(ids)
-                if fresh:
-                    rows.append(_scorable(row["prompt_ids"], fresh))
+                keyed = zip(_row_keys(row), row["response_ids"], strict=True)
+                if fresh := {key: ids for key, ids in keyed if key not in seen}:
+                    seen.update(fresh)
+                    rows.append(_scorable(row["prompt_ids"], list(fresh.values())))
         return rows
 
     def of_rows(self, dataset: Dataset) -> list[list[Value]]:
@@ -111,7 +108,7 @@ class LogpsCache:
 
         `budget` is the most tokens of a batch.
         """
-        batches = list(_batches(self.missing(datasets), budget))  # the same on every process
+        batches = _batches(self.missing(datasets), budget)  # the same on every process
         rounds = -(-len(batches) // accelerator.num_processes)
         fresh, scored = {}, 0
         progress = tqdm(total=rounds, desc=title, disable=not rounds or not accelerator.is_local_main_process)
@@ -255,16 +252,8 @@ def _write(path: Path, entries: dict[str, Value]) -> None:
     os.replace(temporary, path)
 
 
-def _batches(rows: list[dict], budget: int) -> Iterator[list[dict]]:
+def _batches(rows: list[dict], budget: int) -> list[list[dict]]:
     """Rows of like length together, longest first so that a batch that does not fit in memory fails at once."""
     lengths = [packed_tokens((len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]])) for row in rows]
-    batch: list[dict] = []
-    used = 0
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        if batch and used + lengths[i] > budget:
-            yield batch
-            batch, used = [], 0
-        batch.append(rows[i])
-        used += lengths[i]
-    if batch:
-        yield batch
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    return [[rows[i] for i in batch] for batch in fill_batches(order, lengths, budget)]

@@ -114,19 +114,18 @@ def logps_and_kl(this: Pass, hidden: Tensor, frozen: FrozenHead, frozen_hidden: 
         frozen: the frozen model's head.
         frozen_hidden: (N,H') the frozen model's last hidden states at the same positions; they get no gradient.
     """
-    head = this.head
-    size = max(1, chunk_size(head, hidden, this.chunk_elements) // 2)  # logits of two models
-    plain = is_plain(head, this.rule) and frozen.rule == LogitRule()
+    size = max(1, chunk_size(this, hidden) // 2)  # logits of two models
+    plain = is_plain(this.head, this.rule) and frozen.rule == LogitRule()
     compute: Callable = _linear_kl if plain else _module_kl
-    return call_head(head, partial(compute, head, this, size, frozen, frozen_hidden.detach()), hidden)
+    return call_head(this.head, partial(compute, this, size, frozen, frozen_hidden.detach()), hidden)
 
 
-def _linear_kl(head: nn.Linear, this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project, hidden):
-    theirs = frozen_hidden, frozen.weight, frozen.bias
-    return fused(_LinearKL.apply, hidden, head.weight, head.bias, this.targets, *theirs, size)
+def _linear_kl(this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project: Callable, hidden: Tensor):
+    ours, theirs = (this.head.weight, this.head.bias), (frozen_hidden, frozen.weight, frozen.bias)
+    return fused(_LinearKL.apply, hidden, *ours, this.targets, *theirs, size)
 
 
-def _module_kl(head: nn.Module, this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project, hidden):
+def _module_kl(this: Pass, size: int, frozen: FrozenHead, frozen_hidden: Tensor, project: Callable, hidden: Tensor):
     """Any head: quantised, under an adapter, or with a rule for its logits."""
 
     def both(chunk: Tensor, ids: Tensor, frozen_chunk: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,9 @@ class Pass:
         return self.model.get_output_embeddings()
 
     def logps(self, hidden: Tensor) -> Tensor:
-        """(N,H) hidden states -> (N,) log-probabilities of the targets."""
-        return chunked_logps(self.head, hidden, self.targets, self.rule, self.chunk_elements)
+        """(N,H) hidden states -> (N,) log-probabilities of the targets, with the logits of one chunk in memory."""
+        compute = _linear_logps if is_plain(self.head, self.rule) else _module_logps
+        return call_head(self.head, partial(compute, self, chunk_size(self, hidden)), hidden)
 
 
 Reading = Callable[[Pass], dict[str, Tensor]]  # values of the N positions, "logps" among them
@@ -127,15 +128,6 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
     model.forward = MethodType(forward, model)
 
 
-def chunked_logps(
-    head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule, chunk_elements: int | None = None
-) -> Tensor:
-    """(N,H) hidden states and (N,) target ids -> (N,) log-probabilities, with the logits of one chunk in memory."""
-    size = chunk_size(head, hidden, chunk_elements)
-    compute: Callable = _linear_logps if is_plain(head, rule) else _module_logps
-    return call_head(head, partial(compute, head, targets, rule, size), hidden)
-
-
 def call_head(head: nn.Module, compute: Callable, hidden: Tensor):
     """`compute(project, hidden)` inside a call of the head, where `project` is what the head's forward would do."""
     project = head.forward
@@ -146,10 +138,10 @@ def call_head(head: nn.Module, compute: Callable, hidden: Tensor):
         head.forward = project
 
 
-def chunk_size(head: nn.Module, hidden: Tensor, chunk_elements: int | None = None) -> int:
+def chunk_size(this: Pass, hidden: Tensor) -> int:
     """Tokens per chunk, so that a chunk's logits have at most `chunk_elements` numbers."""
-    elements = chunk_elements or (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS)
-    return max(1, elements // head_rows(head))
+    elements = this.chunk_elements or (CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS)
+    return max(1, elements // head_rows(this.head))
 
 
 def is_plain(head: nn.Module, rule: LogitRule) -> bool:
@@ -160,18 +152,18 @@ def is_plain(head: nn.Module, rule: LogitRule) -> bool:
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and rule == LogitRule()
 
 
-def _linear_logps(head: nn.Linear, targets: Tensor, rule: LogitRule, size: int, project, hidden: Tensor) -> Tensor:
-    return fused(_LinearLogps.apply, hidden, head.weight, head.bias, targets, size)
+def _linear_logps(this: Pass, size: int, project: Callable, hidden: Tensor) -> Tensor:
+    return fused(_LinearLogps.apply, hidden, this.head.weight, this.head.bias, this.targets, size)
 
 
-def _module_logps(head: nn.Module, targets: Tensor, rule: LogitRule, size: int, project: Callable, hidden: Tensor):
+def _module_logps(this: Pass, size: int, project: Callable, hidden: Tensor) -> Tensor:
     """Any head: quantised, under an adapter, or with a rule for its logits."""
 
     def logps(chunk: Tensor, ids: Tensor) -> Tensor:
-        logits = rule(widen(project(chunk)))
+        logits = this.rule(widen(project(chunk)))
         return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
-    return torch.cat(by_chunk(logps, size, hidden, targets))
+    return torch.cat(by_chunk(logps, size, hidden, this.targets))
 
 
 def fused(function: Callable, hidden: Tensor, *arguments):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import FLEX, SHARED_SDPA, flex_mask
-from .head import Reading, add_logps_head, read_logps
+from .head import Reading, add_logps_head, read_logps, widen
 from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
 from .policy import has_dropout
 from .router import RouterLoss, router_loss
@@ -151,32 +151,22 @@ def run(
     inputs = shared_layout(batch) if shared else rows_layout(batch)
     values = dict(model(**_keywords(inputs, flex), reading=reading))
     logps = values.pop("logps")
-    if logps.dtype in (torch.float16, torch.bfloat16):
-        logps = logps.float()
     aux_loss = values.pop("aux_loss", None)
-    return Forward(to_responses(logps, batch["response_mask"]), values, aux_loss)
+    return Forward(to_responses(widen(logps), batch["response_mask"]), values, aux_loss)
 
 
 def _keywords(inputs: ModelInputs, flex: bool) -> dict:
-    keywords: dict[str, object] = {
-        "input_ids": inputs.input_ids,
-        "positions": inputs.positions,
-        "targets": inputs.targets,
-        "fed": inputs.fed,
-    }
+    names = ("input_ids", "positions", "targets", "fed")
+    keywords: dict[str, object] = {name: getattr(inputs, name) for name in names}
     if inputs.branches is None:
         return keywords
     keywords["position_ids"] = inputs.position_ids
     if flex:
-        keywords["attention_mask"] = flex_mask(inputs.branches)
-    else:
-        keywords |= {
-            "branches": inputs.branches,
-            # A mask with four dimensions is passed on as it is; without one the model would build (T,T) from the
-            # position ids. The attention function reads `branches` instead.
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device),
-        }
-    return keywords
+        return keywords | {"attention_mask": flex_mask(inputs.branches)}
+    # A mask with four dimensions is passed on as it is; without one the model would build (T,T) from the position
+    # ids. The attention function reads `branches` instead.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device)
+    return keywords | {"branches": inputs.branches, "attention_mask": no_mask}
 
 
 def cheaper_shared(batch: dict[str, Tensor], window: int | None) -> bool:
@@ -234,9 +224,8 @@ def check_first_batch(
         own = model(input_ids=inputs.input_ids, **({} if router is None else {"output_router_logits": True}))
         if router is not None:
             router.check(own)
-        logits = own.logits.flatten(0, 1).index_select(0, inputs.positions)
-        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        expected = wide.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
+        logits = widen(own.logits.flatten(0, 1).index_select(0, inputs.positions))
+        expected = logits.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
         found = run(model, group, shared=shared, flex=flex).logps[group["response_mask"]]
     return float((found - expected).abs().mean())
 
