@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import close
 from trainers.dpo import dpo_loss, score_pairs
 from trainers.infonca import infonca_loss, nca_loss
 from trainers.likelihood import sft_loss
@@ -26,13 +27,6 @@ CASES = {
     if "offset" not in case["options"]  # DPO with an offset is SWEPO with signed weights, which has the same vectors
 }
 RENAMED = {"m": "top_m"}
-
-
-def close(found, expected, dtype=torch.float64):
-    tolerance = VECTORS["lire"]["tolerance"][str(dtype).removeprefix("torch.")]
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    error = (found.detach().double() - expected).abs() / expected.abs().clamp(min=1)
-    assert error.max() <= tolerance, (found, expected)
 
 
 def swepo_options(case):

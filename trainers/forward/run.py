@@ -130,11 +130,9 @@ def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
 
     Returns why prompts cannot be shared with this model, or None when they can.
     """
-    reason = None
-    if share:
-        reason = _why_not_shared(model)
-        if reason is None and model.config._attn_implementation != FLEX:
-            model.set_attn_implementation(SHARED_SDPA)
+    reason = _why_not_shared(model) if share else None
+    if share and reason is None and model.config._attn_implementation != FLEX:
+        model.set_attn_implementation(SHARED_SDPA)
     add_logps_head(model)
     return reason
 
