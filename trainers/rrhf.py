@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import PreferenceTrainer
 from .config import REDUCTIONS, PreferenceConfig, option
-from .metrics import best_and_worst
+from .metrics import best_and_worst, take
 
 
 @dataclass
@@ -54,8 +54,7 @@ def rrhf_terms(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor) -> 
     per_token = logps / lengths.masked_fill(~mask, 1)
     preferred = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
     hinge = torch.relu(per_token.unsqueeze(-2) - per_token.unsqueeze(-1)) * preferred
-    best = best_and_worst(scores, mask)[0].unsqueeze(-1)
-    nll = torch.where(preferred.any(-1).any(-1), -logps.gather(-1, best).squeeze(-1), 0.0)
+    nll = torch.where(preferred.any(-1).any(-1), -take(logps, best_and_worst(scores, mask)[0]), 0.0)
     return hinge.sum((-2, -1)), nll
 
 
