@@ -14,8 +14,7 @@ from trainers.forward.divergence import frozen_head
 from trainers.forward.run import prepare_forward, run
 from trainers.sparsepo import MaskHeads, ReadReference, find_sites
 from trainers.sparsepo.activations import recorded
-from trainers.sparsepo.learned import split_state
-from trainers.sparsepo.training import check_engine, regroup
+from trainers.sparsepo.learned import check_engine, regroup, split_state
 
 NEOX = GPTNeoXConfig(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -169,7 +168,7 @@ def test_heads_have_groups_of_their_own():
     model = torch.nn.Module()
     model.inner, model.mask_heads = torch.nn.Linear(2, 2), MaskHeads(COMMON, 3, 8, eps=1e-6)
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "weight_decay": 0.0}], lr=1e-3)
-    regroup(optimizer, model, model.mask_heads, learning_rate=0.5, weight_decay=0.25)
+    regroup(optimizer, model, learning_rate=0.5, weight_decay=0.25)
     names = {id(p): n for n, p in model.named_parameters()}
     found = [({names[id(p)] for p in g["params"]}, g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
     prefix = "mask_heads.heads.common."

@@ -252,6 +252,34 @@ def test_a_dead_mask_is_called_dead(tmp_path, tokenizer, caplog):
     assert "mask is 0" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "options, sparsity, told",
+    [
+        ({"reward_l1": 0.01}, (0.9, 1.0), ["reward (0.95)"]),
+        ({"reward_l1": 0.01, "independent": True, "kl_l1": 0.01}, (0.0, 0.5), ["reward (0.25)", "kl (0.25)"]),
+        ({"mask_init": "released"}, (0.0, 0.0), ["reward (0)", "kl (0)"]),
+        ({"reward_l1": 0.01}, (0.9, 1.2), []),
+        ({}, (0.0, 0.0), []),  # a dense start without a penalty is meant to be dense
+    ],
+    ids=str,
+)
+def test_a_mask_that_stays_dense_against_what_was_asked_is_called_so_once(
+    tmp_path, tokenizer, caplog, options, sparsity, told
+):
+    t = trainer(tmp_path, tokenizer, **options)
+    logs = {}
+    for name in ("reward", "kl"):
+        for side, value in zip(("chosen", "rejected"), sparsity, strict=True):
+            logs |= {f"mask_mean/{name}_{side}": 0.5, f"mask_sparsity/{name}_{side}": value}
+    for step in (99, 100, 200):
+        t.state.global_step = step
+        t.log(dict(logs))
+        warned = [record.args for record in caplog.records if "asks for zeros" in record.message]
+        assert [f"{name} ({value:.2g})" for name, value, _ in warned] == (told if step > 99 else [])
+        assert all(at == 100 for *_, at in warned)
+    t.log({"eval_loss": 0.5})
+
+
 def test_ranked_responses_and_gradient_checkpointing(tmp_path, tokenizer):
     data = [row for row in rows(9) if len(set(row["scores"])) > 1]
     for ranking in ("best_worst", "plackett_luce"):

@@ -7,15 +7,6 @@ from .readings import ReadPolicy, ReadReference
 from .trainer import SparsePOTrainer, mask_statistics, sparsepo_loss, tdpo2_loss
 
 __all__ = [
-    "MaskHead",
-    "MaskHeads",
-    "ReadPolicy",
-    "ReadReference",
-    "SparsePOConfig",
-    "SparsePOTrainer",
-    "activation_mask",
-    "find_sites",
-    "mask_statistics",
-    "sparsepo_loss",
-    "tdpo2_loss",
-]
+    "MaskHead", "MaskHeads", "ReadPolicy", "ReadReference", "SparsePOConfig", "SparsePOTrainer", "activation_mask",
+    "find_sites", "mask_statistics", "sparsepo_loss", "tdpo2_loss",
+]  # fmt: skip

@@ -106,7 +106,10 @@ def _fits(model: PreTrainedModel, style: Style) -> bool:
     norms = {name for name, _ in blocks[0].named_children() if "norm" in name or name.startswith("ln_")}
     if norms != {*style.norms} or any(path not in parts for _, path, _ in style.places(_parallel(blocks[0]))):
         return False
-    return len(style.projections) > 1 or _width(parts[f"{style.attention}.{style.projections[0]}"]) == 3 * _size(model)
+    if len(style.projections) > 1:
+        return True
+    width = _width(parts[f"{style.attention}.{style.projections[0]}"])
+    return width == 3 * model.config.get_text_config().hidden_size
 
 
 def _parallel(block: nn.Module) -> bool:
@@ -128,10 +131,6 @@ def _split(block: nn.Module, style: Style) -> Callable[[Tensor], tuple[Tensor, .
 def _width(projection: nn.Module) -> int:
     layer = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     return getattr(layer, "nf", 0) or getattr(layer, "out_features", 0)
-
-
-def _size(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().hidden_size
 
 
 @contextmanager

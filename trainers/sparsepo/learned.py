@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.nn.functional import layer_norm
 
 ATTRIBUTE = "mask_heads"  # name of the heads inside the policy
 FILE = "mask_heads.safetensors"
+DECAYED = ("weight", "mixer")  # neither biases nor the LayerNorm
 
 
 class MaskHead(nn.Module):
@@ -72,10 +74,6 @@ class MaskHeads(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return {name: head(states) for name, head in self.heads.items()}
 
-    def decayed(self) -> set[str]:
-        """Names of the parameters that weight decay applies to: neither biases nor the LayerNorm."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("weight", "mixer")}
-
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the heads, or the given state of them, to `folder`."""
         state = {name: value.detach().cpu().contiguous() for name, value in (state or self.state_dict()).items()}
@@ -115,3 +113,28 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     marker = f"{ATTRIBUTE}."
     heads = {name.partition(marker)[2]: value for name, value in state.items() if marker in name}
     return {name: value for name, value in state.items() if marker not in name}, heads
+
+
+def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError where mask heads would not be optimised or saved as asked; `optimizer` is the user's own."""
+    if optimizer is not None:
+        raise ValueError("optimizers has no parameters of the mask head: leave it out, or set mask to ones.")
+    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
+    if deepspeed is not None and "optimizer" in deepspeed.deepspeed_config:
+        raise ValueError(
+            "The DeepSpeed config names an optimizer, which would give the mask head the policy's learning rate and "
+            "weight decay: remove `optimizer` from it, and set optim in the recipe."
+        )
+    if fsdp is not None and "FULL" not in str(fsdp.state_dict_type):
+        raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: nn.Module, *, learning_rate: float, weight_decay: float) -> None:
+    """Move the heads' parameters, found by name in `model`, into two groups of their own, with and without decay."""
+    heads = {name: p for name, p in model.named_parameters() if f"{ATTRIBUTE}." in name}
+    moved = {id(parameter) for parameter in heads.values()}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    for decay in (weight_decay, 0.0):
+        own = [p for name, p in heads.items() if (name.rpartition(".")[2] in DECAYED) == (decay is weight_decay)]
+        optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": decay})

@@ -27,9 +27,8 @@ from ..metrics import best_and_worst, scores_differ
 from ..plackett_luce import plackett_luce_loss
 from .activations import activation_mask, find_sites
 from .config import SparsePOConfig
-from .learned import ATTRIBUTE, MaskHeads, split_state
+from .learned import ATTRIBUTE, MaskHeads, check_engine, regroup, split_state
 from .readings import ReadPolicy, ReadReference, activation_means
-from .training import add_heads, check_engine, regroup
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,12 @@ DEAD = (
     "The mask is 0 on every token since the last log (%s): nothing is learned through it, and a head whose mixer is "
     "negative stays dead. Raise mask_init_std or set mask_init to dense."
 )
+SPARSE_AFTER, SPARSE = 100, 1.0  # a mask that shall be sparse has so many percent of zeros after so many steps
+DENSE = (
+    "The mask (%s) is 0 on %.2g percent of the tokens after %d steps, though an L1 penalty or the released start asks "
+    "for zeros: no token is left out. Raise reward_l1, kl_l1 or mask_learning_rate."
+)
+NORM_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 def sparsepo_loss(
@@ -132,6 +137,7 @@ class SparsePOTrainer(PreferenceTrainer):
         super().__init__(*arguments, **keywords)
         self.mask_heads: MaskHeads | None = None
         self._frozen = None
+        self._called_dense: set[str] = set()
         if self.args.needs_states:
             self._prepare_masks()
 
@@ -220,12 +226,21 @@ class SparsePOTrainer(PreferenceTrainer):
         return metrics
 
     def log(self, logs, *arguments, **keywords):
-        """Also warns of a learned mask that was 0 on every token of the best and worst responses."""
+        """Also warns of a learned mask that was 0 on every token of the best and worst responses, and once of one that
+        is 0 on less than `SPARSE` percent of them after `SPARSE_AFTER` steps, where it was meant to be sparse."""
         super().log(logs, *arguments, **keywords)
-        logged = self.state.log_history[-1]
-        for name in self.args.masked if self.args.head_names else ():
-            if [logged.get(f"mask_mean/{name}_{side}") for side in ("chosen", "rejected")] == [0.0, 0.0]:
+        args, step, logged = self.args, self.state.global_step, self.state.log_history[-1]
+        for name in args.masked if args.head_names and f"mask_mean/{args.masked[0]}_chosen" in logged else ():
+            mean, sparsity = (
+                sum(logged[f"mask_{kind}/{name}_{side}"] for side in ("chosen", "rejected")) / 2
+                for kind in ("mean", "sparsity")
+            )
+            asked = args.mask_init == "released" or args.penalties[f"{name}_l1"] > 0
+            if mean == 0:
                 logger.warning(DEAD, name)
+            elif asked and step >= SPARSE_AFTER and sparsity < SPARSE and name not in self._called_dense:
+                self._called_dense.add(name)
+                logger.warning(DENSE, name, sparsity, step)
 
     # The reference's head and the mask heads.
 
@@ -241,10 +256,15 @@ class SparsePOTrainer(PreferenceTrainer):
             find_sites(reference)
         if args.head_names:
             check_engine(self.accelerator, self.optimizer)
-            self.mask_heads = add_heads(
-                policy, reference, args.head_names, seed=args.seed, std=args.mask_init_std, start=args.mask_init,
-                sharded=is_deepspeed_zero3_enabled() or self.is_fsdp_enabled,
+            of = reference.config.get_text_config()
+            eps = next((getattr(of, name) for name in NORM_EPSILONS if getattr(of, name, None)), 1e-5)
+            self.mask_heads = MaskHeads(
+                args.head_names, of.num_hidden_layers, of.hidden_size, eps=eps, seed=args.seed,
+                std=args.mask_init_std, start=args.mask_init,
             )  # fmt: skip
+            one_dtype = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled  # sharding keeps it in a group of weights
+            dtype = policy.dtype if one_dtype else torch.promote_types(policy.dtype, torch.float32)
+            policy.add_module(ATTRIBUTE, self.mask_heads.to(policy.device, dtype))  # before an engine wraps it
 
     def create_optimizer(self, model=None):
         """The Trainer's optimizer, with the mask heads in groups of their own."""
@@ -253,7 +273,7 @@ class SparsePOTrainer(PreferenceTrainer):
         if fresh and self.mask_heads is not None:
             rate = self.args.learning_rate if self.args.mask_learning_rate is None else self.args.mask_learning_rate
             policy = self.model if model is None else model
-            regroup(optimizer, policy, self.mask_heads, learning_rate=rate, weight_decay=self.args.mask_weight_decay)
+            regroup(optimizer, policy, learning_rate=rate, weight_decay=self.args.mask_weight_decay)
         return optimizer
 
     # Saving.
