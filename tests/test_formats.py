@@ -17,42 +17,32 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="shared/data is not here")
 
 
-def test_every_format_has_a_case():
-    assert set(CASES) == set(FORMATS)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_exact_rows_and_drops_by_reason(name):
     source, expected, dropped, responses_dropped = CASES[name]
     dataset, report = canonicalize(Dataset.from_list(source), FORMATS[name].adapter)
     assert dataset.to_list() == expected
     assert (dict(report.reasons), dict(report.responses_dropped)) == (dropped, responses_dropped)
     assert report.rows_in - report.rows_out == report.reasons.total() and report.rows_out == len(expected)
+    assert report.source_rows == (len(source) if name in ("helpsteer2", "prism", "oasst1") else None)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_stream_gives_the_same_rows_and_says_at_its_end_what_was_dropped(name, tmp_path, caplog):
+def test_files_and_streams_give_the_same_rows_and_auto_says_what_it_recognised(name, tmp_path, caplog):
     source, expected, dropped, responses_dropped = CASES[name]
-    stream = load_preferences(write_rows(tmp_path / "data.jsonl", source), data_format=name, streaming=True)
+    path = write_rows(tmp_path / "data.jsonl", source)
+    data_format = name if name == "ultrafeedback_fine_grained" else "auto"
+    assert list(load_preferences(path, data_format=data_format)) == expected
+    stream = load_preferences(path, data_format=data_format, streaming=True)
     assert isinstance(stream, IterableDataset)
+    assert caplog.text.count(f"data_format 'auto' reads it as {name!r}") == 2 * (data_format == "auto")
     for _ in range(2):  # every pass counts anew
         caplog.clear()
         assert list(stream) == expected
-        [record] = [r for r in caplog.records if r.name == "trainers.data.canonical"] or [None]
-        assert (record is None) == (not dropped)
-        if record is not None:
-            for reason, count in (dropped | responses_dropped).items():
-                assert f"{count} ({reason})" in record.getMessage()
-
-
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"ultrafeedback_fine_grained"}))
-def test_auto_recognises_the_columns_and_says_so(name, tmp_path, caplog):
-    source, expected, *_ = CASES[name]
-    path = write_rows(tmp_path / "data.jsonl", source)
-    for streaming in (False, True):
-        caplog.clear()
-        assert list(load_preferences(path, data_format="auto", streaming=streaming)) == expected
-        assert f"data_format 'auto' reads it as {name!r}" in caplog.text
+        records = [record.getMessage() for record in caplog.records if record.name == "trainers.data.canonical"]
+        assert len(records) == bool(dropped)
+        for reason, count in (dropped | responses_dropped).items():
+            assert f"{count} ({reason})" in records[0]
 
 
 def test_auto_lists_the_candidates_where_columns_fit_several_formats(tmp_path):
@@ -91,11 +81,6 @@ def test_a_reply_that_is_there_twice_in_its_tree_is_refused():
 def test_a_drop_is_refused_where_invalid_rows_are_errors(name):
     with pytest.raises(ValueError, match="row .*invalid_rows='drop'"):
         canonicalize(Dataset.from_list(CASES[name][0]), FORMATS[name].adapter, invalid="error")
-
-
-def test_grouped_rows_say_how_many_rows_of_the_source_they_were_made_of():
-    _, report = canonicalize(Dataset.from_list(CASES["oasst1"][0]), FORMATS["oasst1"].adapter)
-    assert str(report).startswith("18 rows of the source, grouped: 7 rows in, 2 kept, 5 dropped")
 
 
 def by_topic(rows):

@@ -1,7 +1,6 @@
 import gzip
 import importlib
 import logging
-import shutil
 import sys
 
 import pytest
@@ -18,30 +17,24 @@ ROWS = [
 ]
 
 
-def assert_is_rows(dataset):
-    assert isinstance(dataset, Dataset)
-    assert dataset.to_list() == ROWS
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json.gz"])
-def test_json_lines_files(tmp_path, name):
-    assert_is_rows(load_preferences(write_rows(tmp_path / name, ROWS)))
-
-
-def test_parquet_and_gzipped_parquet(tmp_path):
-    path = tmp_path / "data.parquet"
-    Dataset.from_list(ROWS).to_parquet(path)
-    assert_is_rows(load_preferences(str(path)))
-    with path.open("rb") as plain, gzip.open(f"{path}.gz", "wb") as packed:
-        shutil.copyfileobj(plain, packed)
-    assert_is_rows(load_preferences(f"{path}.gz"))
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json.gz", "data.parquet", "data.parquet.gz"])
+def test_files_of_all_kinds(name, tmp_path):
+    path = tmp_path / name
+    if ".parquet" not in name:
+        write_rows(path, ROWS)
+    else:
+        Dataset.from_list(ROWS).to_parquet(path)
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    dataset = load_preferences(path)
+    assert isinstance(dataset, Dataset) and dataset.to_list() == ROWS
 
 
 def test_the_splits_of_a_folder_and_files_that_are_not_read(tmp_path, caplog):
     for name, rows in (("train", ROWS), ("test", ROWS[:1]), ("more", ROWS)):
         write_rows(tmp_path / "files" / f"{name}.jsonl", rows)
     Dataset.from_list(ROWS).to_parquet(tmp_path / "files" / "x.parquet")
-    assert_is_rows(load_preferences(str(tmp_path / "files")))
+    assert load_preferences(str(tmp_path / "files")).to_list() == ROWS
     assert "2 file(s) are NOT read: more.jsonl, x.parquet" in caplog.text
     assert load_preferences(tmp_path / "files", split="train+test")["prompt"][:] == ["a", "b", "a"]
     assert [row["prompt"] for row in load_preferences(tmp_path / "files", split="test", streaming=True)] == ["a"]
@@ -57,7 +50,7 @@ def test_split_of_a_file_and_max_rows(tmp_path):
 def test_drops_are_logged_once_with_the_file(tmp_path, caplog):
     path = write_rows(tmp_path / "data.jsonl", [*ROWS, {**ROWS[0], "responses": ["x", "", ""]}])
     with caplog.at_level(logging.INFO):
-        assert_is_rows(load_preferences(path))
+        assert load_preferences(path).to_list() == ROWS
     [record] = [record for record in caplog.records if record.name.startswith("trainers")]
     assert record.levelname == "WARNING"
     assert "data.jsonl: 3 rows in, 2 kept, 1 dropped" in record.getMessage()

@@ -7,7 +7,7 @@ from datasets import Dataset
 from format_cases import assistant, user
 from trainers.data import canonicalize
 from trainers.data.drops import Drop
-from trainers.data.rows import clean_row, to_canonical
+from trainers.data.rows import to_canonical
 
 ROW = {"prompt": "Name a colour.", "responses": ["Red.", "Blue!", "Green?"], "scores": [1, 2.5, -3]}
 
@@ -23,18 +23,13 @@ def dataset_with_faults():
     return Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])
 
 
-def test_canonical_row_keeps_its_content_and_gets_float_scores():
-    out = to_canonical({**ROW, "annotator": "anna", "weight": 2, "source": "s"})
-    assert out == {**ROW, "scores": [1.0, 2.5, -3.0], "annotator": "anna", "weight": 2.0, "source": "s"}
-    assert all(type(score) is float for score in out["scores"])
-
-
 HEAD = [user("Hi"), assistant("Hello."), user("Sing.")]
 CHAT = {"chosen": [*HEAD, assistant("La.")], "rejected": [*HEAD, assistant("No.")]}
 PAIRS = {  # a pair, and what it becomes
     "explicit": ({"prompt": "p", "chosen": "good", "rejected": "bad"}, ("p", "good", "bad")),
     "implicit text": ({"chosen": "Sky? Blue.", "rejected": "Sky? Green."}, ("Sky?", " Blue.", " Green.")),
     "implicit chat": (CHAT, (HEAD, [assistant("La.")], [assistant("No.")])),
+    "implicit chat beside messages": (CHAT | {"messages": HEAD}, (HEAD, [assistant("La.")], [assistant("No.")])),
     "chat with its prompt as text": ({"prompt": "Sing.", **CHAT}, (HEAD, [assistant("La.")], [assistant("No.")])),
     "text prompt, chat answers": (
         {"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
@@ -47,7 +42,7 @@ PAIRS = {  # a pair, and what it becomes
 def test_pairs(name):
     pair, (prompt, chosen, rejected) = PAIRS[name]
     expected = {"prompt": prompt, "responses": [chosen, rejected], "scores": [1.0, 0.0], "margin": 7.0}
-    assert to_canonical(pair | {"margin": 7.0}) == expected
+    assert to_canonical(pair | {"margin": 7.0}).items() >= expected.items()
 
 
 @pytest.mark.parametrize(
@@ -59,24 +54,14 @@ def test_pair_without_a_recognisable_prompt_is_dropped(chosen, rejected):
         to_canonical({"chosen": chosen, "rejected": rejected})
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [{"question": "capital?"}, {"messages": [user("q")]}],
-    ids=lambda asked: next(iter(asked)),
-)
+@pytest.mark.parametrize(("name", "value"), [("question", "capital?"), ("messages", [user("q")])])
 @pytest.mark.parametrize("answers", ["text", "messages"])
-def test_a_prompt_in_a_column_of_another_name_is_not_guessed(asked, answers):
+def test_a_prompt_in_a_column_of_another_name_is_not_guessed(name, value, answers):
     pair = {"chosen": "The capital is Paris", "rejected": "The capital is Rome"}
     pair = pair if answers == "text" else {side: [assistant(text)] for side, text in pair.items()}
-    name = next(iter(asked))
     with pytest.raises(ValueError, match=rf"missing column 'prompt' .* there is '{name}': rename it .*'{name}'"):
-        to_canonical({**asked, **pair})
-    assert to_canonical({**asked, "prompt": "Hi", **pair})["prompt"] in ("Hi", [user("Hi")])
-
-
-def test_whole_conversations_beside_messages_hold_their_prompt():
-    row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")], "messages": [user("q")]}
-    assert to_canonical(row)["prompt"] == [user("q")]
+        to_canonical({name: value, **pair})
+    assert to_canonical({name: value, "prompt": "Hi", **pair})["prompt"] in ("Hi", [user("Hi")])
 
 
 @pytest.mark.parametrize(
@@ -92,14 +77,6 @@ def test_a_prompt_that_would_end_inside_a_word_is_refused(chosen, rejected, end)
         to_canonical({"chosen": chosen, "rejected": rejected})
 
 
-def test_clean_row_takes_per_response_columns_along():
-    row, reasons = clean_row(
-        {"prompt": "p", "responses": ["a", "", "c", "d"], "scores": [1.0, 2.0, math.inf, 4.0], "models": list("wxyz")}
-    )
-    assert row == {"prompt": "p", "responses": ["a", "d"], "scores": [1.0, 4.0], "models": ["w", "z"]}
-    assert reasons == ["response: empty text", "response: infinite score"]
-
-
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_canonicalize_counts_every_drop(num_proc):
     dataset, report = canonicalize(dataset_with_faults(), num_proc=num_proc)
@@ -111,13 +88,6 @@ def test_canonicalize_counts_every_drop(num_proc):
     reasons = ("fewer than 2 usable responses left", "fewer than 2 responses given", "prompt is empty")
     assert report.reasons == Counter(reasons)
     assert report.responses_dropped == Counter({"missing score": 2, "empty text": 1})
-
-
-def test_invalid_error_names_row_and_field():
-    with pytest.raises(ValueError, match="row 1: response: empty text"):
-        canonicalize(dataset_with_faults(), invalid="error")
-    with pytest.raises(ValueError, match="row 0: prompt is empty"):
-        canonicalize(dataset_with_faults().select([5, 0]), invalid="error")
 
 
 def test_as_chat_wraps_text_and_leaves_messages():

@@ -55,30 +55,14 @@ def test_chat_template_writes_bos_and_end_of_turn_exactly_once(family):
             assert (row["prompt_ids"] + ids).count(tokenizer.bos_token_id) == 1
 
 
-def test_batches_equal_single_rows_for_text_and_chat():
-    for tokenizer, rows in [
-        (build_tokenizer(), [PLAIN, {"prompt": "hi", "responses": [" a", " b"], "scores": [0.0, 1.0]}]),
-        (family_tokenizer("qwen"), [chat_row("a", "b", "c"), chat_row("the dog", "x", prompt="what is it?")]),
-    ]:
-        dataset, _ = tokenize_dataset(as_dataset(*rows), tokenizer, max_length=100)
-        assert dataset.to_list() == [tokenize_row(row, tokenizer, max_length=100) for row in rows]
-
-
-def test_text_gets_one_bos_and_one_eos():
-    tokenizer = build_tokenizer()
-    row = tokenize_row({**PLAIN, "responses": [" kind", " kind</s>", " the dog"]}, tokenizer)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("prompt", ["say something", "<s>say something"])
+def test_text_gets_one_bos_and_one_eos(prompt, add_eos, caplog):
+    tokenizer = build_tokenizer(add_eos=add_eos)
+    texts = [" kind", " the dog", " kind" if add_eos else " kind</s>"]
+    row = tokenize_row({**PLAIN, "prompt": prompt, "responses": texts}, tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "<s>say something"
-    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" kind</s>", " kind</s>", " the dog</s>"]
-    assert row["prompt_ids"].count(bos) == 1
-    assert [ids.count(eos) for ids in row["response_ids"]] == [1, 1, 1]
-
-
-def test_text_with_a_written_bos_and_a_tokenizer_that_adds_eos(caplog):
-    tokenizer = build_tokenizer(add_eos=True)
-    row = tokenize_row({**PLAIN, "prompt": "<s>say something"}, tokenizer)
-    assert tokenizer.decode(row["prompt_ids"]) == "<s>say something"
-    assert tokenizer.decode(row["response_ids"][0]) == " kind</s>"
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" kind</s>", " the dog</s>", " kind</s>"]
     assert not caplog.records
 
 
@@ -223,16 +207,6 @@ def test_keys_that_arrow_adds_to_messages_do_not_reach_the_template():
     named["prompt"][0]["name"] = "eve"
     dataset, _ = tokenize_dataset(as_dataset(chat_row("a", "b"), named), tokenizer)
     assert ["NAME" in tokenizer.decode(ids) for ids in dataset["prompt_ids"]] == [False, True]
-
-
-def test_chat_template_kwargs_reach_prompt_and_responses():
-    template = "{{ greeting }}" + QWEN
-    tokenizer = build_tokenizer(template, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
-    dataset, report = tokenize_dataset(
-        as_dataset(chat_row("a", "b")), tokenizer, chat_template_kwargs={"greeting": "good day "}
-    )
-    assert tokenizer.decode(dataset[0]["prompt_ids"]).startswith("good day <|im_start|>")
-    assert not report.notes
 
 
 def test_errors_say_the_fix():

@@ -11,26 +11,16 @@ columns keep the type that they have in a table; those of an adapter get one of 
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice, pairwise
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from .drops import (
-    EVENTS,
-    KEPT,
-    Drop,
-    DropReport,
-    counted_features,
-    refuse,
-    source_digest,
-    split_off_drops,
-    without_format,
-)
+from .drops import COUNTED, EVENTS, KEPT, Drop, DropReport, refuse, source_digest, split_off_drops, without_format
 from .json_rows import column_type, types_of
-from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, without_padding
+from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, unpadded
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +57,7 @@ def canonicalize(
         raise ValueError("the dataset has no rows.")
     dataset = without_format(dataset)
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    columns = row_features(_results(_rows_of(dataset), **options), types_of(dataset) if adapter is None else {})
+    columns = row_features(_results(Reading(dataset), **options), types_of(dataset) if adapter is None else {})
     grouped = inspect.isgeneratorfunction(adapter)
     shards = 1 if grouped else min(num_proc or 1, len(dataset))
     starts = [len(dataset) * i // shards for i in range(shards + 1)]
@@ -76,7 +66,7 @@ def canonicalize(
     try:
         mapped = Dataset.from_generator(
             _counted_rows,
-            features=counted_features(columns),
+            features=Features({**columns, **COUNTED}),
             gen_kwargs=keywords,
             num_proc=shards if shards > 1 else None,
         )
@@ -103,7 +93,7 @@ def canonical_stream(
     """
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features or {} if adapter is None else {}
-    columns = row_features(_results(_rows_of(source), **options), known)
+    columns = row_features(_results(Reading(source), **options), known)
     keywords = {"source": source, "columns": columns, "title": title, **options}
     return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
 
@@ -143,75 +133,78 @@ def _kept(results: Iterable[Result], report: DropReport) -> Iterator[Row]:
 # Rows.
 
 
+class Reading:
+    """The rows of a source, the last of them, and how many there were."""
+
+    def __init__(self, source: Dataset | IterableDataset, start: int = 0):
+        self.source, self.count = source, start
+        self.last: Row = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        # All shards, also in the one worker of a data loader that has this pass: it would read a part of the files.
+        shards = self.source.num_shards if isinstance(self.source, IterableDataset) else 1
+        for index in range(shards):
+            for row in self.source.shard(num_shards=shards, index=index) if shards > 1 else self.source:
+                self.last = unpadded(row, self.source.features or {})
+                self.count += 1
+                yield self.last
+
+
 def _results(
-    rows: Iterable[Row], adapter: Callable | None, invalid: str, as_chat: bool, start: int = 0
+    rows: Reading, adapter: Callable | None, invalid: str, as_chat: bool, columns: Collection[str] = ()
 ) -> Iterator[Result]:
-    """What becomes of each row; the first one has the index `start` in messages."""
-    options = {"invalid": invalid, "as_chat": as_chat}
-    if inspect.isgeneratorfunction(adapter):
-        yield from _grouped(rows, adapter, options)
-        return
-    for index, source in enumerate(rows, start):
-        where = f"row {index}"
+    """What becomes of each row, or of what a generator function makes; `columns` are those known from the first rows.
+
+    Dropped responses of a generator function count for the row that follows them.
+    """
+    grouped = inspect.isgeneratorfunction(adapter)
+    pending: list[str] = []
+    for source in (_groups if grouped else _adapted)(rows, adapter):
+        where = _where(rows, adapter)
+        if isinstance(source, Drop):
+            row, reasons = None, [f"{source.kind if grouped else 'row'}: {source}"]
+        else:
+            row, reasons = checked_row(source, where, as_chat=as_chat)
+        if row is not None and "weight" in columns and row.get("weight") is None:
+            row, reasons = None, [*reasons, f"row: {NO_WEIGHT}"]
+        if reasons and invalid == "error":
+            refuse(where, reasons[0])
+        pending += reasons
+        if not (grouped and isinstance(source, Drop) and source.kind == "response"):
+            yield row, pending
+            pending = []
+    if pending:
+        yield None, [*pending, "row: no row follows the last dropped response"]
+
+
+def _adapted(rows: Reading, adapter: Callable | None) -> Iterator[Row | Drop]:
+    for source in rows:
         try:
             row = source if adapter is None else adapter(source)
         except Drop as drop:
             row = drop
         except Exception as error:
-            raise _explained(error, where, source, adapter) from error
-        yield _result(Drop(f"left out by {_name(adapter)}") if row is None else row, where, options)
+            raise _explained(error, rows, adapter) from error
+        yield Drop(f"left out by {_name(adapter)}") if row is None else row
 
 
-def unpadded(rows: Iterable[Row], features: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a table with these columns, without the nulls that it filled in (`without_padding`)."""
-    nested = {name: kind for name, kind in features.items() if isinstance(kind, List | dict)}
-    for row in rows:
-        yield row | {name: without_padding(row[name], kind, name in TEMPLATE) for name, kind in nested.items()}
+def _groups(rows: Reading, adapter: Callable) -> Iterator[Row | Drop]:
+    try:
+        yield from adapter(iter(rows))
+    except Exception as error:
+        raise _explained(error, rows, adapter) from error
 
 
-def _result(row: Row | Drop, where: str, options: dict[str, Any]) -> Result:
-    if not isinstance(row, Drop):
-        return checked_row(row, where, **options)
-    if options["invalid"] == "error":
-        refuse(where, str(row))
-    return None, [f"row: {row}"]
+def _where(rows: Reading, adapter: Callable | None) -> str:
+    row = f"row {rows.count - 1}"
+    return f"the group that was read up to {row}" if inspect.isgeneratorfunction(adapter) else row
 
 
-def _grouped(rows: Iterable[Row], adapter, options: dict[str, Any]) -> Iterator[Result]:
-    """The results of a generator function; its drops of responses count for the row that follows them."""
-    index, pending = -1, []
-    source: Row = {}
-
-    def watched() -> Iterator[Row]:
-        nonlocal index, source
-        for index, source in enumerate(rows):  # noqa: B007
-            yield source
-
-    made = adapter(watched())
-    while True:
-        try:
-            row = next(made)
-        except StopIteration:
-            break
-        except Exception as error:
-            raise _explained(error, f"the group that was read up to row {index}", source, adapter) from error
-        where = f"the group that was read up to row {index}"
-        if isinstance(row, Drop) and row.kind == "response":
-            pending.append(f"response: {row}")
-            if options["invalid"] == "error":
-                refuse(where, str(row))
-            continue
-        kept, reasons = _result(row, where, options)
-        yield kept, [*pending, *reasons]
-        pending = []
-    if pending:
-        yield None, [*pending, "row: no row follows the last dropped response"]
-
-
-def _explained(error: Exception, where: str, source: Row, adapter) -> Exception:
+def _explained(error: Exception, rows: Reading, adapter: Callable | None) -> Exception:
     """The error of an adapter with the row and, as far as it is known, the field."""
+    where = _where(rows, adapter)
     if isinstance(error, KeyError):
-        return ValueError(f"{where}: no field {error} for this data_format; found columns {sorted(source)}.")
+        return ValueError(f"{where}: no field {error} for this data_format; found columns {sorted(rows.last)}.")
     if isinstance(error, ValueError):
         return ValueError(f"{where}: {error}")
     return ValueError(
@@ -227,49 +220,22 @@ def _name(adapter: Callable | None) -> str:
 # Columns.
 
 
-def _counted_rows(parts: list[tuple[int, Iterable[Row]]], columns: dict[str, Any], code: str, **options) -> Iterator:
-    for start, rows in parts:
-        for index, result in enumerate(_results(_rows_of(rows), **options, start=start), start):
-            row, reasons = _weighed(result, columns, options["invalid"])
-            packed = in_columns(row or {}, columns, f"row {index}")
+def _counted_rows(parts: list[tuple[int, Dataset]], columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
+    for start, part in parts:
+        rows = Reading(part, start)
+        for row, reasons in _results(rows, columns=columns, **options):
+            packed = in_columns(row or {}, columns, f"row {rows.count - 1}")
             yield {**packed, EVENTS: reasons, KEPT: row is not None}
 
 
-def _reported(source: Iterable[Row], columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
-    report, rows = DropReport(), _rows_of(source)
-    if inspect.isgeneratorfunction(options["adapter"]):
-        rows = _counting_source(rows, report)
+def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
+    report, rows = DropReport(), Reading(source)
     try:
-        results = (_weighed(result, columns, options["invalid"]) for result in _results(rows, **options))
-        for index, row in enumerate(_kept(results, report)):
-            yield in_columns(row, columns, f"row {index}")
+        for row in _kept(_results(rows, columns=columns, **options), report):
+            yield in_columns(row, columns, f"row {rows.count - 1}")
     finally:  # also where the reader stops before the end
+        report.source_rows = rows.count if inspect.isgeneratorfunction(options["adapter"]) else None
         report.log(logger, title)
-
-
-def _rows_of(source: Dataset | IterableDataset) -> Iterator[Row]:
-    """All rows, also in the one worker of a data loader that has this pass: it would read a part of the files."""
-    shards = source.num_shards if isinstance(source, IterableDataset) else 1
-    for index in range(shards):
-        part = source.shard(num_shards=shards, index=index) if shards > 1 else source
-        yield from unpadded(part, source.features or {})
-
-
-def _counting_source(rows: Iterable[Row], report: DropReport) -> Iterator[Row]:
-    report.source_rows = 0
-    for row in rows:
-        report.source_rows += 1
-        yield row
-
-
-def _weighed(result: Result, columns: dict[str, Any], invalid: str) -> Result:
-    """A row without a weight beside rows that have one is left out, like one whose weight is null."""
-    row, reasons = result
-    if row is not None and "weight" in columns and row.get("weight") is None:
-        if invalid == "error":
-            refuse("a row", NO_WEIGHT)
-        return None, [*reasons, f"row: {NO_WEIGHT}"]
-    return result
 
 
 def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:

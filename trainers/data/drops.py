@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
 COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
@@ -103,11 +102,6 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
         raise ValueError(f"no usable row is left.\n{report}")
     dataset = mapped.remove_columns([EVENTS, KEPT])
     return (dataset if len(kept) == len(mapped) else dataset.select(kept)), report
-
-
-def counted_features(features: dict[str, Any]) -> Features:
-    """The columns of a pass with the temporary ones."""
-    return Features({**features, **COUNTED})
 
 
 def without_format(dataset: Dataset) -> Dataset:

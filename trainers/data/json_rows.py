@@ -8,13 +8,11 @@ reader is used, line by line.
 import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -22,8 +20,6 @@ TEXT = "_json"  # the one column of a table of JSON rows, which are decoded as t
 EXACT = 2**53  # integers beyond it are rounded among floats
 LARGE, HUGE, BEYOND = "large", "huge", "beyond"  # kinds of integers: beyond EXACT, beyond int64, beyond uint64
 DTYPES = {str: "string", bool: "bool", int: "int64", LARGE: "int64", float: "float64"}
-FAULTS = (DatasetGenerationError, pyarrow.ArrowException, EOFError, zlib.error, OSError, RuntimeError, ValueError,
-          KeyError, TypeError)  # fmt: skip
 
 LEFT_OUT = {"prompt", "responses", "scores", "chosen", "rejected"}  # whose types are fixed anyway
 Kinds = set[tuple[int, Any]]  # of the leaves of a column: in how many lists they lie, and what they are
@@ -68,7 +64,7 @@ def explained(path: Path) -> Iterator[None]:
     """What the readers of `datasets`, Arrow and gzip raise becomes a ValueError that names the file."""
     try:
         yield
-    except FAULTS as error:
+    except Exception as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         if isinstance(cause, ValueError) and path.name in str(cause):
             raise cause from None  # one of ours
@@ -131,44 +127,25 @@ def _decoded(batch: dict[str, list[str]]) -> dict[str, list]:
 
 
 def _all_rows(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-    return (row for path in paths for row in _rows(Path(path)))
+    for path in map(Path, paths):
+        index = -1
+        with explained(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for index, row in enumerate(_values(file, path.name)):
+                if not isinstance(row, dict):
+                    raise ValueError(f"row {index} of {path.name!r} is no JSON object; give one per row.")
+                yield row
+            if index < 0:
+                raise ValueError(f"{path.name!r} is empty: give a file with at least one row.")
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    index = -1
-    with explained(path):
-        for index, row in enumerate(_values(path)):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {index} of {path.name!r} is no JSON object; give one per row.")
-            yield row
-        if index < 0:
-            raise ValueError(f"{path.name!r} is empty: give a file with at least one row.")
-
-
-def _values(path: Path) -> Iterator[Any]:
-    with _open(path) as lines:
-        for index, line in enumerate(line for line in lines if line.strip()):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if index or not isinstance(error, json.JSONDecodeError):
-                    raise ValueError(f"row {index} of {path.name!r} is not valid JSON ({error}).") from error
-                yield from _items(_whole(path))  # one JSON value over many lines
-                return
-            yield from _items(value)
-
-
-def _items(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _whole(path: Path) -> Any:
-    with _open(path) as file:
+def _values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[Any]:
+    """The values of all lines, or of the one value over many lines; those of lists one by one."""
+    for index, line in enumerate(line for line in file if line.strip()):
         try:
-            return json.load(file)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path.name!r} is not valid JSON ({error}).") from error
-
-
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+            if index or not isinstance(error, json.JSONDecodeError):
+                raise ValueError(f"row {index} of {name!r} is not valid JSON ({error}).") from error
+            file.seek(0)
+            value = json.load(file)  # to the end, where the loop ends too
+        yield from value if isinstance(value, list) else [value]

@@ -38,7 +38,7 @@ def mix(
         parts = [p if "weight" in p.column_names else p.add_column("weight", [1.0] * len(p)) for p in parts]
     features: dict[str, Any] = {}
     for part, name in zip(parts, names, strict=True):
-        for column in set(OWN) & set(part.column_names):
+        for column in (column for column in OWN if column in part.features):
             kind = part.features[column]
             if features.setdefault(column, kind) != kind:
                 raise ValueError(

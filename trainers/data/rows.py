@@ -20,7 +20,7 @@ import numpy as np
 from datasets import List
 from trl import extract_prompt
 
-from .drops import Drop, refuse
+from .drops import Drop
 
 Row = dict[str, Any]
 
@@ -34,20 +34,18 @@ ASKED = ("question", "instruction", "input", "query", "system", "history", "mess
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
 
-def checked_row(source: Row, where: str, *, invalid: str = "drop", as_chat: bool = False) -> tuple[Row | None, list]:
+def checked_row(source: Row, where: str, *, as_chat: bool) -> tuple[Row | None, list[str]]:
     """The canonical row that can be used of a source's row, or None, and the reasons of `clean_row`.
 
     Raises:
-        ValueError: the row is built wrongly, or it has a fault and `invalid` is "error"; `where` begins the message.
+        ValueError: the row is built wrongly; `where` begins the message.
     """
     try:
         row, reasons = clean_row(to_canonical(source))
     except Drop as drop:
-        row, reasons = None, [f"row: {drop}"]
+        return None, [f"row: {drop}"]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if reasons and invalid == "error":
-        refuse(where, reasons[0])
     return (chat_row(row) if row and as_chat else row), reasons
 
 
@@ -219,6 +217,12 @@ def refuse_template_options(row: Row) -> None:
     """Raises ValueError for a row with options of the chat template, where answers are sampled without them."""
     if given := [name for name in TEMPLATE if row.get(name)]:
         raise ValueError(f"{given[0]!r} cannot be used where answers are sampled: remove the column.")
+
+
+def unpadded(row: Row, features: dict[str, Any]) -> Row:
+    """A row of a table with these columns, without the nulls that it filled in (`without_padding`)."""
+    nested = {name: kind for name, kind in features.items() if isinstance(kind, List | dict)}
+    return row | {name: without_padding(row[name], kind, name in TEMPLATE) for name, kind in nested.items()}
 
 
 def without_padding(value: Any, feature: Any, inside: bool = False) -> Any:

@@ -6,26 +6,36 @@ the other. The prompt ends where the first of the K sequences departs from the p
 
 import logging
 import re
-from itertools import groupby
+from os.path import commonprefix  # of any sequences
 from typing import Any
 
-from datasets import Dataset, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .canonical import as_json, unpadded
+from .canonical import as_json
 from .drops import (
+    COUNTED,
     EVENTS,
     KEPT,
     DropReport,
-    counted_features,
     is_first_process,
     refuse,
     source_digest,
     split_off_drops,
     without_format,
 )
-from .rows import TEMPLATE, UNFINISHED, Row, checked_row, is_per_token, score_fault, unfinished, without_responses
+from .rows import (
+    TEMPLATE,
+    UNFINISHED,
+    Row,
+    checked_row,
+    is_per_token,
+    score_fault,
+    unfinished,
+    unpadded,
+    without_responses,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +73,8 @@ def tokenize_row(
     Raises:
         ValueError: if the row has no room or tokens for two responses.
     """
-    [(out, reasons, cut)] = _tokenize([(0, row)], tokenizer, max_length, chat_template_kwargs or {})
+    control = _control_tokens(tokenizer)
+    out, reasons, cut = _tokenize(row, "row 0", tokenizer, max_length, chat_template_kwargs or {}, control)
     if cut is not None:
         logger.warning(CUT_WARNING, cut)
     if out is None:
@@ -111,20 +122,21 @@ def tokenize_dataset(
     text = {"prompt": Json()} if "prompt" in dataset.features or "prompt_ids" not in dataset.features else {}
     features |= text | IDS
     mapped = dataset.map(
-        _tokenize_batch,
-        batched=True,
+        _counted_row,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=counted_features({**features, CUT: Value("string")}),
+        features=Features({**features, **COUNTED, CUT: Value("string")}),
         num_proc=num_proc,
         fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "template_kwargs": chat_template_kwargs or {},
-            "reading": {"invalid": invalid, "as_chat": as_chat},
+            "invalid": invalid,
+            "as_chat": as_chat,
             "source": dict(dataset.features),
             "columns": features,
             "code": source_digest(),
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "template_kwargs": chat_template_kwargs or {},
+            "control": _control_tokens(tokenizer),
         },
         desc="Tokenising",
     )
@@ -141,63 +153,47 @@ def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **opti
     return dataset
 
 
-def common_prefix_length(a: list[int], b: list[int]) -> int:
-    if b[: len(a)] == a:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _tokenize_batch(
-    batch: dict[str, list],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    template_kwargs: dict[str, Any],
-    reading: dict[str, Any],
+def _counted_row(
+    row: Row,
+    index: int,
+    invalid: str,
+    as_chat: bool,
     source: dict[str, Any],
     columns: dict[str, Any],
     code: str,
-) -> dict[str, list]:
-    rows = unpadded((dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)), source)
-    if "prompt_ids" in source:
-        read: list[tuple[Row | None, list[str]]] = [(row, []) for row in rows]
-    else:
-        read = [checked_row(row, f"row {index}", **reading) for index, row in zip(indices, rows, strict=True)]
-    usable = [(index, row) for index, (row, _) in zip(indices, read, strict=True) if row is not None]
-    results = iter(_tokenize(usable, tokenizer, max_length, template_kwargs))
-    out: dict[str, list] = {name: [] for name in (*columns, EVENTS, KEPT, CUT)}
-    for index, (given, reasons) in zip(indices, read, strict=True):
-        row, more, cut = (None, [], None) if given is None else next(results)
-        faults = [reason for reason in more if not reason.startswith("note: ")]
-        if faults and reading["invalid"] == "error":
-            refuse(f"row {index}", faults[0])
-        for name, kind in columns.items():
-            out[name].append(as_json(row[name], kind) if row else None)
-        for name, value in ((EVENTS, reasons + more), (KEPT, row is not None), (CUT, cut)):
-            out[name].append(value)
-    return out
+    **how,
+) -> Row:
+    where, row = f"row {index}", unpadded(dict(row), source)
+    given, reasons = (row, []) if "prompt_ids" in source else checked_row(row, where, as_chat=as_chat)
+    out, more, cut = (None, [], None) if given is None else _tokenize(given, where, **how)
+    reasons = reasons + more
+    faults = [reason for reason in reasons if not reason.startswith("note: ")]
+    if faults and invalid == "error":
+        refuse(where, faults[0])
+    packed = {name: as_json(out[name], kind) if out else None for name, kind in columns.items()}
+    return packed | {EVENTS: reasons, KEPT: out is not None, CUT: cut}
 
 
-def _tokenize(rows: list[tuple[int, Row]], tokenizer, max_length: int | None, template_kwargs: dict) -> list[Result]:
-    """For each row, with its index: the tokenised row or None, the reasons, and the end cut off the prompt or None."""
-    if rows and "response_ids" in rows[0][1]:
-        return [(*_fit(row, max_length, f"row {index}"), None) for index, row in rows]
-    control, results = _control_tokens(tokenizer), []
-    for (index, row), (prompt_ids, full_ids) in zip(rows, _encode(rows, tokenizer, template_kwargs), strict=True):
-        full_ids = [
-            _without_end(row, prompt_ids, k, tokenizer) if cut else ids
-            for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row), strict=True))
-        ]
-        n = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
-        tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
-        out, reasons = _fit(tokenised, max_length, f"row {index}")
-        cut = tokenizer.decode(prompt_ids[n:]) if n < len(prompt_ids) else None
-        reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
-        messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
-        if control and any(control.search(message["content"] or "") for message in messages):
-            reasons.append(f"note: {CONTROL_NOTE}")
-        results.append((out, reasons, cut))
-    return results
+def _tokenize(
+    row: Row, where: str, tokenizer, max_length: int | None, template_kwargs: dict, control: re.Pattern | None
+) -> Result:
+    """The tokenised row or None, the reasons, and the end cut off the prompt or None."""
+    if "response_ids" in row:
+        return *_fit(row, max_length, where), None
+    prompt_ids, full_ids = _encode(row, where, tokenizer, template_kwargs)
+    full_ids = [
+        _without_end(row, prompt_ids, k, tokenizer) if cut else ids
+        for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row), strict=True))
+    ]
+    n = len(commonprefix([prompt_ids, *full_ids]))
+    tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
+    out, reasons = _fit(tokenised, max_length, where)
+    cut = tokenizer.decode(prompt_ids[n:]) if n < len(prompt_ids) else None
+    reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
+    messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
+    if control and any(control.search(message["content"] or "") for message in messages):
+        reasons.append(f"note: {CONTROL_NOTE}")
+    return out, reasons, cut
 
 
 def _without_end(row: Row, prompt_ids: list[int], k: int, tokenizer) -> list[int]:
@@ -208,7 +204,7 @@ def _without_end(row: Row, prompt_ids: list[int], k: int, tokenizer) -> list[int
     text = response if isinstance(response, str) else response[0]["content"]
     text = text.rstrip("\ufffd")  # what a limit leaves of a character of several tokens
     if isinstance(response, str):
-        return _encode_text([{"prompt": row["prompt"], "responses": [text]}], tokenizer)[0][1][0][:-1]
+        return _encode_text(row["prompt"], [text], tokenizer)[1][0][:-1]
     # What a template writes after a message cannot be told from the message, so this one goes without the template.
     return [*prompt_ids, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
@@ -219,50 +215,33 @@ def _control_tokens(tokenizer) -> re.Pattern | None:
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
-def _encode(rows: list[tuple[int, Row]], tokenizer, template_kwargs: dict) -> list[Encoded]:
-    encoded = []
-    for options, group in groupby(rows, lambda pair: _template_options(pair[0], pair[1], template_kwargs)):
-        pairs = list(group)
-        encoded += (
-            _encode_text([row for _, row in pairs], tokenizer)
-            if options is None
-            else _encode_chat(pairs, tokenizer, options)
-        )
-    return encoded
-
-
-def _template_options(index: int, row: Row, template_kwargs: dict) -> dict[str, Any] | None:
-    """Options of the chat template for a row of messages; None for texts, which need none."""
-    given = {name: row[name] for name in TEMPLATE if row.get(name)}
+def _encode(row: Row, where: str, tokenizer, template_kwargs: dict[str, Any]) -> Encoded:
+    options = {name: row[name] for name in TEMPLATE if row.get(name)}
     if isinstance(row["prompt"], list):
-        own = {"tools": given["tools"]} if "tools" in given else {}
-        return template_kwargs | own | given.get("chat_template_kwargs", {})
-    if given:
+        own = options.pop("chat_template_kwargs", {})
+        return _encode_chat(row, where, tokenizer, template_kwargs | options | own)
+    if options:
         raise ValueError(
-            f"row {index}: {next(iter(given))!r} is for the chat template, and the prompt is text: give messages, set "
+            f"{where}: {next(iter(options))!r} is for the chat template, and the prompt is text: give messages, set "
             "as_chat, or remove the column."
         )
-    return None
+    return _encode_text(row["prompt"], row["responses"], tokenizer)
 
 
-def _encode_text(rows: list[Row], tokenizer) -> list[Encoded]:
+def _encode_text(prompt: str, responses: list[str], tokenizer) -> Encoded:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token to end a text response with; set tokenizer.eos_token.")
-    texts = [text for row in rows for text in [row["prompt"], *(row["prompt"] + r for r in row["responses"])]]
-    ids = iter(_single_bos(i, tokenizer.bos_token_id) for i in tokenizer(texts, verbose=False)["input_ids"])
-    encoded = []
-    for row in rows:
-        prompt_ids = next(ids)
-        if prompt_ids[-1:] == [eos] and not row["prompt"].endswith(tokenizer.eos_token):
-            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
-        full_ids = [next(ids) for _ in row["responses"]]
-        encoded.append((prompt_ids, [i if i[-1] == eos else [*i, eos] for i in full_ids]))
-    return encoded
+    texts = [prompt, *(prompt + response for response in responses)]
+    prompt_ids, *full_ids = (
+        _single_bos(ids, tokenizer.bos_token_id) for ids in tokenizer(texts, verbose=False)["input_ids"]
+    )
+    if prompt_ids[-1:] == [eos] and not prompt.endswith(tokenizer.eos_token):
+        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
+    return prompt_ids, [ids if ids[-1] == eos else [*ids, eos] for ids in full_ids]
 
 
-def _encode_chat(rows: list[tuple[int, Row]], tokenizer, options: dict[str, Any]) -> list[Encoded]:
-    """Rows with the same options of the chat template."""
+def _encode_chat(row: Row, where: str, tokenizer, options: dict[str, Any]) -> Encoded:
     if not tokenizer.chat_template:
         raise ValueError(
             "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
@@ -271,20 +250,17 @@ def _encode_chat(rows: list[tuple[int, Row]], tokenizer, options: dict[str, Any]
     tools, template = options.get("tools"), options.get("chat_template")
     if tools and "tools" not in tokenizer.get_chat_template(template, tools):
         raise ValueError(
-            f"row {rows[0][0]}: it has 'tools', which the chat template does not write: use the tokenizer of a model "
+            f"{where}: it has 'tools', which the chat template does not write: use the tokenizer of a model "
             "that calls tools, or remove the column."
         )
-    prompts = [_without_none(row["prompt"]) for _, row in rows]
-    chats = [p + _without_none(r) for p, (_, row) in zip(prompts, rows, strict=True) for r in row["responses"]]
+    prompt = _without_none(row["prompt"])
+    chats = [prompt + _without_none(response) for response in row["responses"]]
     apply = tokenizer.apply_chat_template
     try:
-        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
-        full_ids = iter(apply(chats, return_dict=True, **options)["input_ids"])
+        prompt_ids = apply(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+        return prompt_ids, apply(chats, return_dict=True, **options)["input_ids"]
     except TemplateError as error:
-        if len(rows) == 1:
-            raise ValueError(f"row {rows[0][0]}: the chat template refuses these messages: {error}.") from error
-        return [_encode_chat([row], tokenizer, options)[0] for row in rows]  # one by one, to find the row
-    return [(ids, [next(full_ids) for _ in row["responses"]]) for ids, (_, row) in zip(prompt_ids, rows, strict=True)]
+        raise ValueError(f"{where}: the chat template refuses these messages: {error}.") from error
 
 
 def _without_none(messages: list[dict]) -> list[dict]:
@@ -311,19 +287,11 @@ def _fit(row: Row, max_length: int | None, where: str) -> tuple[Row | None, list
     if room is not None and room < 1:
         return None, ["row: prompt fills max_length and leaves no room for a response"]
     faults = [score_fault(score) if ids else "no tokens" for ids, score in zip(response_ids, scores, strict=True)]
-    notes = []
-    if room is not None and any(len(ids) > room for ids in response_ids):
-        cut = sum(len(ids) > room and not fault for ids, fault in zip(response_ids, faults, strict=True))
+    lengths, notes = [len(ids) for ids in response_ids], []
+    if room is not None and any(length > room for length in lengths):
+        cut = sum(length > room and not fault for length, fault in zip(lengths, faults, strict=True))
         notes = ["note: responses truncated to fit max_length"] * cut
-        row = _truncate(row, room)
+        per_token = [n for n, v in row.items() if n not in ("prompt", "responses") and is_per_token(v, lengths)]
+        row = row | {name: [item[:room] for item in row[name]] for name in per_token}
     kept, reasons = without_responses(row, faults)
     return kept, reasons + notes
-
-
-def _truncate(row: Row, room: int) -> Row:
-    lengths = [len(ids) for ids in row["response_ids"]]
-    text = ("prompt", "responses")
-    return {
-        name: [item[:room] for item in value] if name not in text and is_per_token(value, lengths) else value
-        for name, value in row.items()
-    }

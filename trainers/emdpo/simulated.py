@@ -3,7 +3,7 @@
 import zlib
 from typing import Any
 
-from ..data.formats.ultrafeedback import ultrafeedback
+from ..data.formats.by_row import ultrafeedback
 
 PEOPLE = 400
 TASTES = ("helpfulness", "honesty")

@@ -1,21 +1,28 @@
 """The layouts of public preference data sets: a dict from the name of a format to its adapter and its columns.
 
-A new layout is one function in one file here and one entry below. Adapters neither check for empty text nor for
-missing scores, because every row that they give is checked and cleaned afterwards.
+A new layout is one function here and one entry below. Adapters neither check for empty text nor for missing scores,
+because every row that they give is checked and cleaned afterwards; texts beside messages become messages there.
 """
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ..canonical import Adapter
-from ..rows import Row
-from .dialogues import has_markers, hh_rlhf, nectar
-from .helpsteer import helpsteer2
-from .lists import armorm, list_ultrafeedback, numbered
-from .oasst import oasst1
-from .pairs import argilla, pairs, rows, scored_pairs
-from .prism import prism
-from .ultrafeedback import ultrafeedback, ultrafeedback_fine_grained
+from ..rows import Row, pair_to_row
+from .by_group import helpsteer2, oasst1, prism
+from .by_row import (
+    argilla,
+    armorm,
+    has_markers,
+    hh_rlhf,
+    list_ultrafeedback,
+    nectar,
+    numbered,
+    rows,
+    scored_pairs,
+    ultrafeedback,
+    ultrafeedback_fine_grained,
+)
 
 __all__ = ["FORMATS", "Format", "known_formats", "recognise"]
 
@@ -36,7 +43,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "rows": Format(rows, "canonical rows", "prompt responses scores"),
-    "pairs": Format(pairs, "TRL pairs, scores 1 and 0", "chosen rejected"),
+    "pairs": Format(pair_to_row, "TRL pairs, scores 1 and 0", "chosen rejected"),
     "scored_pairs": Format(scored_pairs, "trl-lib/ultrafeedback_binarized",
                            "chosen rejected score_chosen score_rejected"),
     "argilla": Format(argilla, "argilla/ultrafeedback-binarized-preferences",
