@@ -84,19 +84,17 @@ def test_each_data_set_has_its_format(tmp_path):
 
 
 def test_columns_of_a_mixture(tmp_path):
-    parts = [rows("a", 1, id=7, note="x", weight=2), rows("b", 1, id="u", note="y", annotator="eve")]
+    parts = [
+        rows("a", 1, id=7, note="x", weight=2),
+        rows("b", 1, id="u", note="y", annotator="eve", unfinished_responses=[False, True]),
+    ]
     parts = [load_preferences(write_rows(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate(parts)]
     common = {"responses": ["good", "bad"], "scores": [1.0, 0.0]}
     assert mix(parts, ["a", "b"]).to_list() == [
-        {"prompt": "a0 ", **common, "note": "x", "weight": 2.0, "annotator": None},
-        {"prompt": "b0 ", **common, "note": "y", "weight": 1.0, "annotator": "eve"},
-    ]
-
-
-def test_a_mixture_keeps_which_responses_are_unfinished():
-    plain = {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0]}
-    parts = [Dataset.from_list([plain]), Dataset.from_list([plain | {"unfinished_responses": [False, True]}])]
-    assert mix(parts, ["a", "b"])["unfinished_responses"][:] == [None, [False, True]]
+        {"prompt": "a0 ", **common, "note": "x", "weight": 2.0, "annotator": None, "unfinished_responses": None},
+        {"prompt": "b0 ", **common, "note": "y", "weight": 1.0, "annotator": "eve",
+         "unfinished_responses": [False, True]},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

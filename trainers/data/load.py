@@ -80,8 +80,10 @@ def load_preferences(
     source = read_dataset(title, split or "train", **options)
     if max_rows is not None:
         source = source.take(max_rows) if streaming else source.select(range(min(max_rows, len(source))))
-    if adapter is None:
-        adapter = _adapter_by_columns(source, title, auto=data_format == AUTO)
+    if data_format == AUTO:
+        adapter = FORMATS[_recognised(source, title)].adapter
+    elif adapter is None:
+        _check_columns(source, title)
     try:
         if streaming:
             return canonical_stream(source, adapter, invalid_rows, as_chat, title=title)
@@ -118,10 +120,8 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or stem.endswith(tuple(SUFFIXES)) or "\\" in name
 
 
-def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: bool) -> Adapter | None:
-    """The adapter that `auto` finds; None, for canonical rows and TRL pairs, which need none, without it."""
-    if auto:
-        return FORMATS[_recognised(source, title)].adapter
+def _check_columns(source: Dataset | IterableDataset, title: str) -> None:
+    """Refuse columns of neither canonical rows nor TRL pairs, and point out those of another format."""
     columns = columns_of(source)
     if not ({"prompt", "responses", "scores"} <= set(columns) or {"chosen", "rejected"} <= set(columns)):
         raise ValueError(
@@ -131,7 +131,7 @@ def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: 
     try:
         name = recognise(columns, next(iter(source), {}))
     except ValueError:
-        return None
+        return
     if name not in ("rows", "pairs", "hh_rlhf") and is_first_process():
         # Pairs may lie beside all responses, or beside their scores.
         logger.warning(
@@ -141,7 +141,6 @@ def _adapter_by_columns(source: Dataset | IterableDataset, title: str, *, auto: 
             FORMATS[name].of,
             name,
         )
-    return None
 
 
 def _recognised(source: Dataset | IterableDataset, title: str) -> str:
