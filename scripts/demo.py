@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
-from trainers.cli.compare_samples import SampleOptions, policy_and_base, sample_and_measure
+from trainers.cli.compare_samples import SampleOptions, sample_and_measure, score
 from trainers.cli.demo_report import write_report
 from trainers.cli.dry_run import read_splits
 from trainers.cli.probe import measure
@@ -233,12 +232,14 @@ def point(step: int, answers: list[list[Answer]], logratios: torch.Tensor, befor
 
 def rank(config: dict, dtype: str, rows: list[dict]) -> dict[str, dict]:
     """Pairwise ranking accuracy of the trained policy, and of what could explain it without any learning."""
-    name = config["model_name_or_path"]
-    tokenizer, base = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    model = PeftModel.from_pretrained(base, config["output_dir"]).eval()
+    name, adapter = config["model_name_or_path"], Path(config["output_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(name)
     given = Dataset.from_list([{n: row[n] for n in ("prompt", "responses", "scores", UNFINISHED)} for row in rows])
     tokens = prepare_dataset(given, tokenizer, max_length=config["max_length"])
-    policy, reference = map(torch.tensor, policy_and_base(model, None, list(tokens), tokenizer.pad_token_id))
+    policy, reference = (
+        torch.tensor(score(name, start, tokens, tokenizer, device="cpu", init_kwargs={"dtype": dtype}))
+        for start in (adapter, None)
+    )
     lengths = torch.tensor([[len(ids) for ids in row["response_ids"]] for row in tokens], dtype=torch.float)
     rankings = {
         "after": policy - reference,

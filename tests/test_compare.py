@@ -169,9 +169,9 @@ def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypa
     before, kept = json.loads(path.read_text()), {p: p.stat().st_mtime_ns for p in finished.glob("*/*/manifest.json")}
     whole = figures(finished)["methods"]
     path.unlink()
-    trained, original = [], compare.train_and_measure
+    trained, original = [], compare.measure
     monkeypatch.setattr(
-        compare, "train_and_measure", lambda run, data: trained.append((run.name, run.seed)) or original(run, data)
+        compare, "measure", lambda run, data: trained.append((run.name, run.seed)) or original(run, data)
     )
     compare.main(config(inputs, finished))
     assert trained == [("LIRE at rest", 2)]

@@ -3,7 +3,8 @@
 import re
 from html.parser import HTMLParser
 
-from trainers.pages import page, plots
+from trainers.pages import plots
+from trainers.pages.page import blocks, write
 from trainers.pages.text import interval, markdown
 
 HOSTILE = "<script>alert('x')</script> & <img src=http://example.com/a.png>"
@@ -45,21 +46,24 @@ def check_page(html: str) -> Page:
     return parsed
 
 
-def test_every_block_escapes_what_it_is_given():
+def test_every_block_escapes_what_it_is_given(tmp_path):
     picture = plots.chart(HOSTILE, HOSTILE, [plots.Series(HOSTILE, [1, 2], [3, 4])], level=(3, HOSTILE))
-    html = page.render(
-        HOSTILE,
+    left = blocks.edits([("", "a"), ("del", HOSTILE)])
+    parts = [
         HOSTILE,
         "",
-        page.heading(HOSTILE),
-        page.table([HOSTILE, HOSTILE], [[HOSTILE, HOSTILE]]),
-        page.settings({HOSTILE: HOSTILE}),
-        page.cards([(HOSTILE, HOSTILE, HOSTILE)]),
-        page.alarm(HOSTILE),
-        page.prompt(HOSTILE),
-        page.pair(HOSTILE, [("", HOSTILE, page.edits([("", "a"), ("del", HOSTILE)])), ("after", "b", HOSTILE)]),
-        page.figures(["", picture]),
-    )
+        blocks.heading(HOSTILE),
+        blocks.table([HOSTILE, HOSTILE], [[HOSTILE, HOSTILE]]),
+        blocks.settings({HOSTILE: HOSTILE}),
+        blocks.cards([(HOSTILE, HOSTILE, HOSTILE)]),
+        blocks.alarm(HOSTILE),
+        blocks.prompt(HOSTILE),
+        blocks.pair(HOSTILE, [("", HOSTILE, left), ("after", "b", HOSTILE)]),
+        blocks.figures(["", picture]),
+    ]
+    sections = {"": parts, "not shown": ["", blocks.figures([""])], "shown": ["so"]}
+    html = write(tmp_path / "page.html", HOSTILE, sections).read_text()
+    assert "not shown" not in html and "<h2>shown</h2>\n<p>so</p>" in html
     shown = check_page(html)
     assert shown.text.replace("\xa0", " ").count(HOSTILE) == 19 + 4 and html.count("<figure>") == 1
     assert [attributes["aria-label"] for tag, attributes in shown.tags if tag == "svg"] == [HOSTILE]

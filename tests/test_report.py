@@ -105,8 +105,9 @@ def test_repetition(text, share):
 
 
 def test_the_page_of_the_demo_is_whole_and_escaped(tmp_path):
-    with pytest.raises(ValueError, match="no folder of the demo"):
-        write_report(tmp_path, [])
+    for folder, told in ((tmp_path, "no folder of the demo"), (tmp_path / "nowhere", "nowhere does not exist")):
+        with pytest.raises(ValueError, match=told):
+            write_report(folder, [])
     (tmp_path / "results.json").write_text(json.dumps(results()))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
     page = check_page(write_report(tmp_path, []).read_text(encoding="utf-8"))

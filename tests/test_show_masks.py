@@ -42,10 +42,13 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     shown = [float(x) for x in re.findall(r'title="([^"]*)"', page.split("<h2>Row 4")[1])][:length]
     assert shown == pytest.approx(values["reward_mask"][0, best, :length].tolist(), rel=1e-3) and max(shown) > 0
     assert not (tmp_path / "unused").exists()
-    with pytest.raises(ValueError, match="holds no policy"):
-        write_report(tmp_path / "base" / "nowhere", options)
-    with pytest.raises(ValueError, match="independent"):
-        write_report(tmp_path / "out", [*options, "--independent", "false"])
+    for folder, given, told in (
+        (tmp_path, options, "holds no policy"),
+        (tmp_path / "out", ["--rows", "1"], "give its recipe with --config"),
+        (tmp_path / "out", [*options, "--independent", "false"], "independent"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            write_report(folder, given)
 
 
 def test_texts_are_escaped_and_colours_follow_the_values():

@@ -9,7 +9,6 @@ writes the report. One process; the runs follow each other.
 """
 
 import dataclasses
-import gc
 import hashlib
 import json
 import os
@@ -31,19 +30,18 @@ from ..data.budget import packed_tokens, token_lengths
 from ..data.rows import refuse_template_options
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
-from ..forward.run import Runner
 from ..generation.options import read_mapping, read_options
 from ..generation.sampler import plain_prompt
-from ..generation.start import load_start
 from ..precision import instructions
 from ..runs.files import write_json, write_rows
+from ..runs.processes import free_memory
 from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments
 from .compare_data import RowOptions, cut_rows
 from .compare_report import BASE, write_report
-from .compare_samples import SampleOptions, sample_and_measure, sum_logps
+from .compare_samples import SampleOptions, sample_and_measure
 from .train import parse
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
@@ -84,12 +82,12 @@ class CompareArguments(RowOptions):
 
 
 class Run(NamedTuple):
-    """One method with one seed, or the base model, which has no trainer."""
+    """One method with one seed, or the base model, which has no seed."""
 
     name: str
     seed: int | None
     stage: Stage
-    trainer: type[PreferenceTrainer] | None
+    trainer: type[PreferenceTrainer]
     args: PreferenceConfig
     model: ModelArguments
 
@@ -117,7 +115,7 @@ def compare(arguments: CompareArguments) -> Path:
         if not done:
             run.stage.open()
             start = time.monotonic()
-            measured = measure_base(run, data) if run.trainer is None else train_and_measure(run, data)
+            measured = measure(run, data)
             run.stage.finish(**measured, seconds=round(time.monotonic() - start, 1))
     device = runs[0].args.device.type
     report = {
@@ -181,7 +179,10 @@ class Data:
 
 
 def plan(arguments: CompareArguments, data: Data) -> list[Run]:
-    """All runs with their parsed configs, the base model first; a wrong option of any method ends it here."""
+    """All runs with their parsed configs, the base model first; a wrong option of any method ends it here.
+
+    The YAML that says it all stays in the folder of each run.
+    """
     fixed = {
         **{f"base.{name}": value for name, value in arguments.base.items()},
         **{f"samples.{name}": value for name, value in dataclasses.asdict(data.samples).items()},
@@ -195,28 +196,23 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
     for seed in arguments.seeds:
         for name, own in arguments.methods.items():
             folder = data.folder / slugs[name] / f"seed-{seed}"
-            trainer, args, model = parse_method(arguments.base, own, seed, folder)
+            config = {"report_to": "none", "save_strategy": "no", **arguments.base, **own}
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "config.yaml"
+            path.write_text(yaml.safe_dump(config | {"seed": seed, "output_dir": str(folder)}, sort_keys=False))
+            trainer, _, args, model = parse(["--config", str(path)])
             fixed["base.dtype"] = model.dtype  # the one that "fast" is here
             settings = {**fixed, **{f"{name}.{key}": value for key, value in own.items()}, "seed": seed}
             runs.append(Run(name, seed, Stage(folder, settings), trainer, args, model))
-    return [Run(BASE, None, Stage(data.folder / "base", fixed), None, *runs[0][-2:]), *runs]
+    return [runs[0]._replace(name=BASE, seed=None, stage=Stage(data.folder / "base", fixed)), *runs]
 
 
-def parse_method(
-    base: dict, own: dict, seed: int, folder: Path
-) -> tuple[type[PreferenceTrainer], PreferenceConfig, ModelArguments]:
-    """Trainer class, its arguments and the model's. The YAML that says it all stays in the folder of the run."""
-    config = {"report_to": "none", "save_strategy": "no", **base, **own, "seed": seed, "output_dir": str(folder)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    trainer, _, args, model = parse(["--config", str(path)])
-    return trainer, args, model
+def measure(run: Run, data: Data) -> dict:
+    """Trains, but for the base model, ranks the held-out rows and samples on their prompts.
 
-
-def train_and_measure(run: Run, data: Data) -> dict:
-    """Trains, ranks the held-out rows and samples on their prompts."""
-    assert run.trainer is not None
+    The base model is a method before its training, so that rounding is the same and falls out of the log-ratios.
+    """
+    start = None if run.seed is None else run.stage.folder / "model"
     trainer = run.trainer(
         run.model.model_name_or_path,
         args=run.args,
@@ -226,41 +222,30 @@ def train_and_measure(run: Run, data: Data) -> dict:
         quantization_config=get_quantization_config(run.model),
         peft_config=get_peft_config(run.model),
     )
-    trained = trainer.train()
+    results = {}
+    if start is not None:
+        results = {
+            "trainer": run.trainer.__name__,
+            "needs_reference": run.trainer.needs_reference,
+            "train_seconds": round(trainer.train().metrics["train_runtime"], 1),
+            "steps": trainer.state.global_step,
+        }
+        trainer.save_model(str(start))
     # Both from one pass: rewards as the method defines them, and log-probabilities, which every method has.
     output = trainer.predict(trainer.eval_dataset)
     logps = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    results = {
-        "trainer": run.trainer.__name__,
-        "needs_reference": run.trainer.needs_reference,
-        "steps": trainer.state.global_step,
-        "train_seconds": round(trained.metrics["train_runtime"], 1),
+    results |= {
         "logps": [row[: len(scores)].tolist() for row, scores in zip(logps, data.test["scores"], strict=True)],
         "own_rewards": {n: output.metrics[f"test_ranking/{n}"] for n in ("pairwise_accuracy", "ndcg")},
         "log_history": trainer.state.log_history,
     }
-    trainer.save_model(str(run.stage.folder / "model"))
     del trainer
-    gc.collect()
-    return results | sampled(run, run.stage.folder / "model", data)
-
-
-def measure_base(run: Run, data: Data) -> dict:
-    """Log-probabilities of the held-out rows under the base model, and samples of it."""
-    model = load_start(run.model.model_name_or_path, None, init_kwargs=run.args.model_init_kwargs)
-    model = model.to(run.args.device).eval()  # type: ignore[arg-type]
-    # In the batches of the trained policies, so that rounding is the same and falls out of the log-ratios.
-    size, pad = run.args.per_device_eval_batch_size, data.tokenizer.pad_token_id
-    logps = sum_logps(Runner([policies.base_model(model)], run.args.layout), model, list(data.test), pad, size)
-    return {"logps": logps} | sampled(run, None, data)
-
-
-def sampled(run: Run, start: Path | None, data: Data) -> dict:
-    name, init_kwargs = run.model.model_name_or_path, run.args.model_init_kwargs
+    free_memory()
+    name, device, kwargs = run.model.model_name_or_path, run.args.device, run.args.model_init_kwargs
     samples = sample_and_measure(
-        name, start, data.tokenizer, data.prompts, data.samples, device=run.args.device, init_kwargs=init_kwargs
+        name, start, data.tokenizer, data.prompts, data.samples, device=device, init_kwargs=kwargs
     )
-    return {"samples": samples} if samples else {}
+    return results | ({"samples": samples} if samples else {})
 
 
 if __name__ == "__main__":

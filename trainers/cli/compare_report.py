@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..metrics import ndcg, pairwise_accuracy
-from ..pages import page, plots
+from ..pages import plots
+from ..pages.page import blocks, write
 from ..pages.plots import Series
 from ..pages.text import interval, markdown
 from ..runs.files import write_atomic, write_json
@@ -38,8 +39,8 @@ def write_report(folder: Path) -> Path:
     picture = plot(figures) if figures["config"]["samples"]["prompts"] else ""
     if picture:
         write_atomic(folder / "plot.svg", picture.encode())
-    title = f"Comparison: {', '.join(figures['methods'])}"
-    return page.write(folder / "report.html", title, page.table(head, rows), page.figures([picture]), *remarks)
+    parts = [blocks.table(head, rows), blocks.figures([picture]), *remarks]
+    return write(folder / "report.html", f"Comparison: {', '.join(figures['methods'])}", {"": parts})
 
 
 def aggregate(report: dict) -> dict:
@@ -63,26 +64,26 @@ def aggregate(report: dict) -> dict:
         "base model's log-probability per token": reference / lengths.clamp(min=1),
     }
     baselines = {name: {k: bootstrap_interval(v) for k, v in ranked(r).items()} for name, r in rankings.items()}
-    baselines[BASE] = intervals(sample_means(base))
+    baselines[BASE] = {name: t_interval(values) for name, values in sample_means(base).items()}
     longer, methods = ranked(lengths)["accuracy"], {}
     for name, runs in by_name.items():
         by_seed = [ranked(padded(run["logps"])[0] - reference) for run in runs]
-        seeds = {k: [float(np.nanmean(values[k])) for values in by_seed] for k in ("accuracy", "ndcg")}
-        seeds |= sample_means(runs)
+        seeds = {
+            **{k: [float(np.nanmean(values[k])) for values in by_seed] for k in ("accuracy", "ndcg")},
+            **sample_means(runs),
+            "own_accuracy": [run["own_rewards"]["pairwise_accuracy"] for run in runs],
+            "own_ndcg": [run["own_rewards"]["ndcg"] for run in runs],
+            **{k: [run[k] for run in runs] for k in ("train_seconds", "seconds")},
+        }
         methods[name] = {
-            **intervals(seeds),
-            "own_accuracy": t_interval([run["own_rewards"]["pairwise_accuracy"] for run in runs]),
-            "own_ndcg": t_interval([run["own_rewards"]["ndcg"] for run in runs]),
+            **{k: t_interval(values) for k, values in seeds.items()},
             "accuracy_over_length": bootstrap_interval(np.mean([v["accuracy"] for v in by_seed], 0) - longer),
             "seeds": seeds,
-            **{k: t_interval([run[k] for run in runs]) for k in ("train_seconds", "seconds")},
             "steps": sorted({run["steps"] for run in runs}),
             "needs_reference": runs[0]["needs_reference"],
         }
-    return {
-        "methods": methods,
-        "baselines": baselines,
-        **{name: report[name] for name in ("data", "config", "machine")},
+    return {"methods": methods, "baselines": baselines} | {
+        name: report[name] for name in ("data", "config", "machine")
     }
 
 
@@ -92,10 +93,6 @@ def sample_means(runs: list[dict]) -> dict[str, list[float]]:
     return {
         name: [float(np.mean(run["samples"][key])) for run in runs] for name, key in SAMPLED.items() if key in first
     }
-
-
-def intervals(seeds: dict[str, list[float]]) -> dict[str, dict]:
-    return {name: t_interval(values) for name, values in seeds.items()}
 
 
 def padded(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:

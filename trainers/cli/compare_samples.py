@@ -1,21 +1,25 @@
 """What a trained policy says when it is asked: samples, their reward and length, and how far it is from the base."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 
-from .. import PreferenceCollator
-from ..forward import policy as policies
-from ..forward.run import Runner
+from ..forward.cache import score_rows
+from ..forward.policy import base_model
 from ..generation import sample_responses
 from ..generation.rewards import as_completion
 from ..generation.sampler import SamplingConfig, encode_prompt
 from ..generation.scorer import load_scorer
 from ..generation.start import load_start
+from ..runs.processes import Processes
 
-ROWS_PER_FORWARD = 4
+TOKENS_PER_FORWARD = 2048
 
 
 @dataclass(frozen=True)
@@ -56,29 +60,26 @@ def sample_and_measure(
     if not prompts:
         return {}
     init_kwargs = init_kwargs if options.dtype is None else (init_kwargs or {}) | {"dtype": options.dtype}
-    model = load_start(name, start, init_kwargs=init_kwargs).to(device).eval()
-    merge = isinstance(model, PeftModel) and policies.base_model(model).dtype == torch.float32
-    if merge:  # faster, and undone for the log-ratios
-        model.merge_adapter()
-    samples = sample_responses(model, tokenizer, prompts, options)
-    if merge:
-        model.unmerge_adapter()
-    rows = [
-        {"prompt_ids": encode_prompt(tokenizer, prompt), "response_ids": [sample.token_ids for sample in row],
-         "scores": [0.0] * len(row)}
-        for prompt, row in zip(prompts, samples, strict=True)
-    ]  # fmt: skip
-    ratios = [[0.0] * len(row) for row in samples]
-    if start is not None:
-        base = None if isinstance(model, PeftModel) else load_start(name, None, init_kwargs=init_kwargs).to(device)
-        pairs = zip(*policy_and_base(model, base, rows, tokenizer.pad_token_id), strict=True)
-        ratios = [[p - b for p, b in zip(*pair, strict=True)] for pair in pairs]
+    model = load_start(name, start, init_kwargs=init_kwargs)
+    if isinstance(model, PeftModel) and base_model(model).dtype == torch.float32:
+        model = model.merge_and_unload()  # faster; elsewhere it would round
+    samples = sample_responses(model.to(device).eval(), tokenizer, prompts, options)
     del model
+    rows = Dataset.from_list([
+        {"prompt_ids": encode_prompt(tokenizer, prompt), "response_ids": [sample.token_ids for sample in row]}
+        for prompt, row in zip(prompts, samples, strict=True)
+    ])  # fmt: skip
+    ratios = np.zeros((len(rows), options.num_generations))
+    if start is not None:
+        policy, base = (
+            score(name, at, rows, tokenizer, device=device, init_kwargs=init_kwargs) for at in (start, None)
+        )
+        ratios = np.subtract(policy, base)
     flat = [sample for row in samples for sample in row]
     measured = {
         "tokens": [len(sample.token_ids) for sample in flat],
         "truncated": [sample.truncated for sample in flat],
-        "logratios": sum(ratios, []),
+        "logratios": ratios.ravel().tolist(),
         "texts": [sample.text for sample in flat],
         "token_ids": [sample.token_ids for sample in flat],
     }
@@ -89,26 +90,15 @@ def sample_and_measure(
     return measured
 
 
-def policy_and_base(model, base, rows: list[dict], pad_token_id: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Log-probabilities of the responses under a policy and under `base`; None is the policy with its adapter off."""
-    runner = Runner([policies.base_model(model), *([] if base is None else [base.eval()])], "auto")
-    policy = sum_logps(runner, model, rows, pad_token_id)
-    if base is not None:
-        return policy, sum_logps(runner, base, rows, pad_token_id)
-    with model.disable_adapter():
-        return policy, sum_logps(runner, model, rows, pad_token_id)
-
-
-@torch.no_grad()
-def sum_logps(
-    runner: Runner, model, rows: list[dict], pad_token_id: int, batch_size: int = ROWS_PER_FORWARD
-) -> list[list[float]]:
-    """Log-probability of each response of tokenised rows, summed over its tokens."""
-    collate, device = PreferenceCollator(pad_token_id), next(model.parameters()).device
-    sums = []
-    for start in range(0, len(rows), batch_size):
-        part = [{n: row[n] for n in ("prompt_ids", "response_ids", "scores")} for row in rows[start:][:batch_size]]
-        batch = {name: tensor.to(device) for name, tensor in collate(part).items()}
-        logps = runner(model, batch).logps.sum(-1).tolist()
-        sums += [values[: len(row["response_ids"])] for values, row in zip(logps, part, strict=True)]
-    return sums
+def score(
+    name: str, start: Path | None, rows: Dataset, tokenizer, *, device, init_kwargs: dict | None
+) -> list[list[float]]:  # fmt: skip
+    """Log-probability of each response of tokenised rows under the policy in `start`, or under model `name` itself."""
+    processes = Processes()
+    processes.device = torch.device(device)
+    with TemporaryDirectory() as folder:
+        load = partial(load_start, name, start, init_kwargs=init_kwargs)
+        return score_rows(
+            load, [rows], folder, accelerator=processes, pad_token_id=tokenizer.pad_token_id,
+            budget=TOKENS_PER_FORWARD,
+        )[0]  # fmt: skip

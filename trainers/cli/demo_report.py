@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pages import page, plots
+from ..pages import plots
+from ..pages.page import blocks, write
 from ..pages.plots import AFTER, BEFORE, INK, Series
 from ..pages.text import interval
+from .answers import MEASURES, per_prompt
 
 CURVES = (  # logged name, title, value that means nothing was learned
     ("loss", "Loss", None),
@@ -32,23 +34,16 @@ SIDES = ("before", "after")
 def write_report(folder: Path) -> Path:
     """Renders `folder`/report.html and returns its path."""
     results, state = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "trainer_state"))
-    return page.write(
-        folder / "report.html",
-        "What SWEPO taught a small language model",
-        *headline(results),
-        page.heading("Is there a trivial explanation?"),
-        *explanations(results),
-        page.heading("Answers to prompts that were not trained on"),
-        page.figures(pictures(results)),
-        page.heading("When to stop"),
-        *course(results["course"]),
-        page.heading("Training"),
-        page.figures([training_curve(state["log_history"], *curve) for curve in CURVES]),
-        page.heading("Side by side"),
-        *side_by_side(results["answers"]),
-        page.heading("Settings"),
-        *settings(results),
-    )
+    sections = {
+        "": headline(results),
+        "Is there a trivial explanation?": explanations(results),
+        "Answers to prompts that were not trained on": [blocks.figures(pictures(results))],
+        "When to stop": course(results["course"]),
+        "Training": [blocks.figures([training_curve(state["log_history"], *curve) for curve in CURVES])],
+        "Side by side": side_by_side(results["answers"]),
+        "Settings": settings(results),
+    }
+    return write(folder / "report.html", "What SWEPO taught a small language model", sections)
 
 
 def headline(results: dict) -> list[str]:
@@ -60,7 +55,7 @@ def headline(results: dict) -> list[str]:
         f"All figures are from {len(results['answers'])} prompts that were not trained on, each sampled "
         f"{results['sampling']['num_generations']} times with the same random streams before and after. Intervals are "
         "bootstrapped over prompts.",
-        page.cards([
+        blocks.cards([
             ("Mean reward", f"{reward['before']['mean']:.2f} → {reward['after']['mean']:.2f}",
              "sentiment, from -1 to 1"),
             ("Gain", f"{gain['mean']:+.2f}",
@@ -80,7 +75,7 @@ def explanations(results: dict) -> list[str]:
     return [
         "A higher score could come from answers that are only longer, cut off, repetitive or full of exclamation "
         "marks.",
-        page.table(["Mean over prompts", "Before", "After", "Change, 95 % interval"], rows),
+        blocks.table(["Mean over prompts", "Before", "After", "Change, 95 % interval"], rows),
         f"Share of pairs of given answers to {results['ranking']['after']['count']} of these prompts that are put in "
         "the order of their scores, ranked by:",
         intervals("Ranking by", {RANKINGS.get(name, name): value for name, value in results["ranking"].items()}),
@@ -91,33 +86,27 @@ def explanations(results: dict) -> list[str]:
 
 
 def intervals(title: str, values: dict[str, dict]) -> str:
-    return page.table([title, "Value, 95 % interval"], [[name, interval(value)] for name, value in values.items()])
+    return blocks.table([title, "Value, 95 % interval"], [[name, interval(value)] for name, value in values.items()])
 
 
 def course(points: list[dict]) -> list[str]:
     """What every further step gave and cost, on prompts that are held out for this."""
     rows = [[str(p["step"]), *(interval(p[name], form) for name, (_, form) in COURSE.items())] for p in points]
-    pictures = {
-        "Reward against distance from the base model": ("reward", "gain at equal length"),
-        "Answers cut off at the limit": ("share cut off at the limit",),
-    }
+    kl, steps, drawn = [p["KL"]["mean"] for p in points], [f"step {p['step']}" for p in points], []
+    for title, (first, *others) in (
+        ("Reward against distance from the base model", ("reward", "gain at equal length")),
+        ("Answers cut off at the limit", ("share cut off at the limit",)),
+    ):
+        lines = [Series(first, kl, [p[first] for p in points], colour=AFTER, notes=steps)]
+        lines += [Series(name, kl, [p[name] for p in points], colour=BEFORE) for name in others]
+        drawn.append(plots.chart(title, "KL to the base model, nats per answer", lines))
     return [
         "Checkpoints of the training answer prompts that are neither trained on nor used above. KL is the mean "
         "log-ratio of these answers to the base model: what the policy has moved. Where the reward grows more slowly "
         "than KL, and answers are cut off, more training stops paying.",
-        page.figures([course_figure(points, *picture) for picture in pictures.items()]),
-        page.table(["Step", *(title for title, _ in COURSE.values())], rows),
+        blocks.figures(drawn),
+        blocks.table(["Step", *(title for title, _ in COURSE.values())], rows),
     ]
-
-
-def course_figure(points: list[dict], title: str, names: tuple[str, ...]) -> str:
-    """Measures of the checkpoints against KL."""
-    kl, steps = [p["KL"]["mean"] for p in points], [f"step {p['step']}" for p in points]
-    series = [
-        Series(name, kl, [p[name] for p in points], colour=colour, notes=steps if name == names[0] else ())
-        for name, colour in zip(names, (AFTER, BEFORE), strict=False)
-    ]
-    return plots.chart(title, "KL to the base model, nats per answer", series)
 
 
 def training_curve(history: list[dict], name: str, title: str, nothing: float | None) -> str:
@@ -131,22 +120,19 @@ def training_curve(history: list[dict], name: str, title: str, nothing: float | 
 
 def pictures(results: dict) -> list[str]:
     """Rewards and lengths before and after, and the change prompt by prompt."""
-    answers, longest = results["answers"], results["sampling"]["max_new_tokens"]
-    drawn = []
-    for title, field, unit, bins in (
-        ("Reward of the answers", "score", "sentiment", np.linspace(-1, 1, 17)),
-        ("Length of the answers", "tokens", "tokens", np.linspace(0, longest, 17)),
+    answers, drawn = results["answers"], []
+    for title, field, unit, longest in (
+        ("Reward of the answers", "score", "sentiment", 1),
+        ("Length of the answers", "tokens", "tokens", results["sampling"]["max_new_tokens"]),
     ):
         values = {side: [answer[field] for row in answers for answer in row[side]] for side in SIDES}
         groups = {f"{side}, mean {np.mean(x):.2f}": x for side, x in values.items()}
+        bins = np.linspace(-1 if field == "score" else 0, longest, 17)
         drawn.append(plots.histogram(title, groups, bins, (BEFORE, AFTER), xlabel=unit, ylabel="answers"))
-    means = [[np.mean([answer["score"] for answer in row[side]]) for side in SIDES] for row in answers]
-    gains = np.sort([after - before for before, after in means])
-    figure, (axes,) = plots.panels()
-    axes.bar(range(len(gains)), gains, width=0.8, color=[AFTER if gain > 0 else BEFORE for gain in gains])
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="prompts, sorted")
-    return [*drawn, plots.svg(figure, "Change of the mean reward, prompt by prompt")]
+    before, after = (per_prompt([row[side] for row in answers], MEASURES["reward"]) for side in SIDES)
+    bins, title = np.linspace(-2, 2, 33), "Change of the mean reward, prompt by prompt"
+    changes = {"after minus before": after - before}
+    return [*drawn, plots.histogram(title, changes, bins, marks=[0], xlabel="sentiment", ylabel="prompts")]
 
 
 def side_by_side(answers: list[dict]) -> list[str]:
@@ -165,15 +151,15 @@ def side_by_side(answers: list[dict]) -> list[str]:
         f"in the middle and the {size} largest losses. Nothing was picked by hand."
     ]
     for name, group in groups.items():
-        parts.append(page.heading(name, 3))
-        parts += [page.pair(prompt, [side_of(*side) for side in zip(SIDES, answers, strict=True)])
-                  for prompt, *answers in group]  # fmt: skip
+        parts.append(blocks.heading(name, 3))
+        for prompt, *pair in group:
+            sides = []
+            for side, answer in zip(SIDES, pair, strict=True):
+                cut = ", cut off" if answer["truncated"] else ""
+                caption = f"{side}, reward {answer['score']:+.2f}, {answer['tokens']} tokens{cut}"
+                sides.append((side, caption, answer["text"].strip()))
+            parts.append(blocks.pair(prompt, sides))
     return parts
-
-
-def side_of(side: str, answer: dict) -> tuple[str, str, str]:
-    cut = ", cut off" if answer["truncated"] else ""
-    return side, f"{side}, reward {answer['score']:+.2f}, {answer['tokens']} tokens{cut}", answer["text"].strip()
 
 
 def settings(results: dict) -> list[str]:
@@ -186,5 +172,5 @@ def settings(results: dict) -> list[str]:
     return [
         f"Made {results['created']} by make demo; training ran: {results['train_command']}",
         results["estimate"],
-        *(part for title, values in tables.items() for part in (page.heading(title, 3), page.settings(values))),
+        *(part for title, values in tables.items() for part in (blocks.heading(title, 3), blocks.settings(values))),
     ]

@@ -7,16 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..generation.scorer import load_scorer
-from ..pages import page, plots
+from ..pages import plots
+from ..pages.page import blocks, write
 from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval, markdown
 from ..runs.files import read_journal, write_atomic
 from ..statistics import bootstrap_interval
 from .answers import MEASURES, Answer, matched_gain, per_prompt
 
-HEAD = ["policy", "reward", "gain of the round", "gain since the start", "the same at equal length",
-        *list(MEASURES)[1:], "training steps"]  # fmt: skip
+REWARD, *OTHERS = MEASURES
+HEAD = ["policy", REWARD, "gain of the round", "gain since the start", "the same at equal length", *OTHERS,
+        "training steps"]  # fmt: skip
 
 
 def write_report(folder: Path) -> Path:
@@ -32,18 +36,26 @@ def write_report(folder: Path) -> Path:
     settings = json.loads((folder / "self_enhance.json").read_text())["settings"]
     policies = [read_answers(folder / "before"), *(read_answers(path / "held-out") for path in rounds)]
     manifests = [json.loads((path / "manifest.json").read_text()) for path in rounds]
-    rows = table(policies, manifests, load_scorer(settings["self_enhance.scorer"]))
-    pictures = draw(policies, manifests)
+    names = ["start", *(f"round {number}" for number in range(1, len(policies)))]
+    measured = [{name: per_prompt(answers, of) for name, of in MEASURES.items()} for answers in policies]
+    scorer, rows = load_scorer(settings["self_enhance.scorer"]), []
+    for number, (name, values) in enumerate(zip(names, measured, strict=True)):
+        gains, steps = ["", "", ""], ""
+        if number:
+            paired = [bootstrap_interval(values[REWARD] - measured[other][REWARD]) for other in (number - 1, 0)]
+            gains = [interval(g, "+.3f") for g in (*paired, matched_gain(policies[0], policies[number], scorer))]
+            steps = str(manifests[number - 1]["training"]["steps"])
+        others = [f"{values[other].mean():.3g}" for other in OTHERS]
+        rows.append([name, interval(bootstrap_interval(values[REWARD])), *gains, *others, steps])
+    pictures = draw(names, measured, [manifest["samples"]["mean_score"] for manifest in manifests])
     write_atomic(folder / "rounds.md", markdown(HEAD, rows).encode())
     write_atomic(folder / "rounds.svg", pictures[0].encode())
-    return page.write(
-        folder / "report.html",
-        f"Self-enhancement: {folder.name}",
+    about = (
         f"{len(policies[0])} held-out prompts were answered with the same random streams by the policy before the "
-        "first round and after each. Intervals are 95 % bootstrap intervals over these prompts; gains are paired.",
-        page.table(HEAD, rows),
-        page.figures(pictures),
+        "first round and after each. Intervals are 95 % bootstrap intervals over these prompts; gains are paired."
     )
+    parts = [about, blocks.table(HEAD, rows), blocks.figures(pictures)]
+    return write(folder / "report.html", f"Self-enhancement: {folder.name}", {"": parts})
 
 
 def read_answers(folder: Path) -> list[list[Answer]]:
@@ -52,51 +64,29 @@ def read_answers(folder: Path) -> list[list[Answer]]:
         [record for path in (folder / name).glob(f"{name}-*.jsonl") for record in read_journal(path)]
         for name in ("samples", "scores")
     )
-    answers = {(record["prompt"], record["index"]): record for record in samples}
+    drawn = {
+        (s["prompt"], s["index"]): {n: s[n] for n in ("text", "truncated")} | {"tokens": len(s["token_ids"])}
+        for s in samples
+    }
     return [
-        [
-            {"text": answer["text"], "score": score, "tokens": len(answer["token_ids"]),
-             "truncated": answer["truncated"]}
-            for index, score in enumerate(record["scores"])
-            for answer in [answers[record["prompt"], index]]
-        ]
+        [drawn[record["prompt"], index] | {"score": score} for index, score in enumerate(record["scores"])]
         for record in sorted(scores, key=lambda record: record["prompt"])
-    ]  # fmt: skip
+    ]
 
 
-def table(policies: list[list[list[Answer]]], manifests: list[dict], scorer) -> list[list[str]]:
-    """A row per policy, the untrained one first."""
-    rewards = [per_prompt(answers, MEASURES["reward"]) for answers in policies]
-    rows = []
-    for number, answers in enumerate(policies):
-        gains, steps = ["", "", ""], ""
-        if number:
-            paired = [bootstrap_interval(rewards[number] - rewards[other]) for other in (number - 1, 0)]
-            gains = [interval(gain, "+.3f") for gain in (*paired, matched_gain(policies[0], answers, scorer))]
-            steps = str(manifests[number - 1]["training"]["steps"])
-        others = [f"{per_prompt(answers, measure).mean():.3g}" for measure in list(MEASURES.values())[1:]]
-        rows.append([name_of(number), interval(bootstrap_interval(rewards[number])), *gains, *others, steps])
-    return rows
-
-
-def name_of(number: int) -> str:
-    return f"round {number}" if number else "start"
-
-
-def draw(policies: list[list[list[Answer]]], manifests: list[dict]) -> list[str]:
+def draw(names: list[str], measured: list[dict[str, np.ndarray]], pools: list[float]) -> list[str]:
     """Reward of every policy with its interval, and what could explain the reward away."""
-    steps = list(range(len(policies)))
-    ticks: dict[str, Any] = {"xticks": steps, "xticklabels": list(map(name_of, steps))}
-
-    def measured(name: str) -> Series:
-        values = [bootstrap_interval(per_prompt(answers, MEASURES[name])) for answers in policies]
-        return Series("held-out prompts", steps, values, colour=AFTER)
-
-    pools = [manifest["samples"]["mean_score"] for manifest in manifests]
+    steps = list(range(len(names)))
     start = Series("training prompts, as the round starts", steps[:-1], pools, "s--", BEFORE)
-    return [
-        plots.chart("Mean reward of fresh samples", "", [measured("reward"), start], ymargin=0.3, **ticks),
-        plots.chart("Tokens per answer", "", [measured("length in tokens")], ylim=(0, None), **ticks),
-        plots.chart("Share cut off at the limit", "", [measured("share cut off at the limit")], ylim=(-0.03, 1.03),
-                    **ticks),
-    ]  # fmt: skip
+    looks: dict[str, tuple[str, list[Series], dict[str, Any]]] = {
+        REWARD: ("Mean reward of fresh samples", [start], {"ymargin": 0.3}),
+        "length in tokens": ("Tokens per answer", [], {"ylim": (0, None)}),
+        "share cut off at the limit": ("Share cut off at the limit", [], {"ylim": (-0.03, 1.03)}),
+    }
+    charts = []
+    for name, (title, more, look) in looks.items():
+        held_out = Series(
+            "held-out prompts", steps, [bootstrap_interval(values[name]) for values in measured], colour=AFTER
+        )
+        charts.append(plots.chart(title, "", [held_out, *more], xticks=steps, xticklabels=names, **look))
+    return charts

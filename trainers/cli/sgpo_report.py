@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pages import page, plots
+from ..pages import plots
+from ..pages.page import blocks, write
 from ..pages.plots import COLOURS, Series
 from ..runs.files import read_rows
 from ..runs.stage import MANIFEST, SETTINGS
@@ -36,23 +37,24 @@ def write_report(folder: Path) -> Path:
     if not any(rounds):
         raise ValueError(f"{folder} holds no finished stage of a run of SGPO.")
     metrics = [{f"{s}/{k}": v for s, counts in stages.items() for k, v in counts.items()} for stages in rounds]
-    last = paths[-1]
-    return page.write(
-        folder / "report.html",
-        f"SGPO: {folder.name}",
+    names = dict.fromkeys(name for values in metrics for name, value in values.items() if isinstance(value, float))
+    figures = [[name, *(short(values.get(name)) for values in metrics)] for name in names]
+    about = (
         "A model improves its own answers and is then trained to prefer the improved ones. Figures are of "
-        f"{len(rounds)} round(s); shares are of all texts of a stage, before anything is dropped.",
-        page.heading("What the monitor found"),
-        *warnings(paths, rounds),
-        page.heading("What each stage kept"),
-        page.table(["Round, stage", "Rows", "Dropped", "Filter"], kept(rounds), numbers=False),
-        page.heading("Over the rounds"),
-        page.table(["Metric", *(f"round {i}" for i, _ in enumerate(rounds, 1))], figures(metrics)),
-        page.figures(curves(metrics) if len(rounds) > 1 else []),
-        page.heading("The last round"),
-        page.figures([histogram(last), training(last, "improver"), training(last, "dpo")]),
-        *samples(last),
+        f"{len(rounds)} round(s); shares are of all texts of a stage, before anything is dropped."
     )
+    last = paths[-1]
+    sections = {
+        "": [about],
+        "What the monitor found": warnings(paths, rounds),
+        "What each stage kept": [blocks.table(["Round, stage", "Rows", "Dropped", "Filter"], kept(rounds), False)],
+        "Over the rounds": [
+            blocks.table(["Metric", *(f"round {i}" for i, _ in enumerate(rounds, 1))], figures),
+            blocks.figures(curves(metrics) if len(rounds) > 1 else []),
+        ],
+        "The last round": [blocks.figures([histogram(last), training(last, "improver"), training(last, "dpo")])],
+    }
+    return write(folder / "report.html", f"SGPO: {folder.name}", sections | samples(last))
 
 
 def warnings(paths: list[Path], rounds: list[dict]) -> list[str]:
@@ -66,7 +68,8 @@ def warnings(paths: list[Path], rounds: list[dict]) -> list[str]:
                 f"Round {number}, {stage.name}: begun, and not finished. {reasons and f'Dropped: {reasons}.'}"
             )
         sentences += [f"Round {number}: {text}" for name, counts in stages.items() for text in alarms(name, counts)]
-    return [page.alarm(text) for text in sentences] or ["Nothing is beyond the limits of trainers/sgpo/monitor.py."]
+    none = "Nothing is beyond the limits of trainers/sgpo/monitor.py."
+    return [blocks.alarm(text) for text in sentences] or [none]
 
 
 def kept(rounds: list[dict]) -> list[list[str]]:
@@ -81,12 +84,6 @@ def kept(rounds: list[dict]) -> list[list[str]]:
     return rows
 
 
-def figures(metrics: list[dict]) -> list[list[str]]:
-    """A row per metric, a column per round."""
-    names = dict.fromkeys(name for values in metrics for name, value in values.items() if isinstance(value, float))
-    return [[name, *(short(values.get(name)) for values in metrics)] for name in names]
-
-
 def short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
@@ -95,8 +92,8 @@ def curves(metrics: list[dict]) -> list[str]:
     """A picture for each figure that the monitor watches, with its limit."""
     charts = []
     for name, limit in {name: limit for name, _, limit, _ in RULES}.items():
-        points = [(number, values[name]) for number, values in enumerate(metrics, 1) if name in values]
-        series = [Series(name, [x for x, _ in points], [y for _, y in points])]
+        points = {number: values[name] for number, values in enumerate(metrics, 1) if name in values}
+        series = [Series(name, [*points], [*points.values()])]
         charts.append(plots.chart(name, "round", series, level=(limit, "limit"), ymargin=0.3))
     return charts
 
@@ -112,10 +109,9 @@ def histogram(last: Path) -> str:
     fences = json.loads((last / "filter" / MANIFEST).read_text())["counts"]["fences"]
     marks = [fences[side] for side in ("lower", "upper") if fences[side] is not None]
     bins = np.histogram_bin_edges([*inside, *outside], 20)
-    groups, xlabel = {"kept": inside, "dropped": outside}, "gain in log-probability per token"
-    return plots.histogram(
-        "Filtered statistic, fences dashed", groups, bins, marks=marks, xlabel=xlabel, ylabel="examples"
-    )
+    labels = {"xlabel": "gain in log-probability per token", "ylabel": "examples"}
+    groups = {"kept": inside, "dropped": outside}
+    return plots.histogram("Filtered statistic, fences dashed", groups, bins, marks=marks, **labels)
 
 
 def training(last: Path, name: str) -> str:
@@ -128,19 +124,19 @@ def training(last: Path, name: str) -> str:
     return plots.chart("DPO: loss and reward margin", "step", series, level=(float(np.log(2)), "ln 2"))
 
 
-def samples(last: Path) -> list[str]:
+def samples(last: Path) -> dict[str, list[str]]:
     """Prompts with the texts before and after, from the improver's data, the pairs and the held-out answers."""
-    parts = []
-    for title, path, before, after in TEXTS:
-        if (last / path).exists():
-            rows = read_rows(last / path)[:SAMPLES]
-            parts += [page.heading(title), *(edit(row["prompt"], row[before], row[after]) for row in rows)]
-    return parts
+    return {
+        title: [edit(row["prompt"], row[before], row[after]) for row in read_rows(last / path)[:SAMPLES]]
+        for title, path, before, after in TEXTS
+        if (last / path).exists()
+    }
 
 
 def edit(prompt, before: str | None, after: str | None) -> str:
-    sides = zip(("", "after"), ("before", "after"), map(page.edits, word_diff(before or "", after or "")), strict=True)
-    return page.pair("\n".join(turn["content"] for turn in turns(prompt)), list(sides))
+    texts = map(blocks.edits, word_diff(before or "", after or ""))
+    sides = [*zip(("", "after"), ("before", "after"), texts, strict=True)]
+    return blocks.pair("\n".join(turn["content"] for turn in turns(prompt)), sides)
 
 
 def word_diff(before: str, after: str) -> tuple[list, list]:
