@@ -64,14 +64,11 @@ def test_interval_of_zeros_and_ones_is_that_of_the_binomial_and_leaves_undefined
     assert [found["low"], found["high"]] == pytest.approx([102 / 400, 138 / 400], abs=1 / 400)
 
 
-def test_gain_is_paired():
+def test_measures_of_the_answers_and_their_paired_gain():
     # Prompts differ widely and the change is the same everywhere: the gain's interval has no width.
     compared = compare_answers(answers(0.0), answers(0.25))["reward"]
     assert compared["before"]["high"] - compared["before"]["low"] > 0.1
     assert [compared["gain"][k] for k in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
-
-
-def test_measures_of_the_answers():
     before, after = answers(0.0, prompts=2), answers(0.0, prompts=2)
     after[0][1] |= {"tokens": 36, "text": "so good! so good! so good!"}
     compared = compare_answers(before, after)

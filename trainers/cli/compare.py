@@ -9,8 +9,6 @@ writes the report. One process; the runs follow each other.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import sys
@@ -35,7 +33,7 @@ from ..generation.sampler import plain_prompt
 from ..precision import instructions
 from ..runs.files import write_json, write_rows
 from ..runs.processes import free_memory
-from ..runs.settings import model_fingerprint
+from ..runs.settings import digest, model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments
@@ -158,8 +156,8 @@ class Data:
             raise ValueError(f"train_rows and test_rows need {needed} rows, but only {len(kept)} fit.")
         test, train = kept[:held_out], kept[held_out:needed]
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, part in (("train", train), ("test", test)):
-            write_rows(self.folder / f"{name}.jsonl.gz", part)
+        write_rows(self.folder / "train.jsonl.gz", train)
+        write_rows(self.folder / "test.jsonl.gz", test)
         self.prompts = [plain_prompt(row["prompt"]) for row in test]
         self.train, self.test = (
             prepare_dataset(Dataset.from_list(part), self.tokenizer, max_length=base.get("max_length", 1024))
@@ -173,7 +171,7 @@ class Data:
             "train_rows": len(train),
             "test_rows": len(test),
             "tokens_per_epoch": sum(packed_tokens(row) for row in token_lengths(self.train)),
-            "digest": hashlib.sha256(json.dumps([train, test], sort_keys=True).encode()).hexdigest(),
+            "digest": digest([train, test]),
         }
         print(self.facts)
 

@@ -70,12 +70,12 @@ def cut_rows(rows: list[dict], count_tokens, options: RowOptions) -> tuple[list[
             dropped[reason] += 1
             continue
         own = ("prompt", "responses", "scores", UNFINISHED)
-        rest = {name: value for name, value in row.items() if name not in own}
+        rest = {n: value for n, value in row.items() if n not in own and not isinstance(value, list | dict)}
         kept.append({
             "prompt": row["prompt"],
             "responses": [row["responses"][k] for k in drawn],
             "scores": scores,
             UNFINISHED: [unfinished(row)[k] for k in drawn],
-            **{name: value for name, value in rest.items() if not isinstance(value, list | dict)},
+            **rest,
         })  # fmt: skip
     return kept, dropped

@@ -90,10 +90,8 @@ def sample_and_measure(
     return measured
 
 
-def score(
-    name: str, start: Path | None, rows: Dataset, tokenizer, *, device, init_kwargs: dict | None
-) -> list[list[float]]:  # fmt: skip
-    """Log-probability of each response of tokenised rows under the policy in `start`, or under model `name` itself."""
+def score(name: str, start: Path | None, rows: Dataset, tokenizer, *, device, init_kwargs: dict | None) -> list:
+    """For each tokenised row the log-probabilities of its responses under the policy in `start`, or under `name`."""
     processes = Processes()
     processes.device = torch.device(device)
     with TemporaryDirectory() as folder:
