@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
+from datasets import Dataset
 from transformers.utils import logging
 
 from .. import SparsePOConfig, SparsePOTrainer
@@ -72,11 +73,10 @@ def write_report(argv: list[str]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir, args.precompute_ref_logps, args.push_to_hub = scratch, False, False
         args.report_to, args.invalid_rows = [], "error"
-        rows = data.load(args, show.split).select(show.rows)
-        trainer = load_trainer(args, model, folder, rows)
-        shown = {
-            f"Row {n}": row_parts(trainer, n, row) for n, row in zip(show.rows, trainer.eval_dataset, strict=True)
-        }
+        trainer = load_trainer(args, model, folder, data.load(args, show.split).select(show.rows))
+        rows = trainer.eval_dataset
+        assert isinstance(rows, Dataset)
+        shown = {f"Row {n}": row_parts(trainer, n, row) for n, row in zip(show.rows, rows, strict=True)}
     title = f"{args.mask} masks, {'independent' if args.independent else 'common'}: {folder.name}"
     target = Path(show.page) if show.page else folder / "masks.html"
     target.parent.mkdir(parents=True, exist_ok=True)
