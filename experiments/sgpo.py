@@ -96,7 +96,7 @@ def measure(base: Path) -> dict:
     results = {"improvers": {}, "policies": {"start": policy("start", None, [row["answer"] for row in before])}}
     for title in ("self", *RUNS):
         folder = base / folder_of(title) / "round-00"
-        improver, final = (read_rows(folder / f"measure/{part}.jsonl.gz") for part in ("improver", "policy"))
+        improver, final = (read_rows(folder / f"{part}.jsonl.gz") for part in ("gate/improver", "measure/policy"))
         kept, dropped = read_rows(folder / "pairs" / ROWS), read_rows(folder / "pairs/dropped.jsonl.gz")
         for part, rows in (("held out", improver), ("of the pairs", kept + dropped), ("of the pairs, kept", kept)):
             rows = [row for row in rows if row["chosen"] is not None]

@@ -98,9 +98,9 @@ def test_filter_statistic(case):
 @pytest.mark.parametrize(
     "text, options, reason",
     [
-        (None, {}, filters.TOO_LONG),
+        (None, {}, "no room for sampling.max_new_tokens in the model's context"),
         (" \n", {}, filters.EMPTY),
-        ("A fine answer.", {"truncated": True}, filters.TRUNCATED),
+        ("A fine answer.", {"truncated": True, "option": "revision"}, "cut at revision.max_new_tokens"),
         ("a  b\n c", {"before": "a b c"}, filters.COPY),
         ("Sky is blue. <<REVISED>>", {}, filters.META),
         ("The sky is blue.", {"before": "The sky is blue!"}, None),

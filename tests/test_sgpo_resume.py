@@ -79,7 +79,8 @@ def test_survives_kill_9_in_every_stage(inputs, finished, tmp_path):
         ("sft", in_training), ("current", in_journal("current/samples")), ("targets", in_journal("targets/samples")),
         ("filter", in_filter), ("filter", before_manifest("filter")), ("improver", in_training),
         ("improver", before_manifest("improver")), ("pairs", in_journal("pairs/rejected")),
-        ("pairs", in_journal("pairs/chosen")), ("dpo", in_training), ("measure", in_journal("measure/before")),
+        ("pairs", in_journal("pairs/chosen")), ("gate", in_journal("gate/before")),
+        ("gate", in_journal("improver-scores")), ("dpo", in_training),
         ("measure", in_journal("measure/policy/rejected")), ("measure", in_journal("policy-scores")),
     ]  # fmt: skip
     for stage, patch in kills:
@@ -143,6 +144,7 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
         ({"filter_factor": 2.0}, "filter/settings.json .*filter_factor was 1.5 and is 2.0"),
         ({"preference_split": "train[5:9]"}, "pairs/settings.json .*prompts are others"),
         ({"sft": None}, "current/settings.json .*earlier stages"),
+        ({"scorer": None}, "gate/settings.json .*scorer was .* delete the folders gate and measure"),
         ({"dtype": "bfloat16"}, "sft/settings.json .*model_init_kwargs was"),
     ],
 )

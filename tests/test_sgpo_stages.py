@@ -1,5 +1,7 @@
 """The stages of SGPO from one recipe and from Python: what each leaves, what the options change, and the page."""
 
+import shutil
+
 import pytest
 import torch
 from datasets import load_dataset
@@ -14,6 +16,7 @@ from trainers.data.tokenization import tokenize_row
 from trainers.generation.collect import sample_responses
 from trainers.generation.sampler import SamplingConfig
 from trainers.generation.start import load_for_sampling
+from trainers.sgpo import monitor
 from trainers.sgpo.improver import sft_rows
 from trainers.sgpo.text import improver_prompt
 
@@ -91,9 +94,9 @@ def test_a_target_has_the_same_tokens_in_the_improver_and_in_dpo():
     responses = [[{"role": "assistant", "content": text}] for text in ("it is in Paris", "over")]
     pair = tokenize_row({"prompt": prompt, "responses": responses, "scores": [1.0, 0.0]}, tokenizer)
     columns = sft_rows([(improver_prompt(prompt, "over"), "it is in Paris")], tokenizer)
-    mask = columns["completion_mask"][0]
-    target = [token for token, kept in zip(columns["input_ids"][0], mask, strict=True) if kept]
-    assert target == pair["response_ids"][0] and mask == sorted(mask)
+    [ids], [labels] = columns["input_ids"], columns["labels"]
+    target = pair["response_ids"][0]
+    assert ids[-len(target) :] == target and labels == [-100] * (len(ids) - len(target)) + target
 
 
 # Options.
@@ -180,6 +183,8 @@ def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
         ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
         ({"save_only_model": True}, "save_only_model=True leaves out what a killed stage goes on from"),
         ({"scorer": "sgpo_rows.consonants"}, "has no attribute .consonants"),
+        ({"reviser": "external", "reviser_function": "sgpo_rows.nobody"}, "'sgpo_rows.nobody' cannot be imported"),
+        ({"reviser": "external", "reviser_function": "nobody"}, "'nobody' cannot be imported"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(inputs, tmp_path, changes, message):
@@ -193,6 +198,41 @@ def test_alarms_warn_or_stop(inputs, finished, capsys):
     assert "WARNING: pairs/median_edit_ratio is 1, above 0.8" in capsys.readouterr().out
     with pytest.raises(ValueError, match="on_alarm is stop, and the monitor says: .*targets/"):
         train.main(command(inputs, finished, on_alarm="stop"))
+
+
+def against(prompts, completions, **columns):
+    """A scorer that likes every rejected response by 1 more than the chosen one, as they come in turns."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def in_favour(prompts, completions, **columns):
+    return [-score for score in against(prompts, completions)]
+
+
+def equal(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+
+@pytest.mark.parametrize("scorer, gain", [(against, -1.0), (equal, 0.0), (in_favour, 1.0)])
+def test_the_gate_before_dpo_asks_whether_improved_responses_are_better(
+    inputs, finished, tmp_path, monkeypatch, capsys, scorer, gain
+):
+    """What was made before the gate is there already; `stop` refuses DPO and `warn` goes on, by held-out figures."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("gate", "dpo", "measure"):
+        shutil.rmtree(tmp_path / "round-00" / name)
+    monkeypatch.setattr(monitor, "RULES", [rule for rule in monitor.RULES if rule[0].endswith("scorer_gain")])
+    changes = {"scorer": f"test_sgpo_stages.{scorer.__name__}"}
+    if gain <= 0:
+        with pytest.raises(ValueError, match=f"on_alarm is stop.* gate/improver_scorer_gain is {gain:g}, not above 0"):
+            train.main(command(inputs, tmp_path, **changes, on_alarm="stop"))
+        assert not (tmp_path / "round-00/dpo").exists()
+        assert "gate/improver_scorer_gain is" in write_report(tmp_path, []).read_text()
+    train.main(command(inputs, tmp_path, **changes, on_alarm="warn" if gain <= 0 else "stop"))
+    assert ("WARNING" in capsys.readouterr().out) == (gain <= 0)
+    found = counts(tmp_path, "gate")
+    assert found["pairs_scorer_gain"] == found["improver_scorer_gain"] == gain
+    assert same(weights(tmp_path / "round-00/dpo/model"), weights(finished / "round-00/dpo/model"))
 
 
 def test_the_page_shows_stages_alarms_numbers_and_edits(finished):

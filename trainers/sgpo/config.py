@@ -72,7 +72,9 @@ class SGPOConfig(DPOConfig):
     filter_factor: float = option(1.5, "Fences lie so many interquartile ranges out.", above=0)
     filter_side: str = option("both", "Which outliers are left out.", choices=["both", "lower", "upper"])
     policy_weight: float = option(
-        0.0, "Weight of the reference's likelihood under the plain prompt in the improver's training.", at_least=0
+        0.0,
+        "Weight of the reference's likelihood under the plain prompt in the improver's training; 0.3 to 1 is advised.",
+        at_least=0,
     )
     preference_dataset: str | None = option(None, "Prompts of the preference stage; by default dataset_name.")
     preference_split: str | None = option(None, "Their split, slices included.")
@@ -83,7 +85,7 @@ class SGPOConfig(DPOConfig):
         choices=["improved", "initial"],
     )
     scorer: dict[str, Any] | str | None = option(
-        None, "Outside scorer of pairs and held-out answers, for the report only."
+        None, "Outside scorer of pairs and held-out answers: for the gate before DPO and the report."
     )
     on_alarm: str = option(
         "warn", "What a crossed limit does: a warning, or the end of the run.", choices=["warn", "stop"]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from polypo.recipes import shipped
+
 from ..data.canonical import canonicalize
 from ..data.drops import DropReport, refuse
 from ..data.json_rows import columns_of
@@ -19,7 +21,7 @@ from .text import turns
 
 logger = logging.getLogger(__name__)
 
-BEST, MESSAGES = "best", "messages"
+BEST, MESSAGES, SCORED = "best", "messages", {"responses", "scores"}
 
 
 class Rows(NamedTuple):
@@ -54,53 +56,42 @@ def read_data(args: SGPOConfig, data) -> Rows:
 
 def _read(args: SGPOConfig, data, split: str, **options) -> list[dict] | None:
     with args.main_process_first(desc=f"reading {split}"):
-        dataset = _handed_over(args, data, split) if isinstance(data, Mapping) else _load(args, data, split)
-        if dataset is not None:
+        if (dataset := _load(args, data, split)) is not None:
             return read_rows(dataset, args, title=split, **options)
     if split in ("train", "preferences") or (split == "sft" and args.sft is not None):
         raise ValueError(f"the rows of {split} are missing: name their data set and split, or hand them over.")
     return None
 
 
-def _handed_over(args: SGPOConfig, data: Mapping, split: str) -> Dataset | None:
-    """The split of a mapping, as far as the limits of the preference stage and of `sft` go."""
-    dataset = data.get(split)
-    limit = {"preferences": args.max_preference_rows, "sft": (args.sft or {}).get("max_rows")}.get(split)
-    return _canonical(dataset if dataset is None else _first(dataset, limit), args)
-
-
 def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
-    """The split as it is on the hub or on the disk."""
-    if len(data.names) > 1 or data.dataset_weights is not None:
-        raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
+    """The split as it was handed over or lies on the hub or on the disk, as far as its limit goes."""
     sft, other = args.sft or {}, args.preference_dataset
-    own, plain_rows = (data.data_format, data.dataset_config), (None, None)
-    name, part, limit, data_format, config = {
-        "train": (data.dataset_name, data.dataset_train_split, data.max_train_rows, *own),
-        "test": (data.dataset_name, data.dataset_test_split, None, *own),
-        "preferences": (other or data.dataset_name, args.preference_split or (other and "train"),
-                        args.max_preference_rows, *(plain_rows if other else own)),
-        "sft": (sft.get("dataset_name"), sft.get("dataset_split", "train"), sft.get("max_rows"), *plain_rows),
-    }[split]  # fmt: skip
-    if not (name and part):
-        return None
-    options = {"name": config} if config else {}
-    if data_format is not None:
-        return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
-    dataset = read_dataset(name, part, **options)
-    return _canonical(_first(dataset, limit), args)
-
-
-def _first(dataset, limit: int | None):
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def _canonical(dataset: Dataset | None, args: SGPOConfig) -> Dataset | None:
-    """Scored responses as canonical rows, of which the best is taken; other rows as they are."""
-    if dataset is None or args.sft_target_source != BEST or not {"responses", "scores"} <= set(columns_of(dataset)):
-        return dataset
-    dataset, report = canonicalize(dataset, invalid=args.invalid_rows)
-    report.log(logger, "responses")
+    limits = {"preferences": args.max_preference_rows, "sft": sft.get("max_rows")}
+    if isinstance(data, Mapping):
+        dataset = data.get(split)
+    else:
+        if len(data.names) > 1 or data.dataset_weights is not None:
+            raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
+        limits["train"], own, plain_rows = data.max_train_rows, (data.data_format, data.dataset_config), (None, None)
+        name, part, data_format, config = {
+            "train": (data.dataset_name, data.dataset_train_split, *own),
+            "test": (data.dataset_name, data.dataset_test_split, *own),
+            "preferences": (other or data.dataset_name, args.preference_split or (other and "train"),
+                            *(plain_rows if other else own)),
+            "sft": (sft.get("dataset_name"), sft.get("dataset_split", "train"), *plain_rows),
+        }[split]  # fmt: skip
+        if not (name and part):
+            return None
+        name, options = shipped(name), {"name": config} if config else {}
+        if data_format is not None:
+            limit = limits.get(split)
+            return load_preferences(name, part, data_format, max_rows=limit, invalid_rows=args.invalid_rows, **options)
+        dataset = read_dataset(name, part, **options)
+    if dataset is not None and (limit := limits.get(split)) is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if dataset is not None and args.sft_target_source == BEST and SCORED <= set(columns_of(dataset)):
+        dataset, report = canonicalize(dataset, invalid=args.invalid_rows)  # of whose responses the best is taken
+        report.log(logger, "responses")
     return dataset
 
 
@@ -161,7 +152,7 @@ def _without(rows: list[dict], others: list[dict], why: str) -> list[dict]:
 
 
 def _reference_column(columns: list[str], source: str, needed: bool) -> str | None:
-    if source == BEST and {"responses", "scores"} <= set(columns):
+    if source == BEST and SCORED <= set(columns):
         return BEST
     for column in (source, MESSAGES):
         if column in columns:

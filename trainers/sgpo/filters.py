@@ -16,10 +16,12 @@ logger = logging.getLogger(__name__)
 
 FEWEST = 4  # examples that quartiles are taken of
 
-TOO_LONG, TRUNCATED = "does not fit in the length budget", "cut at max_new_tokens"
+# Reasons why a row goes. One that comes of an option names it.
+NO_ROOM, TRUNCATED = "no room for {}.max_new_tokens in the model's context", "cut at {}.max_new_tokens"
+TOO_LONG = "longer than {}"
 EMPTY, META = "empty, or no revision in it", "speaks of the task"
 COPY = "equal to the response before it"
-NOT_FINITE, OUTLIER = "statistic is not finite", "outside the fences of the statistic"
+NOT_FINITE, OUTLIER = "filter_statistic is not finite", "outside the fences of filter_statistic and filter_factor"
 
 # What only a text about the task of improving says. Looked for at the start, except for our own delimiters.
 _KIND = r"(?:improved|revised|rewritten|edited|refined|enhanced|polished)"
@@ -47,12 +49,20 @@ def meta_text(text: str) -> bool:
     return bool(META_START.search(text[:START]) or META_ANYWHERE.search(text))
 
 
-def fault(text: str | None, *, truncated: bool = False, before: str | None = None) -> str | None:
-    """Why a generated text cannot be used, or None. `before` is the response that it must differ from."""
+def fault(
+    text: str | None, *, truncated: bool = False, before: str | None = None, option: str = "sampling"
+) -> str | None:
+    """Why a generated text cannot be used, or None.
+
+    Args:
+        text: None where the prompt left no room for one.
+        before: the response that it must differ from.
+        option: says how it was drawn, `sampling` or `revision`.
+    """
     if text is None:
-        return TOO_LONG
+        return NO_ROOM.format(option)
     if truncated:
-        return TRUNCATED
+        return TRUNCATED.format(option)
     if not text.strip():
         return EMPTY
     if meta_text(text):

@@ -71,11 +71,11 @@ def fits(examples: list[Example], tokenizer, limit: int | None) -> list[bool]:
 
 
 def sft_rows(examples: Sequence[Example], tokenizer, *, prefix: str = "") -> dict[str, list]:
-    """Columns `input_ids` and `completion_mask` for TRL: 1 on the tokens of the answer."""
+    """Columns `input_ids` and `labels` for TRL: the tokens of the answer are learned, those of the prompt are not."""
     rows = tokenise(examples, tokenizer)
     return {
         f"{prefix}input_ids": [row["prompt_ids"] + row["response_ids"] for row in rows],
-        f"{prefix}completion_mask": [[0] * len(row["prompt_ids"]) + [1] * len(row["response_ids"]) for row in rows],
+        f"{prefix}labels": [[-100] * len(row["prompt_ids"]) + row["response_ids"] for row in rows],
     }
 
 
@@ -88,14 +88,8 @@ class ImproverTrainer(SFTTrainer):
         self.data_collator = self._collate_both
 
     def _collate_both(self, rows: list[dict]) -> dict:
-        own, policy = zip(*map(_split, rows), strict=True)
-        # TRL's trainer makes labels of `completion_mask` for the columns that it knows, which are not these.
-        policy = [
-            {"input_ids": row["input_ids"], "labels": [
-                token if kept else -100 for token, kept in zip(row["input_ids"], row["completion_mask"], strict=True)
-            ]} for row in policy
-        ]  # fmt: skip
-        return self._collate(list(own)) | {POLICY + n: value for n, value in self._collate(policy).items()}
+        own, policy = (self._collate(list(part)) for part in zip(*map(_split, rows), strict=True))
+        return own | {POLICY + name: value for name, value in policy.items()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         own, policy = _split(inputs)

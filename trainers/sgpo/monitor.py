@@ -1,6 +1,7 @@
 """What is watched in every round, and the limits beyond which something has gone wrong. The limits are our choice."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,13 @@ import numpy as np
 
 from .filters import meta_text
 
-# (stage/metric), whether the limit is the largest value or the smallest, the limit, and what it means.
+SIDES = {"above": operator.gt, "below": operator.lt, "not above": operator.le}
+TALKS, PLAIN_TALKS = "the improver speaks of its task", "plain answers speak of the improver's task"
+NO_BETTER = (
+    "the scorer does not prefer the improved responses, and DPO on such pairs does harm: use a stronger reviser, more "
+    "data, or a policy_weight of 0.3 to 1"
+)
+# (stage/metric), on which side of the limit something is wrong, the limit, and what it means.
 RULES = (
     ("targets/copy_rate", "above", 0.2, "the rewrites are copies: use a stronger reviser"),
     ("pairs/copy_rate", "above", 0.2, "the rewrites are copies: train the improver for fewer epochs"),
@@ -24,29 +31,28 @@ RULES = (
     ("targets/target_truncated", "above", 0.2, "raise max_new_tokens of revision"),
     ("pairs/rejected_truncated", "above", 0.2, "raise max_new_tokens of sampling"),
     ("pairs/chosen_truncated", "above", 0.2, "raise max_new_tokens of revision"),
-    ("pairs/chosen_meta_text", "above", 0.0, "the improver speaks of its task"),
-    ("measure/improver_chosen_meta_text", "above", 0.0, "the improver speaks of its task"),
+    ("pairs/chosen_meta_text", "above", 0.0, TALKS),
+    ("gate/improver_chosen_meta_text", "above", 0.0, TALKS),
     ("measure/policy_chosen_meta_text", "above", 0.0, "the policy speaks of the task when it improves"),
-    ("pairs/rejected_meta_text", "above", 0.0, "plain answers speak of the improver's task"),
-    ("measure/improver_rejected_meta_text", "above", 0.0, "plain answers speak of the improver's task"),
-    ("measure/policy_rejected_meta_text", "above", 0.0, "plain answers speak of the improver's task"),
+    ("pairs/rejected_meta_text", "above", 0.0, PLAIN_TALKS),
+    ("gate/improver_rejected_meta_text", "above", 0.0, PLAIN_TALKS),
+    ("measure/policy_rejected_meta_text", "above", 0.0, PLAIN_TALKS),
+    ("gate/pairs_scorer_gain", "not above", 0.0, NO_BETTER),
+    ("gate/improver_scorer_gain", "not above", 0.0, NO_BETTER),
     ("measure/policy_distinct_2_fall", "above", 0.1, "answers grow alike"),
     ("dpo/chosen_fall", "above", 0.0, "the chosen responses lose likelihood: set sft_weight or lower learning_rate"),
     ("dpo/early_accuracy", "above", 0.95, "the pairs differ in style only"),
-    ("measure/pairs_scorer_gain", "below", 0.0, "the scorer does not prefer the improved responses"),
-    ("measure/improver_scorer_gain", "below", 0.0, "the scorer does not prefer the improved responses"),
 )  # fmt: skip
 
 
 def alarms(stage: str, metrics: dict) -> list[str]:
     """A sentence for each metric of a stage beyond its limit; one that is missing or NaN is not judged."""
-    sentences = []
-    for name, side, limit, advice in RULES:
-        of, _, metric = name.partition("/")
-        value = metrics.get(metric, math.nan) if of == stage else math.nan
-        if value > limit if side == "above" else value < limit:
-            sentences.append(f"{name} is {value:.3g}, {side} {limit:g}: {advice}.")
-    return sentences
+    values = {f"{stage}/{name}": value for name, value in metrics.items()}
+    return [
+        f"{name} is {values[name]:.3g}, {side} {limit:g}: {advice}."
+        for name, side, limit, advice in RULES
+        if name in values and SIDES[side](values[name], limit)
+    ]
 
 
 class Edit(NamedTuple):

@@ -82,9 +82,7 @@ class Sampler:
         return rows
 
     def _revise_outside(self, folder: Path, rows: list[dict]) -> list[dict]:
-        assert self.args.reviser_function is not None
-        module, _, name = self.args.reviser_function.rpartition(".")
-        function = getattr(importlib.import_module(module), name)
+        function = load_reviser(self.args.reviser_function)
         columns = {"prompts": "prompt", "drafts": "current", "references": "reference"}
 
         def make(at: list[int]) -> list[str | None]:
@@ -141,6 +139,15 @@ class Sampler:
         tokenizer = self.tokenizer if name == self.model else AutoTokenizer.from_pretrained(name)
         lengths = map(len, encode_prompts(tokenizer, [*at.values()]))
         return {i: at[i] for i, n in zip(at, lengths, strict=True) if limit is None or n + new_tokens <= limit}
+
+
+def load_reviser(path: str) -> Callable[..., list[str | None]]:
+    """The function of `reviser_function`. Raises ValueError where it cannot be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reviser_function={path!r} cannot be imported: {error}.") from error
 
 
 def reference_answer(prompts: list, drafts: list[str], references: list[str]) -> list[str | None]:

@@ -6,8 +6,9 @@
     round-00/filter/     rows.jsonl.gz: what the improver is trained on; dropped.jsonl.gz: the rest, with reasons
     round-00/improver/   model/: one model that answers prompts and improves answers
     round-00/pairs/      rows.jsonl.gz: improved responses over the responses they were made of
+    round-00/gate/       held-out answers before all rounds, and of the improver in both modes; scores, of pairs too
     round-00/dpo/        model/: the policy that the round ends with
-    round-00/measure/    held-out answers before all rounds, of improver and of policy, in both modes; scores
+    round-00/measure/    held-out answers of the policy, in both modes; scores
 
 A killed run goes on where it stopped when the same command is given again, and ends with the same pairs and the same
 weights: a stage depends on nothing but its settings and the files of earlier stages. Every sample has a random stream
@@ -44,9 +45,11 @@ from .improver import Example, fits, sft_config, train_sft
 from .monitor import alarms, dpo_metrics, edit_metrics, rewrite_metrics
 from .sampling import Sampler
 
-STAGES = ("sft", "current", "targets", "filter", "improver", "pairs", "dpo", "measure")
+STAGES = ("sft", "current", "targets", "filter", "improver", "pairs", "gate", "dpo", "measure")
+ASIDE = ("gate", "measure")  # which no later stage depends on
 ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"
 WAYS_OUT = "delete the folders of this stage and of later ones, or choose another output_dir"
+WAYS_OUT_ASIDE = "delete the folders gate and measure of every round, or choose another output_dir"
 
 
 @dataclass
@@ -89,8 +92,9 @@ class Run:
         earlier, settings, stages = None, self.settings(), []
         for index, name in [(i, n) for i in range(self.args.rounds) for n in settings if n != "sft" or i == 0]:
             own = settings[name] | {"stage": name, "round": index, "earlier stages": earlier}
-            stage = Stage(self.at(name, index), own, ways_out=WAYS_OUT)
-            if name != "measure":
+            ways_out = WAYS_OUT_ASIDE if name in ASIDE else WAYS_OUT
+            stage = Stage(self.at(name, index), own, ways_out=ways_out)
+            if name not in ASIDE:
                 earlier = stage.key
             stages.append((stage, name, index))
         for stage, _, _ in stages:
@@ -106,7 +110,8 @@ class Run:
             self.processes.say(f"\nRound {index + 1} of {self.args.rounds}, {name}: {stage.folder}")
             work: dict[str, Callable[[int, Path], dict]] = {
                 "sft": self._sft, "current": self._current, "targets": self._targets, "filter": self._filter,
-                "improver": self._improver, "pairs": self._pairs, "dpo": self._dpo, "measure": self._measure,
+                "improver": self._improver, "pairs": self._pairs, "gate": self._gate, "dpo": self._dpo,
+                "measure": self._measure,
             }  # fmt: skip
             counts = work[name](index, stage.open())
             # A figure that is not a number is left out, as JSON has no such thing.
@@ -137,6 +142,7 @@ class Run:
             "template": digest(text.REVISER_V1 if args.reviser_analysis else text.REVISER_DIRECT_V1),
             "reviser files": args.reviser_model and model_fingerprint(args.reviser_model),
         }
+        measured = {"held-out rows": digest(rows.held_out), "scorer": args.scorer}
         own = {
             "sft": rows.conversations
             and run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=digest(rows.conversations)),
@@ -146,9 +152,9 @@ class Run:
             | options("filter_statistic", "filter_factor", "filter_side", "max_length"),
             "improver": run_settings(self._sft_config("improver", 0), adapter=adapter) | options("policy_weight"),
             "pairs": sampling | revision | options("use_vllm") | {"preference prompts": digest(rows.preferences)},
+            "gate": (rows.held_out or args.scorer) and measured,
             "dpo": run_settings(args.of_dpo(self.folder, args.seed), adapter=adapter),
-            "measure": (rows.held_out or args.scorer)
-            and {"held-out rows": digest(rows.held_out), "scorer": args.scorer},
+            "measure": rows.held_out and measured,
         }  # fmt: skip
         return {name: common | depends for name, depends in own.items() if depends}
 
@@ -200,14 +206,16 @@ class Run:
     def _sft(self, index: int, folder: Path) -> dict:
         assert self.rows.conversations is not None
         examples = [(row["prompt"], row["reference"]) for row in self.rows.conversations]
-        kept = fits(examples, self.tokenizer, (self.args.sft or {}).get("max_length", self.args.max_length))
-        counts = count_drops([None if fit else filters.TOO_LONG for fit in kept])
+        own = self.args.sft or {}
+        kept = fits(examples, self.tokenizer, own.get("max_length", self.args.max_length))
+        long = filters.TOO_LONG.format("sft.max_length" if "max_length" in own else "max_length")
+        counts = count_drops([None if fit else long for fit in kept])
         examples = [example for example, fit in zip(examples, kept, strict=True) if fit]
         return counts | self._train("sft", index, folder, None, examples)
 
     def _improver(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("filter", index) / ROWS)
-        examples = [(text.improver_prompt(row["prompt"], row["current"]), row["target"]) for row in rows]
+        examples = [improvement(row) for row in rows]
         policy = [(row["prompt"], row["reference"]) for row in rows]
         trained = self._train("improver", index, folder, self.start(index), examples, policy_examples=policy,
                               policy_weight=self.args.policy_weight)  # fmt: skip
@@ -274,12 +282,10 @@ class Run:
     def _filter(self, index: int, folder: Path) -> dict:
         args, rows = self.args, read_rows(self.at("targets", index) / ROWS)
         reasons = [column_fault(row, "current") or column_fault(row, "target", "current") for row in rows]
-        limit = args.improver["max_length"]
-        asked = lambda row: (text.improver_prompt(row["prompt"], row["current"]), row["target"])  # noqa: E731
-        self._mark_long(rows, reasons, asked, limit)
-        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["target"]), args.max_length)
+        self._mark_long(rows, reasons, "improver.max_length", improvement)
+        self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["target"]))
         if args.policy_weight:
-            self._mark_long(rows, reasons, lambda row: (row["prompt"], row["reference"]), limit)
+            self._mark_long(rows, reasons, "improver.max_length", lambda row: (row["prompt"], row["reference"]))
         at, counts = [i for i, reason in enumerate(reasons) if reason is None], {}
         if args.filter_statistic != "none" and at:
             usable = [rows[i] for i in at]
@@ -294,18 +300,18 @@ class Run:
             counts = {"fences": {k: None if v in (-math.inf, math.inf) else v for k, v in fences.items()}}
         return self._write_kept(folder, rows, reasons) | counts
 
-    def _mark_long(self, rows: list[dict], reasons: list, example: Callable[[dict], Example], limit) -> None:
-        """Gives a reason to rows without one whose example is too long."""
+    def _mark_long(self, rows: list[dict], reasons: list, option: str, example: Callable[[dict], Example]) -> None:
+        """Gives a reason to rows without one whose example is longer than `option` says."""
+        limit = self.args.max_length if option == "max_length" else self.args.improver["max_length"]
         at = [i for i, reason in enumerate(reasons) if reason is None]
         for i, fit in zip(at, fits([example(rows[i]) for i in at], self.tokenizer, limit), strict=True):
-            reasons[i] = None if fit else filters.TOO_LONG
+            reasons[i] = None if fit else filters.TOO_LONG.format(option)
 
     def _pairs(self, index: int, folder: Path) -> dict:
         rows = self._rewrite(folder, self.at("improver", index) / MODEL, self.rows.preferences, index)
         reasons = [column_fault(row, "rejected") or column_fault(row, "chosen", "rejected") for row in rows]
-        longest = self.args.max_length
-        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["chosen"]), longest)
-        self._mark_long(rows, reasons, lambda row: (row["prompt"], row["rejected"]), longest)
+        self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["chosen"]))
+        self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["rejected"]))
         return self._write_kept(folder, rows, reasons) | rewrite_metrics(rows, "rejected", "chosen")
 
     def _rewrite(self, folder: Path, model: Path | None, rows: list[dict], index: int) -> list[dict]:
@@ -320,22 +326,29 @@ class Run:
     # What a round did to held-out prompts. Their random streams are those of round 0 for every model, so that answers
     # can be compared prompt by prompt.
 
-    def _measure(self, index: int, folder: Path) -> dict:
+    def _gate(self, index: int, folder: Path) -> dict:
+        """Whether what the improver makes of answers is better than they are: DPO on pairs that are not does harm."""
         counts = self._scores(folder, "pairs", read_rows(self.at("pairs", index) / ROWS))
-        if not (held_out := self.rows.held_out):
+        if not self.rows.held_out:
             return counts
         # Answers of the model before all rounds: in later rounds these are there already.
-        before = self.at("measure", 0) / "before"
-        rows = self.sampler.draw(before, held_out, "answer", self.start(0), "sampling", 0)
-        for name, model in {"improver": self.at("improver", index), "policy": self.at("dpo", index)}.items():
-            rows = self._rewrite(folder / name, model / MODEL, rows, 0)
-            self._write(folder / f"{name}.jsonl.gz", rows)
-            metrics = rewrite_metrics(rows, "rejected", "chosen")
-            if against := rewrite_metrics(rows, "answer", "rejected"):
-                metrics["length_ratio"] = against["mean_word_ratio"]
-                metrics["distinct_2_fall"] = 1 - against["rejected_distinct_2"] / against["answer_distinct_2"]
-            counts |= {f"{name}_{key}": value for key, value in metrics.items()} | self._scores(folder, name, rows)
-        return counts
+        before = self.at("gate", 0) / "before"
+        rows = self.sampler.draw(before, self.rows.held_out, "answer", self.start(0), "sampling", 0)
+        return counts | self._held_out(folder, "improver", self.at("improver", index), rows)
+
+    def _measure(self, index: int, folder: Path) -> dict:
+        rows = read_rows(self.at("gate", index) / "improver.jsonl.gz")
+        return self._held_out(folder, "policy", self.at("dpo", index), rows)
+
+    def _held_out(self, folder: Path, name: str, stage: Path, rows: list[dict]) -> dict:
+        """What the model of `stage` answers, and makes of that, goes to `<name>.jsonl.gz`; returns its figures."""
+        rows = self._rewrite(folder / name, stage / MODEL, rows, 0)
+        self._write(folder / f"{name}.jsonl.gz", rows)
+        metrics = rewrite_metrics(rows, "rejected", "chosen")
+        if against := rewrite_metrics(rows, "answer", "rejected"):
+            metrics["length_ratio"] = against["mean_word_ratio"]
+            metrics["distinct_2_fall"] = 1 - against["rejected_distinct_2"] / against["answer_distinct_2"]
+        return {f"{name}_{key}": value for key, value in metrics.items()} | self._scores(folder, name, rows)
 
     def _scores(self, folder: Path, name: str, rows: list[dict]) -> dict:
         """Mean score of chosen minus rejected with its interval over prompts; empty without a scorer."""
@@ -364,9 +377,15 @@ def pair(row: dict) -> dict:
     return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
 
 
+def improvement(row: dict) -> Example:
+    """What the improver learns of a row: m(x, y) and the target."""
+    return text.improver_prompt(row["prompt"], row["current"]), row["target"]
+
+
 def column_fault(row: dict, name: str, before: str | None = None) -> str | None:
     """Why the text in a column cannot be used, or None; it must differ from the text in the column `before`."""
-    reason = filters.fault(row[name], truncated=row[f"{name}_truncated"], before=before and row[before])
+    option = "sampling" if before is None else "revision"
+    reason = filters.fault(row[name], truncated=row[f"{name}_truncated"], before=before and row[before], option=option)
     return reason and f"{name}: {reason}"
 
 

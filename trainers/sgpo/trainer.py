@@ -21,6 +21,7 @@ from ..metrics import best_and_worst
 from ..rounds import refuse_unsupported
 from .config import SGPOConfig
 from .data import read_data
+from .sampling import load_reviser
 from .stages import Run, pair
 
 
@@ -118,8 +119,11 @@ class SGPOTrainer(DPOTrainer):
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
         if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
             raise ValueError("use_vllm samples from full models in one process: leave out LoRA and quantisation.")
+        # Before hours of work for them.
         if args.scorer is not None:
-            check_scorer(args.scorer)  # before hours of work for it
+            check_scorer(args.scorer)
+        if args.reviser_function is not None:
+            load_reviser(args.reviser_function)
         Run(cls, args, model, read_data(args, data), quantization_config, peft_config, name_of(data)).run()
 
     @classmethod
