@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from helpers import family_tokenizer
+from trainers.cli.arguments import DataArguments
 from trainers.cli.sgpo_report import word_diff, write_report
 from trainers.data.load import read_dataset
 from trainers.runs.files import write_rows
@@ -94,13 +95,11 @@ def test_a_row_of_a_json_file_may_lack_the_reference(tmp_path, caplog):
     )
 
 
-def test_limits_hold_for_rows_that_are_handed_over(tmp_path):
-    rows = {
-        name: Dataset.from_list([{"prompt": f"{name} {i}", "chosen": "a"} for i in range(5)])
-        for name in ("train", "preferences", "sft")
-    }
-    found = read_data(config(tmp_path, max_preference_rows=2, sft={"max_rows": 3}), rows)
-    assert [len(part) for part in (found.improver, found.preferences, found.conversations)] == [5, 2, 3]
+def test_the_data_of_a_shipped_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = DataArguments(dataset_name=["data/demo/preferences.jsonl.gz"], dataset_train_split=["train[:3]"])
+    found = read_data(config(tmp_path, sft_target_source="best", preference_split="train[3:5]"), data)
+    assert (len(found.improver), len(found.preferences)) == (3, 2)
 
 
 def test_sft_before_stages_that_were_made_without_it_is_refused_at_once(tmp_path):
@@ -148,7 +147,7 @@ def test_what_no_reviser_may_give_is_refused_and_not_kept(given, tmp_path, monke
     assert not any(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
 
 
-def test_no_prompt_is_in_two_splits(tmp_path):
+def test_no_prompt_is_in_two_splits_and_limits_hold_for_rows_that_are_handed_over(tmp_path):
     def rows(*prompts):
         return Dataset.from_list([{"prompt": p, "chosen": "x"} for p in prompts])
 
@@ -156,6 +155,9 @@ def test_no_prompt_is_in_two_splits(tmp_path):
               "sft": rows("a", "t")}  # fmt: skip
     found = read_data(config(tmp_path), splits)
     assert [[row["prompt"] for row in part] for part in found] == [["a", "b"], ["c"], ["t"], ["a"]]
+    more = splits | {name: rows(*(f"{name} {i}" for i in range(5))) for name in ("train", "preferences", "sft")}
+    found = read_data(config(tmp_path, max_preference_rows=2, sft={"max_rows": 3}), more)
+    assert [len(part) for part in (found.improver, found.preferences, found.conversations)] == [5, 2, 3]
     for changes, message in (({"preferences": rows("a")}, "no prompt is left"), ({"train": None}, "are missing")):
         with pytest.raises(ValueError, match=message):
             read_data(config(tmp_path), splits | changes)

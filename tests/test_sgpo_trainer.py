@@ -11,7 +11,7 @@ from peft import LoraConfig
 from helpers import family_tokenizer, tiny_llama
 from trainers.sgpo import SGPOTrainer
 from trainers.sgpo.config import SGPOConfig
-from trainers.sgpo.improver import fits, sft_config, tokenise, train_sft
+from trainers.sgpo.improver import fits, sft_config, sft_rows, train_sft
 from trainers.sgpo.text import improver_prompt
 
 LN_2 = 0.6931472
@@ -39,13 +39,12 @@ def config(folder, **changes):
 def token_mean(model, tokenizer, examples):
     """Mean negative log-likelihood over the answer tokens of all examples, from the model's own logits."""
     total, count = 0.0, 0
-    for row in tokenise(examples, tokenizer):
-        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+    for ids, labels in zip(*sft_rows(examples, tokenizer).values(), strict=True):
         with torch.no_grad():
-            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        at = range(len(row["prompt_ids"]) - 1, ids.shape[1] - 1)
-        total -= sum(float(logps[i, ids[0, i + 1]]) for i in at)
-        count += len(at)
+            logps = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        learned = [i for i, label in enumerate(labels) if label != -100]
+        total -= sum(float(logps[i - 1, ids[i]]) for i in learned)
+        count += len(learned)
     return total / count
 
 
@@ -70,7 +69,7 @@ def test_the_improver_learns_from_the_answers_alone(tmp_path, weight, steps):
 
 def test_what_is_too_long_is_left_out_and_never_cut():
     tokenizer = family_tokenizer("llama3")
-    lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in tokenise(EXAMPLES, tokenizer)]
+    lengths = [len(ids) for ids in sft_rows(EXAMPLES, tokenizer)["input_ids"]]
     limit = sorted(lengths)[1]
     assert fits(EXAMPLES, tokenizer, limit) == [n <= limit for n in lengths]
     assert fits(EXAMPLES, tokenizer, None) == [True] * 4 and fits([], tokenizer, 5) == []

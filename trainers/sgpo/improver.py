@@ -55,28 +55,21 @@ def tokenize_texts(tokenizer, prompts: list[Prompt], responses: list[list[str]])
     return tokenize_dataset(Dataset.from_list(rows), tokenizer, invalid="error")[0]
 
 
-def tokenise(examples: Sequence[Example], tokenizer) -> list[dict]:
-    """`prompt_ids` and `response_ids` of (prompt, answer), as the rest of the suite has them."""
-    if not examples:
-        return []
-    prompts, answers = zip(*examples, strict=True)
-    tokens = tokenize_texts(tokenizer, list(prompts), [[answer] * 2 for answer in answers])  # a row has two or more
-    return [{"prompt_ids": row["prompt_ids"], "response_ids": row["response_ids"][0]} for row in tokens]
+def sft_rows(examples: Sequence[Example], tokenizer, *, prefix: str = "") -> dict[str, list[list[int]]]:
+    """Columns `input_ids` and `labels` for TRL: the tokens of the answer are learned, those of the prompt are not."""
+    prompts, answers = [prompt for prompt, _ in examples], [[answer] * 2 for _, answer in examples]
+    # A row has two responses or more.
+    rows = [(row["prompt_ids"], row["response_ids"][0]) for row in tokenize_texts(tokenizer, prompts, answers)]
+    return {
+        f"{prefix}input_ids": [prompt + answer for prompt, answer in rows],
+        f"{prefix}labels": [[-100] * len(prompt) + answer for prompt, answer in rows],
+    }
 
 
 def fits(examples: list[Example], tokenizer, limit: int | None) -> list[bool]:
     """Which examples are at most `limit` tokens long; the others are left out and never cut."""
-    rows = tokenise(examples, tokenizer)
-    return [limit is None or len(row["prompt_ids"]) + len(row["response_ids"]) <= limit for row in rows]
-
-
-def sft_rows(examples: Sequence[Example], tokenizer, *, prefix: str = "") -> dict[str, list]:
-    """Columns `input_ids` and `labels` for TRL: the tokens of the answer are learned, those of the prompt are not."""
-    rows = tokenise(examples, tokenizer)
-    return {
-        f"{prefix}input_ids": [row["prompt_ids"] + row["response_ids"] for row in rows],
-        f"{prefix}labels": [[-100] * len(row["prompt_ids"]) + row["response_ids"] for row in rows],
-    }
+    rows = sft_rows(examples, tokenizer)["input_ids"] if examples else []
+    return [limit is None or len(ids) <= limit for ids in rows]
 
 
 class ImproverTrainer(SFTTrainer):

@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +69,9 @@ class Run:
     quantization_config: object = None
     peft_config: PeftConfig | None = None
     dataset: str | list[str] | None = None
-    processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self):
+        self.processes = Processes()
         self.folder = Path(self.args.output_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         set_pad_token(self.tokenizer, self.args.pad_token)
