@@ -82,6 +82,7 @@ class Sampler:
         return rows
 
     def _revise_outside(self, folder: Path, rows: list[dict]) -> list[dict]:
+        assert self.args.reviser_function is not None
         function = load_reviser(self.args.reviser_function)
         columns = {"prompts": "prompt", "drafts": "current", "references": "reference"}
 
