@@ -17,6 +17,11 @@ from trainers import EMDPOConfig, EMDPOTrainer
 
 WORDS = "the cat sat on a mat and saw the sun rise over an old green hill by the sea".split()
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+OPTIONS = {
+    "use_cpu": True, "report_to": "none", "learning_rate": 5e-3, "num_types": 2, "rounds": 2, "logging_steps": 2,
+    "per_device_train_batch_size": 4, "save_strategy": "no", "seed": 3, "lr_scheduler_type": "constant",
+    "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0, "dataloader_pin_memory": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,15 +54,8 @@ def opposed_rows(annotators=6, items=5, k=3, *, seed=0):
 
 
 def em_config(folder, **kwargs):
-    defaults = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "learning_rate": 5e-3, "num_types": 2,
-        "rounds": 2, "per_device_train_batch_size": 4, "logging_steps": 2, "save_strategy": "no", "seed": 3,
-        "lr_scheduler_type": "constant", "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0,
-        "dataloader_pin_memory": False,
-    }  # fmt: skip
-    if "initial_posterior" in kwargs:
-        defaults["init"] = "given"
-    return EMDPOConfig(**{**defaults, **kwargs})
+    init = {"init": "given"} if "initial_posterior" in kwargs else {}
+    return EMDPOConfig(output_dir=str(folder), **OPTIONS | init | kwargs)
 
 
 def em(folder, start, rows=None, eval_rows=None, peft=False, callbacks=None, **kwargs):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import processes
-from emdpo_runs import em, opposed_rows, quick_collection, same, types_alone, weights  # noqa: F401
-from helpers import build_tokenizer, flags, tiny_llama
+from emdpo_runs import OPTIONS, em, opposed_rows, quick_collection, same, types_alone, weights  # noqa: F401
+from helpers import build_tokenizer, flags, leave_processes, tiny_llama
 from trainers import MixturePolicy
 from trainers.cli import aggregate
 from trainers.cli import types as choose_types
@@ -197,6 +198,36 @@ def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
     assert overview(copied / "aggregate") == overview(whole / "aggregate")
 
 
+def aggregate_with_sgd(arguments):
+    aggregate.distilled = partial(aggregate.distilled, optim="sgd")  # Adam magnifies the rounding of small gradients
+    aggregate.main(arguments)
+    leave_processes()
+
+
+@pytest.mark.distributed
+def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(aggregate, "distilled", partial(aggregate.distilled, optim="sgd"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    em(tmp_path / "one", start, learning_rate=0.02).train()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    # Five prompts, which two processes do not divide; each answer once in the one policy's training.
+    Dataset.from_list([{"prompt": row["prompt"]} for row in opposed_rows()]).to_json(tmp_path / "prompts.jsonl")
+    own = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--max_prompts", "5", "--num_generations", "4",
+           "--max_new_tokens", "6", "--distill", "--distill_learning_rate", "0.1"]  # fmt: skip
+    aggregate.main(["--run_dir", str(tmp_path / "one"), *own, "--distill_batch_size", "4"])
+    two = ["--run_dir", str(tmp_path / "two"), *own, "--distill_batch_size", "2"]
+    codes, output = processes.run(aggregate_with_sgd, two, count=2)
+    assert codes == [0, 0], output
+    expected, found = (overview(tmp_path / run / "aggregate") for run in ("one", "two"))
+    np.testing.assert_allclose(found["mixture"], expected["mixture"], atol=1e-4)
+    types = np.array(expected["regret"])[:, :2]
+    assert np.abs(types).max() > 0.1
+    np.testing.assert_allclose(np.array(found["regret"])[:, :2], types, atol=1e-4)
+    trained = [weights(tmp_path / run / "aggregate/distilled") for run in ("one", "two")]
+    same(trained[1], trained[0], rtol=1e-7, atol=1e-5)
+    assert max(float((trained[0][name] - value).abs().max()) for name, value in weights(start).items()) > 1e-3
+
+
 @pytest.mark.parametrize("extra", [["distilled=a"], ["min-max mixture=a"], ["a=b", "a=c"], ["a="]])
 def test_names_of_further_policies_are_their_own(extra):
     with pytest.raises(ValueError, match="names that are not taken"):
@@ -221,9 +252,8 @@ def test_answers_of_the_mixture_are_those_of_its_policies_token_for_token():
 def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path):
     Dataset.from_list(opposed_rows()).to_json(tmp_path / "rows.jsonl")
     report = choose_types.main(flags(
-        model_name_or_path=start, dataset_name=tmp_path / "rows.jsonl", output_dir=tmp_path, use_cpu=True,
-        report_to="none", learning_rate=0.01, rounds=2, init="agreement", disable_tqdm=True, seed=3,
-        per_device_train_batch_size=4, save_strategy="no", max_types=2, held_out=0.34,
+        model_name_or_path=start, dataset_name=tmp_path / "rows.jsonl", output_dir=tmp_path, max_types=2,
+        held_out=0.34, **OPTIONS | {"learning_rate": 0.01, "init": "agreement"},
     ))  # fmt: skip
     assert report["held_out_annotators"] == 2 and report["held_out_items"] == 10
     inside, outside = (

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from emdpo_runs import LORA, em, em_config, groups, opposed_rows, quick_collection, same, trained, weights  # noqa: F401
 from trainers.emdpo import init
 from trainers.emdpo.mixture import match_types
+from trainers.emdpo.rounds import EM, Round
 from trainers.emdpo.tables import read_annotators
 
 
@@ -21,6 +23,7 @@ from trainers.emdpo.tables import read_annotators
         ({"init": "given"}, "initial_posterior belong together"),
         ({"init": "kmeans", "initial_posterior": {"a": [1.0]}}, "belong together"),
         ({"push_to_hub": True}, "push_to_hub"),
+        ({"resume_from_checkpoint": "runs/a/checkpoint-3"}, "goes on from all that is done in output_dir"),
         ({"start_from": "previous", "score_on": "heldout_half"}, "set start_from to 'reference'"),
     ],
 )
@@ -55,6 +58,14 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
     assert not (tmp_path / "emdpo.json").exists()  # before anything is written
 
 
+def test_what_em_does_not_do_says_what_to_do_instead(tmp_path, start):
+    trainer = em(tmp_path, start)
+    with pytest.raises(ValueError, match="give rows as eval_dataset .* MixturePolicy"):
+        trainer.predict(trainer.train_dataset)
+    with pytest.raises(ValueError, match="from no single checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_ties_for_the_best_are_counted_and_left_out(tmp_path, start, caplog):
     rows = opposed_rows()
     rows += [row | {"scores": [1.0, 1.0, 0.0], "annotator": "undecided"} for row in rows[:4]]
@@ -80,8 +91,21 @@ def test_a_uniform_start_an_empty_type_and_a_sure_e_step_are_warned_of(tmp_path,
 def test_a_type_without_rows_is_named_and_stays_where_it_starts(tmp_path, start, caplog, normalize):
     nobody = {f"a{i}": [1.0, 0.0] for i in range(6)}
     trainer = trained(tmp_path, start, initial_posterior=nobody, rounds=1, normalize=normalize)
-    assert "Type 1 has 0.0% of the annotators" in caplog.text and "Type 0 has" not in caplog.text
+    for text in ("Type {} has 0.0% of the annotators", "round-00: type {} has no row to train on"):
+        assert text.format(1) in caplog.text and text.format(0) not in caplog.text
     same(weights(trainer.policies[1]), weights(start))
+
+
+@pytest.mark.parametrize("score_on, first", [("train", []), ("heldout_half", [-0.5])])  # of halves the first is half
+def test_a_fall_of_the_likelihood_is_warned_of(tmp_path, score_on, first):
+    said = []
+    owner = SimpleNamespace(owner=np.zeros(4, int))
+    args = em_config(tmp_path, score_on=score_on)
+    run = EM(SimpleNamespace(args=args, processes=None, judged=owner, held_out=None, warn=said.append))
+    for levels in ([-3, -2, -1], [-3, -1, -2]):
+        manifests = [{"log_likelihood_per_annotator": level} for level in first + levels]
+        run._warn_of_a_fall([Round(tmp_path, np.ones((1, 2)), manifest) for manifest in manifests])
+    assert len(said) == 1 and f"was -1 after round {2 + len(first)} and is -2 after the last" in said[0]
 
 
 def test_an_annotator_without_a_scored_row_has_the_mixture_weights(tmp_path, start):

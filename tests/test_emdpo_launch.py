@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 
 import processes
-from emdpo_runs import em_config, opposed_rows, quick_collection, same, weights  # noqa: F401
+from emdpo_runs import OPTIONS, em_config, opposed_rows, quick_collection, same, weights  # noqa: F401
 from helpers import flags
 from trainers import EMDPOTrainer
 from trainers.cli import train
@@ -19,13 +19,11 @@ from trainers.forward import cache
 
 def arguments(start, output, **changes):
     options = {
-        "use_cpu": True, "report_to": "none", "learning_rate": 5e-3, "num_types": 2, "rounds": 2, "logging_steps": 2,
-        "seed": 3, "lr_scheduler_type": "constant", "disable_tqdm": True, "init": "dirichlet", "max_grad_norm": 100.0,
         "trainer": "EMDPOTrainer", "model_name_or_path": start, "dataset_name": start / "rows.jsonl",
         "output_dir": output, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3,
         "save_total_limit": 2, "dataset_test_split": "train[:6]", "ref_tokens_per_batch": 40,
     }  # fmt: skip
-    return flags(**options | changes)
+    return flags(**OPTIONS | options | changes)
 
 
 @pytest.fixture(scope="module")

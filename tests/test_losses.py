@@ -11,7 +11,7 @@ import torch
 from helpers import close
 from trainers.dpo import dpo_loss, score_pairs
 from trainers.infonca import infonca_loss, nca_loss
-from trainers.likelihood import sft_loss
+from trainers.likelihood import ranking_logps, sft_loss
 from trainers.lire import lire_loss
 from trainers.plackett_luce import plackett_luce_loss
 from trainers.rrhf import rrhf_loss
@@ -125,6 +125,8 @@ LOSSES = {
     "dpo all": lambda x, s, m, n: dpo_loss(x, s, m, beta=0.3, pairs="all", label_smoothing=0.1),
     "plackett_luce": lambda x, s, m, n: plackett_luce_loss(x, s, m, beta=0.3),
     "plackett_luce mean": lambda x, s, m, n: plackett_luce_loss(x, s, m, beta=0.3, reduction="mean"),
+    "ranking": lambda x, s, m, n: -ranking_logps(0.3 * x, s, m),
+    "ranking top 1": lambda x, s, m, n: -ranking_logps(0.3 * x, s, m, top=1),
     "infonca": lambda x, s, m, n: infonca_loss(x, s, m, beta=0.3, alpha=0.7),
     "nca": lambda x, s, m, n: nca_loss(x, s, m, beta=0.3, alpha=0.7),
     "rrhf": lambda x, s, m, n: rrhf_loss(x, s, m, n, sft_weight=0.5),

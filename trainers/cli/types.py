@@ -18,7 +18,6 @@ from trl import get_peft_config, get_quantization_config
 from .. import EMDPOTrainer
 from ..config import check_options, option
 from ..emdpo.mixture import annotator_log_likelihood
-from ..emdpo.tables import read_json
 from ..pages.plots import Series, chart
 from ..pages.text import interval, markdown
 from ..runs.files import write_atomic, write_json
@@ -48,6 +47,7 @@ def main(argv: list[str]) -> dict:
     inside = np.array([name in held_out for name in rows["annotator"]])
     splits = {"train": rows.select(np.flatnonzero(~inside)), "test": rows.select(np.flatnonzero(inside))}
     folder = Path(args.output_dir)
+    results: list[dict] = []
     for types in range(1, options.max_types + 1):
         own_args = copy.copy(args)
         own_args.num_types, own_args.output_dir = types, str(folder / f"types-{types}")
@@ -55,11 +55,11 @@ def main(argv: list[str]) -> dict:
             own_args, splits, model.model_name_or_path, quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )  # fmt: skip
-        manifest = read_json(trainer.policies[0].parents[1] / "manifest.json")
-        manifest["held_out"]["coin"] = coin(trainer)
-        path = Path(own_args.output_dir) / "result.json"
-        trainer.processes.main(partial(write_json, path, manifest))
-    report = summarize(folder, options.max_types)
+        assert isinstance(trainer, EMDPOTrainer)
+        trainer.manifest["held_out"]["coin"] = coin(trainer)
+        trainer.processes.main(partial(write_json, Path(own_args.output_dir) / "result.json", trainer.manifest))
+        results.append(trainer.manifest)
+    report = summarize(results)
     if args.process_index == 0:
         write_json(folder / "choose_types.json", report)
         write_atomic(folder / "table.md", table(report).encode())
@@ -86,16 +86,16 @@ def held_out_annotators(column: list, share: float, seed: int) -> set:
     return {names[i] for i in np.random.default_rng((seed, 2)).permutation(len(names))[:count]}
 
 
-def summarize(folder: Path, max_types: int) -> dict:
-    """Log-likelihood per held-out annotator of each number of types and of a coin, and the paired gains."""
-    results = [read_json(folder / f"types-{t}" / "result.json") for t in range(1, max_types + 1)]
+def summarize(results: list[dict]) -> dict:
+    """Log-likelihood per held-out annotator of each number of types and of a coin, and the paired gains.
+
+    `results` are the last manifests of 1, 2, ... types with the "coin" of their held-out annotators.
+    """
     names = list(results[0]["held_out"]["per_annotator"])
     values = np.array([[r["held_out"]["per_annotator"][n] for n in names] for r in results])
     chance = np.array([results[0]["held_out"]["coin"][n] for n in names])
 
-    def mean(differences: np.ndarray) -> dict:
-        return bootstrap_interval(differences, fewest=FEWEST)
-
+    mean = partial(bootstrap_interval, fewest=FEWEST)
     return {
         "held_out_annotators": len(names),
         "coin_log_likelihood": float(chance.mean()),
@@ -111,7 +111,7 @@ def summarize(folder: Path, max_types: int) -> dict:
                 "gain_over_one_less": mean(values[t] - values[max(t - 1, 0)]),
                 "shares": results[t]["prior"],
             }
-            for t in range(max_types)
+            for t in range(len(results))
         ],
         "best": int(values.mean(1).argmax()) + 1,
     }

@@ -100,13 +100,8 @@ class Arena:
         """(T,P,prompts) mean log-ratio of each player's answers under each type's policy, and the answers."""
         samples = [self.samples(player) for player in players]
         prompt_ids = encode_prompts(self.tokenizer, self.prompts)
-        datasets = [
-            Dataset.from_list([
-                {"prompt_ids": ids, "response_ids": [s.token_ids for s in row]}
-                for ids, row in zip(prompt_ids, answers, strict=True)
-            ])
-            for answers in samples
-        ]  # fmt: skip
+        answers = [[[sample.token_ids for sample in row] for row in own] for own in samples]
+        datasets = [Dataset.from_dict({"prompt_ids": prompt_ids, "response_ids": own}) for own in answers]
 
         def logps(player: Player) -> np.ndarray:
             scores = score_rows(

@@ -73,6 +73,8 @@ class EMDPOConfig(PreferenceConfig):
                 "start_from='previous' starts from a policy that was trained on the half that score_on='heldout_half' "
                 "holds out next: set start_from to 'reference', or score_on to 'train'."
             )
+        refuse_checkpoint(self.resume_from_checkpoint)
+        self.resume_from_checkpoint = None  # true asks for what is done anyhow
         for name in ("load_best_model_at_end", "push_to_hub", "self_enhance"):
             if getattr(self, name):
                 raise ValueError(f"{name} does not work with EM-DPO, which has several policies: leave it out.")
@@ -84,3 +86,12 @@ class EMDPOConfig(PreferenceConfig):
         if self.score_on == "heldout_half":  # and once more on all rows
             return Demands(trainings=0.5 * m_steps + self.num_types, scorings=1 + m_steps)
         return Demands(trainings=m_steps, scorings=1 + m_steps)
+
+
+def refuse_checkpoint(name: str | bool | None) -> None:
+    """Raises ValueError for the name of a checkpoint, which EM would pass over; true and "last" name none."""
+    if str(name).lower() not in ("none", "false", "", "true", "last"):
+        raise ValueError(
+            f"resume_from_checkpoint={name!r}: EM-DPO goes on from all that is done in output_dir, and from no single "
+            "checkpoint: leave it out, or set it to true, and set output_dir to the folder of the run."
+        )

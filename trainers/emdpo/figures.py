@@ -1,19 +1,10 @@
 """Pictures of a run: who is of which type, how the likelihood rose, and what each type regrets."""
 
-from pathlib import Path
-
 import numpy as np
 
 from ..pages.plots import COLOURS, Series, chart, panels, svg
-from ..runs.files import write_atomic
 
 SHOWN = 5  # rounds in the map of annotators: the first, the last, and what lies evenly between
-
-
-def draw_run(folder: Path, posteriors: list[np.ndarray], histories: list[list[dict]]) -> None:
-    """responsibilities.svg and log_likelihood.svg from each round's posterior (N,T) and each run's manifests."""
-    write_atomic(folder / "responsibilities.svg", responsibilities(posteriors).encode())
-    write_atomic(folder / "log_likelihood.svg", log_likelihood(histories).encode())
 
 
 def responsibilities(posteriors: list[np.ndarray]) -> str:

@@ -25,23 +25,30 @@ from ..runs.files import write_json
 from ..runs.stage import MANIFEST, train_into
 from .annotators import Judged, halves
 from .init import first_guess
+from .m_step import NEGLIGIBLE
 from .mixture import SURE, EStep, e_step, mixture_weights
 from .tables import ANNOTATORS, HELD_OUT, read_annotators, read_json, write_annotators
 
 RESTART_SEED = 1000  # distance of the seeds of two restarts
 POLICY = "policy"  # in the folder of a type
+ITEM, ANNOTATOR = "log_likelihood_per_item", "log_likelihood_per_annotator"
 
 
 class Round(NamedTuple):
-    """What a round gave: posterior (N,T), the manifest, and the policy folder of each type."""
+    """What a finished round left in its folder: the posterior (N,T) and the manifest."""
 
+    folder: Path
     posterior: np.ndarray
     manifest: dict
-    policies: list[Path]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Round":
+        return cls(folder, read_annotators(folder / ANNOTATORS)[1], read_json(folder / MANIFEST))
 
     @property
-    def folder(self) -> Path:
-        return self.policies[0].parents[1]
+    def policies(self) -> list[Path]:
+        """The policy folder of each type."""
+        return _policies(self.folder, self.posterior.shape[1])
 
 
 class EM:
@@ -52,19 +59,24 @@ class EM:
         self.folder, self.types = Path(self.args.output_dir), self.args.num_types
         self.rows, self.held_out = trainer.judged, trainer.held_out
         self.half = halves(self.rows.owner, self.args.seed) if self.args.score_on == "heldout_half" else None
+        self.all = np.ones(len(self.rows.owner), bool)
+        # The first round of halves scores half of the rows: its likelihood compares with no other.
+        self.first = 0 if self.half is None else 1
 
-    def run(self) -> list[list[Round]]:
-        """All rounds of all restarts; `best` picks one, whose last round holds the policies of the run.
+    def run(self) -> tuple[list[list[Round]], list[Round]]:
+        """All rounds of all restarts, and those of the likeliest one, whose last round holds the policies of the run.
 
         Raises:
             ValueError: policies that these settings start from or end with were deleted when `folder` went further.
         """
         runs = [self._restart(restart) for restart in range(self.args.restarts)]
-        rounds = best(runs)
+        best = max(runs, key=lambda rounds: rounds[-1].manifest["log_likelihood"])
+        self._warn_of_a_fall(best)
         if self.half is not None:
-            rounds[-1] = self._final(rounds[-1])
-        _refuse_deleted(rounds[-1].policies)
-        return runs
+            best[-1] = self._final(best[-1])
+        _refuse_deleted(best[-1].policies)
+        self._delete([policy for rounds in runs if rounds is not best for policy in rounds[-1].policies])
+        return runs, best
 
     def _restart(self, restart: int) -> list[Round]:
         folder = self.folder / f"restart-{restart}"
@@ -98,69 +110,63 @@ class EM:
         return gamma
 
     def _round(self, restart: int, folder: Path, gamma: np.ndarray, done: list[Round]) -> Round:
-        policies, index = self._policies(folder), len(done)
+        index = len(done)
         if not (folder / MANIFEST).exists():
             self.processes.say(f"\nEM round {index + 1} of at most {self.args.rounds}: {folder}")
             starts = done[-1].policies if done and self.args.start_from == "previous" else None
-            part = None if self.half is None else self.half == index % 2
-            self._m_steps(policies, gamma, part, starts, seed=self.args.seed + RESTART_SEED * restart + index)
+            part = self.all if self.half is None else self.half == index % 2
+            policies = self._m_steps(folder, gamma, part, starts, self._seed(restart, index))
+            scored = part if self.half is None else ~part
             manifest = {"restart": restart, "round": index}
-            self._e_step(folder, manifest, gamma, policies, done[-1].policies if done else None)
-        return self._read(folder)
+            self._e_step(folder, manifest, gamma, policies, scored, done)
+        return Round.read(folder)
 
-    def _policies(self, folder: Path) -> list[Path]:
-        return [folder / f"type-{k}" / POLICY for k in range(self.types)]
-
-    def _read(self, folder: Path) -> Round:
-        """A finished round."""
-        return Round(read_annotators(folder / ANNOTATORS)[1], read_json(folder / MANIFEST), self._policies(folder))
+    def _seed(self, restart: int, index: int) -> int:
+        """Of the trainings of a round; all types, which are exchangeable, have the same."""
+        return self.args.seed + RESTART_SEED * restart + index
 
     def _m_steps(
-        self, policies: list[Path], gamma: np.ndarray, part: np.ndarray | None, starts: list[Path] | None, *, seed: int
-    ) -> None:
-        """Trains each type on all rows, or on the `part` (J,) of them, weighted by `gamma` (N,T).
-
-        The seed is the same for all types, which are exchangeable.
-        """
+        self, folder: Path, gamma: np.ndarray, part: np.ndarray, starts: list[Path] | None, seed: int
+    ) -> list[Path]:
+        """Trains each type on the `part` (J,) of the rows, weighted by `gamma` (N,T), and returns the policies."""
         _refuse_deleted(starts or [])
+        policies = _policies(folder, self.types)
         for k, policy in enumerate(policies):
-            weights = gamma[self.rows.owner, k]
-            if part is not None:
-                weights = np.where(part, weights, np.nan)  # the other half takes no part
+            weights = np.where(part, gamma[self.rows.owner, k], np.nan)
             if not policy.exists():
                 self.processes.say(f"M-step, type {k}")
-
-            def train(folder: Path, weights=weights, start=starts and starts[k]) -> None:
-                self.trainer.m_step(weights, start, folder, seed)
-
+                if (np.nan_to_num(weights) * self.rows.weights).max() < NEGLIGIBLE:
+                    self.trainer.warn(
+                        f"{folder}: type {k} has no row to train on, and its policy stays where it starts: use fewer "
+                        "types, another init, or more rows."
+                    )
+            train = partial(self.trainer.m_step, weights, starts[k] if starts else None, seed)
             train_into(policy, train)
+        return policies
 
     def _final(self, last: Round) -> Round:
-        """What `last` found, with policies that are trained on all rows by its posterior."""
+        """What `last` gave, with policies that are trained on all rows by its posterior."""
         folder, manifest = last.folder / "final", dict(last.manifest)
-        policies = self._policies(folder)
         if not (folder / MANIFEST).exists():
             self.processes.say("\nTraining on all rows")
-            seed = self.args.seed + RESTART_SEED * manifest["restart"] + manifest["round"] + 1
-            self._m_steps(policies, last.posterior, None, None, seed=seed)
-            table = (last.folder / ANNOTATORS).read_bytes()
-            self.processes.main(lambda: (folder / ANNOTATORS).write_bytes(table))
-            held_out = None if self.held_out is None else self._scores(policies, [self.held_out])[0]
-            self._write(folder, manifest, policies, last.posterior, held_out)
+            seed = self._seed(manifest["restart"], manifest["round"] + 1)
+            policies = self._m_steps(folder, last.posterior, self.all, None, seed)
+            self.processes.main(partial(shutil.copyfile, last.folder / ANNOTATORS, folder / ANNOTATORS))
+            held_out = self._scores(policies, [self.held_out]) if self.held_out else []
+            self._write(folder, manifest, policies, last.posterior, *held_out)
         stale = [path for path in self.folder.glob("restart-*/round-*/final") if path != folder]
         self._delete([*last.policies, *stale])
-        return self._read(folder)
+        return Round.read(folder)
 
     def _e_step(
-        self, folder: Path, manifest: dict, gamma: np.ndarray, policies: list[Path], before: list[Path] | None
-    ) -> None:
-        """The posterior under new `policies`; `before` are those of the round before."""
-        logps, *held_out = self._scores(policies, [self.rows, *([self.held_out] if self.held_out else [])])
-        scored = np.ones(len(logps), bool) if self.half is None else self.half != manifest["round"] % 2
-        if self.half is not None and before:
-            # The half that these policies have seen counts as those of the round before scored it, unseen.
-            logps = np.where(scored[:, None], logps, self._scores(before, [self.rows])[0])
-            scored[:] = True
+        self, folder: Path, manifest: dict, gamma: np.ndarray, policies: list[Path], scored: np.ndarray,
+        done: list[Round],
+    ) -> None:  # fmt: skip
+        """The posterior under new `policies` on `scored` (J,) rows, and on others as the round before scored them."""
+        logps, *held_out = self._scores(policies, [*self.trainer.parts.values()])
+        if done and not scored.all():  # these policies have seen the others, and those of the round before have not
+            logps = np.where(scored[:, None], logps, self._scores(done[-1].policies, [self.rows])[0])
+            scored = self.all
         prior, names, items = mixture_weights(gamma), self.rows.annotators.names, self.rows.items(scored)
         step = e_step(logps[scored], self.rows.owner[scored], prior, len(names))
         after = step.posterior
@@ -225,9 +231,19 @@ class EM:
                 f"have memorised the first guess, which then stays as it is.{advice}"
             )
 
+    def _warn_of_a_fall(self, done: list[Round]) -> None:
+        """Policies that stop short of their optimum may lose likelihood, and the last round counts anyhow."""
+        levels = [one.manifest[ANNOTATOR] for one in done[self.first :]]
+        if levels and levels[-1] < max(levels) - 1e-6:
+            highest = self.first + int(np.argmax(levels)) + 1
+            self.trainer.warn(
+                f"The log-likelihood per annotator was {max(levels):.4g} after round {highest} and is "
+                f"{levels[-1]:.4g} after the last, whose policies are the result: see rounds.csv, and set rounds to "
+                f"{highest} in another output_dir, or train longer in each round."
+            )
+
     def _stopped(self, done: list[Round]) -> bool:
-        first = 0 if self.half is None else 1  # the first round of halves scores half of the rows: no other compares
-        if not self.args.stop_change or len(done) <= 1 + first:
+        if not self.args.stop_change or len(done) <= 1 + self.first:
             return False
         change = done[-1].manifest["log_likelihood"] - done[-2].manifest["log_likelihood"]
         return abs(change) / len(self.rows.annotators) < self.args.stop_change
@@ -236,16 +252,12 @@ class EM:
         self.processes.main(lambda: [*map(partial(shutil.rmtree, ignore_errors=True), folders)])
 
 
-def best(runs: list[list[Round]]) -> list[Round]:
-    """The restart with the highest observed log-likelihood after its last round."""
-    return max(runs, key=lambda rounds: rounds[-1].manifest["log_likelihood"])
+def _policies(folder: Path, types: int) -> list[Path]:
+    return [folder / f"type-{k}" / POLICY for k in range(types)]
 
 
 def _means(step: EStep, weights: np.ndarray) -> dict:
-    return {
-        "log_likelihood_per_annotator": step.observed / len(step.per_annotator),
-        "log_likelihood_per_item": step.observed / (weights.sum() or 1),
-    }
+    return {ANNOTATOR: step.observed / len(step.per_annotator), ITEM: step.observed / (weights.sum() or 1)}
 
 
 def _refuse_deleted(policies: list[Path]) -> None:

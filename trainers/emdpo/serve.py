@@ -1,6 +1,7 @@
 """A mixture of policies as one policy: a type is drawn per prompt and answers throughout."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,8 @@ class MixturePolicy:
 
     def __init__(self, models: list[PreTrainedModel] | PeftModel, weights, tokenizer, *, seed: int = 0):
         self.models, self.tokenizer = models, tokenizer
-        adapters = [*models.peft_config] if isinstance(models, PeftModel) else []
         every: list = [models] if isinstance(models, PeftModel) else models
-        count = sum(name.startswith(f"{TYPE}-") for name in adapters) if adapters else len(every)
+        count = len(models.peft_config if isinstance(models, PeftModel) else models)
         values = np.asarray(weights, dtype=np.float64)
         if values.shape != (count,) or not (values >= 0).all() or abs(values.sum() - 1) > 1e-6:
             raise ValueError(f"weights={values.tolist()} must be {count} probabilities that sum to 1, one per policy.")
@@ -72,10 +72,13 @@ class MixturePolicy:
         kwargs = {**(mixture["model_init_kwargs"] or {}), **init_kwargs}
         paths = [Path(folder) / policy for policy in mixture["policies"]]
         starts = [None] if mixture["adapters"] else paths
-        plain = [base_model(load_start(mixture["base"], start, init_kwargs=kwargs)) for start in starts]
-        models: list[PreTrainedModel] | PeftModel = _with_adapters(plain[0], paths) if mixture["adapters"] else plain
-        for model in models if isinstance(models, list) else [models]:
-            model.to(device).eval()  # type: ignore[arg-type]
+        plain = (load_start(mixture["base"], start, init_kwargs=kwargs) for start in starts)
+        models: Any = [model.to(device).eval() for model in plain]  # type: ignore[arg-type]
+        if mixture["adapters"]:
+            models = PeftModel.from_pretrained(models[0], str(paths[0]), adapter_name=f"{TYPE}-0")
+            for k, path in enumerate(paths[1:], 1):
+                models.load_adapter(str(path), adapter_name=f"{TYPE}-{k}")
+            models.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(models, mixture["weights"] if weights is None else weights, tokenizer, seed=seed)
 
@@ -130,10 +133,3 @@ class MixturePolicy:
         batch = {k: v.to(device) for k, v in PreferenceCollator(self.tokenizer.pad_token_id)(rows).items()}
         logps = [self._runner(self.policy(k), batch).logps.sum(-1).double() for k in range(len(self.weights))]
         return mixture_logps(torch.stack(logps, -1), self.weights.to(device)) * batch["mask"]
-
-
-def _with_adapters(base: PreTrainedModel, paths: list[Path]) -> PeftModel:
-    model = PeftModel.from_pretrained(base, str(paths[0]), adapter_name=f"{TYPE}-0")
-    for k, path in enumerate(paths[1:], 1):
-        model.load_adapter(str(path), adapter_name=f"{TYPE}-{k}")
-    return model

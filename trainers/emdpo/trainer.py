@@ -11,7 +11,6 @@ One policy is in memory at a time. The parts lie beside this file: E-step, first
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ..config import PreferenceConfig
-from ..data.load import load_split, name_of
 from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
 from ..generation.start import load_start
@@ -35,12 +33,12 @@ from ..runs.settings import digest, model_fingerprint, plain, policy_settings, r
 from ..runs.stage import Stage
 from . import tables
 from .annotators import Judged
-from .config import EMDPOConfig
-from .figures import draw_run
+from .config import EMDPOConfig, refuse_checkpoint
+from .figures import log_likelihood, responsibilities
 from .init import first_guess, kind_of_guess
 from .m_step import TypePolicyTrainer, m_step_rows
 from .mixture import mixture_weights
-from .rounds import EM, POLICY, Round, best
+from .rounds import ANNOTATOR, EM, ITEM, POLICY, Round
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,8 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     `annotator` is a column of `train_dataset`. What a run leaves in `output_dir` is listed in rounds.py; beside it
     lie annotators.csv (who is of which type), rounds.csv, mixture.json and two pictures. After `train()`, `posterior`
-    (N,T) and `annotators` hold the result, `policies` the folders, and `model` the policy of the most common type.
+    (N,T) and `annotators` hold the result, `manifest` what the last round gave, `policies` the folders, and `model`
+    the policy of the most common type.
 
     Args:
         model: a path or hub id; a model that is already loaded is saved to `output_dir`, because each M-step reads its
@@ -86,11 +85,11 @@ class EMDPOTrainer(TypePolicyTrainer):
         self._ref_model, self._peft_config, self._callbacks = ref_model, peft_config, callbacks
         self.processes = Processes()
         self._refuse_unsupported()
-        self.judged = Judged.of(self.train_dataset, self.args.top_q, "train_dataset")
-        held_out = self.eval_dataset
-        self.held_out = Judged.of(held_out, self.args.top_q, "eval_dataset") if held_out else None
-        for name, judged in (("train_dataset", self.judged), ("eval_dataset", self.held_out)):
-            if judged and judged.silent:
+        parts = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        self.parts = {name: Judged.of(rows, self.args.top_q, name) for name, rows in parts.items() if rows}
+        self.judged, self.held_out = self.parts["train_dataset"], self.parts.get("eval_dataset")
+        for name, judged in self.parts.items():
+            if judged.silent:
                 self.warn(
                     f"{name}: {judged.silent} of {judged.silent + len(judged.rows)} rows have a tie for the best and "
                     "say nothing about a ranking; they are left out."
@@ -100,28 +99,18 @@ class EMDPOTrainer(TypePolicyTrainer):
             raise ValueError(f"num_types={self.args.num_types} is more than the {len(self.annotators)} annotators.")
         self.posterior: np.ndarray | None = None
         self.policies: list[Path] = []
+        self.manifest: dict = {}
 
     # What the user calls.
-
-    @classmethod
-    def run(
-        cls, args: PreferenceConfig, data, model: str, *, quantization_config=None, peft_config=None
-    ) -> "EMDPOTrainer":
-        """As `PreferenceTrainer.run`; what is done is found in `args.output_dir`, so no checkpoint need be named."""
-        assert isinstance(args, EMDPOConfig)
-        train_dataset, eval_dataset = (load_split(data, args, name) for name in ("train", "test"))
-        loading = {"quantization_config": quantization_config, "peft_config": peft_config}
-        trainer = cls(model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **loading)
-        trainer.train_and_save(dataset=name_of(data))
-        return trainer
 
     def train(self, resume_from_checkpoint=None, *arguments, **keywords) -> TrainOutput:
         """Runs the rounds that are not done yet. `resume_from_checkpoint` is not needed: the folder says what is done.
 
         Raises:
-            ValueError: `output_dir` belongs to a run with other settings, and the message names what differs; or
-                policies that these rounds and restarts need were deleted when it went further.
+            ValueError: `output_dir` belongs to a run with other settings, and the message names what differs; policies
+                that these rounds and restarts need were deleted when it went further; a checkpoint is named.
         """
+        refuse_checkpoint(resume_from_checkpoint)
         folder = Path(self.args.output_dir)
         first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {kind_of_guess(self.args, self.judged)}.")
@@ -129,19 +118,18 @@ class EMDPOTrainer(TypePolicyTrainer):
         self.model = self.model_wrapped = self.callback_handler.model = None  # type: ignore[assignment]
         free_memory()  # each policy that is read from disk is alone in memory
         Stage(folder, self._whole_settings(), settings_name="emdpo.json").open()
-        every = [self.judged, *([self.held_out] if self.held_out else [])]
-        reference = self.score(folder / "reference", every, "Reference log-probabilities", self._load_reference)
-        for judged, logps in zip(every, reference, strict=True):
+        parts = [*self.parts.values()]
+        reference = self.score(folder / "reference", parts, "Reference log-probabilities", self._load_reference)
+        for judged, logps in zip(parts, reference, strict=True):
             judged.reference = logps
         self._ref_model = None
-        runs = EM(self).run()
-        rounds = best(runs)
-        self.posterior, self.policies = rounds[-1].posterior, rounds[-1].policies
+        runs, rounds = EM(self).run()
+        _, self.posterior, self.manifest = rounds[-1]
+        self.policies = rounds[-1].policies
         self.processes.main(lambda: self._publish(folder, runs, rounds))
         self.model = self._load(self.policies[int(mixture_weights(self.posterior).argmax())])
-        last = rounds[-1].manifest
-        metrics = {"train_loss": -last["log_likelihood_per_item"], "train_rounds": len(rounds)}
-        metrics |= {f"train_{n}": last[n] for n in ("log_likelihood_per_annotator", "smallest_type", "changed_type")}
+        metrics = {"train_loss": -self.manifest[ITEM], "train_rounds": len(rounds)}
+        metrics |= {f"train_{name}": self.manifest[name] for name in (ANNOTATOR, "smallest_type", "changed_type")}
         return TrainOutput(len(rounds), metrics["train_loss"], metrics)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -152,11 +140,18 @@ class EMDPOTrainer(TypePolicyTrainer):
         """
         if eval_dataset is not None or self.held_out is None or self.posterior is None:
             raise ValueError("EM-DPO scores held-out rows while it trains: give them as eval_dataset, and call train.")
-        judged = tables.read_json(self.policies[0].parents[1] / "manifest.json")["held_out"]
+        judged = self.manifest["held_out"]
         metrics = {f"{metric_key_prefix}_{name}": v for name, v in judged.items() if name != "per_annotator"}
-        metrics[f"{metric_key_prefix}_loss"] = -judged["log_likelihood_per_item"]
+        metrics[f"{metric_key_prefix}_loss"] = -judged[ITEM]
         self.log(metrics)
         return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Raises ValueError: there is a policy for each type, and none of them speaks for all."""
+        raise ValueError(
+            "EM-DPO has a policy for each type, and no single one to predict with: give rows as eval_dataset to score "
+            "them under the mixture, or take MixturePolicy.from_pretrained(output_dir).logps."
+        )
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The policies are saved by `train`, each in its folder; this writes the tokenizer beside mixture.json."""
@@ -181,7 +176,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     # Steps of EM.
 
-    def m_step(self, weights: np.ndarray, start: Path | None, folder: Path, seed: int) -> None:
+    def m_step(self, weights: np.ndarray, start: Path | None, seed: int, folder: Path) -> None:
         """An ordinary training in its own folder and order of the rows; it neither evaluates nor loads a model."""
         args, judged = copy.copy(self.args), self.judged
         assert judged.reference is not None
@@ -256,18 +251,16 @@ class EMDPOTrainer(TypePolicyTrainer):
         return run_settings(self.args, free=FREE, adapter=self._peft_config, **start, **rows)
 
     def _publish(self, folder: Path, runs: list[list[Round]], rounds: list[Round]) -> None:
-        """The files that a user opens first, at the top of the folder; policies of other restarts are deleted."""
-        for run in runs:
-            if run is not rounds:
-                for policy in run[-1].policies:
-                    shutil.rmtree(policy, ignore_errors=True)
+        """The files that a user opens first, at the top of the folder."""
         last = rounds[-1]
         for name in (tables.ANNOTATORS, *([tables.HELD_OUT] if self.held_out else [])):
             write_atomic(folder / name, (last.folder / name).read_bytes())
         tables.write_rounds(folder / "rounds.csv", [r.manifest for run in runs for r in run])
         self._write_mixture(folder / tables.MIXTURE, last.manifest)
         self.processing_class.save_pretrained(folder)
-        draw_run(folder, [r.posterior for r in rounds], [[r.manifest for r in run] for run in runs])
+        histories = [[r.manifest for r in run] for run in runs]
+        write_atomic(folder / "responsibilities.svg", responsibilities([r.posterior for r in rounds]).encode())
+        write_atomic(folder / "log_likelihood.svg", log_likelihood(histories).encode())
 
     def _write_mixture(self, path: Path, manifest: dict) -> None:
         """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
@@ -291,10 +284,10 @@ class EMDPOTrainer(TypePolicyTrainer):
         write_json(path, plain(mixture))
 
     def log_round(self, manifest: dict) -> None:
-        self.state.global_step, item = manifest["round"] + 1, "log_likelihood_per_item"
-        logs = {f"em/{name}": manifest[name] for name in (item, "changed_type", "median_certainty")}
+        self.state.global_step = manifest["round"] + 1
+        logs = {f"em/{name}": manifest[name] for name in (ITEM, "changed_type", "median_certainty")}
         logs |= {f"em/type_{k}": share for k, share in enumerate(manifest["prior"])}
-        self.log(logs | ({f"em/held_out_{item}": manifest["held_out"][item]} if self.held_out else {}))
+        self.log(logs | ({f"em/held_out_{ITEM}": manifest["held_out"][ITEM]} if self.held_out else {}))
 
     def warn(self, text: str) -> None:
         if self.args.process_index == 0:
