@@ -5,10 +5,14 @@ It lies outside of `trainers`, whose import takes seconds, so that a usage is th
 """
 
 import argparse
-import difflib
 import importlib
+import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 
 from . import recipes, usage
 from .usage import LAUNCH
@@ -28,24 +32,76 @@ COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
 def main(argv: list[str] | None = None) -> None:
     """Run a command line, by default that of this process."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(usage.program(COMMANDS))
-        return
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        sys.exit(f"polypo has no command {command!r}: {f'did you mean {near[0]}?' if near else 'see polypo --help.'}")
-    if {"-h", "--help"} & {*argv}:
-        print(usage.train(argv) if command == "train" else usage.command(command))
-        return
+    with mistakes_told():
+        if command in ("-h", "--help"):
+            print(usage.program(COMMANDS))
+        elif command == "--version":
+            print(f"polypo {version('polypo')}")
+        elif command not in COMMANDS:
+            near = recipes.nearest(command, COMMANDS, "see polypo --help.")
+            raise ValueError(f"polypo has no command {command!r}: {near}")
+        elif {"-h", "--help"} & {*argv}:
+            print(usage.train(argv) if command == "train" else usage.command(command))
+        else:
+            start(command, argv)
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """A mistake of the user ends the program with a line: an error that comes before the first step and says why.
+
+    Any other error keeps its traceback, and with POLYPO_TRACEBACK=1 all do.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if os.environ.get("POLYPO_TRACEBACK") or any(frame.name == "_inner_training_loop" for frame in frames):
+            raise
+        sys.exit(f"error: {error}\n(POLYPO_TRACEBACK=1 shows where this was raised.)")
+
+
+def start(command: str, argv: list[str]) -> None:
+    """Run a command here, or hand it to accelerate."""
     sys.path.append(os.getcwd())  # where a user's own methods, formats and scorers are
-    module = f"trainers.cli.{command}"
     launch, rest = split_launch(argv, needed=command == "train")
     if launch is None:
-        importlib.import_module(module).main(rest)
+        importlib.import_module(f"trainers.cli.{command}").main(rest)
         return
+    if command == "train":
+        recipes.refuse_missing_model(*recipes.split_recipe(rest))
     from accelerate.commands.launch import launch_command, launch_command_parser  # imports torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    launch_command(launch_command_parser().parse_args(["--quiet", *launch, "--module", module, *rest]))
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list its defaults
+    module = ["trainers.cli.train"] if command == "train" else ["polypo", command]
+    options = launch_command_parser().parse_args(["--quiet", *launch, "--module", *module, *rest])
+    refuse_missing_gpus(options)
+    try:
+        launch_command(options)
+    except ChildFailedError as error:  # whose own error stands above
+        sys.exit(str(error))
+
+
+def refuse_missing_gpus(options: argparse.Namespace) -> None:
+    """Processes without a GPU each would find that out after minutes.
+
+    Raises:
+        ValueError: the accelerate file wants more GPUs than this machine has.
+    """
+    import torch
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if options.config_file is None or options.cpu:
+        return
+    config, there = load_config_from_file(options.config_file), torch.accelerator.device_count()
+    machines = options.num_machines or config.num_machines
+    wanted = (options.num_processes or config.num_processes) // machines
+    if config.distributed_type in ("DEEPSPEED", "FSDP", "MULTI_GPU") and not config.use_cpu and wanted > there:
+        raise ValueError(
+            f"{options.config_file} asks for {wanted} GPUs of this machine ({config.distributed_type.value}), and it "
+            f"has {there}: give --num_processes, or --accelerate_config single for one process."
+        )
 
 
 def split_launch(argv: list[str], *, needed: bool) -> tuple[list[str] | None, list[str]]:

@@ -1,15 +1,29 @@
 """The YAML files of a recipe, and the flags that go before them. Nothing here needs torch."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 HERE = Path(__file__).resolve().parent  # with configs/ and data/ beside it, in a checkout and in a wheel
+BOOL, TEXT, *NUMBERS = (f"tag:yaml.org,2002:{name}" for name in ("bool", "str", "int", "float", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, and no key twice, of which YAML would silently take the last."""
+    """Plain values, and no key twice, of which YAML would silently take the last.
+
+    The value of an option stays the text that it is, to be read as a flag's: YAML would make False of a name `no` and
+    1.1 of a version 1.10. Inside of lists and mappings, numbers are numbers.
+    """
+
+    def construct_document(self, node):
+        for _, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if part.tag == BOOL or (part is value and part.tag in NUMBERS):
+                    part.tag = TEXT
+        return super().construct_document(node)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -18,6 +32,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about a name that is not known."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def shipped(name: str, folder: str = "") -> str:
@@ -36,7 +56,9 @@ def read_recipe(paths: list[str]) -> dict:
     for name in paths:
         path = Path(shipped(shipped(name, "configs")))
         if not path.is_file():
-            raise ValueError(f"--config {name} does not exist: name a YAML file, or a recipe such as swepo/demo.yaml.")
+            known = [str(ours.relative_to(HERE / "configs")) for ours in (HERE / "configs").rglob("*.yaml")]
+            near = nearest(name, known, "name a YAML file, or a recipe such as swepo/demo.yaml.")
+            raise ValueError(f"--config {name} does not exist: {near}")
         try:
             content = yaml.load(path.read_text(), _Loader)  # noqa: S506, it is a SafeLoader
         except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
@@ -65,7 +87,37 @@ def chosen(name: str, flags: list[str], recipe: dict, default=None):
 
 def is_true(option) -> bool:
     """Of a flag or of a recipe."""
-    return str(option).lower() in ("true", "1", "yes")
+    return str(option).lower() in ("true", "t", "yes", "y", "1")
+
+
+def refuse_missing(**names) -> None:
+    """Raises ValueError for `model_name_or_path` or `dataset_name` where none is given, or what `make demo` makes."""
+    for name, value in names.items():
+        if not value:
+            raise ValueError(f"{name} is missing: name one on the hub, or a path.")
+        if isinstance(value, str) and value.startswith("runs/") and not Path(value).exists():
+            raise ValueError(
+                f"{name}: {value} is not there. A recipe of the demo takes it from a checkout of this project, where "
+                f"`make demo` makes it: run it there, or give --{name}, on the hub or a path."
+            )
+
+
+def refuse_missing_model(flags: list[str], recipe: dict) -> None:
+    """Raises ValueError where no config of a model is found, before processes start that would all fail to load it."""
+    names = ("model_name_or_path", "dataset_name", "model_revision", "model_init_kwargs")
+    model, data, revision, keywords = (chosen(name, flags, recipe) for name in names)
+    refuse_missing(model_name_or_path=model, dataset_name=data)
+    if keywords:  # may say where else to look
+        return
+    from huggingface_hub import snapshot_download  # not for a usage
+
+    files = ["config.json", "adapter_config.json"]
+    try:
+        folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=files)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model_name_or_path: {model} is no folder, and no model of the hub: {error}") from error
+    if not any(Path(folder, name).is_file() for name in files):
+        raise ValueError(f"model_name_or_path: {model} has neither config.json nor adapter_config.json.")
 
 
 def accelerate_file(name: str) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .recipes import chosen, split_recipe
+from .recipes import chosen, nearest, split_recipe
 
 # What most runs set, of the many options of TRL's ModelConfig and of TrainingArguments.
 MODEL = (
@@ -74,7 +74,10 @@ def command(name: str) -> str:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
             own |= options(node.name, path)
-    return _format(f"polypo {name} ...", {"options": own} if own else {}, about=ast.get_docstring(tree))
+    groups: dict[str, dict[str, Option]] = {"required": {}, "options": {}}
+    for option, field in own.items():
+        groups["required" if field.default == "MISSING" else "options"][option] = field
+    return _format(f"polypo {name} ...", groups, about=ast.get_docstring(tree))
 
 
 def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", about: str | None = None) -> str:
@@ -83,7 +86,7 @@ def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", ab
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for name, (kind, default, told) in group.items():
-            shown = {"None": "", "MISSING": " (needed)"}.get(default, f" [{default}]")
+            shown = "" if default in ("None", "MISSING") else f" [{default}]"
             told = " ".join(told.split()).replace("%", "%%") + shown
             section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=told)
     return parser.format_help()
@@ -133,7 +136,8 @@ def find_class(name: str, path: Path) -> tuple[ast.ClassDef, Path]:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             module = node.module or ""
             return find_class(name, _file(module, path.parents[node.level - 1] if node.level else None))
-    raise ValueError(f"{path} has no class {name}.")
+    known = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    raise ValueError(f"{path} has no class {name}: {nearest(name, known, 'see --help.')}")
 
 
 def _file(module: str, folder: Path | None = None) -> Path:

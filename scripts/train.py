@@ -2,7 +2,9 @@
 
 import sys
 
+from polypo import mistakes_told
 from trainers.cli.train import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_told():
+        main(sys.argv[1:])

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
@@ -66,10 +67,51 @@ def test_commands_are_modules_and_forwards_lead_to_some():
              "types": "--held_out", "prepare": "--streaming", "aggregate": "--run_dir", "report": "runs/"}  # fmt: skip
     for name, flag in shown.items():
         assert flag in usage.command(name)
+    required, _, optional = usage.command("generate").partition("\noptions:")
+    assert "\nrequired:" in required and "--scorer " in required and "--seed " in optional
     for name, module in moved.MODULES.items():
         assert (ROOT / f"scripts/{name}.py").is_file() and importlib.util.find_spec(module)
-    with pytest.raises(SystemExit, match="did you mean train"):
+
+
+# Mistakes.
+
+MISTAKES = {  # command line -> what is said of it; {model} is there
+    "trian": "no command 'trian': did you mean train",
+    "train --help --trainer SWEPOTrainr": "no class SWEPOTrainr: did you mean SWEPOTrainer",
+    "train --config swepo/dmo.yaml": "dmo.yaml does not exist: did you mean swepo/demo.yaml",
+    "train --model_name_or_path no/such --dataset_name x": "no/such is no folder, and no model of the hub",
+    "train --model_name_or_path . --dataset_name x": "has neither config.json nor",
+    "train --dataset_name x": "model_name_or_path is missing",
+    "train --accelerate_config zero3 --model_name_or_path {model} --dataset_name x": "asks for 8 GPUs .* it has 0",
+    "generate --model {model}": "arguments are required: --prompts",
+    "prepare --dataset_name no.jsonl --output x.jsonl": "no file or folder 'no.jsonl'",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_ends_the_program_with_a_line(line, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # restores the path, to which the program adds
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match=f"^error: .*{MISTAKES[line]}"):
+        polypo.main(line.format(model=start).split())
+
+
+def test_a_crash_keeps_its_traceback(monkeypatch):
+    def _inner_training_loop():  # of transformers
+        raise ValueError("late")
+
+    for error, late in ((KeyError, None), (ValueError, _inner_training_loop)):
+        with pytest.raises(error), polypo.mistakes_told():
+            late() if late else {}["key"]
+    monkeypatch.setenv("POLYPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no command"):
         polypo.main(["trian"])
+
+
+def test_the_version_is_told(capsys):
+    polypo.main(["--version"])
+    assert capsys.readouterr().out == f"polypo {importlib.metadata.version('polypo')}\n"
 
 
 # Recipes and flags.
@@ -81,18 +123,19 @@ CONFIGS = {  # content of a recipe -> what is said of it
     "beta: 1\nbeta: 2": "the key 'beta' is there twice",
     "learning_rat: 1": "'learning_rat' is not known: did you mean learning_rate",
     "utilisation: 0.3": "utilisation is no option any more: hours .* --probe",
-    "max_steps: true": "max-steps: invalid int value: 'True'",
-    "beta: true": "beta: invalid float value: 'True'",
+    "max_steps: true": "max-steps: needs a whole number, not 'true'",
+    "beta: true": "beta: needs a number, not 'true'",
     "bf16: 3": "bf16: Truthy value expected: got 3",
-    "seed: 1.5": "seed: invalid int value: '1.5'",
+    "seed: 1.5": "seed: needs a whole number, not '1.5'",
+    "beta: 0": "beta=0.0 must be a finite number, above 0",
     "beta:": "beta=None must be a finite number",
-    "save_strategy: no": "False is not a valid SaveStrategy",
     "max_train_rows: 0": "max_train_rows=0 must be",
     "dataset_weights: [-1]": "dataset_weights=.* give positive numbers",
     "model_name_or_path: x": "dataset_name is missing",
     "dataset_name: x": "model_name_or_path is missing",
     "model_name_or_path: runs/no/model": "is not there. A recipe of the demo takes it",
-    "trainer: NoTrainer": "was not found .* or one of: DPOTrainer, ",
+    "trainer: Nothing": "was not found .* or one of DPOTrainer, ",
+    "trainer: LIRETrainr": "was not found .* did you mean LIRETrainer",
     "accelerate_config: zero9": "is no file: name one, or one of ddp, ",
 }
 
@@ -109,6 +152,8 @@ def test_what_is_wrong_in_a_recipe_is_named(content, tmp_path, monkeypatch):
 def test_an_unknown_flag_is_named_with_the_nearest_known_one():
     with pytest.raises(ValueError, match="'bteta' is not known: did you mean beta"):
         train.parse(["--output_dir", "out", "--bteta=3"])
+    with pytest.raises(ValueError, match="beta=0.0 must be a finite number, above 0"):
+        train.parse(["--output_dir", "out", "--beta", "0"])
 
 
 def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
@@ -116,10 +161,10 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.delenv("SOME_NAME", raising=False)
     (tmp_path / "a.yaml").write_text("beta: 0.5\nalpha: 0.5\ngamma: 0.5\noutput_dir: out\nuse_cpu: true\n")
     (tmp_path / "b.yaml").write_text(
-        "learning_rate: 1e-4\nalpha: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: 'no'\n"
+        "learning_rate: 1e-4\nalpha: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: no\n"
         "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: bfloat16}\n"
         "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
-        "dataset_name: y\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
+        "dataset_name: y\ndataset_config: 1.10\ndata_format: [no]\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
     )
     files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
     for argv in (["--config", *files, "--gamma", "2"], ["--gamma", "2", f"--config={files[0]}", "--config", files[1]]):
@@ -127,7 +172,8 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         assert (args.beta, args.alpha, args.gamma) == (0.5, 1, 2)
         assert (args.learning_rate, args.max_steps, args.bf16, args.max_length) == (1e-4, 3, False, None)
         assert model.lora_target_modules == ["q_proj", "v_proj"] and args.save_strategy == "no"
-        assert data.dataset_name == "y" and args.model_init_kwargs["dtype"] == "bfloat16" and args.data_seed == 5
+        assert (data.dataset_name, data.dataset_config, data.data_format) == ("y", "1.10", "no")
+        assert args.model_init_kwargs["dtype"] == "bfloat16" and args.data_seed == 5
     assert os.environ.pop("SOME_NAME") == "a"
 
 

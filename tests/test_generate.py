@@ -71,7 +71,10 @@ def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
     assert [{k: v for k, v in row.items() if k not in made} for row in rows] == ROWS
     tokenizer, model = family_tokenizer("llama3"), tiny_llama(len(family_tokenizer("llama3")))
     config = SamplingConfig(num_generations=K, max_new_tokens=10, temperature=1.0)
-    expected = sample_responses(model, tokenizer, [row["prompt"] for row in ROWS], config, progress=False)
+    prompts = [row["prompt"] for row in ROWS]
+    expected = sample_responses(model, tokenizer, prompts, config, progress=False)
+    again = sample_responses(model, tokenizer, [*prompts, prompts[1]], config, progress=False)
+    assert again[:-1] == expected and again[-1] != expected[1]  # a prompt that is there twice has other samples
     assert [row["responses"] for row in rows] == [[sample.text for sample in samples] for samples in expected]
     assert [row["unfinished_responses"] for row in rows] == [[s.truncated for s in samples] for samples in expected]
     for row in rows:

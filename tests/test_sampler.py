@@ -65,6 +65,7 @@ def test_seed_is_stable_and_depends_on_every_part():
     chat = [{"role": "user", "content": "hello"}]
     seeds = {sample_seed(*key) for key in [(0, 0, "hello", 0), (1, 0, "hello", 0), (0, 1, "hello", 0)]}
     seeds |= {sample_seed(*key) for key in [(0, 0, "hello", 1), (0, 0, "hell", 0), (0, 0, chat, 0)]}
+    assert sample_seed(0, 0, "hello", 0, 0) in seeds and sample_seed(0, 0, "hello", 0, 1) not in seeds
     assert len(seeds) == 6
     assert sample_seed(0, 0, [{"content": "hello", "role": "user"}], 0) == sample_seed(0, 0, chat, 0)
 

@@ -2,7 +2,8 @@ import logging
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from format_cases import assistant, chat_row
 from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer
@@ -81,6 +82,21 @@ def test_prompt_is_cut_at_the_prefix_common_to_all_responses(caplog):
     [record] = caplog.records
     assert repr(tokenizer.decode(alone[len(prompt_ids) :])) in record.getMessage()
     assert list(report.notes.values()) == [2]
+
+
+def test_a_space_at_the_end_of_a_prompt_is_named_once(caplog):
+    """Decoders of the Llama kind drop it where it stands first."""
+    vocabulary = {token: i for i, token in enumerate(("<s>", "</s>", "\u2581", "a", ":", "\u2581a"))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        of.Metaspace(prepend_scheme="first", split=False) for of in (pre_tokenizers, decoders)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    row = {"prompt": "a: ", "responses": ["a", "aa"], "scores": [0.0, 1.0]}
+    for _ in range(2):
+        tokenize_dataset(as_dataset(row), tokenizer)
+    [record] = caplog.records
+    assert "counted to the responses: ' '." in record.getMessage()
 
 
 def test_template_that_renders_the_prompt_differently_is_cut_and_named(caplog):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from helpers import flags, save_start
@@ -61,13 +62,14 @@ def test_a_prolonged_run_that_a_kill_cut_short_is_not_finished(inputs, tmp_path,
     assert all(torch.equal(model[name], last[name]) for name in last)
 
 
-def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(inputs, tmp_path):
+def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(inputs, tmp_path, capsys):
     run(inputs, tmp_path / "whole")
     run(inputs, tmp_path / "cut")
     weights = (tmp_path / "whole/model.safetensors").read_bytes()
     for name in ("checkpoint-3/trainer_state.json", "README.md", "model.safetensors"):
         (tmp_path / "cut" / name).unlink()
     run(inputs, tmp_path / "cut", resume_from_checkpoint=True)
+    assert f"Going on from {tmp_path}/cut/checkpoint-2.\n" in capsys.readouterr().out
     assert (tmp_path / "cut/model.safetensors").read_bytes() == weights
 
 
@@ -93,6 +95,9 @@ def test_an_adapter_folder_is_gone_on_with_and_described(inputs, tmp_path, capsy
     run(inputs, tmp_path / "second", **common)
     before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    card = ModelCard.load(tmp_path / "second/README.md")
+    assert {"polypo", "swepo", "lora"} < {*card.data.tags} and card.data.datasets is None
+    assert f"This model was trained from `{inputs / 'model'}` on the {inputs / 'rows.jsonl'} dataset" in card.text
     run(inputs, tmp_path / "second", resume_from_checkpoint=True, **common)
     assert "is finished: nothing is trained" in capsys.readouterr().out
 
@@ -117,3 +122,5 @@ def test_accelerate_with_two_cpu_processes_is_stopped(program, inputs, tmp_path)
     script = [] if program[0] == "polypo" else [ROOT / "scripts/train.py"]
     done = subprocess.run([*launch, *script, *options], capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode != 0 and "several processes and started one" in done.stderr, done.stderr[-2000:]
+    if program[0] == "polypo":
+        assert "defaults used" not in done.stderr and "Traceback" not in done.stderr

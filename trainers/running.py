@@ -135,6 +135,8 @@ class RunningTrainer(Trainer):
                 )
         if resume_from_checkpoint:
             self.check_checkpoint(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                print(f"Going on from {resume_from_checkpoint}.", flush=True)
             self.untouched = False
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
@@ -188,17 +190,19 @@ class RunningTrainer(Trainer):
 
     def create_model_card(self, **kwargs):
         """The Trainer's card, tagged and headed with the method, its paper and the data."""
-        tags = kwargs.pop("tags", None) or []
-        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "polypo", self.method.lower()]
-        super().create_model_card(**kwargs)
+        tags, data = ([v] if isinstance(v := kwargs.pop(n, None), str) else v or [] for n in ("tags", "dataset"))
+        tags = [*tags, "polypo", self.method.lower()]
+        of_hub = [name for name in data if not Path(name).exists()]
+        own = {"tags": tags, "dataset": data, "dataset_tags": of_hub, "dataset_args": []}
+        super().create_model_card(**own | kwargs)
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / "README.md"
         card = ModelCard.load(path)
+        card.data.tags = sorted({*(card.data.tags or []), *tags})  # PEFT puts its own in their place
         paper = f"\nPaper: [{self.paper[0]}](https://arxiv.org/abs/{self.paper[1]})\n" if self.paper else ""
-        data = kwargs.get("dataset") or kwargs.get("dataset_args")
-        data = f"\nData: {data if isinstance(data, str) else ', '.join(data)}\n" if data else ""
-        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{data}{card.text}"
+        text = card.text.replace("trained from scratch", f"trained from `{self.model.config._name_or_path}`")
+        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{text}"
         card.save(path)
 
 

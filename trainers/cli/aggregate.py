@@ -7,7 +7,6 @@ share the work and give the same weights: polypo aggregate --num_processes 2 ...
 """
 
 import os
-import sys
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
@@ -160,7 +159,3 @@ def caption(report: dict) -> list[str]:
             "epochs (--distill_epochs), or at another --distill_learning_rate."
         )
     return lines
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

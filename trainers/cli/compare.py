@@ -11,7 +11,6 @@ writes the report. One process; the runs follow each other.
 import dataclasses
 import os
 import re
-import sys
 import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -244,7 +243,3 @@ def measure(run: Run, data: Data) -> dict:
         name, start, data.tokenizer, data.prompts, data.samples, device=device, init_kwargs=kwargs
     )
     return results | ({"samples": samples} if samples else {})
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,12 +1,13 @@
 """A command line and its YAML files become dataclasses, and what cannot become a field is named."""
 
 import dataclasses
-import difflib
 import os
 
 from trl import TrlParser
 
-from polypo.recipes import split_recipe
+from polypo.recipes import nearest, split_recipe
+
+from ..config import Range
 
 # Keys and flags of older releases, and what to do now.
 DROPPED = {
@@ -17,6 +18,7 @@ DROPPED = {
     "separate_improver": "with SGPO one model is policy and improver, as the paper's abstract says.",
     "reference_in_input": "SGPO's improver must work where there is no reference, as on the prompts of the pairs.",
 }
+KINDS = {"invalid int value:": "needs a whole number, not", "invalid float value:": "needs a number, not"}
 
 
 class Parser(TrlParser):
@@ -24,8 +26,13 @@ class Parser(TrlParser):
 
     def __init__(self, classes: list[type]):
         super().__init__(classes, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+        for action in self._actions:
+            if isinstance(action.choices, Range):
+                action.choices = None  # `check_options` says what is out of bounds
 
     def error(self, message: str):
+        for kind, told in KINDS.items():
+            message = message.replace(kind, told)
         raise ValueError(message)
 
 
@@ -37,23 +44,19 @@ def read(argv: list[str], *classes: type) -> tuple:
 def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:
     """One instance of each dataclass; a flag goes before a key of the recipe.
 
-    The recipe's key `env` holds environment variables, as for TRL. Its numbers and booleans are read as a flag's text
-    is, so that `max_steps: true` or `seed: 1.5` is an error, and `1e-5`, which YAML takes for a text, is a number.
+    The recipe's key `env` holds environment variables, as for TRL. A text of it is read as a flag's is, so that
+    `max_steps: true` or `seed: 1.5` is an error, and `1e-5` a number.
 
     Raises:
         ValueError: a key or a flag is unknown, the message names the nearest known one; or a value is of another kind.
     """
     recipe, parser = dict(recipe), Parser(classes)
     os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
-    left = parser.set_defaults_with_config(
-        **{name: str(value) if isinstance(value, bool | int | float) else value for name, value in recipe.items()}
-    )
+    left = parser.set_defaults_with_config(**recipe)
     *parsed, more = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     known = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
     for name in (part[2:].split("=")[0] if part.startswith("--") else part for part in [*left, *more]):
         if name in DROPPED:
             raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
-        near = difflib.get_close_matches(name, known, 1)
-        told = f"did you mean {near[0]}?" if near else "see --help."
-        raise ValueError(f"the option {name!r} is not known: {told}")
+        raise ValueError(f"the option {name!r} is not known: {nearest(name, known, 'see --help.')}")
     return tuple(parsed)

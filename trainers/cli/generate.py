@@ -4,14 +4,13 @@ r"""Samples K responses per prompt, scores them and writes canonical rows that `
         --prompts data/demo/prompts.jsonl --output data/demo/preferences.jsonl.gz \
         --num_generations 6 --scorer trainers.generation.rewards.vader_sentiment
 
-Run it with `accelerate launch` to use several GPUs. A run that was killed goes on where it stopped when the same
+`--num_processes 8` uses several GPUs. A run that was killed goes on where it stopped when the same
 command is given again; the samples are the same as those of an uninterrupted run. Every column of a prompt row
 (`split`, `topic`, ...) is copied to its output row.
 """
 
 import json
 import shutil
-import sys
 from dataclasses import MISSING, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -148,7 +147,3 @@ def main(argv: list[str]) -> None:
     lines = [f"  {name.replace('_', ' '):<38}{value:>12,}" for name, value in statistics.items()]
     accelerator.print("\n".join([args.output, *lines]))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,14 +9,12 @@ the same.
 """
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers.utils import logging
 
 from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
@@ -161,8 +159,3 @@ def curves(folder: Path) -> list[str]:
         ]
         charts.append(plots.chart(title, "step", series, ylim=(0, None)))
     return charts
-
-
-if __name__ == "__main__":
-    logging.set_verbosity_error()
-    main(sys.argv[1:])

@@ -9,7 +9,6 @@ format, and digests. With `--streaming true` no copy of the source is kept.
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from importlib.metadata import version
@@ -135,7 +134,3 @@ def write(output: Path, rows: Iterable[dict], features: Features) -> int:
             writer.write_table(pyarrow.Table.from_pylist(group, features.arrow_schema))
             count += len(group)
     return count
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -43,7 +43,3 @@ def write_report(folder: Path, flags: list[str]) -> Path:
         f"{folder} is no folder of the demo, of a run in rounds, of SGPO or of a comparison. For the masks of "
         "SparsePO add --config with the recipe of the run."
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

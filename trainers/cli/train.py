@@ -9,11 +9,10 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from trl import get_peft_config, get_quantization_config
 
-from polypo import recipes, usage
+from polypo import mistakes_told, recipes, usage
 
 from .. import PreferenceConfig, PreferenceTrainer
 from . import config_files
@@ -28,14 +27,7 @@ def main(argv: list[str]) -> None:
         return
     trainer_class, data, args, model = parse(argv)
     refuse_lost_processes(args.world_size, os.environ)
-    for name, value in {"model_name_or_path": model.model_name_or_path, "dataset_name": data.dataset_name}.items():
-        if not value:
-            raise ValueError(f"{name} is missing: name one on the hub, or a path.")
-        if isinstance(value, str) and value.startswith("runs/") and not Path(value).exists():
-            raise ValueError(
-                f"{name}: {value} is not there. A recipe of the demo takes it from a checkout of this project, where "
-                f"`make demo` makes it: run it there, or give --{name}, on the hub or a path."
-            )
+    recipes.refuse_missing(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
     if data.dry_run or data.probe:
         report = (describe if data.dry_run else probe)(trainer_class, data, args, model)
         if args.process_index == 0:
@@ -94,7 +86,8 @@ def find_trainer(name: str) -> type[PreferenceTrainer]:
     except (ImportError, AttributeError) as error:
         known = [n for n in importlib.import_module("trainers").__all__ if n.endswith("Trainer")]
         raise ValueError(
-            f"trainer={name!r} was not found ({error}). Use a dotted import path or one of: {', '.join(known)}."
+            f"trainer={name!r} was not found ({error}): "
+            + recipes.nearest(name, known, f"use a dotted import path or one of {', '.join(known)}.")
         ) from error
     if not (isinstance(found, type) and issubclass(found, PreferenceTrainer)):
         raise ValueError(f"trainer={name!r} is not a PreferenceTrainer.")
@@ -102,4 +95,5 @@ def find_trainer(name: str) -> type[PreferenceTrainer]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with mistakes_told():
+        main(sys.argv[1:])

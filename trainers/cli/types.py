@@ -7,7 +7,6 @@ which goes on where a killed one stopped. Writes choose_types.json, table.md and
 """
 
 import copy
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,7 +149,3 @@ def plot(report: dict) -> str:
     level = (-report["types"][0]["gain_over_coin"]["mean"], "a coin")
     return chart("", "types", [Series("mixture", types, gains)], level=level, xticks=types,
                  ylabel="held-out log-likelihood per annotator,\ngain over one type, nats")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -6,6 +6,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 
 import logging
 import re
+from functools import cache
 from os.path import commonprefix  # of any sequences
 from typing import Any
 
@@ -76,7 +77,7 @@ def tokenize_row(
     control = _control_tokens(tokenizer)
     out, reasons, cut = _tokenize(row, "row 0", tokenizer, max_length, chat_template_kwargs or {}, control)
     if cut is not None:
-        logger.warning(CUT_WARNING, cut)
+        _warn_of_cut(cut)
     if out is None:
         raise ValueError("; ".join(reasons))
     return {name: value for name, value in out.items() if name not in ("responses", UNFINISHED)}
@@ -142,8 +143,14 @@ def tokenize_dataset(
     )
     cut = next((text for text in mapped[CUT] if text is not None), None)
     if cut is not None and is_first_process():
-        logger.warning(CUT_WARNING, cut)
+        _warn_of_cut(cut)
     return split_off_drops(mapped.remove_columns(CUT))
+
+
+@cache
+def _warn_of_cut(end: str) -> None:
+    """Once for each end of a prompt: a run in rounds tokenises many times."""
+    logger.warning(CUT_WARNING, end)
 
 
 def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **options) -> Dataset:
@@ -188,7 +195,8 @@ def _tokenize(
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
     out, reasons = _fit(tokenised, max_length, where)
-    cut = tokenizer.decode(prompt_ids[n:]) if n < len(prompt_ids) else None
+    # Some decoders drop a space at the beginning, so both are decoded from there.
+    cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :] if n < len(prompt_ids) else None
     reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
     messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
     if control and any(control.search(message["content"] or "") for message in messages):

@@ -87,8 +87,15 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
             f"exceeds the model's context of {backend.context}. Shorten the prompt or lower max_new_tokens."
         )
 
+    seen: Counter[str] = Counter()
+    occurrences = []
+    for prompt in map(str, prompts):
+        occurrences.append(seen[prompt])
+        seen[prompt] += 1
+
     def make(keys: list[Key]) -> list[Sample]:
-        requests = [Request(encoded[i], sample_seed(config.seed, round, prompts[i], j)) for i, j in keys]
+        seeds = [sample_seed(config.seed, round, prompts[i], j, occurrences[i]) for i, j in keys]
+        requests = [Request(encoded[i], seed) for (i, _), seed in zip(keys, seeds, strict=True)]
         return backend.sample(requests, config)
 
     def save(made: dict[Key, Sample]) -> None:

@@ -69,9 +69,13 @@ class SamplingConfig(SamplingOptions):
     seed: int = option(0, "Seed of the samples.")
 
 
-def sample_seed(seed: int, round: int, prompt: Prompt, index: int) -> int:
-    """Seed of one sample's random stream: the same on every machine, in every process and Python version."""
-    key = json.dumps([seed, round, prompt, index], sort_keys=True, ensure_ascii=True)
+def sample_seed(seed: int, round: int, prompt: Prompt, index: int, occurrence: int = 0) -> int:
+    """Seed of one sample's random stream: the same on every machine, in every process and Python version.
+
+    `occurrence` counts equal prompts, whose samples would be equal too.
+    """
+    again = [occurrence] if occurrence else []
+    key = json.dumps([seed, round, prompt, index, *again], sort_keys=True, ensure_ascii=True)
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
