@@ -164,7 +164,8 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         "learning_rate: 1e-4\nalpha: 1\nmax_steps: '3'\nbf16: 'false'\nmax_length: null\nsave_strategy: no\n"
         "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: bfloat16}\n"
         "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
-        "dataset_name: y\ndataset_config: 1.10\ndata_format: [no]\naccelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
+        "dataset_name: y\ndataset_config: 1.10\ndata_format: [no]\n"
+        "accelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
     )
     files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
     for argv in (["--config", *files, "--gamma", "2"], ["--gamma", "2", f"--config={files[0]}", "--config", files[1]]):

@@ -7,7 +7,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from format_cases import assistant, chat_row
 from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer
-from trainers.data import PreferenceCollator, canonicalize, load_preferences, tokenize_dataset, tokenize_row
+from trainers.data import (
+    PreferenceCollator,
+    canonicalize,
+    load_preferences,
+    tokenization,
+    tokenize_dataset,
+    tokenize_row,
+)
 
 PLAIN = {"prompt": "say something", "responses": [" kind", " kind today", " the dog"], "scores": [1.0, 2.0, 3.0]}
 
@@ -93,6 +100,7 @@ def test_a_space_at_the_end_of_a_prompt_is_named_once(caplog):
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     row = {"prompt": "a: ", "responses": ["a", "aa"], "scores": [0.0, 1.0]}
+    tokenization._warn_of_cut.cache_clear()  # of earlier tests
     for _ in range(2):
         tokenize_dataset(as_dataset(row), tokenizer)
     [record] = caplog.records

@@ -4,8 +4,9 @@ A folder holds `samples-<process>.jsonl` and `scores-<process>.jsonl`, each writ
 depend on the batch, so it does not matter where the run was cut.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -87,11 +88,8 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
             f"exceeds the model's context of {backend.context}. Shorten the prompt or lower max_new_tokens."
         )
 
-    seen: Counter[str] = Counter()
-    occurrences = []
-    for prompt in map(str, prompts):
-        occurrences.append(seen[prompt])
-        seen[prompt] += 1
+    seen: defaultdict[str, count] = defaultdict(count)
+    occurrences = [next(seen[str(prompt)]) for prompt in prompts]
 
     def make(keys: list[Key]) -> list[Sample]:
         seeds = [sample_seed(config.seed, round, prompts[i], j, occurrences[i]) for i, j in keys]
