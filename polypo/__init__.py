@@ -109,18 +109,15 @@ def split_launch(argv: list[str], *, needed: bool) -> tuple[list[str] | None, li
 
     The first are None where there are none, unless they are `needed`, and where a dry run needs no processes.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*LAUNCH, "accelerate_config"):
-        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name)
-    parser.add_argument("--cpu", action="store_true")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = recipes.take(argv, *LAUNCH, "accelerate_config")
+    on_cpus, rest = recipes.take(rest, "cpu", action="store_true")
     config, recipe = options.accelerate_config, {}
     if needed:
         flags, recipe = recipes.split_recipe(rest)
         if recipes.is_true(recipes.chosen("dry_run", flags, recipe)):
             return None, rest + (["--accelerate_config", config] if config else [])
     launch = [part for name in LAUNCH if (value := getattr(options, name)) for part in (f"--{name}", value)]
-    launch += ["--cpu"] if options.cpu else []
+    launch += ["--cpu"] if on_cpus.cpu else []
     if config := config or recipe.get("accelerate_config"):
         launch += ["--config_file", recipes.accelerate_file(config)]
     return launch if launch or needed else None, rest

@@ -69,20 +69,24 @@ def read_recipe(paths: list[str]) -> dict:
     return recipe
 
 
+def take(argv: list[str], *names: str, **options) -> tuple[argparse.Namespace, list[str]]:
+    """Some options before all are known, and the rest of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name, **options)
+    return parser.parse_known_args(argv)
+
+
 def split_recipe(argv: list[str]) -> tuple[list[str], dict]:
     """All flags but `--config`, which takes several files and can be given again, and what these files say."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="+", action="extend", default=[])
-    options, flags = parser.parse_known_args(argv)
+    options, flags = take(argv, "config", nargs="+", action="extend", default=[])
     return flags, read_recipe(options.config)
 
 
 def chosen(name: str, flags: list[str], recipe: dict, default=None):
     """One option before all are known: of the flags, else of the recipe."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = {f"--{name}", f"--{name.replace('_', '-')}"}
-    parser.add_argument(*names, nargs="?", const="true", dest="option", default=recipe.get(name, default))
-    return parser.parse_known_args(flags)[0].option
+    options, _ = take(flags, name, nargs="?", const="true", default=recipe.get(name, default))
+    return getattr(options, name)
 
 
 def is_true(option) -> bool:

@@ -1,6 +1,7 @@
 """Broken and hostile files, options, models and checkpoints: a clear error, no hang, and no code of theirs runs."""
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -23,11 +24,10 @@ GOOD = [{"prompt": "a", "responses": ["x", "y"], "scores": [1.0, 2.0]}] * 3
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
 
 
-@pytest.fixture(scope="module")
-def parquet(tmp_path_factory):
-    path = tmp_path_factory.mktemp("parquet") / "data.parquet"
-    Dataset.from_list(GOOD).to_parquet(path)
-    return path.read_bytes()
+def parquet(rows):
+    file = io.BytesIO()
+    rows.to_parquet(file)
+    return file.getvalue()
 
 
 class Payload:
@@ -43,7 +43,7 @@ class Payload:
 # Files of data.
 
 
-JSON_FILES = {  # with what the message must say
+JSON_LINES = {  # content of data.jsonl, and what the message must say
     "binary": (bytes(range(256)) * 4, "data.jsonl"),
     "latin-1": (LINES + '{"prompt": "\u00e9"}\n'.encode("latin-1"), "row 3"),
     "cut in a row": (LINES[:-20], "row 2"),
@@ -59,6 +59,17 @@ JSON_FILES = {  # with what the message must say
     ),
     "other columns": (b'{"question": "a", "answer": "b"}\n', "question"),
 }
+PARQUET = parquet(Dataset.from_list(GOOD))
+BROKEN = {name: ("data.jsonl", *case) for name, case in JSON_LINES.items()} | {
+    f"{file} cut at {cut}": (file, content[:cut], "data")
+    for file, content, cuts in (
+        ("data.jsonl.gz", gzip.compress(LINES), (0, 5, -9)),
+        ("data.parquet", PARQUET, (0, 100, -8)),
+        ("data.parquet.gz", gzip.compress(PARQUET), (0, 100, -8)),
+    )
+    for cut in cuts
+}
+BROKEN["no rows"] = ("data.parquet", parquet(Dataset.from_list(GOOD).select([])), "no (usable row|data)|columns")
 
 
 def refused(path, match="", **options):
@@ -70,12 +81,11 @@ def refused(path, match="", **options):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", JSON_FILES)
-def test_a_broken_json_file_is_named(name, streaming, tmp_path):
-    path = tmp_path / "data.jsonl"
-    content, match = JSON_FILES[name]
-    path.write_bytes(content)
-    refused(path, match, streaming=streaming)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_named(case, streaming, tmp_path):
+    name, content, match = BROKEN[case]
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, match, streaming=streaming)
 
 
 def test_a_list_over_many_lines_is_streamed(tmp_path):
@@ -87,53 +97,29 @@ def test_a_list_over_many_lines_is_streamed(tmp_path):
     )
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("cut", [0, 5, -9])
-def test_a_cut_gzip_file_is_named(cut, streaming, tmp_path):
-    path = tmp_path / "data.jsonl.gz"
-    path.write_bytes(gzip.compress(LINES)[:cut])
-    refused(path, streaming=streaming)
+def pickled(ran):
+    return pickle.dumps(Payload(ran))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["data.parquet", "data.parquet.gz"])
-@pytest.mark.parametrize("cut", [0, 100, -8])
-def test_a_cut_parquet_file_is_named(name, cut, streaming, parquet, tmp_path):
-    path = tmp_path / name
-    path.write_bytes((gzip.compress(parquet) if name.endswith(".gz") else parquet)[:cut])
-    refused(path, streaming=streaming)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_data_sets_without_rows_are_named(streaming, tmp_path):
-    Dataset.from_list(GOOD).select([]).to_parquet(tmp_path / "data.parquet")
-    refused(tmp_path / "data.parquet", "no (usable row|data)|columns", streaming=streaming)
-
-
-@pytest.mark.parametrize("name", ["data.pkl", "data", "data.gz"])
-def test_a_file_of_another_kind_is_refused_unopened(name, tmp_path):
-    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    refused(tmp_path / name, "cannot read .* ending in .jsonl")
-    assert not (tmp_path / "ran").exists()
-
-
-FOLDERS = {  # a file in it, with its content
+OTHERS = {  # what is given -> the file that is there, and its content
+    "data.pkl": ("data.pkl", pickled),
+    "data": ("data", pickled),
+    "data.gz": ("data.gz", pickled),
     "empty": None,
-    "pickle": ("train.pkl", lambda ran: pickle.dumps(Payload(ran))),
-    "script": ("data.py", lambda ran: f"import os\nos.mkdir({str(ran)!r})\n".encode()),
-    "broken saved": ("state.json", lambda ran: b"{"),
-    "empty saved": ("dataset_dict.json", lambda ran: b"{}"),
+    "with a pickle": ("with a pickle/train.pkl", pickled),
+    "with a script": ("with a script/data.py", lambda ran: f"import os\nos.mkdir({str(ran)!r})\n".encode()),
+    "broken saved": ("broken saved/state.json", lambda ran: b"{"),
+    "empty saved": ("empty saved/dataset_dict.json", lambda ran: b"{}"),
 }
 
 
-@pytest.mark.parametrize("content", FOLDERS)
-def test_a_folder_without_data_is_named_and_its_scripts_do_not_run(content, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    if FOLDERS[content]:
-        name, write = FOLDERS[content]
-        (folder / name).write_bytes(write(tmp_path / "ran"))
-    refused(folder)
+@pytest.mark.parametrize("given", OTHERS)
+def test_what_holds_no_data_is_named_and_not_run(given, tmp_path):
+    name, content = OTHERS[given] or (f"{given}/none", None)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if content:
+        (tmp_path / name).write_bytes(content(tmp_path / "ran"))
+    refused(tmp_path / given, "cannot read .* ending in .jsonl" if given.startswith("data") else "")
     assert not (tmp_path / "ran").exists()
 
 
