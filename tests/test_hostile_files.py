@@ -119,7 +119,7 @@ def test_what_holds_no_data_is_named_and_not_run(given, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     if content:
         (tmp_path / name).write_bytes(content(tmp_path / "ran"))
-    refused(tmp_path / given, "cannot read .* ending in .jsonl" if given.startswith("data") else "")
+    refused(tmp_path / given, "cannot read .* ending in .jsonl" if given.startswith("data") else given)
     assert not (tmp_path / "ran").exists()
 
 
