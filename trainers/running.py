@@ -190,9 +190,10 @@ class RunningTrainer(Trainer):
 
     def create_model_card(self, **kwargs):
         """The Trainer's card, tagged and headed with the method, its paper and the data."""
-        tags, data = ([v] if isinstance(v := kwargs.pop(n, None), str) else v or [] for n in ("tags", "dataset"))
+        given = [kwargs.pop(name, None) or [] for name in ("tags", "dataset")]
+        tags, data = ([value] if isinstance(value, str) else value for value in given)
         tags = [*tags, "polypo", self.method.lower()]
-        of_hub = [name for name in data if not Path(name).exists()]
+        of_hub = [name for name in data if name.count("/") == 1 and not Path(name).exists()]
         own = {"tags": tags, "dataset": data, "dataset_tags": of_hub, "dataset_args": []}
         super().create_model_card(**own | kwargs)
         if not self.is_world_process_zero():
