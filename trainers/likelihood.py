@@ -5,7 +5,6 @@ best of m is one stage over m responses, and a whole ranking without ties is K -
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,16 +74,14 @@ def ranking_logps(rewards: Tensor, scores: Tensor, mask: Tensor, *, top: int | N
     return stage_logps(rewards, scores, mask).masked_fill(~stages, 0).sum(-1)
 
 
-def sft_loss(
-    logps: Tensor, token_mask: Tensor, weights: Tensor, *, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+def sft_loss(logps: Tensor, token_mask: Tensor, weights: Tensor, *, reduction: str = "mean") -> Tensor:
     """Negative log-likelihood of a prompt's preferred responses, per token: -sum_k w_k / |y_k| sum_t log pi(y_kt).
 
     Args:
         logps: (B,K,R) log-probabilities of the tokens; gradients pass through them.
         token_mask: (B,K,R) true for response tokens; other slots may hold anything.
         weights: (B,K) which responses, and how much each counts; those of a prompt usually sum to 1.
-        reduction: "sum" leaves out the division by the response's length |y|.
+        reduction: "mean" or "sum", which leaves out the division by the response's length |y|.
 
     Returns:
         (B,) losses, exactly 0 and without gradient where all weights are 0.

@@ -80,7 +80,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return fill_batches(rows, self.lengths, self.budget)
 
 
-def fill_batches(rows: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def fill_batches(rows: Iterable[int], lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
     """Indices of rows in their order, as many to a batch as sum to at most `budget`; a longer one is alone."""
     batches: list[list[int]] = []
     used = 0
