@@ -1,12 +1,11 @@
-"""The arithmetic of benchmarks.run: what a step costs in floating point operations, and ratios of runs.
+"""The figures of a run of benchmarks.run: times, memory, and what it costs in floating point operations.
 
 A matrix product of a token costs two per weight; causal attention of T tokens costs 2 T^2 times its width per layer.
 """
 
-from collections.abc import Callable
-from statistics import median
-
+GIB = 2**30
 Group = tuple[int, list[int]]  # tokens of a prompt and of each of its responses
+Runs = dict[str, dict[int, dict[str, float]]]  # figures by variant and turn
 
 NAMES = {
     "shared": "PolyPO, shared prompts",
@@ -30,23 +29,18 @@ def flops(shape: dict, fed: int, attended: int, predicted: int) -> float:
     )
 
 
-def sequence_flops(shape: dict, prompt: int, response: int, fed: int | None = None) -> float:
-    """One causal sequence, fed `fed` tokens with padding."""
-    fed = prompt + response if fed is None else fed
-    return flops(shape, fed, fed**2, response)
-
-
-def padded_flops(shape: dict, batch: list[tuple[int, int]]) -> float:
-    """(prompt, response) sequences that are all padded to the longest."""
-    longest = max(p + r for p, r in batch)
-    return sum(sequence_flops(shape, p, r, longest) for p, r in batch)
-
-
 def shared_flops(shape: dict, group: Group) -> float:
     """One prompt and its responses as branches: every token is fed once."""
     p, responses = group
     attended = p**2 + sum((p + r) ** 2 - p**2 for r in responses)
     return flops(shape, p + sum(responses), attended, sum(responses))
+
+
+def rows_flops(shape: dict, batch: list[tuple[int, int]], *, padding: bool) -> float:
+    """(prompt, response) sequences, each as long as it is or padded to the longest."""
+    lengths = [p + r for p, r in batch]
+    fed = [max(lengths)] * len(batch) if padding else lengths
+    return sum(flops(shape, n, n**2, r) for n, (_, r) in zip(fed, batch, strict=True))
 
 
 def sequences(variant: str, group: Group, best: int) -> list[tuple[int, int]]:
@@ -62,74 +56,73 @@ def sequences(variant: str, group: Group, best: int) -> list[tuple[int, int]]:
 
 def forward_flops(run: dict, *, padding: bool) -> float:
     """FLOPs of one forward over all timed steps of a run, with the padding of its micro-batches or without."""
-    shape, groups = run["shape"], zip(run["lengths"], run["best"], strict=True)
-    if run["variant"] == "shared":
+    shape, variant = run["shape"], run["variant"]
+    if variant == "shared":
         return sum(shared_flops(shape, group) for group in run["lengths"])
-    fed = [sequences(run["variant"], group, best) for group, best in groups]
-    if not padding:
-        return sum(sequence_flops(shape, *s) for group in fed for s in group)
-    micro = run["micro_trl"] if run["variant"].startswith("trl_") else run["micro"]
-    return sum(padded_flops(shape, sum(fed[i : i + micro], [])) for i in range(0, len(fed), micro))
+    fed = [sequences(variant, group, best) for group, best in zip(run["lengths"], run["best"], strict=True)]
+    micro = run["micro_trl"] if variant.startswith("trl_") else run["micro"]
+    batches = [sum(fed[i : i + micro], []) for i in range(0, len(fed), micro)]
+    return sum(rows_flops(shape, batch, padding=padding) for batch in batches)
 
 
-def step_flops(run: dict) -> float:
-    """FLOPs that the steps of a run need: reference, forward and backward, without padding and recomputation.
+def figures(run: dict) -> dict[str, float]:
+    """What the tables show of a run, by the head of its column; times in seconds, over all timed steps.
 
-    With LoRA the frozen weights get no gradient, so that the backward costs one forward instead of two.
+    A step needs reference, forward and backward, the last of which costs two forwards; with LoRA, whose frozen weights
+    get no gradient, one. Padding and recomputation are no need.
     """
-    return forward_flops(run, padding=False) * (3 if run["lora"] else 4)
+    seconds, reference, *others = (
+        sum(step[part] for step in run["steps"])
+        for part in ("seconds", "reference", "forward", "backward", "optimizer")
+    )
+    steps, needed = len(run["steps"]), forward_flops(run, padding=False)
+    return {
+        "s per step": seconds / steps,
+        "prompts/s": len(run["lengths"]) / seconds,
+        "response tokens/s": sum(sum(responses) for _, responses in run["lengths"]) / seconds,
+        "reference, s": reference / steps,
+        "outside the model, %": 100 * (seconds - reference - sum(others)) / seconds,
+        "peak, GiB": run["peak"] / GIB,
+        "of it training": (run["peak"] - run["before"]) / GIB,
+        "TFLOP/s": needed * (3 if run["lora"] else 4) / seconds / 1e12,
+        "step": seconds,
+        "policy part": seconds - reference,
+        "reference pass": reference,
+        "FLOP-ideal, no padding": needed,
+        "FLOP-ideal, as padded": forward_flops(run, padding=True),
+    }
+
+
+def by_variant(runs: list[dict]) -> Runs:
+    """The figures of the runs that succeeded, in the order of NAMES."""
+    good = [run for run in runs if "error" not in run]
+    kept = {name: {run["turn"]: figures(run) for run in good if run["variant"] == name} for name in NAMES}
+    return {name: turns for name, turns in kept.items() if turns}
+
+
+def ratios(runs: Runs, variant: str, figure: str) -> list[float]:
+    """A figure of a variant over that of `shared`, turn by turn."""
+    ours = runs.get("shared", {})
+    return [turn[figure] / ours[number][figure] for number, turn in runs[variant].items() if number in ours]
+
+
+def share_reached(runs: Runs, ideal: str) -> list[float]:
+    """Of the gain of `shared` over `rows` that FLOPs allow, how much was reached in each turn."""
+    pairs = zip(ratios(runs, "rows", "step"), ratios(runs, "rows", ideal), strict=True)
+    return [(ratio - 1) / (allowed - 1) for ratio, allowed in pairs if allowed > 1]
+
+
+def growth(runs: list[dict]) -> list[tuple[Group, Runs]]:
+    """Each step of the growth runs as a setting of its own, with the lengths of its prompt and responses."""
+    good = [run for run in runs if "error" not in run]
+    kept = ("steps", "lengths", "best")
+    return [
+        (group, by_variant([{**run, **{name: run[name][i : i + 1] for name in kept}} for run in good]))
+        for i, group in enumerate(good[0]["lengths"] if good else [])
+    ]
 
 
 def peak_flops(gpu: str | None) -> float | None:
-    """Peak of a GPU by its name, None if it is not known."""
-    known = (peak * 1e12 for name, peak in PEAKS.items() if gpu and name in gpu)
+    """Peak of a GPU in TFLOP/s by its name, None if it is not known."""
+    known = (peak for name, peak in PEAKS.items() if gpu and name in gpu)
     return None if gpu is None or "PCIe" in gpu or "NVL" in gpu else next(known, None)
-
-
-def against_shared(runs: list[dict], variant: str, cost: Callable[[dict], float]) -> list[float]:
-    """`cost` of the runs of a variant over that of `shared`, turn by turn."""
-    groups = by_variant(runs)
-    ours = {run["turn"]: cost(run) for run in groups.get("shared", [])}
-    return [cost(run) / ours[run["turn"]] for run in groups.get(variant, []) if run["turn"] in ours]
-
-
-def ratios(runs: list[dict], variant: str, part: str) -> list[float]:
-    """How many times as long as `shared` a variant took."""
-    return against_shared(runs, variant, lambda run: total(run, part))
-
-
-def ideals(runs: list[dict], variant: str, *, padding: bool) -> list[float]:
-    """FLOPs of a variant over those of `shared`, for the same rows."""
-    return against_shared(runs, variant, lambda run: forward_flops(run, padding=padding))
-
-
-def total(run: dict, part: str) -> float:
-    """Seconds of all timed steps: "seconds", one of their parts, "policy" (all but the reference) or "overhead"."""
-    parts = ("reference", "forward", "backward", "optimizer")
-    if part == "policy":
-        return total(run, "seconds") - total(run, "reference")
-    if part == "overhead":
-        return total(run, "seconds") - sum(total(run, name) for name in parts)
-    return sum(step[part] for step in run["steps"])
-
-
-def by_variant(runs: list[dict]) -> dict[str, list[dict]]:
-    """Runs that succeeded, in the order of NAMES."""
-    good = [run for run in runs if "error" not in run]
-    found = {name: [run for run in good if run["variant"] == name] for name in NAMES}
-    return {name: group for name, group in found.items() if group}
-
-
-def share_reached(runs: list[dict], *, padding: bool) -> list[float]:
-    """Of the gain of `shared` over `rows` that FLOPs allow, how much was reached in each turn."""
-    pairs = zip(ratios(runs, "rows", "seconds"), ideals(runs, "rows", padding=padding), strict=True)
-    return [(found - 1) / (ideal - 1) for found, ideal in pairs if ideal > 1]
-
-
-def growth_points(runs: list[dict], variant: str) -> list[tuple[int, int, float]]:
-    """(K, prompt tokens, median seconds) of each step of the growth runs of a layout."""
-    group = by_variant(runs).get(variant, [])
-    return [
-        (len(responses), prompt, median(run["steps"][i]["seconds"] for run in group))
-        for i, (prompt, responses) in enumerate(group[0]["lengths"] if group else [])
-    ]

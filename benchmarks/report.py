@@ -15,26 +15,16 @@ from statistics import median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.ratios import (
-    NAMES,
-    by_variant,
-    growth_points,
-    ideals,
-    peak_flops,
-    ratios,
-    sequence_flops,
-    sequences,
-    share_reached,
-    shared_flops,
-    step_flops,
-    total,
-)
+from benchmarks.ratios import GIB, NAMES, Runs, by_variant, growth, peak_flops, ratios, share_reached
 from trainers.pages import plots
 from trainers.pages.plots import Series
 from trainers.pages.text import markdown
 
-GIB = 2**30
 GREEN, PALE, GREY = "#0b6e4f", "#7fb69e", "#c0c0c0"
+SPREAD = ("s per step", "prompts/s")  # of the table of speeds, with their range
+MIDDLE = ("response tokens/s", "reference, s", "outside the model, %", "peak, GiB", "of it training")
+IDEALS = ("FLOP-ideal, no padding", "FLOP-ideal, as padded")
+RATIOS = ("step", "policy part", "reference pass", *IDEALS)
 
 
 def main() -> None:
@@ -63,43 +53,39 @@ def picture(result: dict) -> str:
     return f"benchmarks-{result['preset']}.svg"
 
 
-def by_setting(result: dict) -> tuple[dict[str, list[dict]], list[dict]]:
-    """The runs of each setting in the order they were first measured, and those of growth apart."""
-    names = dict.fromkeys(run["setting"] for run in result["runs"])
-    groups = {name: [run for run in result["runs"] if run["setting"] == name] for name in names}
-    growth = groups.pop("growth", [])
-    return groups, growth
-
-
 def section(result: dict) -> dict:
     """Everything about one machine, for the template."""
-    groups, growth = by_setting(result)
-    gpu = result["machine"]["gpu"] if result["preset"] != "cpu" else None
-    first = next(iter(groups.values()), growth)[0]
+    names = dict.fromkeys(run["setting"] for run in result["runs"])
+    settings = {name: [run for run in result["runs"] if run["setting"] == name] for name in names}
+    grown, gpu = growth(settings.pop("growth", [])), result["machine"]["gpu"] if result["preset"] != "cpu" else None
+    first = result["runs"][0]
     return {
         "title": f"GPU: {gpu}" if gpu else "CPU",
         "gpu": gpu,
         "picture": picture(result),
         "conditions": conditions(result),
-        "groups": [group_parts(name, runs, gpu) for name, runs in groups.items()],
-        "growth": growth_table(growth),
+        "groups": [setting_parts(name, runs, gpu) for name, runs in settings.items()],
+        "growth": growth_table(grown),
         "micro": "one prompt" if first["micro_trl"] == 1 else f"{first['micro_trl']} prompts",
         "dtype": first["dtype"],
         "left_out": result["left_out"],
     }
 
 
-def group_parts(name: str, runs: list[dict], gpu: str | None) -> dict:
-    groups = by_variant(runs)
-    shares = [share_reached(runs, padding=p) for p in (False, True)] if {"shared", "rows"} <= set(groups) else []
+def setting_parts(name: str, measured: list[dict], gpu: str | None) -> dict:
+    runs = by_variant(measured)
+    compared = {"shared", "rows"} <= runs.keys()
     return {
         "title": "On real rows" if name == "main" else name,
-        "lengths": lengths_text(runs),
+        "lengths": lengths_text(measured),
         "speed": speed_table(runs, gpu),
-        "ratios": ratio_table(runs),
-        "reached": [spread((100 * x for x in share), 2) for share in shares],
-        "memory": memory(groups),
-        "failed": [run for run in runs if "error" in run],
+        "ratios": markdown(
+            ["shared prompts against", *RATIOS],
+            [[NAMES[v], *(spread(ratios(runs, v, column)) for column in RATIOS)] for v in runs if v != "shared"],
+        ),
+        "reached": [spread((100 * x for x in share_reached(runs, ideal)), 2) for ideal in IDEALS] if compared else [],
+        "memory": memory(runs),
+        "failed": [run for run in measured if "error" in run],
     }
 
 
@@ -112,74 +98,49 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
     return middle if len(values) == 1 else f"{middle} ({number(values[0], digits)} to {number(values[-1], digits)})"
 
 
-def number(value: float, digits: int) -> str:
+def number(value: float, digits: int = 3) -> str:
     """So many significant digits, never with an exponent, whole numbers in full."""
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{decimals}f}"
 
 
-def speed_table(runs: list[dict], gpu: str | None) -> str:
+def column(runs: Runs, variant: str, figure: str) -> list[float]:
+    """A figure of a variant in all turns."""
+    return [turn[figure] for turn in runs[variant].values()]
+
+
+def speed_table(runs: Runs, gpu: str | None) -> str:
     """One row per variant; on a GPU also the operations per second, and their share of the peak if it is known."""
-    speed = {
-        "s per step": lambda r: total(r, "seconds") / len(r["steps"]),
-        "prompts/s": lambda r: len(r["lengths"]) / total(r, "seconds"),
-    }
-    middle = {
-        "response tokens/s": lambda r: sum(sum(rs) for _, rs in r["lengths"]) / total(r, "seconds"),
-        "reference, s": lambda r: total(r, "reference") / len(r["steps"]),
-        "outside the model, %": lambda r: 100 * total(r, "overhead") / total(r, "seconds"),
-        "peak, GiB": lambda r: r["peak"] / GIB,
-        "of it training": lambda r: (r["peak"] - r["before"]) / GIB,
-    }
-    peak = peak_flops(gpu)
-    if gpu:
-        middle["TFLOP/s"] = lambda r: step_flops(r) / total(r, "seconds") / 1e12
-    if peak:
-        middle["MFU, %"] = lambda r: 100 * step_flops(r) / total(r, "seconds") / peak
+    peak, middle = peak_flops(gpu), [*MIDDLE, *(["TFLOP/s"] if gpu else [])]
     rows = [
-        [NAMES[name], *(spread(column(run) for run in group) for column in speed.values())]
-        + [number(median(column(run) for run in group), 3) for column in middle.values()]
-        for name, group in by_variant(runs).items()
-    ]
-    return markdown(["", *speed, *middle], rows)
-
-
-def ratio_table(runs: list[dict]) -> str:
-    head = ["shared prompts against", "step", "policy part", "reference pass", "FLOP-ideal, no padding",
-            "FLOP-ideal, as padded"]  # fmt: skip
-    rows = [
-        [NAMES[name], *(spread(ratios(runs, name, part)) for part in ("seconds", "policy", "reference")),
-         *(spread(ideals(runs, name, padding=padding)) for padding in (False, True))]
-        for name in by_variant(runs) if name != "shared"
+        [NAMES[name], *(spread(column(runs, name, figure)) for figure in SPREAD),
+         *(number(median(column(runs, name, figure))) for figure in middle),
+         *([number(100 * median(column(runs, name, "TFLOP/s")) / peak)] if peak else [])]
+        for name in runs
     ]  # fmt: skip
-    return markdown(head, rows)
+    return markdown(["", *SPREAD, *middle, *(["MFU, %"] if peak else [])], rows)
 
 
-def memory(groups: dict[str, list[dict]]) -> tuple[float, float] | None:
+def memory(runs: Runs) -> list[float]:
     """Memory of `shared` against padded rows with all logits: of the peak, and of what training adds."""
-    if not {"rows_full_logits", "shared"} <= set(groups):
-        return None
-    sides = [groups["shared"], groups["rows_full_logits"]]
-    peaks = [median(run["peak"] for run in runs) for runs in sides]
-    added = [median(run["peak"] - run["before"] for run in runs) for runs in sides]
-    return peaks[0] / peaks[1], added[0] / added[1]
+    if not {"rows_full_logits", "shared"} <= runs.keys():
+        return []
+    return [
+        median(column(runs, "shared", figure)) / median(column(runs, "rows_full_logits", figure))
+        for figure in ("peak, GiB", "of it training")
+    ]
 
 
-def growth_table(runs: list[dict]) -> str:
-    groups, rows = by_variant(runs), []
-    if len(groups) < 2:
-        return ""
-    points = (growth_points(runs, variant) for variant in ("shared", "rows"))
-    for i, ((k, prompt, ours), (_, _, theirs)) in enumerate(zip(*points, strict=True)):
-        times = [r["steps"][i]["seconds"] / s["steps"][i]["seconds"]
-                 for r, s in zip(groups["rows"], groups["shared"], strict=False)]  # fmt: skip
-        shape, group = groups["rows"][0]["shape"], groups["rows"][0]["lengths"][i]
-        ideal = sum(sequence_flops(shape, *s) for s in sequences("rows", group, 0)) / shared_flops(shape, group)
-        cells = number(ours, 3), number(theirs, 3), spread(times), number(ideal, 3)
-        rows.append([str(k), str(prompt), str(group[1][0]), *cells])
-    return markdown(
-        ["K", "prompt tokens", "response tokens", "shared, s", "padded rows, s", "ratio", "FLOP-ideal"], rows
-    )
+def growth_table(grown: list) -> str:
+    rows = []
+    for (prompt, responses), runs in grown:
+        if {"shared", "rows"} <= runs.keys():
+            seconds = [number(median(column(runs, variant, "step"))) for variant in ("shared", "rows")]
+            times, ideal = ratios(runs, "rows", "step"), ratios(runs, "rows", IDEALS[0])
+            sizes = [str(size) for size in (len(responses), prompt, responses[0])]
+            rows.append([*sizes, *seconds, spread(times), number(ideal[0])])
+    head = ["K", "prompt tokens", "response tokens", "shared, s", "padded rows, s", "ratio", "FLOP-ideal"]
+    return markdown(head, rows) if rows else ""
 
 
 def conditions(result: dict) -> str:
@@ -217,29 +178,31 @@ def lengths_text(runs: list[dict]) -> str:
 
 def draw(result: dict) -> str:
     """Bars of relative time with their range, and the growth curves."""
-    groups, growth = by_setting(result)
     figure, (left, middle, right) = plots.panels(3, size=(12, 3.6), width_ratios=[1.5, 1, 1])
-    name, runs = next(iter(groups.items()), ("", []))
-    bars(left, runs, "" if name == "main" else name)
-    for axes, label, column, part in ((middle, "K", 0, slice(4)), (right, "prompt tokens", 1, slice(-5, None))):
+    grown = growth([run for run in result["runs"] if run["setting"] == "growth"])
+    others = [run for run in result["runs"] if run["setting"] != "growth"]
+    name = others[0]["setting"] if others else ""
+    bars(left, by_variant([run for run in others if run["setting"] == name]), "" if name == "main" else name)
+    sizes = [(len(responses), prompt) for (prompt, responses), _ in grown]
+    for axes, label, place, part in ((middle, "K", 0, slice(4)), (right, "prompt tokens", 1, slice(-5, None))):
         series = []
         for variant, colour in (("shared", GREEN), ("rows", PALE)):
-            points = growth_points(growth, variant)[part]
-            series.append(Series(NAMES[variant], [p[column] for p in points], [p[2] for p in points], "o-", colour))
+            points = [(size[place], median(column(runs, variant, "step")))
+                      for size, (_, runs) in zip(sizes, grown, strict=True) if variant in runs][part]  # fmt: skip
+            series.append(Series(NAMES[variant], [x for x, _ in points], [y for _, y in points], "o-", colour))
         plots.draw(axes, series, xlabel=label, ylabel="s per step", ylim=(0, None))
     return plots.svg(figure, "Time of a step, and how it grows")
 
 
-def bars(axes, runs: list[dict], title: str) -> None:
-    values = {name: ratios(runs, name, "seconds") for name in by_variant(runs)}
-    values = {name: v for name, v in values.items() if v}
+def bars(axes, runs: Runs, title: str) -> None:
+    values = {name: v for name in runs if (v := ratios(runs, name, "step"))}
     middles = [median(v) for v in values.values()]
     ranges = [[m - min(v), max(v) - m] for m, v in zip(middles, values.values(), strict=True)]
     colours = [GREEN if name == "shared" else PALE if name.startswith("rows") else GREY for name in values]
     axes.barh([NAMES[name] for name in values], middles, color=colours, xerr=list(zip(*ranges, strict=True)),
               error_kw={"capsize": 3, "linewidth": 1})  # fmt: skip
     for i, (middle, (_, above)) in enumerate(zip(middles, ranges, strict=True)):
-        axes.annotate(number(middle, 3), (middle + above, i), (4, 0), textcoords="offset points", va="center")
+        axes.annotate(number(middle), (middle + above, i), (4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(title=title, xlabel="time of a step, shared prompts = 1")

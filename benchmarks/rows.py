@@ -10,6 +10,8 @@ import json
 import platform
 import random
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -42,53 +44,34 @@ def machine() -> dict:
     }
 
 
-def write_rows(job: dict) -> dict:
-    """Draw K responses with K different scores for each prompt; one file per repeat, the same for every variant.
+def write_rows(job: dict) -> None:
+    """One file of rows per repeat, the same for every variant.
 
     A file holds the rows of one step twice: the first time warms up. Memory that a process touches for the first
     time costs as much as the step itself on some machines, so a warm-up must be as large as what is timed.
     """
+    rows = drawn(job)
+    for path in job["outputs"]:
+        step = list(islice(rows, job["prompts"]))
+        if len(step) < job["prompts"]:
+            raise ValueError(f"{job['data']} has too few prompts with {job['k']} different scores.")
+        Path(path).write_text(json.dumps(step * 2))
+
+
+def drawn(job: dict) -> Iterator[dict]:
+    """Prompts in random order, tokenised, with k random responses of k different scores; without those of fewer."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     dataset = load_preferences(job["data"], as_chat=tokenizer.chat_template is not None)
     draw = random.Random(job["seed"])
-    order = draw.sample(range(len(dataset)), len(dataset))
-    too_few = 0
-    for path in job["outputs"]:
-        rows = []
-        while len(rows) < job["prompts"]:
-            if not order:
-                raise ValueError(f"{job['data']} has too few prompts with {job['k']} different scores.")
-            row = draw_responses(dataset[order.pop()], job["k"], draw)
-            too_few += row is None
-            if row is not None:
-                rows.append(cut(tokenize_row(row, tokenizer), response=job["max_response"]))
-        Path(path).write_text(json.dumps(rows + rows))
-    return {"passed_over": too_few}
-
-
-def draw_responses(row: dict, k: int, draw: random.Random) -> dict | None:
-    """k random responses of a canonical row with k different scores, None if there are fewer."""
-    kept, scores = [], set()
-    for i in draw.sample(range(len(row["scores"])), len(row["scores"])):
-        if row["scores"][i] not in scores and len(kept) < k:
-            kept.append(i)
-            scores.add(row["scores"][i])
-    if len(kept) < k:
-        return None
-    return {
-        "prompt": row["prompt"],
-        "responses": [row["responses"][i] for i in kept],
-        "scores": [row["scores"][i] for i in kept],
-    }
-
-
-def cut(row: dict, *, response: int) -> dict:
-    """The first `response` tokens of each response."""
-    return {
-        "prompt_ids": row["prompt_ids"],
-        "response_ids": [ids[:response] for ids in row["response_ids"]],
-        "scores": row["scores"],
-    }
+    for place in reversed(draw.sample(range(len(dataset)), len(dataset))):
+        row, chosen = dataset[place], {}
+        for i in draw.sample(range(len(row["scores"])), len(row["scores"])):
+            chosen.setdefault(row["scores"][i], row["responses"][i])
+        if len(chosen) >= job["k"]:
+            scores, responses = zip(*list(chosen.items())[: job["k"]], strict=True)
+            row = tokenize_row({"prompt": row["prompt"], "responses": responses, "scores": scores}, tokenizer)
+            cut = [ids[: job["max_response"]] for ids in row["response_ids"]]
+            yield {"prompt_ids": row["prompt_ids"], "response_ids": cut, "scores": row["scores"]}
 
 
 if __name__ == "__main__":

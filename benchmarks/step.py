@@ -32,13 +32,11 @@ from trainers.forward.policy import base_model
 from trainers.forward.run import Forward
 from trainers.runs.processes import peak_rss
 
-# Randomly initialised Llamas, made on the device: no download, and speed does not depend on what the weights are.
-RANDOM_MODELS = {
-    "random-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                  "num_attention_heads": 32, "num_key_value_heads": 8},
-    "random-tiny": {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                    "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
+# A randomly initialised Llama, made on the device: no download, and speed does not depend on what the weights are.
+RANDOM = "random-7b"
+SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
+PARTS = ("reference", "forward", "backward", "optimizer")
 
 
 def expand_pairs(row: dict, which: str) -> list[dict]:
@@ -77,8 +75,8 @@ def build(job: dict, rows: list[dict], folder: str):
     if not default:
         settings |= {"gradient_checkpointing": job["checkpointing"], "bf16": False}
     dtype = "float32" if default else job["dtype"]
-    if job["model"] in RANDOM_MODELS:
-        model, tokenizer = random_model(job["model"], dtype, job["device"])
+    if job["model"] == RANDOM:
+        model, tokenizer = random_model(dtype, job["device"])
     else:
         model, tokenizer = job["model"], AutoTokenizer.from_pretrained(job["model"])
         settings["model_init_kwargs"] = {"dtype": dtype}
@@ -127,24 +125,38 @@ def trl_trainer(model, settings: dict, rows: list[dict], micro: int, variant: st
     return trainer
 
 
-def random_model(name: str, dtype: str, device: str) -> tuple:
+def random_model(dtype: str, device: str) -> tuple:
     """A Llama with random weights, the same in every process on one kind of device, and a tokenizer to pad with."""
     set_seed(0)
-    config = LlamaConfig(max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, **RANDOM_MODELS[name])
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=getattr(torch, dtype))
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 class Clock(TrainerCallback):
-    """Seconds per part of each step; on CUDA every part waits for the device."""
+    """Seconds per part of each step of a trainer; on CUDA every part waits for the device."""
 
-    def __init__(self, cuda: bool):
-        self.cuda = cuda
-        self.steps: list[dict[str, float]] = []
-        self.parts, self.begin, self.optimizer = self._fresh(), None, None
+    def __init__(self, trainer, *, cuda: bool):
+        self.cuda, self.steps, self.begin, self.optimizer = cuda, [], None, None
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        trainer.add_callback(self)
+        own, begins = trainer.ref_model if isinstance(trainer, DPOTrainer) else trainer.reference.model, []
+        for model in filter(None, (trainer.model, own)):
+            model.register_forward_pre_hook(lambda *_: begins.append(self.now()))
+            # Without gradients a forward is the reference's.
+            model.register_forward_hook(
+                lambda *_: self.add("forward" if torch.is_grad_enabled() else "reference", begins.pop())
+            )
+        backward = trainer.accelerator.backward
+
+        def timed_backward(*args, **kwargs):
+            begin = self.now()
+            backward(*args, **kwargs)
+            self.add("backward", begin)
+
+        trainer.accelerator.backward = timed_backward
 
     def now(self) -> float:
         if self.cuda:
@@ -164,31 +176,7 @@ class Clock(TrainerCallback):
         """From the end of one step to the end of the next; the first has no begin and warms up."""
         now = self.now()
         self.steps.append({"seconds": now - (self.begin or now), **self.parts})
-        self.parts, self.begin = self._fresh(), now
-
-    @staticmethod
-    def _fresh() -> dict[str, float]:
-        return dict.fromkeys(("reference", "forward", "backward", "optimizer"), 0.0)
-
-
-def watch(trainer, clock: Clock) -> None:
-    """Time the trainer's models (without gradients a call is the reference's), the backward and the optimizer."""
-    trainer.add_callback(clock)
-    begins = []
-    own = trainer.ref_model if isinstance(trainer, DPOTrainer) else trainer.reference.model
-    for model in filter(None, (trainer.model, own)):
-        model.register_forward_pre_hook(lambda *_: begins.append(clock.now()))
-        model.register_forward_hook(
-            lambda *_: clock.add("forward" if torch.is_grad_enabled() else "reference", begins.pop())
-        )
-    backward = trainer.accelerator.backward
-
-    def timed_backward(*args, **kwargs):
-        begin = clock.now()
-        backward(*args, **kwargs)
-        clock.add("backward", begin)
-
-    trainer.accelerator.backward = timed_backward
+        self.parts, self.begin = dict.fromkeys(PARTS, 0.0), now
 
 
 def measure(job: dict) -> dict:
@@ -197,8 +185,7 @@ def measure(job: dict) -> dict:
     cuda = job["device"] == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(job, rows, folder)
-        clock = Clock(cuda)
-        watch(trainer, clock)
+        clock = Clock(trainer, cuda=cuda)
         before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -224,9 +211,9 @@ def shape(model) -> dict:
     tables = {id(m.weight) for m in (base.get_input_embeddings(), base.get_output_embeddings())}
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    named = [(name, p) for name, p in base.named_parameters() if id(p) not in tables and "lora_" not in name]
+    weights = [p for name, p in base.named_parameters() if id(p) not in tables and "lora_" not in name]
     return {
-        "parameters": sum(p.numel() for _, p in named),
+        "parameters": sum(p.numel() for p in weights),
         "layers": config.num_hidden_layers,
         "attention": heads * head_size,
         "hidden": config.hidden_size,

@@ -36,23 +36,26 @@ def run(variant, seconds, turn=0, **changes):
 
 def test_flops_by_hand():
     # (3+2) and (3+4) tokens: weights 2*1000*12; attention 2*2*10*(25+49); head 2*7*50*(2+4)
-    assert sum(ratios.sequence_flops(SHAPE, 3, r) for r in (2, 4)) == 24000 + 40 * 74 + 700 * 6
+    plain = 24000 + 40 * 74 + 700 * 6
+    assert ratios.rows_flops(SHAPE, [(3, 2), (3, 4)], padding=False) == plain
+    # both padded to 7
+    assert ratios.rows_flops(SHAPE, [(3, 2), (3, 4)], padding=True) == 28000 + 40 * 98 + 700 * 6
     # 3+2+4 tokens; attention of the prompt 9, of the branches 25-9 and 49-9
     assert ratios.shared_flops(SHAPE, GROUP) == 18000 + 40 * (9 + 16 + 40) + 700 * 6
-    # both padded to 7
-    assert ratios.padded_flops(SHAPE, [(3, 2), (3, 4)]) == 28000 + 40 * 98 + 700 * 6
 
 
-def test_sequences_that_each_variant_feeds():
-    group = (3, [2, 4, 5])
-    assert ratios.sequences("rows", group, 1) == [(3, 2), (3, 4), (3, 5)]
-    assert ratios.sequences("trl_best_rest", group, 1) == [(3, 2), (3, 4), (3, 4), (3, 5)]
-    assert ratios.sequences("trl_all_pairs_default", group, 1) == [(3, 2)] * 2 + [(3, 4)] * 2 + [(3, 5)] * 2
+@pytest.mark.parametrize(
+    ("variant", "times"), [("rows", (1, 1, 1)), ("trl_best_rest", (1, 2, 1)), ("trl_all_pairs_default", (2, 2, 2))]
+)
+def test_sequences_that_each_variant_feeds(variant, times):
+    expected = [(3, response) for response, n in zip((2, 4, 5), times, strict=True) for _ in range(n)]
+    assert ratios.sequences(variant, (3, [2, 4, 5]), 1) == expected
 
 
 def test_padding_counts_within_a_micro_batch_only():
     together, apart = run("rows", 1.0), run("rows", 1.0, micro=1)
-    padded = ratios.padded_flops(SHAPE, [(3, 2), (3, 4)]) + ratios.padded_flops(SHAPE, [(5, 1), (5, 6)])
+    batches = [(3, 2), (3, 4)], [(5, 1), (5, 6)]
+    padded = sum(ratios.rows_flops(SHAPE, batch, padding=True) for batch in batches)
     assert ratios.forward_flops(apart, padding=True) == padded
     assert ratios.forward_flops(together, padding=True) == padded + 2 * (2000 * 4 + 40 * (121 - 49))
     assert ratios.forward_flops(together, padding=False) == ratios.forward_flops(apart, padding=False) < padded
@@ -60,12 +63,13 @@ def test_padding_counts_within_a_micro_batch_only():
 
 def test_ratios_are_taken_within_a_turn():
     timed = [("shared", 2.0, 0), ("rows", 6.0, 0), ("shared", 8.0, 1), ("rows", 12.0, 1), ("rows", 99.0, 2)]
-    runs = [run(*values) for values in timed]
-    assert ratios.ratios(runs, "rows", "seconds") == [3.0, 1.5]
-    assert ratios.total(runs[0], "policy") == pytest.approx(1.5)
-    assert ratios.total(runs[0], "overhead") == pytest.approx(2 - 1 - 2 / 3)
-    ideal = ratios.ideals(runs, "rows", padding=True)
-    assert ratios.share_reached(runs, padding=True) == pytest.approx([2 / (ideal[0] - 1), 0.5 / (ideal[1] - 1)])
+    runs = ratios.by_variant([run(*values) for values in timed])
+    assert ratios.ratios(runs, "rows", "step") == [3.0, 1.5]
+    assert runs["shared"][0]["policy part"] == pytest.approx(1.5)
+    assert runs["shared"][0]["outside the model, %"] == pytest.approx(100 * (2 - 1 - 2 / 3) / 2)
+    padded = "FLOP-ideal, as padded"
+    ideal = ratios.ratios(runs, "rows", padded)
+    assert ratios.share_reached(runs, padded) == pytest.approx([2 / (ideal[0] - 1), 0.5 / (ideal[1] - 1)])
 
 
 def test_pairs_of_a_row_with_ties():
@@ -188,10 +192,11 @@ def test_gpu_results_show_operations_per_second_and_failures():
     gpu["runs"] = [run("shared", 1e-9), {"setting": "main", "variant": "rows", "turn": 0, "error": "out of memory"}]
     page = report.page([gpu, results()])
     assert "GPU: NVIDIA H200" in page and "Failed: rows, out of memory." in page and "Not measured yet" not in page
-    tflops = ratios.step_flops(run("shared", 1e-9)) * 1e9 / 1e12
+    # Reference, forward and a backward of two more.
+    tflops = 4 * ratios.forward_flops(run("shared", 1e-9), padding=False) * 1e9 / 1e12
     assert f"| {tflops:.0f} | {tflops / 9.89:.1f} |" in page
 
 
 def test_numbers_keep_their_digits():
-    found = [report.number(value, 3) for value in (0.02434, 0, 9.994, 12.345, 5213.4)]
-    assert found == ["0.0243", "0", "9.99", "12.3", "5,213"]
+    shown = [report.number(value) for value in (0.02434, 0, 9.994, 12.345, 5213.4)]
+    assert shown == ["0.0243", "0", "9.99", "12.3", "5,213"]

@@ -31,6 +31,7 @@ from .forward.policy import base_model
 
 # DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, in numbers.
 ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
+OFFLOADED = ("optimizer", "param")  # parts of DeepSpeed's states that may lie in CPU memory
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,15 @@ def read_plan(path: str | None = None) -> Plan:
     options = {name.removeprefix("deepspeed_").removeprefix("fsdp_"): value for name, value in options.items()}
     half = str(own.get("mixed_precision")) in ("bf16", "fp16")
     if kind == "DEEPSPEED":
-        zero = _zero_options(options)
-        stage = int(zero["stage"])
-        return Plan(f"DeepSpeed ZeRO-{stage}", processes, "deepspeed", stage, half, zero["optimizer"], zero["param"])
+        file = str(options.get("config_file") or "none")
+        if file == "none":
+            devices = {f"offload_{part}": {"device": options.get(f"offload_{part}_device")} for part in OFFLOADED}
+            zero = {"stage": options.get("zero_stage", 2), **devices}
+        else:
+            zero = json.loads(Path(file).read_text()).get("zero_optimization", {})
+        stage, parts = int(zero.get("stage", 0)), [(zero.get(f"offload_{part}") or {}) for part in OFFLOADED]
+        offloaded = [str(part.get("device") or "none") != "none" for part in parts]
+        return Plan(f"DeepSpeed ZeRO-{stage}", processes, "deepspeed", stage, half, *offloaded)
     if kind == "FSDP":
         reshard = str(options.get("reshard_after_forward", True)).lower() not in ("false", "shard_grad_op")
         return Plan(f"FSDP{options.get('version') or 1}", processes, "fsdp", 3, half, reshard=reshard,
@@ -83,17 +90,6 @@ def read_plan(path: str | None = None) -> Plan:
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"distributed_type={kind} is not estimated: use NO, MULTI_GPU, DEEPSPEED or FSDP.")
     return Plan("DDP" if processes > 1 else "one process", processes, half=half)
-
-
-def _zero_options(options: dict) -> dict:
-    """Stage, and whether optimizer and weights are in CPU memory; from the DeepSpeed file where one is named."""
-    devices = {part: options.get(f"offload_{part}_device") for part in ("optimizer", "param")}
-    stage, path = options.get("zero_stage", 2), options.get("config_file")
-    if path not in (None, "", "none"):
-        zero = json.loads(Path(path).read_text()).get("zero_optimization", {})
-        stage, devices = zero.get("stage", 0), {part: (zero.get(f"offload_{part}") or {}).get("device")
-                                                for part in devices}  # fmt: skip
-    return {"stage": stage, **{part: str(device or "none") != "none" for part, device in devices.items()}}
 
 
 class Fed(NamedTuple):

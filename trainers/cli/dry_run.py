@@ -75,7 +75,9 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
 def read_splits(trainer_class, data, args: PreferenceConfig, model_args: ModelArguments, names: tuple[str, ...]):
     """The tokenizer, the tokenised rows by split, what was dropped of them, and what a method says of its plan."""
     planned, notes = trainer_class.planned_rows(args, data)
-    tokenizer = load_tokenizer(model_args, args)
+    config, _ = find_config(model_args, args)
+    tokenizer = policies.tokenizer_at(str(config.name_or_path), args.model_init_kwargs)
+    policies.set_pad_token(tokenizer, args.pad_token)
     splits: dict[str, Any] = {}
     reports = []
     for name in names:
@@ -88,45 +90,29 @@ def read_splits(trainer_class, data, args: PreferenceConfig, model_args: ModelAr
     return tokenizer, splits, reports, notes
 
 
-def _keywords(args: PreferenceConfig) -> dict:
-    return dict.fromkeys(("revision", "dtype", "attn_implementation")) | (args.model_init_kwargs or {})
-
-
 def find_config(model_args: ModelArguments, args: PreferenceConfig) -> tuple[PretrainedConfig, PeftConfig | None]:
     """Config of the model, or of the base under the adapter that it is, and that adapter."""
-    keywords = {k: v for k, v in _keywords(args).items() if k not in ("dtype", "attn_implementation")}
+    keywords = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in ("dtype", "attn_implementation")}
     name = model_args.model_name_or_path
-    adapter = policies.find_adapter(name, keywords["revision"])
+    adapter = policies.find_adapter(name, keywords.get("revision"))
     if adapter is not None:
         adapter.inference_mode = False  # as saved, it would be frozen
         name, keywords["revision"] = adapter.base_model_name_or_path or "", adapter.revision
     return AutoConfig.from_pretrained(name, **keywords), adapter
 
 
-def load_tokenizer(model_args: ModelArguments, args: PreferenceConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, with its pad token."""
-    config, _ = find_config(model_args, args)
-    tokenizer = policies.tokenizer_at(str(config.name_or_path), args.model_init_kwargs)
-    policies.set_pad_token(tokenizer, args.pad_token)
-    return tokenizer
-
-
 def build_model(model_args: ModelArguments, args: PreferenceConfig, plan: Plan) -> nn.Module:
     """The policy on the meta device, with its adapter; quantised weights stay in `dtype` here."""
     config, adapter = find_config(model_args, args)
-    keywords = _keywords(args)
-    dtype = keywords["dtype"]
-    if dtype in (None, "auto"):
-        dtype = config.get_text_config().dtype or "float32"
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    known = (
-        "trust_remote_code",
-        *(["attn_implementation"] if keywords["attn_implementation"] in KNOWN_ATTENTION else []),
-    )
+    given = args.model_init_kwargs or {}
+    keywords = {name: given[name] for name in ("trust_remote_code", "attn_implementation") if name in given}
+    if keywords.get("attn_implementation") not in KNOWN_ATTENTION:
+        keywords.pop("attn_implementation", None)
+    asked = given.get("dtype") or "auto"
+    dtype = (config.get_text_config().dtype or "float32") if asked == "auto" else asked
     if is_deepspeed_zero3_enabled():
         unset_hf_deepspeed_config()  # or transformers would shard a model that has no storage
     with torch.device("meta"):
-        keywords = {name: value for name, value in keywords.items() if name in known}
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **keywords)
         if adapter := get_peft_config(model_args) or adapter:
             zero3 = plan.engine == "deepspeed" and plan.stage == 3 and not model_args.load_in_4bit
@@ -197,7 +183,7 @@ def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) ->
 
 def _layout(base: PreTrainedModel, args: PreferenceConfig) -> tuple[str, bool]:
     """The layout that the model allows, and whether attention is FlexAttention."""
-    attention = _keywords(args)["attn_implementation"] or base.config._attn_implementation
+    attention = (args.model_init_kwargs or {}).get("attn_implementation") or base.config._attn_implementation
     # One that is not installed here was not loaded above, and could not share prompts.
     return Runner([base], args.layout if attention in KNOWN_ATTENTION else "rows").layout, attention == FLEX
 
