@@ -15,7 +15,7 @@ from statistics import median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.ratios import GIB, NAMES, Runs, by_variant, growth, peak_flops, ratios, share_reached
+from benchmarks.ratios import NAMES, Runs, by_variant, growth, peak_flops, ratios, share_reached
 from trainers.pages import plots
 from trainers.pages.plots import Series
 from trainers.pages.text import markdown
@@ -58,17 +58,13 @@ def section(result: dict) -> dict:
     names = dict.fromkeys(run["setting"] for run in result["runs"])
     settings = {name: [run for run in result["runs"] if run["setting"] == name] for name in names}
     grown, gpu = growth(settings.pop("growth", [])), result["machine"]["gpu"] if result["preset"] != "cpu" else None
-    first = result["runs"][0]
     return {
-        "title": f"GPU: {gpu}" if gpu else "CPU",
+        **result,
         "gpu": gpu,
+        "first": result["runs"][0],
         "picture": picture(result),
-        "conditions": conditions(result),
-        "groups": [setting_parts(name, runs, gpu) for name, runs in settings.items()],
+        "settings": [setting_parts(name, runs, gpu) for name, runs in settings.items()],
         "growth": growth_table(grown),
-        "micro": "one prompt" if first["micro_trl"] == 1 else f"{first['micro_trl']} prompts",
-        "dtype": first["dtype"],
-        "left_out": result["left_out"],
     }
 
 
@@ -78,7 +74,7 @@ def setting_parts(name: str, measured: list[dict], gpu: str | None) -> dict:
     return {
         "title": "On real rows" if name == "main" else name,
         "lengths": lengths_text(measured),
-        "speed": speed_table(runs, gpu),
+        "speeds": speed_table(runs, gpu),
         "ratios": markdown(
             ["shared prompts against", *RATIOS],
             [[NAMES[v], *(spread(ratios(runs, v, column)) for column in RATIOS)] for v in runs if v != "shared"],
@@ -141,24 +137,6 @@ def growth_table(grown: list) -> str:
             rows.append([*sizes, *seconds, spread(times), number(ideal[0])])
     head = ["K", "prompt tokens", "response tokens", "shared, s", "padded rows, s", "ratio", "FLOP-ideal"]
     return markdown(head, rows) if rows else ""
-
-
-def conditions(result: dict) -> str:
-    """Machine, versions, model and command."""
-    machine, run = result["machine"], result["runs"][0]
-    fast, why = machine["fast"]
-    rows = [
-        ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / GIB:.0f} GiB"],
-        ["instruction set", machine["instructions"]],
-        ["fast dtype", f"{fast}: {why}" + ("" if fast == "bfloat16" else "; so TRL's defaults are not measured")],
-        ["GPU", f"{machine['gpu']}, {machine['gpu_memory'] / GIB:.0f} GiB" if machine["gpu"] else "none"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())],
-        ["model", f"{run['model']}, {run['dtype']}, {'LoRA' if run['lora'] else 'full fine-tuning'}"],
-        ["data", result["data"] or "random token ids"],
-        ["date, duration", f"{result['date']}, {result['minutes']:.1f} minutes"],
-        ["command", f"`{result['command']}`"],
-    ]
-    return markdown(["", ""], rows)
 
 
 def lengths_text(runs: list[dict]) -> str:

@@ -26,7 +26,8 @@ from ..estimate import read_plan
 from ..runs.processes import peak_rss
 from .dry_run import Batches, build_model, cheaper, estimate_of, plan_batches, read_splits
 
-LONGEST, TYPICAL = 3, 2  # steps; the first one warms up, so its time is not counted
+# Steps. The first warms up; the second has the optimizer's states beside the longest rows, and so the peak of memory.
+LONGEST, TYPICAL = 2, 4
 FULL, GIB = 0.9, 2**30  # share of the memory that advice fills
 
 
@@ -44,10 +45,13 @@ class Measured(NamedTuple):
     limit: int
 
     def extrapolate(self, tokens: float) -> tuple[float, float, float]:
-        """Seconds of training on so many tokens: by the typical steps, and by the fastest and the slowest counted."""
-        rates = [s / t for s, t in zip(self.seconds, self.tokens, strict=True)][1:]
-        typical = sum(self.seconds[LONGEST:]) / sum(self.tokens[LONGEST:])
-        return typical * tokens, min(rates) * tokens, max(rates) * tokens
+        """Seconds of training on so many tokens at the speed of the typical steps, of the fastest and the slowest.
+
+        The longest rows say nothing of the speed: attention makes their tokens dearer.
+        """
+        seconds, counts = self.seconds[LONGEST:], self.tokens[LONGEST:]
+        rates = [sum(seconds) / sum(counts), *sorted(s / t for s, t in zip(seconds, counts, strict=True))]
+        return rates[0] * tokens, rates[1] * tokens, rates[-1] * tokens
 
 
 def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, model_args) -> str:
@@ -58,8 +62,29 @@ def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, 
     steps = choose_batches(batches, args.world_size * args.gradient_accumulation_steps)
     measured = measure(trainer_class, args, model_args, tokenizer, rows, steps)
     advice = advise(measured, trainer_class, args, model_args, lengths, steps[0][0])
-    lines = _report(measured, trainer_class, args, lengths, batches)
-    return "\n  ".join([*lines, *reports, *notes, *(f"advice: {text}" for text in advice)])
+
+    trainings, scorings = args.demands.trainings, args.demands.scorings
+    tokens = sum(map(packed_tokens, lengths)) / batches.per_epoch * batches.in_all * trainings
+    total, fastest, slowest = (timedelta(seconds=round(time)) for time in measured.extrapolate(tokens))
+    parts = {
+        "loading": True, "evaluation": True, "saving": True, "sampling": args.self_enhance is not None,
+        "the reference's scores of all rows": trainer_class.needs_reference and args.precompute_ref_logps,
+        f"{scorings} scorings of all rows": scorings > 0,
+    }  # fmt: skip
+    left_out = ", ".join(name for name, left in parts.items() if left)
+    each = f" in each of {trainings:g} trainings" if trainings != 1 else ""
+    first, *times = (f"{seconds:.3g} s" for seconds in measured.seconds)
+    long, typical = ", ".join(times[: LONGEST - 1]), ", ".join(times[LONGEST - 1 :])
+    peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:])
+    return "\n  ".join([
+        f"probe of {trainer_class.method} ({trainer_class.__name__}), {args.world_size} process(es) on {args.device}",
+        f"longest batches, {measured.tokens[0]:,} tokens per step: {long} (after {first})",
+        f"typical batches, {sum(measured.tokens[LONGEST:]) / TYPICAL:,.0f} tokens per step: {typical}",
+        f"memory: {peak} GiB at the peak ({reserved} reserved), {resting} between steps, of {limit}",
+        f"{batches.in_all:,} steps{each}: {total} ({fastest} to {slowest}), which is the run's tokens at the speed of "
+        f"the typical steps (of the fastest and of the slowest). Not in it: {left_out}.",
+        *reports, *notes, *(f"advice: {text}" for text in advice),
+    ])  # fmt: skip
 
 
 def choose_batches(batches: Batches, window: int) -> list[list[list[int]]]:
@@ -173,30 +198,3 @@ def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Le
     if cut and (1 - factor) * added > 0.1 * measured.peak:
         lines.append(f"max_length: {shorter} would cut {cut:,} responses and {needs(factor)}.")
     return lines
-
-
-def _report(
-    measured: Measured, trainer_class, args: PreferenceConfig, lengths: list[Lengths], batches: Batches
-) -> list[str]:
-    trainings, scorings = args.demands.trainings, args.demands.scorings
-    epoch = sum(map(packed_tokens, lengths))
-    tokens = epoch / batches.per_epoch * batches.in_all * trainings
-    total, fastest, slowest = (timedelta(seconds=round(time)) for time in measured.extrapolate(tokens))
-    parts = {
-        "loading": True, "evaluation": True, "saving": True, "sampling": args.self_enhance is not None,
-        "the reference's scores of all rows": trainer_class.needs_reference and args.precompute_ref_logps,
-        f"{scorings} scorings of all rows": scorings > 0,
-    }  # fmt: skip
-    left_out = ", ".join(name for name, left in parts.items() if left)
-    each = f" in each of {trainings:g} trainings" if trainings != 1 else ""
-    first, *long = (f"{seconds:.3g} s" for seconds in measured.seconds[:LONGEST])
-    typical = [f"{seconds:.3g} s" for seconds in measured.seconds[LONGEST:]]
-    peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:])
-    return [
-        f"probe of {trainer_class.method} ({trainer_class.__name__}), {args.world_size} process(es) on {args.device}",
-        f"longest batches, {measured.tokens[0]:,} tokens per step: {', '.join(long)} (after {first})",
-        f"typical batches, {sum(measured.tokens[LONGEST:]) / TYPICAL:,.0f} tokens per step: {', '.join(typical)}",
-        f"memory: {peak} GiB at the peak ({reserved} reserved), {resting} between steps, of {limit}",
-        f"{batches.in_all:,} steps{each}: {total} ({fastest} to {slowest}), which is the run's tokens at the speed of "
-        f"the typical steps (of the fastest and of the slowest step but the first). Not in it: {left_out}.",
-    ]
