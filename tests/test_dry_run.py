@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from helpers import FAMILIES, build_tokenizer, flags, tiny_llama
-from trainers import SWEPOConfig, SWEPOTrainer
+from trainers import PreferenceConfig, PreferenceTrainer, SWEPOConfig, SWEPOTrainer
 from trainers.cli.dry_run import plan_batches
 from trainers.cli.train import main
 from trainers.data.budget import packed_tokens, token_lengths
@@ -156,19 +157,17 @@ def test_what_would_stop_the_run_stops_here(changes, message, report):
         report(**changes)
 
 
-def test_a_trainer_by_import_path_brings_its_own_fields(report, tmp_path_factory, monkeypatch):
-    modules = tmp_path_factory.mktemp("modules")
-    (modules / "dro_for_dry_run.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from trainers import PreferenceConfig, PreferenceTrainer\n"
-        "@dataclass\n"
-        "class DROConfig(PreferenceConfig):\n"
-        "    tau: float = 1.0\n"
-        "class DROTrainer(PreferenceTrainer):\n"
-        "    config_class, method, needs_reference = DROConfig, 'DRO', False\n"
-    )
-    monkeypatch.syspath_prepend(str(modules))
-    text = report(trainer="dro_for_dry_run.DROTrainer", tau=0.5)
+@dataclass
+class DROConfig(PreferenceConfig):
+    tau: float = 1.0
+
+
+class DROTrainer(PreferenceTrainer):
+    config_class, method, needs_reference = DROConfig, "DRO", False
+
+
+def test_a_trainer_by_import_path_brings_its_own_fields(report):
+    text = report(trainer="test_dry_run.DROTrainer", tau=0.5)
     assert "DRO (DROTrainer)" in text and "tau: 0.5" in text and re.search(r"reference +0\.00", text)
 
 
