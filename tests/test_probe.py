@@ -12,7 +12,7 @@ from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli.arguments import ModelArguments, set_model_options
 from trainers.cli.dry_run import plan_batches
-from trainers.cli.probe import GIB, LONGEST, TYPICAL, Measured, advise, choose_batches
+from trainers.cli.probe import GIB, LONGEST, TYPICAL, Measured, advise, choose_batches, fed_tokens
 from trainers.cli.train import main
 from trainers.data.budget import packed_tokens
 
@@ -43,11 +43,18 @@ def test_the_longest_batches_and_then_typical_ones(budget):
 
 def measured(peak, resting, limit):
     tokens = [400, 400, 100, 100, 200, 100]
-    return Measured([9.0, 6.0, 1.2, 1.3, 2.0, 1.1], tokens, *(round(n * GIB) for n in (peak, peak, resting, limit)))
+    memory = (round(size * GIB) for size in (peak, peak, resting, limit))
+    return Measured([9.0, 6.0, 1.2, 1.3, 2.0, 1.1], tokens, *memory, "shared")
 
 
 def test_time_is_that_of_typical_tokens_between_the_fastest_and_the_slowest_typical_step():
     assert measured(1, 1, 1).extrapolate(1000) == pytest.approx((11.2, 10.0, 13.0))
+
+
+def test_tokens_are_those_that_are_fed():
+    lengths, batches = [(5, [3, 7]), (2, [4, 4])], [[0, 1], [1]]
+    assert fed_tokens(lengths, batches, "shared") == (4 + 10) + (1 + 8) + (1 + 8)
+    assert fed_tokens(lengths, batches, "rows") == 4 * 11 + 2 * 5
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,12 @@ class Measured(NamedTuple):
     """
 
     seconds: list[float]  # of every step
-    tokens: list[int]  # of every step, all processes together, each prompt counted once
+    tokens: list[int]  # of every step, all processes together, as they are fed: in padded rows with their padding
     peak: int
     reserved: int  # by CUDA's allocator; on CPUs the peak again
     resting: int  # between two steps; on CPUs before the first, because freed memory may stay with the process
     limit: int
+    layout: str  # of the batches, as the model allows it
 
     def extrapolate(self, tokens: float) -> tuple[float, float, float]:
         """Seconds of training on so many tokens at the speed of the typical steps, of the fastest and the slowest.
@@ -64,7 +65,10 @@ def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, 
     advice = advise(measured, trainer_class, args, model_args, lengths, steps[0][0])
 
     trainings, scorings = args.demands.trainings, args.demands.scorings
-    tokens = sum(map(packed_tokens, lengths)) / batches.per_epoch * batches.in_all * trainings
+    # An epoch in random order stands for all.
+    order, size = random.Random(0).sample(batches.units, len(batches.units)), batches.size
+    epoch = [sum(order[i : i + size], []) for i in range(0, len(order), size)]
+    tokens = fed_tokens(lengths, epoch, measured.layout) / batches.per_epoch * batches.in_all * trainings
     total, fastest, slowest = (timedelta(seconds=round(time)) for time in measured.extrapolate(tokens))
     parts = {
         "loading": True, "evaluation": True, "saving": True, "sampling": args.self_enhance is not None,
@@ -75,7 +79,7 @@ def probe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfig, 
     each = f" in each of {trainings:g} trainings" if trainings != 1 else ""
     first, *times = (f"{seconds:.3g} s" for seconds in measured.seconds)
     long, typical = ", ".join(times[: LONGEST - 1]), ", ".join(times[LONGEST - 1 :])
-    peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:])
+    peak, reserved, resting, limit = (f"{size / GIB:.2f}" for size in measured[2:6])
     return "\n  ".join([
         f"probe of {trainer_class.method} ({trainer_class.__name__}), {args.world_size} process(es) on {args.device}",
         f"longest batches, {measured.tokens[0]:,} tokens per step: {long} (after {first})",
@@ -104,6 +108,7 @@ def choose_batches(batches: Batches, window: int) -> list[list[list[int]]]:
 def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, steps) -> Measured:
     """Trains on the chosen rows of the tokenised `rows`, in a folder that is deleted."""
     cls, args, rows = trainer_class.probed(copy.copy(args), rows)
+    lengths = token_lengths(rows)
     flat = [batch for step in steps for batch in step]
     rows, starts = rows.select(sum(flat, [])), np.cumsum([0, *map(len, flat)])
 
@@ -129,10 +134,14 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    sums = np.add.reduceat([packed_tokens(row) for row in token_lengths(rows)], starts[:-1])
-    tokens = [int(part.sum()) for part in np.split(sums, len(steps))]
+    tokens = [fed_tokens(lengths, step, trainer.runner.layout) for step in steps]
     worst = max(gather_object([clock.memory()]), key=lambda memory: memory[0] / memory[-1])
-    return Measured(np.diff(clock.ends).tolist(), tokens, *worst)
+    return Measured(np.diff(clock.ends).tolist(), tokens, *worst, trainer.runner.layout)
+
+
+def fed_tokens(lengths: list[Lengths], batches: list[list[int]], layout: str) -> int:
+    """Tokens that the model is fed for micro-batches of rows of these lengths."""
+    return sum(cheaper([lengths[i] for i in batch], layout).tokens for batch in batches)
 
 
 class Clock(TrainerCallback):
