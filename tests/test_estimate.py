@@ -241,14 +241,6 @@ def test_fsdp_that_accumulates_without_synchronising_keeps_whole_gradients():
     assert whole["gradients"] - sharded["gradients"] == pytest.approx(2 * parameters)
 
 
-def test_one_forward_of_an_fsdp_reference_can_be_the_peak():
-    model = build(TALL, dtype=BF16, device="meta", vocabulary=200000)
-    plan, batch = Plan(processes=4, engine="fsdp", stage=3), Fed(20, 10, 20, 30, 100)
-    estimate = Estimate(model, plan, Run(half=True))
-    assert estimate.step(batch) == {"reference's forward": 2 * estimate.parameters}
-    assert "activations" in Estimate(model, plan, Run(half=True, frozen_copy=False)).step(batch)
-
-
 ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: %s}"
 FSDP = "fsdp_offload_params: true, fsdp_reshard_after_forward: false, fsdp_activation_checkpointing: true"
 FILES = {
