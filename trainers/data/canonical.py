@@ -159,6 +159,7 @@ def _results(
     """
     grouped = inspect.isgeneratorfunction(adapter)
     pending: list[str] = []
+    row: Row | None
     for source in (_groups if grouped else _adapted)(rows, adapter):
         where = _where(rows, adapter)
         if isinstance(source, Drop):
@@ -179,6 +180,7 @@ def _results(
 
 def _adapted(rows: Reading, adapter: Callable | None) -> Iterator[Row | Drop]:
     for source in rows:
+        row: Row | Drop | None
         try:
             row = source if adapter is None else adapter(source)
         except Drop as drop:
@@ -188,7 +190,7 @@ def _adapted(rows: Reading, adapter: Callable | None) -> Iterator[Row | Drop]:
         yield Drop(f"left out by {_name(adapter)}") if row is None else row
 
 
-def _groups(rows: Reading, adapter: Callable) -> Iterator[Row | Drop]:
+def _groups(rows: Reading, adapter) -> Iterator[Row | Drop]:
     try:
         yield from adapter(iter(rows))
     except Exception as error:
