@@ -63,9 +63,20 @@ def test_import_path_and_columns():
     assert scores[0] > 0 > scores[1]
 
 
-@pytest.mark.parametrize("spec", ["no_such_package.reward", "trainers.generation.rewards.sentimental", []])
-def test_what_cannot_be_found_is_said_before_anything_is_sampled(spec):
-    with pytest.raises(ValueError, match="no_such_package|sentimental|empty"):
+@pytest.mark.parametrize(
+    "spec, told",
+    [
+        ("no_such_package.reward", "no_such_package"),
+        ("trainers.generation.rewards.sentimental", "sentimental"),
+        (f"{__name__}.PROMPTS", "PROMPTS: it is a list and cannot be called"),
+        ([], "empty"),
+        ({"spec": length, "weight": math.nan}, "weight must be a finite number, not nan"),
+        ([length, {"spec": f"{__name__}.length", "weight": "0.5"}], "length: its weight must be a finite number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_score_is_said_before_anything_is_sampled(spec, told):
+    with pytest.raises(ValueError, match=told):
         check_scorer(spec)
 
 
