@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from peft.tuners.lora import LoraLayer
@@ -73,7 +73,7 @@ def read_plan(path: str | None = None) -> Plan:
     options = {name.removeprefix("deepspeed_").removeprefix("fsdp_"): value for name, value in options.items()}
     half = str(own.get("mixed_precision")) in ("bf16", "fp16")
     if kind == "DEEPSPEED":
-        file = str(options.get("config_file") or "none")
+        file, zero = str(options.get("config_file") or "none"), dict[str, Any]()
         if file == "none":
             devices = {f"offload_{part}": {"device": options.get(f"offload_{part}_device")} for part in OFFLOADED}
             zero = {"stage": options.get("zero_stage", 2), **devices}
