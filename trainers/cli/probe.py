@@ -135,8 +135,9 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     tokens = [fed_tokens(lengths, step, trainer.runner.layout) for step in steps]
-    worst = max(gather_object([clock.memory()]), key=lambda memory: memory[0] / memory[-1])
-    return Measured(np.diff(clock.ends).tolist(), tokens, *worst, layout=trainer.runner.layout)
+    peak, reserved, resting, limit = max(gather_object([clock.memory()]), key=lambda memory: memory[0] / memory[-1])
+    seconds = np.diff(clock.ends).tolist()
+    return Measured(seconds, tokens, peak, reserved, resting, limit, trainer.runner.layout)
 
 
 def fed_tokens(lengths: list[Lengths], batches: list[list[int]], layout: str) -> int:
