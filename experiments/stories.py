@@ -1,0 +1,74 @@
+"""A small story model that goes on from openings, and the sentiment of what it says: the world of two experiments."""
+
+import itertools
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainers.generation.rewards import vader_sentiment
+
+from .frame import Point
+from .worlds import exact_kl, sample
+
+MODEL = Path("../shared/models/stories260K")  # karpathy's TinyStories model of 260,032 parameters, not in this package
+TOKENS = 40  # of every response
+OPENINGS = (
+    "Once upon a time, there was a {kind} named {name}. One day, {name}",
+    "{name} was a {kind} who lived near the woods. In the morning, {name}",
+    "One day, a {kind} named {name} went outside. It was raining and {name}",
+    "There was a {kind} called {name}. {name} had a best friend, but",
+    "{name} the {kind} found a big box. Inside the box,",
+    "It was late and {name} the {kind} could not sleep. Then",
+)
+KINDS = ("little girl", "little boy", "small dog", "brown bear", "shy cat", "old man")
+NAMES = {"train": ("Lily", "Tom", "Sue", "Max", "Mia", "Ben"), "test": ("Anna", "Tim", "Lucy", "Jack")}
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def story_model():
+    """The reference, and the start of every policy."""
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+def prompts(split: str, count: int, seed: int) -> list[list[int]]:
+    """Token ids of `count` different openings, drawn by the seed; the splits share no name."""
+    texts = [opening.format(kind=kind, name=name)
+             for opening, kind, name in itertools.product(OPENINGS, KINDS, NAMES[split])]  # fmt: skip
+    return [tokenizer()(text)["input_ids"] for text in random.Random(seed).sample(texts, count)]
+
+
+def sentiment(samples: torch.Tensor) -> np.ndarray:
+    """(P,K) VADER's compound score of each sample (P,K,R)."""
+    texts = tokenizer().batch_decode(samples.flatten(0, 1), skip_special_tokens=True)
+    return np.reshape(vader_sentiment([None] * len(texts), texts), samples.shape[:2])
+
+
+def scored_rows(questions: list[list[int]], samples: torch.Tensor, scores: np.ndarray) -> list[dict]:
+    """Tokenised rows of all samples and scores."""
+    return [
+        {"prompt_ids": question, "response_ids": row.tolist(), "scores": values.tolist()}
+        for question, row, values in zip(questions, samples, scores, strict=True)
+    ]
+
+
+def measuring(reference, seed: int, *, openings: int = 32, samples: int = 8):
+    """policy -> sentiment of its samples on held-out openings, and their exact KL from the reference.
+
+    The openings and random streams are those of the seed, the same for every policy.
+    """
+    questions = prompts("test", openings, seed)
+
+    def measure(policy) -> Point:
+        drawn, logits = sample(policy, questions, samples, TOKENS, seed + 10_000)
+        kl = exact_kl(logits, reference, questions, drawn)
+        return {"reward": float(sentiment(drawn).mean()), "kl": float(kl.mean())}
+
+    return measure
