@@ -42,7 +42,7 @@ def pretrain(model, texts: torch.Tensor, *, steps: int, batch: int, learning_rat
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return float(np.mean(losses[-10:]))
 
 

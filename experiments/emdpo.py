@@ -1,0 +1,136 @@
+"""EM-DPO: does one ternary answer per annotator tell the types apart on a language model, where one binary one cannot?
+
+    python -m experiments.emdpo [--quick]
+
+Two types of annotators with opposed tastes for the adjective of a template sentence, equally frequent, share no item
+and give one answer each: a pair, the best of three, a ranking of three, or two pairs. A word-level model of one layer,
+made in seconds, is the reference. EM starts from random posteriors. The round is chosen by the likelihood of held-out
+annotators with answers of the same kind; other new annotators, who give two rankings whatever the arm, are typed by
+the policies of that round.
+"""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from trainers import EMDPOConfig, EMDPOTrainer
+from trainers.emdpo.tables import HELD_OUT, read_annotators, read_json
+from trainers.runs.stage import MANIFEST
+
+from .frame import Contrast, Curves, Experiment, Point, main
+from .worlds import pretrain, word_model, word_tokenizer
+
+NOUNS, PLACES, ADJECTIVES = 20, 20, 40
+ANNOTATORS, HELD, ROUNDS, BATCH, TASTE = 5000, 1000, 25, 250, 1.5
+# name: (responses shown, rows per annotator, stages that are told)
+FEEDBACK = {"one pair": (2, 1, None), "best of 3": (3, 1, 1), "ranking of 3": (3, 1, None), "two pairs": (2, 2, None)}
+TYPED = (3, 2, None)  # what the annotators answer who are typed
+WORDS = ["<ask>", "the", "in", "was", *(f"noun{i}" for i in range(NOUNS)), *(f"place{i}" for i in range(PLACES)),
+         *(f"adjective{i}" for i in range(ADJECTIVES))]  # fmt: skip
+TOKENIZER = word_tokenizer(WORDS)
+ASK, THE, IN, WAS, NOUN = TOKENIZER.convert_tokens_to_ids(["<ask>", "the", "in", "was", "noun0"])
+PLACE, ADJECTIVE = NOUN + NOUNS, NOUN + NOUNS + PLACES
+
+
+def sentences(count: int, random: np.random.Generator) -> np.ndarray:
+    """(count,7) token ids: <ask> the NOUN in PLACE was ADJECTIVE."""
+    words = [np.full(count, ASK), np.full(count, THE), NOUN + random.integers(0, NOUNS, count), np.full(count, IN),
+             PLACE + random.integers(0, PLACES, count), np.full(count, WAS),
+             ADJECTIVE + random.integers(0, ADJECTIVES, count)]  # fmt: skip
+    return np.stack(words, 1)
+
+
+def answers(prefix: str, count: int, kind: tuple, values: np.ndarray, random: np.random.Generator):
+    """Rows of `count` annotators with their answers, and the type of each."""
+    shown, repeats, top = kind
+    types, rows = random.integers(0, 2, count), []
+    for annotator, of_type in enumerate(types):
+        for _ in range(repeats):
+            texts = sentences(shown, random)
+            utility = TASTE * (1 - 2 * of_type) * values[texts[:, -1] - ADJECTIVE] + random.gumbel(size=shown)
+            scores = utility.argsort().argsort().astype(float)
+            scores = (scores == shown - 1).astype(float) if top == 1 else scores  # only who won is told
+            rows.append({"prompt_ids": [ASK], "response_ids": texts[:, 1:].tolist(), "scores": scores.tolist(),
+                         "annotator": f"{prefix}-{annotator}"})  # fmt: skip
+    return rows, types
+
+
+def run(seed: int, quick: bool) -> Curves:
+    random = np.random.default_rng(seed)
+    values = random.permutation(np.linspace(-1.7, 1.7, ADJECTIVES))  # of the adjectives, with deviation 1
+    reference = word_model(TOKENIZER, layers=1, width=64, seed=seed)
+    texts = torch.tensor(sentences(20_000, random))
+    pretrain(reference, texts, steps=20 if quick else 300, batch=128, learning_rate=3e-3, seed=seed)
+    typed, types = answers("typed", HELD, TYPED, values, random)
+    annotators = 200 if quick else ANNOTATORS
+    curves = {}
+    for name in ("one pair", "ranking of 3") if quick else FEEDBACK:
+        rows, _ = answers("annotator", annotators, FEEDBACK[name], values, random)
+        held, _ = answers("held", HELD, FEEDBACK[name], values, random)
+        curves[name] = stopped(fit(reference, rows, [*held, *typed], types, seed, 2 if quick else ROUNDS))
+    return curves
+
+
+def fit(reference, rows: list[dict], held: list[dict], types: np.ndarray, seed: int, rounds: int) -> list[Point]:
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        args = EMDPOConfig(
+            output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed,
+            save_strategy="no", num_types=2, rounds=rounds, init="dirichlet", start_from="previous", beta=0.3,
+            learning_rate=1e-3, lr_scheduler_type="constant", normalize="posterior", layout="rows",
+            per_device_train_batch_size=BATCH, ref_tokens_per_batch=40_000, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = EMDPOTrainer(reference, args=args, train_dataset=Dataset.from_list(rows),
+                               eval_dataset=Dataset.from_list(held), processing_class=TOKENIZER)  # fmt: skip
+        trainer.train()
+        folders = sorted(Path(folder).glob("restart-0/round-*"))
+        return [point(round, number, types) for number, round in enumerate(folders, 1)]
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the rounds' own progress, which would drown that of the seeds."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def point(folder: Path, number: int, types: np.ndarray) -> Point:
+    """What a round found: the likelihood of the held-out annotators, and how many of the typed ones are right."""
+    manifest, (names, posterior, _) = read_json(folder / MANIFEST), read_annotators(folder / HELD_OUT)
+    held = [v for name, v in manifest["held_out"]["per_annotator"].items() if name.startswith("held-")]
+    found = {name: row.argmax() for name, row in zip(names, posterior, strict=True) if name.startswith("typed-")}
+    right = np.mean([found[f"typed-{i}"] == of_type for i, of_type in enumerate(types)])
+    return {"round": number, "held_out": float(np.mean(held)), "typed_right": float(max(right, 1 - right)),
+            "smallest_type": min(manifest["prior"])}  # fmt: skip
+
+
+def stopped(points: list[Point]) -> list[Point]:
+    """The rounds up to the one with the best held-out likelihood, which is the last point."""
+    chosen = max(range(len(points)), key=lambda i: points[i]["held_out"])
+    return points[: chosen + 1]
+
+
+def gain(arm: str, minus: str | None, expected: float | None = None) -> Contrast:
+    return Contrast(arm, minus, expected)
+
+
+EXPERIMENT = Experiment(
+    name="emdpo",
+    claim="One ternary answer per annotator identifies the types, and one binary answer does not",
+    run=run,
+    seeds=tuple(range(501, 511)),
+    minutes=(90, 1),
+    settings={"annotators": ANNOTATORS, "held": HELD, "rounds": ROUNDS, "batch": BATCH, "taste": TASTE},
+    primary=gain("ranking of 3", "one pair", 0.25),
+    secondary=(gain("best of 3", "one pair"), gain("two pairs", "one pair"), gain("ranking of 3", "two pairs")),
+    x=("round", "round of EM"),
+    value=("typed_right", "new annotators typed right"),
+    columns=("held_out", "smallest_type"),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,144 @@
+"""SparsePO: does a learned mask find the tokens that decide the score, and does the policy gain by it?
+
+    python -m experiments.sparsepo [--quick]
+
+A word-level model of two layers is made in seconds: sentences of 20 free filler words and one slot "was <adjective>"
+at any place, which alone decides the score (8 of 16 adjectives are good; score = good + noise of deviation 0.3). 64
+pairs of its own samples train every arm. Measured are the share of good adjectives, the exact KL, and whether the mask
+tells the slot from the filler (area under the ROC curve).
+"""
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from trainers import DPOTrainer, SparsePOTrainer
+
+from .frame import Contrast, Curves, Experiment, Point, main, train
+from .worlds import exact_kl, pretrain, sample, word_model, word_tokenizer
+
+FILLER, GOOD, BAD = 120, 8, 8  # different words
+PAIRS, STEPS, BATCH, EVERY, NOISE = 64, 60, 16, 5, 0.3
+LEARNED = {"mask": "learned", "mask_init": "dense", "mask_learning_rate": 1e-2}
+ARMS = {
+    "DPO": None,
+    "TDPO1": {"mask": "ones"},
+    "MaPO": {"mask": "activations"},
+    "random mask": {"mask": "random"},
+    "oracle mask": {"mask": "ones"},
+    **{f"SparsePO, L1 {l1:g}": LEARNED | {"reward_l1": l1, "kl_l1": l1} for l1 in (0.0, 0.01, 0.02, 0.05)},
+    "SparsePO independent, L1 0.02": LEARNED | {"independent": True, "reward_l1": 0.02, "kl_l1": 0.02},
+}
+DOSES = (5, 40)  # filler words beside the 20
+DOSED = ("DPO", "SparsePO, L1 0.02")
+WORDS = ["<ask>", "was", *(f"good{i}" for i in range(GOOD)), *(f"bad{i}" for i in range(BAD)),
+         *(f"word{i}" for i in range(FILLER))]  # fmt: skip
+TOKENIZER = word_tokenizer(WORDS)
+ASK, WAS, FIRST_GOOD = TOKENIZER.convert_tokens_to_ids(["<ask>", "was", "good0"])
+FIRST_BAD, FIRST_FILLER = FIRST_GOOD + GOOD, FIRST_GOOD + GOOD + BAD
+AT = 2.0  # nats
+
+
+class OracleTrainer(SparsePOTrainer):
+    """Weight 1 on the adjective and 0 elsewhere, in rewards and KL: what a perfect mask would do."""
+
+    def token_terms(self, batch, policy, reference):
+        terms = super().token_terms(batch, policy, reference)
+        slot = is_adjective(batch["response_ids"]) & batch["response_mask"]
+        return terms | {"reward_mask": slot.to(policy.logps), "kl_mask": slot.to(policy.logps)}
+
+
+def is_adjective(ids):
+    return (ids >= FIRST_GOOD) & (ids < FIRST_FILLER)
+
+
+def sentences(count: int, filler: int, seed: int) -> torch.Tensor:
+    """(count, filler + 3) token ids: the prompt, and filler words of unequal frequency around one slot."""
+    random = np.random.default_rng(seed)
+    frequency = 1 / (10 + np.arange(FILLER))
+    words = FIRST_FILLER + random.choice(FILLER, (count, filler), p=frequency / frequency.sum())
+    slots = np.stack([np.full(count, WAS), random.integers(FIRST_GOOD, FIRST_FILLER, count)], 1)
+    places = random.integers(0, filler + 1, count)
+    rows = [np.insert(row, [place, place], slot) for row, place, slot in zip(words, places, slots, strict=True)]
+    return torch.tensor(np.insert(np.stack(rows), 0, ASK, 1))
+
+
+def run(seed: int, quick: bool) -> Curves:
+    curves = {}
+    for filler in (20,) if quick else (20, *DOSES):
+        reference = word_model(TOKENIZER, layers=2, width=64, seed=seed)
+        texts = sentences(1000 if quick else 20_000, filler, seed)
+        pretrain(reference, texts, steps=30 if quick else 400, batch=64, learning_rate=3e-3, seed=seed)
+        rows, measure = (
+            preferences(reference, filler, seed),
+            measuring(reference, filler, seed, 100 if quick else 1000),
+        )
+        start = measure(reference)
+        arms = ARMS if filler == 20 else DOSED
+        for arm in ("DPO", "SparsePO, L1 0.02") if quick else arms:
+            name = arm if filler == 20 else f"{arm}, {filler} filler"
+            curves[name] = fit(arm, reference, rows, measure, start, seed, EVERY if quick else STEPS)
+    return curves
+
+
+def preferences(reference, filler: int, seed: int) -> list[dict]:
+    """Pairs of the reference's samples, scored by the number of good adjectives with noise."""
+    drawn, _ = sample(reference, [[ASK]] * PAIRS, 2, filler + 2, seed)
+    good = ((drawn >= FIRST_GOOD) & (drawn < FIRST_BAD)).sum(-1).numpy()
+    scores = good + np.random.default_rng(seed).normal(0, NOISE, good.shape)
+    return [{"prompt_ids": [ASK], "response_ids": pair.tolist(), "scores": values.tolist()}
+            for pair, values in zip(drawn, scores, strict=True)]  # fmt: skip
+
+
+def measuring(reference, filler: int, seed: int, samples: int):
+    def measure(policy) -> Point:
+        drawn, logits = sample(policy, [[ASK]], samples, filler + 2, seed + 10_000)
+        adjectives = drawn[is_adjective(drawn)]
+        share = float((adjectives < FIRST_BAD).double().mean()) if len(adjectives) else float("nan")
+        kl = exact_kl(logits, reference, [[ASK]], drawn).mean()
+        return {"reward": share, "kl": float(kl), "adjectives": len(adjectives) / samples}
+
+    return measure
+
+
+def fit(arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int) -> list[Point]:
+    policy = word_model(TOKENIZER, layers=2, width=64, seed=seed)
+    policy.load_state_dict(reference.state_dict())
+    options = {"learning_rate": 3e-4, "beta": 0.3, "max_steps": steps, "per_device_train_batch_size": BATCH,
+               "seed": seed, **(ARMS[arm] or {})}  # fmt: skip
+    trainer = DPOTrainer if arm == "DPO" else OracleTrainer if arm == "oracle mask" else SparsePOTrainer
+    watch = masked if "learned" in options.values() else None
+    return train(trainer, options, policy, rows, TOKENIZER, measure, every=EVERY, start=start, watch=watch)
+
+
+def masked(trainer) -> Point:
+    """How well the reward mask tells slots from filler, the share of exact zeros on filler, and its mean."""
+    values = trainer.token_values([trainer.train_dataset[i] for i in range(BATCH)])["reward_mask"].flatten(0, 1)
+    ids = torch.tensor([ids for i in range(BATCH) for ids in trainer.train_dataset[i]["response_ids"]])
+    slot = is_adjective(ids)
+    ranks = rankdata(values.numpy().ravel()).reshape(values.shape)
+    positive, negative = int(slot.sum()), int((~slot).sum())
+    area = (ranks[slot].sum() - positive * (positive + 1) / 2) / (positive * negative)
+    return {"auc": float(area), "zeros": float((values[~slot] == 0).double().mean()), "mask": float(values.mean())}
+
+
+EXPERIMENT = Experiment(
+    name="sparsepo",
+    claim="A sparse mask finds the tokens that decide the score, and spends its KL there",
+    run=run,
+    seeds=tuple(range(401, 413)),
+    minutes=(60, 1),
+    settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "doses": DOSES},
+    primary=Contrast("SparsePO, L1 0.02", "DPO", 0.1, AT),
+    secondary=(
+        *(Contrast(arm, "DPO", None, AT) for arm in ARMS if arm not in ("DPO", "SparsePO, L1 0.02")),
+        Contrast("SparsePO, L1 0.02", "SparsePO, L1 0", None, AT),
+        Contrast("SparsePO, L1 0.02", "random mask", None, AT),
+        *(Contrast(f"SparsePO, L1 0.02, {filler} filler", f"DPO, {filler} filler", None, AT) for filler in DOSES),
+    ),
+    value=("reward", "share of good adjectives"),
+    columns=("auc", "zeros", "mask", "seconds"),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
