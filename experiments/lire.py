@@ -14,7 +14,7 @@ from .frame import Contrast, Curves, Experiment, main, train
 from .stories import TOKENS, measuring, prompts, scored_rows, sentiment, story_model, tokenizer
 from .worlds import sample
 
-OPENINGS, STEPS, BATCH = 24, 18, 6
+OPENINGS, STEPS, BATCH = 24, 15, 6
 EVOLVE = {"openings": 96, "samples": 8, "rounds": 4, "steps": 6, "batch": 16}
 TEMPERATURES, CANDIDATES = (2.0, 10.0, 20.0), (2, 4, 8, 16)
 RECIPE = ("zscore", 10.0)  # the one whose number of candidates is varied, and that evolves
@@ -85,18 +85,20 @@ EXPERIMENT = Experiment(
     claim="More candidates per prompt, and fresh ones, gain more reward at equal KL",
     run=run,
     seeds=tuple(range(301, 311)),
-    minutes=(60, 1),
+    minutes=(45, 1),
     settings={"openings": OPENINGS, "steps": STEPS, "batch": BATCH, "tokens": TOKENS, "evolve": EVOLVE},
     primary=Contrast(MOST, name(*RECIPE, 4), 0.05, AT),
     secondary=(
         Contrast("fresh", "stale", 0.03, AT),
+        Contrast("fresh", "stale", None, 24.0),
         Contrast("fresh", "start", None, AT),
         Contrast("start", "stale", None, AT),
         Contrast(MOST, name(*RECIPE, 2), None, AT),
         Contrast(MOST, name(*RECIPE, 8), None, AT),
         *(Contrast(name(transform, temperature, 16), "DPO best/worst", None, AT)
-          for transform in ("softmax", "zscore") for temperature in TEMPERATURES),
+          for transform in ("softmax", "zscore") for temperature in TEMPERATURES[1:]),
         Contrast(name("softmax", 2, 16), "DPO best/worst", -0.096, 6.0),
+        Contrast(name("zscore", 2, 16), "DPO best/worst", None, 6.0),
     ),
     columns=("seconds",),
     shown=("DPO best/worst", MOST, name(*RECIPE, 4), name("softmax", 2, 16), "stale", "start", "fresh"),

@@ -18,7 +18,7 @@ from .frame import Contrast, Curves, Experiment, Point, main, train
 from .worlds import exact_kl, pretrain, sample, word_model, word_tokenizer
 
 FILLER, GOOD, BAD = 120, 8, 8  # different words
-PAIRS, STEPS, BATCH, EVERY, NOISE = 64, 60, 16, 5, 0.3
+PAIRS, STEPS, BATCH, EVERY, NOISE = 64, 50, 16, 5, 0.3
 LEARNED = {"mask": "learned", "mask_init": "dense", "mask_learning_rate": 1e-2}
 ARMS = {
     "DPO": None,
@@ -27,7 +27,7 @@ ARMS = {
     "random mask": {"mask": "random"},
     "oracle mask": {"mask": "ones"},
     **{f"SparsePO, L1 {l1:g}": LEARNED | {"reward_l1": l1, "kl_l1": l1} for l1 in (0.0, 0.01, 0.02, 0.05)},
-    "SparsePO independent, L1 0.02": LEARNED | {"independent": True, "reward_l1": 0.02, "kl_l1": 0.02},
+    "SparsePO independent, L1 0.01": LEARNED | {"independent": True, "reward_l1": 0.01, "kl_l1": 0.01},
 }
 DOSES = (5, 40)  # filler words beside the 20
 DOSED = ("DPO", "SparsePO, L1 0.02")
@@ -36,7 +36,7 @@ WORDS = ["<ask>", "was", *(f"good{i}" for i in range(GOOD)), *(f"bad{i}" for i i
 TOKENIZER = word_tokenizer(WORDS)
 ASK, WAS, FIRST_GOOD = TOKENIZER.convert_tokens_to_ids(["<ask>", "was", "good0"])
 FIRST_BAD, FIRST_FILLER = FIRST_GOOD + GOOD, FIRST_GOOD + GOOD + BAD
-AT = 2.0  # nats
+AT = 1.0  # nats
 
 
 class OracleTrainer(SparsePOTrainer):
@@ -71,7 +71,7 @@ def run(seed: int, quick: bool) -> Curves:
         pretrain(reference, texts, steps=30 if quick else 400, batch=64, learning_rate=3e-3, seed=seed)
         rows, measure = (
             preferences(reference, filler, seed),
-            measuring(reference, filler, seed, 100 if quick else 1000),
+            measuring(reference, filler, seed, 100 if quick else 2000),
         )
         start = measure(reference)
         arms = ARMS if filler == 20 else DOSED
@@ -127,12 +127,13 @@ EXPERIMENT = Experiment(
     claim="A sparse mask finds the tokens that decide the score, and spends its KL there",
     run=run,
     seeds=tuple(range(401, 413)),
-    minutes=(60, 1),
+    minutes=(45, 1),
     settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "doses": DOSES},
     primary=Contrast("SparsePO, L1 0.02", "DPO", 0.1, AT),
     secondary=(
         *(Contrast(arm, "DPO", None, AT) for arm in ARMS if arm not in ("DPO", "SparsePO, L1 0.02")),
         Contrast("SparsePO, L1 0.02", "SparsePO, L1 0", None, AT),
+        Contrast("SparsePO, L1 0.02", "TDPO1", None, AT),
         Contrast("SparsePO, L1 0.02", "random mask", None, AT),
         *(Contrast(f"SparsePO, L1 0.02, {filler} filler", f"DPO, {filler} filler", None, AT) for filler in DOSES),
     ),
