@@ -1,6 +1,7 @@
 """A small story model that goes on from openings, and the sentiment of what it says: the world of two experiments."""
 
 import itertools
+import os
 import random
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,8 @@ from trainers.generation.rewards import vader_sentiment
 from .frame import Point
 from .worlds import exact_kl, sample
 
-MODEL = Path("../shared/models/stories260K")  # karpathy's TinyStories model of 260,032 parameters, not in this package
+# The folder of a TinyStories model of 260,032 parameters (karpathy's stories260K), which is not part of this package.
+MODEL = Path(os.environ.get("POLYPO_STORIES", "../shared/models/stories260K"))
 TOKENS = 40  # of every response
 OPENINGS = (
     "Once upon a time, there was a {kind} named {name}. One day, {name}",
