@@ -35,25 +35,21 @@ Curves = dict[str, list[Point]]
 
 @dataclass(frozen=True)
 class Contrast:
-    """`value` of one arm minus that of another, paired by seed.
+    """The experiment's value in one arm minus that in another, paired by seed.
 
     Args:
         at: place on the experiment's x axis, where each seed's own curves are interpolated; None is the last point.
         expected: the effect that is expected, stated before the run; None for a secondary contrast without one.
-        minus: the other arm; None compares with 0.
     """
 
     arm: str
-    minus: str | None
+    minus: str
     expected: float | None = None
     at: float | None = None
-    value: str | None = None
 
     @property
     def title(self) -> str:
-        name = self.arm if self.value is None else f"{self.value}: {self.arm}"
-        name += "" if self.minus is None else f" minus {self.minus}"
-        return name if self.at is None else f"{name}, at {self.at:g}"
+        return f"{self.arm} minus {self.minus}" + ("" if self.at is None else f", at {self.at:g}")
 
 
 @dataclass(frozen=True)
@@ -125,12 +121,12 @@ def at(points: list[Point], x: str, value: str, place: float | None) -> float:
 
 def differences(experiment: Experiment, contrast: Contrast, runs: list[dict]) -> dict | None:
     """The t interval of a contrast over the seeds whose curves reach it, with its verdict; None with no such seed."""
-    value = contrast.value or experiment.value[0]
-
-    def of(curves: Curves, arm: str | None) -> float:
-        return 0.0 if arm is None else at(curves[arm], experiment.x[0], value, contrast.at)
-
-    gains = [of(run["curves"], contrast.arm) - of(run["curves"], contrast.minus) for run in runs]
+    (x, _), (value, _) = experiment.x, experiment.value
+    gains = [
+        at(run["curves"][contrast.arm], x, value, contrast.at)
+        - at(run["curves"][contrast.minus], x, value, contrast.at)
+        for run in runs
+    ]
     reached = [gain for gain in gains if not np.isnan(gain)]
     if not reached:
         return None
@@ -152,7 +148,7 @@ def verdict(gain: dict, expected: float | None) -> str:
 
 def write_report(experiment: Experiment, runs: list[dict], folder: Path) -> dict:
     """Writes summary.json, table.md and plot.svg, and prints the table."""
-    arms = {None, *runs[0]["curves"]}  # the quick version has fewer
+    arms = runs[0]["curves"].keys()  # the quick version has fewer
     contrasts = [c for c in (experiment.primary, *experiment.secondary) if {c.arm, c.minus} <= arms]
     rows = [(contrast, differences(experiment, contrast, runs)) for contrast in contrasts]
     summary = {

@@ -24,7 +24,7 @@ MODULES = {  # script -> where it is now
     "sgpo_experiment": "experiments.sgpo",
     "sgpo_report": "trainers.cli.report",
     "show_masks": "trainers.cli.masks",
-    "sparsepo_frontier": "experiments.sparsepo_frontier",
+    "sparsepo_frontier": "experiments.sparsepo",
 }
 
 
