@@ -93,14 +93,17 @@ def test_metrics_of_the_default_example_and_of_a_saturated_one():
 @pytest.mark.parametrize(
     "options", [{}, {"length_average": True}, {"reduction": "mean", "loss_weight": 3.0}, {"score_transform": "none"}]
 )
-def test_gradient_metric_is_the_size_of_the_gradient(options):
+def test_gradient_and_spread_are_what_they_say(options):
     generator = torch.Generator().manual_seed(0)
     logps = (torch.randn(3, 5, generator=generator, dtype=torch.float64) * 3).requires_grad_()
     scores = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     mask, lengths = torch.arange(5) < torch.tensor([[5], [3], [2]]), torch.randint(1, 9, (3, 5), generator=generator)
     lire_loss(logps, scores, mask, lengths=lengths, **options).sum().backward()
-    found = lire_metrics(logps, scores, mask, lengths, **options)["lire/gradient"]
-    torch.testing.assert_close(found, logps.grad.abs().sum(-1))
+    found = lire_metrics(logps, scores, mask, lengths, temperature=2.0, **options)
+    torch.testing.assert_close(found["lire/gradient"], logps.grad.abs().sum(-1))
+    values = logps.detach() / lengths if options.get("length_average") else logps.detach()
+    spread = [row[keep].std(correction=0) for row, keep in zip(values, mask, strict=True)]
+    torch.testing.assert_close(found["lire/spread"], torch.stack(spread))
 
 
 def rows(lengths):
@@ -126,9 +129,9 @@ def test_a_collapsed_distribution_is_warned_of_once(tmp_path, tokenizer, caplog)
         t = trainer(tmp_path, tokenizer, data=rows([3, 30, 60]), **fields)
         t.train()
     assert logged(t, "lire/vanished") == [1, 1]
-    assert len([r for r in caplog.records if "effective number of candidates" in r.message]) == 1
+    assert len([r for r in caplog.records if "one to two times that deviation" in r.getMessage()]) == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="trainers.lire"):
         t = trainer(tmp_path, tokenizer, data=rows([4, 4, 4]), length_average=True, **fields)
         t.train()
-    assert logged(t, "lire/effective_candidates")[0] > 2 and not caplog.records
+    assert 0 < logged(t, "lire/spread")[0] < 4 and not caplog.records

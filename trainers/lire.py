@@ -31,8 +31,8 @@ LISTWISE_OPTIONS = (
 
 # A prompt's gradient has vanished when it is below this share of what it would be with all responses equally likely.
 VANISHED = 1e-3
-# Mean effective number of candidates below which the user is warned.
-PEAKED = 1.2
+# The user is warned where the spread of a prompt's log-probabilities is more than so many temperatures.
+PEAKED = 2.0
 
 
 @dataclass
@@ -42,8 +42,8 @@ class LIREConfig(PreferenceConfig):
     learning_rate: float = option(2e-5, "Peak learning rate (the authors' value, for LoRA).")
     temperature: float = option(
         2.0,
-        "The responses' probabilities are a softmax of their log-probabilities divided by this; raise it when the "
-        "distribution collapses onto one response.",
+        "The responses' probabilities are a softmax of their log-probabilities divided by this. One to two times "
+        "their standard deviation inside a prompt (lire/spread) is a start; far below it one response has all.",
         above=0,
     )
     score_transform: str = option(
@@ -163,6 +163,7 @@ def lire_metrics(
 ) -> dict[str, Tensor]:
     """How peaked each prompt's distribution over its responses is, {name: (B,)}; NaN where all scores are equal.
 
+    - `lire/spread`: standard deviation of the log-probabilities over the responses (population).
     - `lire/effective_candidates`: exp(entropy), from 1 (one response has all the probability) to K.
     - `lire/gradient`: sum over the responses of |d loss / d logps|, without the SFT term.
     - `lire/vanished`: 1 where that is below 1e-3 of what it would be if all responses were equally likely.
@@ -188,7 +189,9 @@ def lire_metrics(
 
     vanished = gradient(probs) < VANISHED * gradient(mask.to(probs.dtype) / count.unsqueeze(-1))
     best, likeliest = best_and_worst(scores, mask)[0], probs.argmax(-1)
+    centred = (logits - (logits * mask).sum(-1, keepdim=True) / count.unsqueeze(-1)) * mask
     values = {
+        "lire/spread": temperature * (centred.square().sum(-1) / count).sqrt(),
         "lire/effective_candidates": torch.special.entr(probs).sum(-1).exp(),
         "lire/gradient": gradient(probs),
         "lire/vanished": vanished.to(probs.dtype),
@@ -228,12 +231,12 @@ class LIRETrainer(PreferenceTrainer):
 
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
-        candidates = self.state.log_history[-1].get("lire/effective_candidates", math.inf)
-        if candidates < PEAKED and not self._warned and self.is_world_process_zero():
+        spread, temperature = self.state.log_history[-1].get("lire/spread", 0.0), self.args.temperature
+        if spread > PEAKED * temperature and not self._warned and self.is_world_process_zero():
             self._warned = True
             logger.warning(
-                "The mean effective number of candidates is %.2f: one response of each prompt has nearly all the "
-                "probability and most gradients vanish (lire/vanished). Raise temperature (now %s), train on shorter "
-                "responses or on samples of the policy itself, or set length_average.",
-                candidates, self.args.temperature,
+                "The log-probabilities of a prompt's responses have a standard deviation of %.3g (lire/spread), and "
+                "temperature is %g: few responses have nearly all the probability, and most gradients vanish "
+                "(lire/vanished). Set temperature to one to two times that deviation, train on shorter responses or "
+                "on samples of the policy itself, or set length_average.", spread, temperature,
             )  # fmt: skip
