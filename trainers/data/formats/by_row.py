@@ -1,6 +1,8 @@
 """Layouts with one row per prompt: functions from a row of the source to a canonical row."""
 
 import re
+from collections.abc import Callable
+from operator import itemgetter
 
 from ..drops import Drop
 from ..rows import Row, checked_text, pair_to_row
@@ -118,16 +120,7 @@ def ultrafeedback(row: Row) -> Row:
     out by. The system prompts that its models were given differ from completion to completion, so they cannot be part
     of the one prompt and are left out.
     """
-    completions = row["completions"]
-    if not completions:
-        raise Drop("no completions")
-    return {
-        "prompt": [user(row["instruction"])],
-        "responses": [completion["response"] for completion in completions],
-        "scores": [completion["overall_score"] for completion in completions],
-        "models": [completion.get("model") for completion in completions],
-        "source": row.get("source"),
-    }
+    return _completions(row, itemgetter("overall_score"))
 
 
 def ultrafeedback_fine_grained(row: Row) -> Row:
@@ -135,7 +128,20 @@ def ultrafeedback_fine_grained(row: Row) -> Row:
 
     That is the data set's own `fine-grained_score`, where it has one.
     """
-    return {**ultrafeedback(row), "scores": [_mean_rating(completion) for completion in row["completions"]]}
+    return _completions(row, _mean_rating)
+
+
+def _completions(row: Row, score: Callable[[dict], float | None]) -> Row:
+    completions = row["completions"]
+    if not completions:
+        raise Drop("no completions")
+    return {
+        "prompt": [user(row["instruction"])],
+        "responses": [completion["response"] for completion in completions],
+        "scores": [score(completion) for completion in completions],
+        "models": [completion.get("model") for completion in completions],
+        "source": row.get("source"),
+    }
 
 
 def _mean_rating(completion: dict) -> float | None:
