@@ -1,6 +1,7 @@
 """LIRE and the baselines through the whole stack: closed forms at step 0, a lower loss later, DPO as in TRL."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -102,7 +103,28 @@ def test_the_sft_term_is_the_likelihood_of_the_preferred_responses(tmp_path, tok
 
 def test_lires_old_name_of_the_weight_is_the_same_option(tmp_path):
     with pytest.warns(FutureWarning, match="sft_alpha is sft_weight now"):
-        assert config(tmp_path, LIRETrainer, sft_alpha=0.2).sft_weight == 0.2
+        args = config(tmp_path, LIRETrainer, sft_alpha=0.2)
+        assert args.sft_weight == dataclasses.replace(args).sft_weight == 0.2
+    with pytest.raises(ValueError, match="sft_alpha=0.2 is the old name of sft_weight=0.3: leave out sft_alpha"):
+        config(tmp_path, LIRETrainer, sft_alpha=0.2, sft_weight=0.3)
+
+
+@pytest.mark.parametrize("wrong", [-math.inf, math.nan])
+@pytest.mark.parametrize("cls", [InfoNCATrainer, NCATrainer, SWEPOTrainer])
+def test_a_prompt_without_a_signal_cannot_spoil_the_sft_term(tmp_path, tokenizer, cls, wrong):
+    t = trainer(tmp_path, tokenizer, cls=cls, sft_weight=0.3)
+    batch, forward = t.data_collator(list(t.train_dataset)), t.policy_forward
+    left_out = ~t.signal(batch)[:, None, None] & batch["response_mask"]
+    found = []
+    for value in (0.0, wrong):
+        t.policy_forward = lambda *given, value=value: (policy := forward(*given))._replace(
+            logps=policy.logps.masked_fill(left_out, value)
+        )
+        t.model.zero_grad()
+        loss = t.compute_loss(t.model.train(), batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in t.model.parameters())])
+    assert left_out.any() and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("cls, smoothing", [(DPOTrainer, 0.0), (DPOTrainer, 0.2), (SWEPOTrainer, None)])

@@ -215,11 +215,11 @@ class PreferenceTrainer(RunningTrainer):
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
         if self.args.sft_weight:
-            term = sft_loss(
-                policy.logps, batch["response_mask"], self.preferred(batch), reduction=self.args.sft_reduction
-            )
+            signal = self.signal(batch)
+            weights = self.preferred(batch).masked_fill(~signal.unsqueeze(-1), 0)
+            term = sft_loss(policy.logps, batch["response_mask"], weights, reduction=self.args.sft_reduction)
             losses = losses + self.args.sft_weight * term
-            metrics = metrics | {"sft_loss": term.detach().masked_fill(~self.signal(batch), torch.nan)}
+            metrics = metrics | {"sft_loss": term.detach().masked_fill(~signal, torch.nan)}
         if policy.aux_loss is not None:  # per prompt, so that batches of a window weigh as their prompts do
             assert self.runner.router is not None
             losses = losses + self.runner.router.coefficient * policy.aux_loss.to(losses)

@@ -64,6 +64,10 @@ class LIREConfig(PreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sft_alpha and self.sft_weight not in (0, self.sft_alpha):
+            raise ValueError(
+                f"sft_alpha={self.sft_alpha} is the old name of sft_weight={self.sft_weight}: leave out sft_alpha."
+            )
         if self.sft_alpha:
             warnings.warn("sft_alpha is sft_weight now, as in every method.", FutureWarning, stacklevel=3)
             self.sft_weight = self.sft_alpha
