@@ -138,9 +138,11 @@ def verdict(gain: dict, expected: float | None) -> str:
     """What an interval says of an expected effect, and without an expectation whether it excludes 0."""
     if gain["low"] is None:
         return "one seed"
-    if gain["low"] <= 0 <= gain["high"]:
-        narrow = expected is not None and not gain["low"] <= expected <= gain["high"]
-        return "refuted here: excludes the expected effect" if narrow else "cannot tell"
+    holds_zero = gain["low"] <= 0 <= gain["high"]
+    if expected is not None and not gain["low"] <= expected <= gain["high"] and (holds_zero or expected == 0):
+        return "refuted here: excludes the expected effect"
+    if holds_zero:
+        return "no effect seen, as expected" if expected == 0 else "cannot tell"
     if expected is None:
         return "differs from 0"
     return "confirmed here" if gain["mean"] * expected > 0 else "refuted here: the opposite"

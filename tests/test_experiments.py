@@ -67,7 +67,8 @@ def test_only_seeds_whose_curves_reach_the_place_count():
     ("low", "high", "expected", "said"),
     [(0.02, 0.2, 0.1, "confirmed here"), (-0.2, -0.1, 0.1, "refuted here: the opposite"),
      (-0.04, 0.05, 0.1, "refuted here: excludes the expected effect"), (-0.04, 0.2, 0.1, "cannot tell"),
-     (0.1, 0.2, None, "differs from 0"), (-0.1, 0.2, None, "cannot tell")],
+     (0.1, 0.2, None, "differs from 0"), (-0.1, 0.2, 0.0, "no effect seen, as expected"),
+     (-0.2, -0.1, 0.0, "refuted here: excludes the expected effect"), (-0.1, 0.2, None, "cannot tell")],
 )  # fmt: skip
 def test_verdicts(low, high, expected, said):
     assert verdict({"mean": (low + high) / 2, "low": low, "high": high}, expected) == said
