@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import Accelerator
-from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from ..config import option
+from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
 from ..generation import HuggingFace, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
@@ -60,7 +60,7 @@ class GenerateArguments(SamplingConfig):
 def load_prompts(args: GenerateArguments) -> list[dict]:
     """Rows with a `prompt`, in order. Raises ValueError naming the row that has none, or where there is no row."""
     path = Path(args.prompts)
-    rows = read_rows(path) if path.is_file() else list(load_dataset(args.prompts, split=args.split))
+    rows = read_rows(path) if path.is_file() else list(read_dataset(args.prompts, args.split))
     if not rows:
         raise ValueError(f"--prompts: {args.prompts} has no rows.")
     for i, row in enumerate(rows[: args.limit]):
