@@ -214,6 +214,7 @@ def test_other_settings_are_refused_by_name(inputs, finished):
             "A sets max_steps, which all methods must share",
         ),
         ({"methods": {"A b": {"trainer": "DPOTrainer"}, "a-B": {"trainer": "DPOTrainer"}}}, "give the same folder"),
+        ({"methods": {"A": {"trainer": "EMDPOTrainer"}}}, "A: EM-DPO has several policies"),
         ({"train_rows": 600}, "need 605 rows, but only 14 fit"),
         ({"base": {"max_length": 23}}, "rows do not fit in max_length"),
     ],

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
-from .. import PreferenceConfig, PreferenceTrainer, load_preferences
+from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, check_options, option
 from ..data.budget import packed_tokens, token_lengths
 from ..data.rows import refuse_template_options
@@ -108,7 +108,8 @@ def compare(arguments: CompareArguments) -> Path:
         run.stage.done()  # other settings of any run end it here
     for number, run in enumerate(runs, 1):
         done = run.stage.done()
-        print(f"\n[{number}/{len(runs)}] {run.name}, seed {run.seed}{': done already' if done else ''}", flush=True)
+        seed = "" if run.seed is None else f", seed {run.seed}"
+        print(f"\n[{number}/{len(runs)}] {run.name}{seed}{': done already' if done else ''}", flush=True)
         if not done:
             run.stage.open()
             start = time.monotonic()
@@ -198,6 +199,8 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
             path = folder / "config.yaml"
             path.write_text(yaml.safe_dump(config | {"seed": seed, "output_dir": str(folder)}, sort_keys=False))
             trainer, _, args, model = parse(["--config", str(path)])
+            if issubclass(trainer, EMDPOTrainer):
+                raise ValueError(f"{name}: EM-DPO has several policies, and what is compared is one: leave it out.")
             fixed["base.dtype"] = model.dtype  # the one that "fast" is here
             settings = {**fixed, **{f"{name}.{key}": value for key, value in own.items()}, "seed": seed}
             runs.append(Run(name, seed, Stage(folder, settings), trainer, args, model))
