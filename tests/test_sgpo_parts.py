@@ -28,7 +28,7 @@ def config(folder, **options):
         ({"reviser_function": "a.b"}, "reviser='self' and reviser_function do not fit"),
         ({"filter_statistic": "edit_ratio"}, "filter_statistic='edit_ratio' is unknown: choose one of"),
         ({"sampling": {"top_p": 2}}, "top_p=2 must be"),
-        ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat'"),
+        ({"improver": {"learning_rat": 1}}, "improver: unknown key 'learning_rat': did you mean learning_rate"),
         ({"self_enhance": {"scorer": "a.b"}}, "self_enhance has no effect on SGPO"),
     ],
 )

@@ -1,8 +1,10 @@
 """Options with keys of their own, and those of self-enhancement."""
 
 import json
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
+
+from polypo.recipes import nearest
 
 from ..config import option
 from ..precision import FAST
@@ -28,13 +30,14 @@ def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | No
         raise ValueError(f"{option} must be a mapping of options, got {value!r}.")
     for name in value:
         if known is not None and name not in known:
-            raise ValueError(f"{option}: unknown key {name!r}. Known keys: {', '.join(known)}.")
+            near = nearest(name, known, f"known are {', '.join(known)}.")
+            raise ValueError(f"{option}: unknown key {name!r}: {near}")
     return dict(value)
 
 
 def read_options(option: str, value: dict[str, Any] | str, kind: type[Options]) -> Options:
     """The dataclass `kind` from the mapping of an option. Raises ValueError for a key or a value that is wrong."""
-    value = read_mapping(option, value)
+    value = read_mapping(option, value, [field.name for field in fields(kind)])  # type: ignore[arg-type]
     try:
         return kind(**value)
     except (TypeError, ValueError) as error:
