@@ -209,6 +209,7 @@ def test_a_half_written_checkpoint_is_never_taken(saved, make):
     (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
     for resume, told in (
         (str(checkpoint), "checkpoint-2 is not a whole"),
+        (f"{checkpoint}1", "there is no folder .*checkpoint-21"),
         (True, "no whole checkpoint in output_dir"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -109,6 +109,8 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
             or lacks the adapter or the state of optimizer, learning rate or random numbers.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {folder}. Give another, or true: the last.")
     if not is_complete(folder):
         raise ValueError(
             f"resume_from_checkpoint: {folder} is not a whole checkpoint (a kill may have cut it short). Name another "
