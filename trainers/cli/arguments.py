@@ -34,9 +34,9 @@ class DataArguments:
     dataset_train_split: list[str] = field(
         default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
     )
-    dataset_test_split: list[str] | None = option(None, "Split to evaluate on; none without it.")
+    dataset_test_split: list[str] | None = option(None, "Split to evaluate on; left out: nothing is evaluated.")
     data_format: list[str] | None = option(
-        None, "Format of the rows, auto, or an adapter's dotted path; none for canonical rows and pairs."
+        None, "Format of the rows, auto, or an adapter's dotted path; left out: canonical rows and pairs."
     )
     max_train_rows: int | None = option(None, "Use only so many training rows.", at_least=1)
     dry_run: bool = option(False, "Describe the run and its memory without any weights.")

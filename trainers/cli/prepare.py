@@ -44,7 +44,7 @@ class PrepareArguments:
     output: str = option(MISSING, "File to write: .parquet, .jsonl or .jsonl.gz.")
     data_format: str | None = option(
         None,
-        "Name of a format or dotted path of an adapter; auto goes by the columns; none for canonical rows and pairs.",
+        "Name of a format or dotted path of an adapter; auto goes by the columns; left out: canonical rows and pairs.",
     )
     split: str = option("train", "Split to read; train_1+train_2 joins two.")
     name: str | None = option(None, "Configuration of a hub data set, such as utterances.")
