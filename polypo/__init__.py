@@ -69,7 +69,9 @@ def start(command: str, argv: list[str]) -> None:
         importlib.import_module(f"trainers.cli.{command}").main(rest)
         return
     if command == "train":
-        recipes.refuse_missing_model(*recipes.split_recipe(rest))
+        flags, recipe = recipes.split_recipe(rest)
+        recipes.set_environment(recipe)  # a token or the visible GPUs count for what is asked here
+        recipes.refuse_missing_model(flags, recipe)
     from accelerate.commands.launch import launch_command, launch_command_parser  # imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

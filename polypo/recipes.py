@@ -2,26 +2,31 @@
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 HERE = Path(__file__).resolve().parent  # with configs/ and data/ beside it, in a checkout and in a wheel
-BOOL, TEXT, *NUMBERS = (f"tag:yaml.org,2002:{name}" for name in ("bool", "str", "int", "float", "timestamp"))
+BOOL, TEXT, DATE, *NUMBERS = (f"tag:yaml.org,2002:{name}" for name in ("bool", "str", "timestamp", "int", "float"))
 
 
 class _Loader(yaml.SafeLoader):
     """Plain values, and no key twice, of which YAML would silently take the last.
 
     The value of an option stays the text that it is, to be read as a flag's: YAML would make False of a name `no` and
-    1.1 of a version 1.10. Inside of lists and mappings, numbers are numbers.
+    1.1 of a version 1.10. What only YAML reads as a number (`.inf`, `0x10`) is written as Python does. Inside of lists
+    and mappings, numbers are numbers.
     """
 
     def construct_document(self, node):
         for _, value in node.value if isinstance(node, yaml.MappingNode) else ():
             for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if part.tag == BOOL or (part is value and part.tag in NUMBERS):
+                if part is value and part.tag in NUMBERS and re.search(r"inf|nan|0[xb]", part.value.lower()):
+                    part.value = str(self.construct_object(part))
+                if part.tag == BOOL or (part is value and part.tag in (DATE, *NUMBERS)):
                     part.tag = TEXT
         return super().construct_document(node)
 
@@ -69,9 +74,14 @@ def read_recipe(paths: list[str]) -> dict:
     return recipe
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def take(argv: list[str], *names: str, **options) -> tuple[argparse.Namespace, list[str]]:
     """Some options before all are known, and the rest of the command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name, **options)
     return parser.parse_known_args(argv)
@@ -91,7 +101,12 @@ def chosen(name: str, flags: list[str], recipe: dict, default=None):
 
 def is_true(option) -> bool:
     """Of a flag or of a recipe."""
-    return str(option).lower() in ("true", "t", "yes", "y", "1")
+    return str(option).lower() in ("true", "t", "yes", "y", "on", "1")
+
+
+def set_environment(recipe: dict) -> None:
+    """Set the variables of the recipe's key `env`, as TRL does."""
+    os.environ.update({name: str(value) for name, value in (recipe.get("env") or {}).items()})
 
 
 def refuse_missing(**names) -> None:

@@ -11,6 +11,7 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -85,7 +86,11 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "train --model_name_or_path . --dataset_name x": "has neither config.json nor",
     "train --dataset_name x": "model_name_or_path is missing",
     "train --accelerate_config zero3 --model_name_or_path {model} --dataset_name x": "asks for 8 GPUs .* it has 0",
+    "train --config": "--config: expected at least one argument",
+    "train --num_processes": "num_processes: expected one argument",
     "generate --model {model}": "arguments are required: --prompts",
+    "generate --modle {model}": "'modle' is not known: did you mean model",
+    "generate --model {model} --prompts no.jsonl --output x.jsonl --scorer x": "no file or folder 'no.jsonl'",
     "types --bteta=3": "'bteta' is not known: did you mean beta",
     "types --beta 0": "beta=0.0 must be a finite number, above 0",
     "prepare --dataset_name no.jsonl --output x.jsonl": "no file or folder 'no.jsonl'",
@@ -157,7 +162,8 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         "lora_target_modules: [q_proj, v_proj]\nreport_to: [none]\nmodel_init_kwargs: {dtype: bfloat16}\n"
         "logging_steps: 0.5\nwarmup_steps: 0.1\noptim: adamw_torch\nlr_scheduler_kwargs: {}\nmodel_name_or_path: x\n"
         "dataset_name: y\ndataset_config: 1.10\ndata_format: [no]\n"
-        "accelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 5\nfsdp: ''\n"
+        "accelerator_config: {split_batches: false}\nenv: {SOME_NAME: a}\ndata_seed: 0x10\nfsdp: ''\n"
+        "max_grad_norm: .inf\nuse_peft: on\ndisable_tqdm: off\nrun_name: 2026-01-02\nhub_model_id: 0_10\n"
     )
     files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
     for argv in (["--config", *files, "--gamma", "2"], ["--gamma", "2", f"--config={files[0]}", "--config", files[1]]):
@@ -166,11 +172,27 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         assert (args.learning_rate, args.max_steps, args.bf16, args.max_length) == (1e-4, 3, False, None)
         assert model.lora_target_modules == ["q_proj", "v_proj"] and args.save_strategy == "no"
         assert (data.dataset_name, data.dataset_config, data.data_format) == ("y", "1.10", "no")
-        assert args.model_init_kwargs["dtype"] == "bfloat16" and args.data_seed == 5
+        assert args.model_init_kwargs["dtype"] == "bfloat16" and args.data_seed == 16
+        assert (args.max_grad_norm, model.use_peft, args.disable_tqdm) == (float("inf"), True, False)
+        assert (args.run_name, args.hub_model_id) == ("2026-01-02", "0_10")
     assert os.environ.pop("SOME_NAME") == "a"
 
 
 # Accelerate.
+
+
+def test_the_variables_of_a_recipe_count_before_processes_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "of the shell")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path / huggingface_hub.get_token())
+    Path("a.yaml").write_text("model_name_or_path: org/gated\ndataset_name: x\nenv: {HF_TOKEN: mine}\n")
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text("{}")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="asks for 8 GPUs"):  # after the model was found
+        polypo.main(["train", "--config", "a.yaml", "--accelerate_config", "zero3"])
+
 
 ZERO3, DDP = (str(ROOT / f"polypo/configs/accelerate/{name}.yaml") for name in ("zero3", "ddp"))
 

@@ -1,11 +1,12 @@
 """A command line and its YAML files become dataclasses, and what cannot become a field is named."""
 
 import dataclasses
-import os
+from collections.abc import Callable
+from functools import partial
 
 from trl import TrlParser
 
-from polypo.recipes import nearest, split_recipe
+from polypo.recipes import nearest, set_environment, split_recipe
 
 from ..config import Range
 
@@ -29,11 +30,23 @@ class Parser(TrlParser):
         for action in self._actions:
             if isinstance(action.choices, Range):
                 action.choices = None  # `check_options` says what is out of bounds
+            if getattr(action.type, "__name__", None) == "string_to_bool":
+                action.type = partial(truth, action.type)
+
+    def unknown(self, flags: list[str]) -> list[str]:
+        """Flags that are no option."""
+        names = [flag.split("=")[0] for flag in flags if flag.startswith("--")]
+        return [name for name in names if name not in self._option_string_actions]
 
     def error(self, message: str):
         for kind, told in KINDS.items():
             message = message.replace(kind, told)
         raise ValueError(message)
+
+
+def truth(of: Callable[[str], bool], text: str) -> bool:
+    """A boolean by `of`, which does not know YAML's words on and off."""
+    return of({"on": "true", "off": "false"}.get(text.lower(), text))
 
 
 def read(argv: list[str], *classes: type) -> tuple:
@@ -51,12 +64,18 @@ def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:
         ValueError: a key or a flag is unknown, the message names the nearest known one; or a value is of another kind.
     """
     recipe, parser = dict(recipe), Parser(classes)
-    os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
+    set_environment(recipe)
+    recipe.pop("env", None)
     left = parser.set_defaults_with_config(**recipe)
-    *parsed, more = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     known = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
-    for name in (part[2:].split("=")[0] if part.startswith("--") else part for part in [*left, *more]):
-        if name in DROPPED:
-            raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
-        raise ValueError(f"the option {name!r} is not known: {nearest(name, known, 'see --help.')}")
+
+    def refuse(names: list[str]) -> None:
+        for name in (part.removeprefix("--") for part in names):
+            if name in DROPPED:
+                raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
+            raise ValueError(f"the option {name!r} is not known: {nearest(name, known, 'see --help.')}")
+
+    refuse([*left, *parser.unknown(flags)])  # one that is misspelt before those that are missing
+    *parsed, more = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    refuse(more)
     return tuple(parsed)
