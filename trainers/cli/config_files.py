@@ -31,7 +31,7 @@ class Parser(TrlParser):
             if isinstance(action.choices, Range):
                 action.choices = None  # `check_options` says what is out of bounds
             if getattr(action.type, "__name__", None) == "string_to_bool":
-                action.type = partial(truth, action.type)
+                action.type = partial(truth, action.type)  # type: ignore[arg-type]
 
     def unknown(self, flags: list[str]) -> list[str]:
         """Flags that are no option."""
