@@ -32,6 +32,7 @@ COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
 def main(argv: list[str] | None = None) -> None:
     """Run a command line, by default that of this process."""
     command, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.path.append(os.getcwd())  # where a user's own methods, formats and scorers are
     with mistakes_told():
         if command in ("-h", "--help"):
             print(usage.program(COMMANDS))
@@ -63,7 +64,6 @@ def mistakes_told() -> Iterator[None]:
 
 def start(command: str, argv: list[str]) -> None:
     """Run a command here, or hand it to accelerate."""
-    sys.path.append(os.getcwd())  # where a user's own methods, formats and scorers are
     launch, rest = split_launch(argv, needed=command == "train")
     if launch is None:
         importlib.import_module(f"trainers.cli.{command}").main(rest)

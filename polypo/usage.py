@@ -145,9 +145,9 @@ def _file(module: str, folder: Path | None = None) -> Path:
     if folder is None:
         top, _, module = module.partition(".")
         spec = importlib.util.find_spec(top)  # of a top-level name, which imports nothing
-        if spec is None or spec.origin is None:
+        if spec is None or not (spec.submodule_search_locations or spec.origin):
             raise ValueError(f"there is no module {top}.")
-        folder = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+        folder = Path(next(iter(spec.submodule_search_locations or [spec.origin])))  # a folder may lack __init__.py
     path = folder.joinpath(*filter(None, module.split(".")))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 

@@ -63,6 +63,17 @@ def test_a_usage_has_the_options_of_the_classes(name):
     assert all(f"--{name} " in short for name in (*usage.MODEL, *usage.TRAINING)) and "--help all" in short
 
 
+def test_a_usage_of_a_method_in_the_folder_where_one_is(tmp_path):
+    (tmp_path / "my_lab").mkdir()
+    code = (ROOT / "README.md").read_text().partition("`my_lab/hinge.py`:\n\n```python\n")[2].partition("```")[0]
+    (tmp_path / "my_lab/hinge.py").write_text(code)
+    # As the installed program, before whose modules the folder is not.
+    run = [sys.executable, "-P", "-c", "import polypo; polypo.main()", "train", "--help"]
+    done = subprocess.run([*run, "--trainer", "my_lab.hinge.HingeTrainer"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert "--margin float" in done.stdout and "Wanted lead of the best response" in done.stdout, done.stderr
+
+
 def test_commands_are_modules_and_forwards_lead_to_some():
     for name in polypo.COMMANDS:
         assert callable(importlib.import_module(f"trainers.cli.{name}").main)
