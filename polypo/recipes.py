@@ -83,7 +83,7 @@ def take(argv: list[str], *names: str, **options) -> tuple[argparse.Namespace, l
     """Some options before all are known, and the rest of the command line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
-        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name, **options)
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **options)
     return parser.parse_known_args(argv)
 
 

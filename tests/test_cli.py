@@ -98,7 +98,7 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "train --dataset_name x": "model_name_or_path is missing",
     "train --accelerate_config zero3 --model_name_or_path {model} --dataset_name x": "asks for 8 GPUs .* it has 0",
     "train --config": "--config: expected at least one argument",
-    "train --num_processes": "num_processes: expected one argument",
+    "train --num_processes": "--num_processes/--num-processes: expected one argument",
     "generate --model {model}": "arguments are required: --prompts",
     "generate --modle {model}": "'modle' is not known: did you mean model",
     "generate --model {model} --prompts no.jsonl --output x.jsonl --scorer x": "no file or folder 'no.jsonl'",
