@@ -20,7 +20,7 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo benchmark test test-lowest test-distributed test-all check style docs clean
+.PHONY: help setup demo benchmark experiments test test-lowest test-distributed test-all check style docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: $(READY)  ## train SWEPO on a small real model and write runs/demo/report.
 benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and write docs/benchmarks.md
 	$(BIN)/python scripts/get_smollm2.py
 	$(BIN)/python -m benchmarks.run $(BENCHMARK_ARGS)
+
+experiments: $(READY)  ## repeat the experiments of docs/results (hours; each says its size and minutes first)
+	@for name in swepo lire sparsepo emdpo; do $(BIN)/python -m experiments.$$name || exit 1; done
 
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false

@@ -4,8 +4,8 @@
     <folder>/...             journals and files of the work itself, each with a way to go on after a kill
     <folder>/manifest.json   hash of the settings, and what came out; written last, which ends it
 
-A later stage takes the hashes of what it reads from the manifests of earlier ones into its own settings, so it is tied
-to all that came before it.
+A later stage takes the key of the one that it reads from, the hash of its settings, into its own settings, so it is
+tied to all that came before it.
 """
 
 import json
