@@ -163,7 +163,8 @@ def write_report(experiment: Experiment, runs: list[dict], folder: Path) -> dict
         "curves": {str(run["seed"]): run["curves"] for run in runs},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "summary.json", (json.dumps(summary) + "\n").encode())
+    rounded = json.loads(json.dumps(summary), parse_float=lambda number: round(float(number), 5))
+    write_atomic(folder / "summary.json", (json.dumps(rounded) + "\n").encode())
     table = tables(experiment, rows, runs) + f"\n{len(runs)} seeds, {summary['minutes']:g} minutes of one process.\n"
     write_atomic(folder / "table.md", table.encode())
     write_atomic(folder / "plot.svg", picture(experiment, rows, runs).encode())
