@@ -42,7 +42,7 @@ def candidates(reference, seed: int, measure, start, quick: bool) -> Curves:
                      every=3, start=start)  # fmt: skip
 
     curves = {"DPO best/worst": fit(DPOTrainer, {"beta": 0.1}, 16)}
-    for transform, temperature, count in arms[-5:] if quick else arms:
+    for transform, temperature, count in [(*RECIPE, 16), (*RECIPE, 4)] if quick else arms:
         options = {"temperature": temperature, "score_transform": transform}
         curves[name(transform, temperature, count)] = fit(LIRETrainer, options, count)
     return curves
