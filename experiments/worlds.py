@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainers.generation.backends import left_padded
+
 PAD, END = "<pad>", "</s>"
 
 
@@ -59,7 +61,7 @@ def sample(policy, prompts: list[list[int]], count: int, tokens: int, seed: int)
 
     All samples have exactly so many tokens, so that no length can be learned or exploited.
     """
-    context, mask = padded([prompt for prompt in prompts for _ in range(count)])
+    context, mask = left_padded([prompt for prompt in prompts for _ in range(count)], 0)
     with random_stream(seed):
         drawn = policy.generate(context, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                 min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0, output_logits=True,
@@ -74,7 +76,7 @@ def exact_kl(logits: torch.Tensor, reference, prompts: list[list[int]], samples:
 
     `logits` and `samples` are those of `sample`.
     """
-    context, mask = padded([prompt for prompt in prompts for _ in range(samples.size(1))])
+    context, mask = left_padded([prompt for prompt in prompts for _ in range(samples.size(1))], 0)
     responses = samples.flatten(0, 1)
     ids, mask = torch.cat([context, responses], 1), torch.cat([mask, torch.ones_like(responses)], 1)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -83,11 +85,3 @@ def exact_kl(logits: torch.Tensor, reference, prompts: list[list[int]], samples:
     ]
     ours, theirs = logits.log_softmax(-1), theirs.log_softmax(-1).view_as(logits)
     return (ours.exp() * (ours - theirs)).sum((-2, -1)).double().numpy()
-
-
-def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids on the right of a rectangle, and its mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

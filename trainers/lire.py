@@ -145,9 +145,7 @@ def transform_scores(scores: Tensor, mask: Tensor, transform: str, temperature: 
     d = (scores - lowest).masked_fill(~mask, 0)
     spread = d.amax(-1, keepdim=True)
     d = d / spread.masked_fill(spread == 0, 1)
-    count = mask.sum(-1, keepdim=True).clamp(min=1)
-    d = (d - d.sum(-1, keepdim=True) / count).masked_fill(~mask, 0)
-    deviation = (d.square().sum(-1, keepdim=True) / count).sqrt()
+    d, deviation = _centred(d, mask)
     return torch.where(spread > 0, d / deviation.masked_fill(spread == 0, 1), 0.0)
 
 
@@ -193,9 +191,8 @@ def lire_metrics(
 
     vanished = gradient(probs) < VANISHED * gradient(mask.to(probs.dtype) / count.unsqueeze(-1))
     best, likeliest = best_and_worst(scores, mask)[0], probs.argmax(-1)
-    centred = (logits - (logits * mask).sum(-1, keepdim=True) / count.unsqueeze(-1)) * mask
     values = {
-        "lire/spread": temperature * (centred.square().sum(-1) / count).sqrt(),
+        "lire/spread": temperature * _centred(logits, mask)[1].squeeze(-1),
         "lire/effective_candidates": torch.special.entr(probs).sum(-1).exp(),
         "lire/gradient": gradient(probs),
         "lire/vanished": vanished.to(probs.dtype),
@@ -206,6 +203,13 @@ def lire_metrics(
     }
     varied = scores_differ(scores, mask)
     return {name: value.masked_fill(~varied, math.nan) for name, value in values.items()}
+
+
+def _centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (B,K), 0 in masked slots, minus the mean of their prompt; and their population deviation (B,1)."""
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    centred = (values - values.sum(-1, keepdim=True) / count).masked_fill(~mask, 0)
+    return centred, (centred.square().sum(-1, keepdim=True) / count).sqrt()
 
 
 def _best_logps(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor | None) -> Tensor:

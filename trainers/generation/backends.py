@@ -32,6 +32,13 @@ class Backend(Protocol):
         """One sample per request, of at most `config.max_new_tokens`. `config.seed` is in the requests already."""
 
 
+def left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (N,L) on the right of a rectangle, and their mask, 0 where there is padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
 @dataclass
 class HuggingFace:
     """Samples with `generate`, reproducibly sample by sample.
@@ -50,20 +57,19 @@ class HuggingFace:
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
         rows, device = [request.prompt_ids for request in requests], self.model.get_input_embeddings().weight.device
-        width, ends = max(map(len, rows)), end_ids(self.model, self.tokenizer)
+        ends = end_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         processors = LogitsProcessorList()
         if config.temperature > 0:
             seeds, heat, top_p = [request.seed for request in requests], config.temperature, config.top_p
             processors.append(GumbelSampler(seeds, temperature=heat, top_p=top_p, top_k=config.top_k, device=device))
-        padded = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        padded, attention = (tensor.to(device) for tensor in left_padded(rows, pad))
         settings = _greedy_config(config.max_new_tokens, ends, pad)
         with _without_training(self.model):
             output = self.model.generate(
                 input_ids=padded, attention_mask=attention, logits_processor=processors, generation_config=settings
             )
-        return [self._cut(row, ends) for row in output[:, width:].tolist()]
+        return [self._cut(row, ends) for row in output[:, padded.size(1) :].tolist()]
 
     def _cut(self, ids: list[int], ends: list[int]) -> Sample:
         stop = next((t + 1 for t, token in enumerate(ids) if token in ends), None)
