@@ -22,7 +22,7 @@ from trainers import EMDPOConfig, EMDPOTrainer
 from trainers.emdpo.tables import HELD_OUT, read_annotators, read_json
 from trainers.runs.stage import MANIFEST
 
-from .frame import Contrast, Curves, Experiment, Point, main
+from .frame import SHARED, Contrast, Curves, Experiment, Point, main
 from .worlds import pretrain, word_model, word_tokenizer
 
 NOUNS, PLACES, ADJECTIVES = 20, 20, 40
@@ -79,10 +79,9 @@ def run(seed: int, quick: bool) -> Curves:
 def fit(reference, rows: list[dict], held: list[dict], types: np.ndarray, seed: int, rounds: int) -> list[Point]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = EMDPOConfig(
-            output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed,
-            save_strategy="no", num_types=2, rounds=rounds, init="dirichlet", start_from="previous", beta=0.3,
-            learning_rate=1e-3, lr_scheduler_type="constant", normalize="posterior", layout="rows",
-            per_device_train_batch_size=BATCH, ref_tokens_per_batch=40_000, dataloader_pin_memory=False,
+            output_dir=folder, **SHARED, seed=seed, num_types=2, rounds=rounds, init="dirichlet", beta=0.3,
+            start_from="previous", normalize="posterior", learning_rate=1e-3, layout="rows",
+            per_device_train_batch_size=BATCH, ref_tokens_per_batch=40_000,
         )  # fmt: skip
         trainer = EMDPOTrainer(reference, args=args, train_dataset=Dataset.from_list(rows),
                                eval_dataset=Dataset.from_list(held), processing_class=TOKENIZER)  # fmt: skip
@@ -114,10 +113,6 @@ def stopped(points: list[Point]) -> list[Point]:
     return points[: chosen + 1]
 
 
-def gain(arm: str, minus: str | None, expected: float | None = None) -> Contrast:
-    return Contrast(arm, minus, expected)
-
-
 EXPERIMENT = Experiment(
     name="emdpo",
     claim="One ternary answer per annotator identifies the types, and one binary answer does not",
@@ -125,8 +120,12 @@ EXPERIMENT = Experiment(
     seeds=tuple(range(501, 511)),
     minutes=(90, 1),
     settings={"annotators": ANNOTATORS, "held": HELD, "rounds": ROUNDS, "batch": BATCH, "taste": TASTE},
-    primary=gain("ranking of 3", "one pair", 0.25),
-    secondary=(gain("best of 3", "one pair"), gain("two pairs", "one pair"), gain("ranking of 3", "two pairs")),
+    primary=Contrast("ranking of 3", "one pair", 0.25),
+    secondary=(
+        Contrast("best of 3", "one pair"),
+        Contrast("two pairs", "one pair"),
+        Contrast("ranking of 3", "two pairs"),
+    ),
     x=("round", "round of EM"),
     value=("typed_right", "new annotators typed right"),
     columns=("held_out", "smallest_type"),

@@ -29,6 +29,9 @@ from trainers.statistics import t_interval
 
 KL = "KL(policy || reference) of whole responses, nats"
 QUICK_SEEDS = 2
+# What all trainings here share, in the words of `TrainingArguments`.
+SHARED = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+          "lr_scheduler_type": "constant", "dataloader_pin_memory": False}  # fmt: skip
 Point = dict[str, float]  # what was measured at one moment of a training; "step" is the moment
 Curves = dict[str, list[Point]]
 
@@ -253,9 +256,7 @@ def train(trainer_class, options: dict, model, rows: list[dict], tokenizer, meas
     """
     curve = Curve(measure, every, start, watch)
     with tempfile.TemporaryDirectory() as scratch:
-        shared = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
-                  "disable_tqdm": True, "lr_scheduler_type": "constant", "dataloader_pin_memory": False}  # fmt: skip
-        args = trainer_class.config_class(output_dir=scratch, **shared | options)
+        args = trainer_class.config_class(output_dir=scratch, **SHARED | options)
         trainer = trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                                 callbacks=[curve])  # fmt: skip
         curve.trainer = trainer

@@ -8,9 +8,11 @@ pairs of its own samples train every arm. Measured are the share of good adjecti
 tells the slot from the filler (area under the ROC curve).
 """
 
+import copy
+
 import numpy as np
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from trainers import DPOTrainer, SparsePOTrainer
 
@@ -102,23 +104,21 @@ def measuring(reference, filler: int, seed: int, samples: int):
 
 
 def fit(arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int) -> list[Point]:
-    policy = word_model(TOKENIZER, layers=2, width=64, seed=seed)
-    policy.load_state_dict(reference.state_dict())
     options = {"learning_rate": 3e-4, "beta": 0.3, "max_steps": steps, "per_device_train_batch_size": BATCH,
                "seed": seed, **(ARMS[arm] or {})}  # fmt: skip
     trainer = DPOTrainer if arm == "DPO" else OracleTrainer if arm == "oracle mask" else SparsePOTrainer
     watch = masked if "learned" in options.values() else None
-    return train(trainer, options, policy, rows, TOKENIZER, measure, every=EVERY, start=start, watch=watch)
+    return train(
+        trainer, options, copy.deepcopy(reference), rows, TOKENIZER, measure, every=EVERY, start=start, watch=watch
+    )
 
 
 def masked(trainer) -> Point:
     """How well the reward mask tells slots from filler, the share of exact zeros on filler, and its mean."""
-    values = trainer.token_values([trainer.train_dataset[i] for i in range(BATCH)])["reward_mask"].flatten(0, 1)
-    ids = torch.tensor([ids for i in range(BATCH) for ids in trainer.train_dataset[i]["response_ids"]])
-    slot = is_adjective(ids)
-    ranks = rankdata(values.numpy().ravel()).reshape(values.shape)
-    positive, negative = int(slot.sum()), int((~slot).sum())
-    area = (ranks[slot].sum() - positive * (positive + 1) / 2) / (positive * negative)
+    rows = [trainer.train_dataset[i] for i in range(BATCH)]
+    values = trainer.token_values(rows)["reward_mask"]
+    slot = is_adjective(torch.tensor([row["response_ids"] for row in rows]))
+    area = mannwhitneyu(values[slot], values[~slot]).statistic / (int(slot.sum()) * int((~slot).sum()))
     return {"auc": float(area), "zeros": float((values[~slot] == 0).double().mean()), "mask": float(values.mean())}
 
 
