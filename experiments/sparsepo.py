@@ -25,20 +25,18 @@ LEARNED = {"mask": "learned", "mask_init": "dense", "mask_learning_rate": 1e-2}
 ARMS = {
     "DPO": None,
     "TDPO1": {"mask": "ones"},
-    "MaPO": {"mask": "activations"},
     "random mask": {"mask": "random"},
     "oracle mask": {"mask": "ones"},
-    **{f"SparsePO, L1 {l1:g}": LEARNED | {"reward_l1": l1, "kl_l1": l1} for l1 in (0.0, 0.01, 0.02, 0.05)},
-    "SparsePO independent, L1 0.01": LEARNED | {"independent": True, "reward_l1": 0.01, "kl_l1": 0.01},
+    **{f"SparsePO, L1 {l1:g}": LEARNED | {"reward_l1": l1, "kl_l1": l1} for l1 in (0.005, 0.01, 0.02)},
 }
 DOSES = (5, 40)  # filler words beside the 20
-DOSED = ("DPO", "SparsePO, L1 0.02")
+SPARSE = "SparsePO, L1 0.01"
 WORDS = ["<ask>", "was", *(f"good{i}" for i in range(GOOD)), *(f"bad{i}" for i in range(BAD)),
          *(f"word{i}" for i in range(FILLER))]  # fmt: skip
 TOKENIZER = word_tokenizer(WORDS)
 ASK, WAS, FIRST_GOOD = TOKENIZER.convert_tokens_to_ids(["<ask>", "was", "good0"])
 FIRST_BAD, FIRST_FILLER = FIRST_GOOD + GOOD, FIRST_GOOD + GOOD + BAD
-AT = 1.0  # nats
+AT = 0.3  # nats
 
 
 class OracleTrainer(SparsePOTrainer):
@@ -76,8 +74,7 @@ def run(seed: int, quick: bool) -> Curves:
             measuring(reference, filler, seed, 100 if quick else 2000),
         )
         start = measure(reference)
-        arms = ARMS if filler == 20 else DOSED
-        for arm in ("DPO", "SparsePO, L1 0.02") if quick else arms:
+        for arm in ("DPO", SPARSE) if quick or filler != 20 else ARMS:
             name = arm if filler == 20 else f"{arm}, {filler} filler"
             curves[name] = fit(arm, reference, rows, measure, start, seed, EVERY if quick else STEPS)
     return curves
@@ -126,16 +123,15 @@ EXPERIMENT = Experiment(
     name="sparsepo",
     claim="A sparse mask finds the tokens that decide the score, and spends its KL there",
     run=run,
-    seeds=tuple(range(401, 413)),
-    minutes=(45, 1),
-    settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "doses": DOSES},
-    primary=Contrast("SparsePO, L1 0.02", "DPO", 0.1, AT),
+    seeds=tuple(range(413, 425)),
+    minutes=(35, 1),
+    settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "doses": DOSES, "arms": list(ARMS)},
+    primary=Contrast(SPARSE, "DPO", 0.05, AT),
     secondary=(
-        *(Contrast(arm, "DPO", None, AT) for arm in ARMS if arm not in ("DPO", "SparsePO, L1 0.02")),
-        Contrast("SparsePO, L1 0.02", "SparsePO, L1 0", None, AT),
-        Contrast("SparsePO, L1 0.02", "TDPO1", None, AT),
-        Contrast("SparsePO, L1 0.02", "random mask", None, AT),
-        *(Contrast(f"SparsePO, L1 0.02, {filler} filler", f"DPO, {filler} filler", None, AT) for filler in DOSES),
+        *(Contrast(arm, "DPO", None, AT) for arm in ARMS if arm not in ("DPO", SPARSE)),
+        *(Contrast(SPARSE, arm, None, AT) for arm in ("TDPO1", "random mask", "oracle mask")),
+        Contrast(SPARSE, "DPO", None, 1.0),
+        *(Contrast(f"{SPARSE}, {filler} filler", f"DPO, {filler} filler", None, AT) for filler in DOSES),
     ),
     value=("reward", "share of good adjectives"),
     columns=("auc", "zeros", "mask", "seconds"),
