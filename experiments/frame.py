@@ -6,7 +6,9 @@ paired by seed. A finished seed is never repeated: a killed or extended experime
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import tempfile
 import time
@@ -263,3 +265,10 @@ def train(trainer_class, options: dict, model, rows: list[dict], tokenizer, meas
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return curve.points
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the rounds' own progress, which would drown that of the seeds."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
