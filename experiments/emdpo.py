@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from trainers import EMDPOConfig, EMDPOTrainer
+from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import HELD_OUT, read_annotators, read_json
 from trainers.runs.stage import MANIFEST
 
@@ -25,6 +26,7 @@ from .worlds import pretrain, word_model, word_tokenizer
 
 NOUNS, PLACES, ADJECTIVES = 20, 20, 40
 ANNOTATORS, HELD, ROUNDS, EPOCHS, BATCH, TASTE = 5000, 1000, 14, 2, 250, 1.5
+LENGTHS = {"rounds": ROUNDS, "epochs": EPOCHS}
 # name: (responses shown, rows per annotator, stages that are told)
 FEEDBACK = {"one pair": (2, 1, None), "best of 3": (3, 1, 1), "ranking of 3": (3, 1, None), "two pairs": (2, 2, None)}
 TYPED = (3, 2, None)  # what the annotators answer who are typed
@@ -102,9 +104,9 @@ def point(folder: Path, number: int, types: np.ndarray) -> Point:
     """What a round found: the likelihood of the held-out annotators, and how many of the typed ones are right."""
     manifest, (names, posterior, _) = read_json(folder / MANIFEST), read_annotators(folder / HELD_OUT)
     held = [v for name, v in manifest["held_out"]["per_annotator"].items() if name.startswith("held-")]
-    found = {name: row.argmax() for name, row in zip(names, posterior, strict=True) if name.startswith("typed-")}
-    right = np.mean([found[f"typed-{i}"] == of_type for i, of_type in enumerate(types)])
-    return {"round": number, "held_out": float(np.mean(held)), "typed_right": float(max(right, 1 - right)),
+    found = dict(zip(names, posterior, strict=True))
+    right, _ = match_types(np.stack([found[f"typed-{i}"] for i in range(len(types))]), types)
+    return {"round": number, "held_out": float(np.mean(held)), "typed_right": right,
             "smallest_type": min(manifest["prior"])}  # fmt: skip
 
 
@@ -120,7 +122,7 @@ EXPERIMENT = Experiment(
     run=run,
     seeds=tuple(range(501, 511)),
     minutes=(100, 1),
-    settings={"annotators": ANNOTATORS, "held": HELD, "rounds": ROUNDS, "epochs": EPOCHS, "batch": BATCH, "taste": TASTE},
+    settings={"annotators": ANNOTATORS, "held": HELD, "batch": BATCH, "taste": TASTE} | LENGTHS,
     primary=Contrast("ranking of 3", "one pair", 0.4),
     secondary=(
         Contrast("best of 3", "one pair"),

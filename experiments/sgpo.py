@@ -1,168 +1,179 @@
-"""SGPO on short instructions with reference answers: the recipe, its ablations, and what an outside scorer says.
+"""SGPO: does a model that learned to improve drafts teach itself more than sharpening its own answers would?
 
-    python -m experiments.sgpo --data sft_alpaca.jsonl.gz
+    python -m experiments.sgpo [--quick]
 
-`--data` holds `prompt` and `response`. Everything lies in runs/sgpo and resumes after a kill. The scorer is ROUGE-L
-against the reference answers of prompts that no training saw; results.md has the tables of docs/results/sgpo.md.
+A word-level model, made in seconds, adds up three groups of three items: all totals first, which it often gets wrong,
+and then the running sums that they come from, which it gets right. So a draft shows what its first words should have
+been. The improver learns from drafts whose first two errors an outside function has repaired. Measured is the share of
+right words at temperature 1 on new prompts, after each stage, and by how much improved answers beat plain ones.
 """
 
-import argparse
-import random
-import shutil
+import copy
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import yaml
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from trainers import SGPOTrainer
-from trainers.cli import train
-from trainers.cli.answers import at_equal_length
-from trainers.generation.rewards import rouge_l
-from trainers.generation.start import load_start
-from trainers.pages.text import interval, markdown
-from trainers.runs.checkpoints import last_checkpoint
-from trainers.runs.files import read_rows, write_atomic, write_json, write_rows
-from trainers.runs.stage import train_into
-from trainers.sgpo.filters import fault
-from trainers.sgpo.sampling import Sampler
-from trainers.sgpo.stages import MODEL, ROWS, pair
-from trainers.statistics import bootstrap_interval
+from trainers import SGPOConfig, SGPOTrainer
+from trainers.emdpo.tables import read_json
+from trainers.runs.files import read_rows
+from trainers.runs.stage import MANIFEST
+from trainers.sgpo.improver import sft_config, train_sft
+from trainers.sgpo.stages import pair
+from trainers.sgpo.text import improver_prompt
 
-RECIPE = Path("configs/sgpo/alpaca.yaml")
-WORDS, PROMPT_WORDS = (5, 50), 60  # of the reference answers and prompts that are taken
-OF_REFERENCE = ["--reviser", "external", "--reviser_function", "trainers.sgpo.sampling.reference_answer"]
-# Flags that differ from the recipe; another run, and the stages whose files are the same there.
-RUNS = {
-    "reference": (OF_REFERENCE, "self", ["current"]),
-    "reference, narrow filter": ([*OF_REFERENCE, "--filter_factor", "0.5"], "reference", ["current", "targets"]),
-    "no filter": (["--filter_statistic", "none"], "self", ["current", "targets"]),
-}
+from .frame import SHARED, Contrast, Curves, Experiment, Point, main, quiet
+from .worlds import END, exact_kl, pretrain, sample, word_model, word_tokenizer
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="JSON lines with prompt and response, .gz or not.")
-    options = parser.parse_args()
-    recipe = yaml.safe_load(RECIPE.read_text())
-    base = Path(recipe["output_dir"]).parent
-    take_rows(Path(options.data), Path(recipe["dataset_name"]))
-    for name, (changes, source, shared) in ({"self": ([], "self", [])} | RUNS).items():
-        folder = base / folder_of(name)
-        for stage in shared:  # which is tied to its settings and to the stages before it, and not to its folder
-            if not (folder / "round-00" / stage).exists():
-                shutil.copytree(base / source / "round-00" / stage, folder / "round-00" / stage)
-        train.main(["--config", str(RECIPE), *changes, "--output_dir", str(folder)])
-    results = measure(base)
-    write_json(base / "results.json", results)
-    text = "\n".join(markdown(head, rows) for head, rows in tables(results))
-    write_atomic(base / "results.md", text.encode())
-    print(text)
+GROUPS, GROUP, PRICED, LARGEST = 3, 3, 40, 4  # items of a prompt; different ones, and the largest price
+LENGTH = GROUPS * (GROUP + 1)  # words of an answer: the totals, and then the running sums that they come from
+STEPS, LEARN, UNLABELLED, HELD, SAMPLES, EDITS = 500, 2000, 4000, 500, 4, 2
+CUE = "cost"
+WORDS = [*improver_prompt(" ", " ").split(), CUE, *(f"item{i}" for i in range(PRICED)),
+         *(f"n{i}" for i in range(GROUP * LARGEST + 1))]  # fmt: skip
+TOKENIZER = word_tokenizer(list(dict.fromkeys(WORDS)))
+CUE_ID, ITEM, NUMBER = TOKENIZER.convert_tokens_to_ids([CUE, "item0", "n0"])
+OPTIONS = {
+    "reviser": "external", "policy_weight": 0.3, "scorer": "experiments.sgpo.accuracy", "max_length": 100,
+    "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": LENGTH + 4, "batch_size": 500},
+    "revision": {"temperature": 0.3},
+    "improver": {"learning_rate": 2e-3, "num_train_epochs": 10, "per_device_train_batch_size": 32},
+    "learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 64, "sft_weight": 1.0,
+}  # fmt: skip
+REVISERS = {"incremental": "experiments.sgpo.repair", "full reference": "trainers.sgpo.sampling.reference_answer"}
 
 
-def folder_of(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-")
+def repair(prompts: list, drafts: list[str], references: list[str]) -> list[str]:
+    """Drafts with their first errors mended, as an outside reviser would."""
+    return [" ".join(_repair(draft.split(), right.split())) for draft, right in zip(drafts, references, strict=True)]
 
 
-def take_rows(source: Path, target: Path) -> None:
-    """The short rows of the data in a fixed random order."""
-    rows = [
-        {"prompt": row["prompt"], "response": row["response"]}
-        for row in read_rows(source)
-        if WORDS[0] <= len(row["response"].split()) <= WORDS[1] and len(row["prompt"].split()) <= PROMPT_WORDS
-    ]
-    random.Random(0).shuffle(rows)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(target, rows)
+def _repair(draft: list[str], right: list[str]) -> list[str]:
+    wrong = [i for i, (a, b) in enumerate(zip(draft, right, strict=False)) if a != b]
+    return [right[i] if i in wrong[:EDITS] else word for i, word in enumerate(draft)]
 
 
-def measure(base: Path) -> dict:
-    """ROUGE-L of all answers, and the reference answers' likelihood, against the model before training."""
-    _, _, args, model = train.parse(["--config", str(RECIPE)])
-    gold = base / "gold_pairs" / MODEL
-    train_into(gold, lambda folder: train_on_gold_pairs(folder, base / "self/round-00", args, model))
-    before = read_rows(base / "self/round-00/measure/policy.jsonl.gz")
-    name = model.model_name_or_path
-    sampler = Sampler(args, name, AutoTokenizer.from_pretrained(name))
-
-    def policy(title: str, path: Path | None, answers: list[str]) -> dict:
-        folder = base / "likelihood" / folder_of(title.replace(": ", "-"))
-        logps = sampler.logps(folder, path, before, ("reference", "reference"))
-        likelihood = np.array([np.mean(row[0]) for row in logps])
-        result = compare(before, [row["answer"] for row in before], answers)
-        return result | {"likelihood": likelihood.tolist(), "reference_logp": bootstrap_interval(likelihood)}
-
-    results = {"improvers": {}, "policies": {"start": policy("start", None, [row["answer"] for row in before])}}
-    for title in ("self", *RUNS):
-        folder = base / folder_of(title) / "round-00"
-        improver, final = (read_rows(folder / f"{part}.jsonl.gz") for part in ("gate/improver", "measure/policy"))
-        kept, dropped = read_rows(folder / "pairs" / ROWS), read_rows(folder / "pairs/dropped.jsonl.gz")
-        for part, rows in (("held out", improver), ("of the pairs", kept + dropped), ("of the pairs, kept", kept)):
-            rows = [row for row in rows if row["chosen"] is not None]
-            sides = [[row[side] for row in rows] for side in ("rejected", "chosen")]
-            results["improvers"][f"{title}, {part}"] = compare(rows, *sides)
-        for label, stage, rows in (("improver, plain prompt", "improver", improver), ("after DPO", "dpo", final)):
-            answers = [row["rejected"] for row in rows]
-            results["policies"][f"{title}: {label}"] = policy(f"{title}-{stage}", folder / stage / MODEL, answers)
-    drawn = sampler.draw(base / "gold_pairs/answers", before, "gold", gold, "sampling", 0)
-    results["policies"]["self: after DPO on (reference, y-)"] = policy("gold", gold, [row["gold"] for row in drawn])
-    start = np.array(results["policies"]["start"]["likelihood"])
-    for row in results["policies"].values():
-        row["reference_logp_gain"] = bootstrap_interval(np.array(row.pop("likelihood")) - start)
-    return results
+def accuracy(prompts: list, completions: list[str], *, reference: list[str], **columns) -> list[float]:
+    """Share of the words of each reference that stand at their place: a scorer."""
+    return [float(np.mean([a == b for a, b in zip(right.split(), text.split() + LENGTH * [""], strict=False)]))
+            for text, right in zip(completions, reference, strict=True)]  # fmt: skip
 
 
-def train_on_gold_pairs(folder: Path, run: Path, args, model) -> None:
-    """DPO from the same improver on the same prompts and rejected responses, but the reference is chosen."""
-    rows = [pair(row | {"chosen": row["reference"]}) for row in read_rows(run / "pairs" / ROWS)
-            if not fault(row["reference"])]  # fmt: skip
-    policy = load_start(
-        model.model_name_or_path, run / "improver" / MODEL, init_kwargs=args.model_init_kwargs, trainable=True
-    )
-    trainer = SGPOTrainer(policy, args=args.of_dpo(folder, args.seed), train_dataset=Dataset.from_list(rows))
-    trainer.train_and_save(last_checkpoint(folder))
+def bills(count: int, prices: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(count, GROUPS * GROUP) token ids of items, and (count, LENGTH) of the right answers."""
+    items = random.integers(0, PRICED, (count, GROUPS, GROUP))
+    sums = prices[items].cumsum(-1)
+    return ITEM + items.reshape(count, -1), NUMBER + np.concatenate([sums[..., -1], sums.reshape(count, -1)], 1)
 
 
-def compare(rows: list[dict], before: list[str], after: list[str]) -> dict:
-    """Gain in ROUGE-L, as it is and with both texts cut to the words of the shorter one."""
-    references = [row["reference"] for row in rows]
-    first, second, short_first, short_second = (
-        np.array(rouge_l(None, texts, reference=references))
-        for texts in (before, after, *at_equal_length(before, after))
-    )
-    return {
-        "prompts": len(rows),
-        "before": bootstrap_interval(first),
-        "after": bootstrap_interval(second),
-        "gain": bootstrap_interval(second - first),
-        "gain_at_equal_length": bootstrap_interval(short_second - short_first),
-        "win_rate": bootstrap_interval((second > first) + 0.5 * (second == first)),
-        "words": [float(np.mean([len(text.split()) for text in texts])) for texts in (before, after)],
-        "copies": float(np.mean([a.split() == b.split() for a, b in zip(before, after, strict=True)])),
-    }
+def as_rows(asked: np.ndarray, answers: np.ndarray) -> list[dict]:
+    pairs = zip(TOKENIZER.batch_decode(asked), TOKENIZER.batch_decode(answers), strict=True)
+    return [{"prompt": f"{prompt} {CUE} ", "chosen": answer} for prompt, answer in pairs]
 
 
-def tables(results: dict) -> list[tuple[list[str], list[list[str]]]]:
-    """Improvers (y+ against y-), and policies against the start on held-out prompts."""
-    improvers = [
-        [name, str(row["prompts"]), f"{row['before']['mean']:.3f}", f"{row['after']['mean']:.3f}",
-         *(interval(row[key], "+.3f") for key in ("gain", "gain_at_equal_length")), interval(row["win_rate"]),
-         "{:.1f} -> {:.1f}".format(*row["words"]), f"{row['copies']:.0%}"]
-        for name, row in results["improvers"].items()
-    ]  # fmt: skip
-    policies = [
-        [name, interval(row["after"]), *(interval(row[key], "+.3f") for key in ("gain", "gain_at_equal_length")),
-         f"{row['words'][1]:.1f}", interval(row["reference_logp"]), interval(row["reference_logp_gain"], "+.3f")]
-        for name, row in results["policies"].items()
-    ]  # fmt: skip
-    return [
-        (["improver", "prompts", "ROUGE-L y-", "ROUGE-L y+", "gain", "gain at equal length", "win rate", "words",
-          "copies"], improvers),
-        (["policy", "ROUGE-L", "gain", "gain at equal length", "words", "log p of the reference per token", "gain"],
-         policies),
-    ]  # fmt: skip
+def texts(prices: np.ndarray, random: np.random.Generator) -> torch.Tensor:
+    """What the model is made of: bills, and copies of other answers, as a large model can copy from its prompt."""
+    asked, answers = bills(10_000, prices, random)
+    rows, wrong = as_rows(asked, answers), as_rows(asked, random.permutation(answers))
+    told = [row["prompt"] + row["chosen"] for row in rows]
+    told += [improver_prompt(row["prompt"], row["chosen"]) + row["chosen"] for row in wrong]
+    return TOKENIZER([f"{text} {END}" for text in told], padding=True, return_tensors="pt").input_ids
 
+
+def run(seed: int, quick: bool) -> Curves:
+    random = np.random.default_rng(seed)
+    prices = random.permutation(np.arange(PRICED) % (LARGEST + 1))
+    model = word_model(TOKENIZER, layers=2, width=64, seed=seed)
+    pretrain(model, texts(prices, random), steps=20 if quick else STEPS, batch=64, learning_rate=3e-3, seed=seed)
+    sizes = {"train": LEARN, "preferences": UNLABELLED, "test": HELD}
+    drawn = {name: bills(size // (20 if quick else 1), prices, random) for name, size in sizes.items()}
+    splits = {name: Dataset.from_list(as_rows(*part)) for name, part in drawn.items()}
+    measure = measuring(model, *drawn["test"], seed)
+    start = measure(model)
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        folder = Path(scratch)
+        model.save_pretrained(folder / "start")
+        TOKENIZER.save_pretrained(folder / "start")
+        args = {name: arguments(folder / name, seed, reviser) for name, reviser in REVISERS.items()}
+        for own in args.values():
+            SGPOTrainer.run(own, splits, str(folder / "start"))
+        curves = {name: [start, *(of_stage(folder / name, stage, measure) for stage in ("improver", "dpo"))]
+                  for name in REVISERS}  # fmt: skip
+        begun, controls = folder / "incremental/round-00", arguments(folder / "controls", seed)
+        improved = AutoModelForCausalLM.from_pretrained(begun / "improver/model")
+        pairs = read_rows(begun / "pairs/rows.jsonl.gz")
+        sharper = [row | {"chosen": text} for row, text in zip(pairs, greedy(improved, pairs), strict=True)]
+        drafts = [row | {"chosen": row["reference"], "rejected": row["current"]}
+                  for row in read_rows(begun / "targets/rows.jsonl.gz")]  # fmt: skip
+        curves["sharpening"] = [*curves["incremental"][:2], measure(prefer(improved, sharper, controls))]
+        curves["SPIN"] = [start, measure(prefer(copy.deepcopy(model), drafts, controls))]
+        curves["more SFT"] = [start, measure(imitate(copy.deepcopy(model), splits["train"], controls))]
+    return curves
+
+
+def arguments(folder: Path, seed: int, reviser: str = REVISERS["incremental"]) -> SGPOConfig:
+    return SGPOConfig(output_dir=str(folder), **SHARED | OPTIONS, seed=seed, reviser_function=reviser)
+
+
+def measuring(reference, asked: np.ndarray, answers: np.ndarray, seed: int):
+    prompts, right = np.insert(asked, GROUPS * GROUP, CUE_ID, 1).tolist(), torch.tensor(answers)[:, None]
+
+    @torch.no_grad()
+    def measure(policy) -> Point:
+        drawn, logits = sample(policy.eval(), prompts, SAMPLES, LENGTH, seed + 10_000)
+        kl = exact_kl(logits, reference, prompts, drawn).mean()
+        found = (drawn == right).double()
+        return {"reward": float(found.mean()), "totals": float(found[..., :GROUPS].mean()), "kl": float(kl)}
+
+    return measure
+
+
+def of_stage(folder: Path, stage: str, measure) -> Point:
+    """What the model that a stage left does, and by how much its improved answers are better than its plain ones."""
+    point = measure(AutoModelForCausalLM.from_pretrained(folder / "round-00" / stage / "model"))
+    name, kind = {"improver": ("gate", "improver"), "dpo": ("measure", "policy")}[stage]
+    counts = read_json(folder / "round-00" / name / MANIFEST)["counts"]
+    return point | {"gate": counts[f"{kind}_scorer_gain"]}
+
+
+@torch.no_grad()
+def greedy(model, rows: list[dict]) -> list[str]:
+    """The most likely answer to every prompt."""
+    prompts = torch.tensor(TOKENIZER([row["prompt"] for row in rows]).input_ids)
+    drawn = model.generate(prompts, do_sample=False, min_new_tokens=LENGTH, max_new_tokens=LENGTH, pad_token_id=0)
+    return TOKENIZER.batch_decode(drawn[:, -LENGTH:])
+
+
+def prefer(model, rows: list[dict], args: SGPOConfig):
+    """`model` after DPO on the chosen over the rejected answers, where these differ."""
+    pairs = Dataset.from_list([pair(row) for row in rows if row["chosen"] != row["rejected"]])
+    args = args.of_dpo(args.output_dir, args.seed)
+    SGPOTrainer(model, args=args, train_dataset=pairs, processing_class=TOKENIZER).train()
+    return model
+
+
+def imitate(model, rows: Dataset, args: SGPOConfig):
+    """`model` after fine-tuning on the references alone, for as many passes as the improver makes."""
+    examples = [(row["prompt"], row["chosen"]) for row in rows]
+    train_sft(model, TOKENIZER, sft_config(args, args.improver, Path(args.output_dir), args.seed), examples)
+    return model
+
+
+EXPERIMENT = Experiment(
+    name="sgpo",
+    claim="An improver that was taught small repairs makes pairs that teach more than sharpening does",
+    run=run,
+    seeds=tuple(range(601, 607)),
+    minutes=(25, 1),
+    settings={"steps": STEPS, "rows": (LEARN, UNLABELLED, HELD), "options": OPTIONS},
+    primary=Contrast("incremental", "sharpening", 0.07),
+    secondary=tuple(Contrast("incremental", arm) for arm in ("full reference", "SPIN", "more SFT")),
+    value=("reward", "share of right words, temperature 1"),
+    columns=("totals", "gate"),
+)
 
 if __name__ == "__main__":
-    main()
+    main(EXPERIMENT)

@@ -1,11 +1,8 @@
-"""What single answers tell about types: exact laws of answers, and EM-DPO on linear softmax policies."""
+"""What single answers tell about types: exact laws of answers."""
 
 import numpy as np
-import pytest
 import torch
 
-from emdpo_runs import quick_collection  # noqa: F401
-from experiments import emdpo_identify as identify
 from helpers import close
 from test_emdpo_parts import CASES
 from trainers import ranking_logps
@@ -57,14 +54,3 @@ def test_one_pair_per_annotator_has_one_law_in_different_worlds_and_other_answer
         np.testing.assert_allclose(found[a]["pair_0_over_1"], found[b]["pair_0_over_1"], atol=1e-12)
         for answer in ("best_of_3", "ranking_012_021_102_120_201_210", "two_pairs_01_and_21"):
             assert np.abs(found[a][answer] - found[b][answer]).max() > 0.01, (a, b, answer)
-
-
-@pytest.mark.slow
-def test_em_finds_opposed_tastes_in_one_ranking_per_annotator_and_not_in_one_pair(tmp_path):
-    """Policies trained by the trainer, from a random start; one answer per annotator."""
-    features = np.random.default_rng(5).normal(size=(300, 2))
-    args = identify.IdentifyArguments(output=str(tmp_path), annotators=1000, items=300, starts=1, rounds=25)
-    pair, ranking = (identify.measure(kind, features, args)["runs"][0] for kind in ("one pair", "one ranking of 3"))
-    assert ranking["error"] < 0.2 and ranking["accuracy"] > 0.85
-    assert pair["error"] > 0.8  # that of no taste at all is 1
-    assert pair["log_likelihood"] == pytest.approx(1000 * np.log(0.5), abs=5)

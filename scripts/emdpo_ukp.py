@@ -1,3 +1,0 @@
-import moved
-
-moved.run(__name__, __file__)
