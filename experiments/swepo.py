@@ -30,13 +30,18 @@ DATA = {"K=16": (16, False, tuple(METHODS)), "K=4": (4, False, FEW), "K=16, erro
 AT = 12.0  # nats
 
 
-def run(seed: int, quick: bool) -> Curves:
+def world(seed: int, quick: bool):
+    """Openings, their samples with scores, what is measured of a policy, and that of the reference."""
     reference = story_model()
     questions = prompts("train", OPENINGS, seed)
     samples, _ = sample(reference, questions, 16, TOKENS, seed)
-    scores = sentiment(samples)
     measure = measuring(reference, seed, **({"openings": 8, "samples": 2} if quick else {}))
-    start, curves = measure(reference), {}
+    return questions, samples, sentiment(samples), measure, measure(reference)
+
+
+def run(seed: int, quick: bool) -> Curves:
+    questions, samples, scores, measure, start = world(seed, quick)
+    curves = {}
     for data, (count, corrupted, methods) in DATA.items():
         given = corrupt(scores, seed) if corrupted else scores
         rows = scored_rows(questions, samples[:, :count], given[:, :count])
@@ -45,7 +50,7 @@ def run(seed: int, quick: bool) -> Curves:
     return curves
 
 
-def fit(method: str, rows: list[dict], seed: int, measure, start, steps: int) -> list[dict]:
+def fit(method: str, rows: list[dict], seed: int, measure, start, steps: int, **more) -> list[dict]:
     trainer, options = METHODS[method]
     spread = float(np.concatenate([row["scores"] - np.mean(row["scores"]) for row in rows]).std())
     if trainer is not DPOTrainer:
@@ -53,7 +58,7 @@ def fit(method: str, rows: list[dict], seed: int, measure, start, steps: int) ->
     if method == "DPO best/worst":  # the same loss on two responses, at the cost of two
         rows = [best_and_worst(row) for row in rows]
     options = options | {"learning_rate": 3e-4, "beta": 0.1, "max_steps": steps, "seed": seed,
-                         "per_device_train_batch_size": BATCH}  # fmt: skip
+                         "per_device_train_batch_size": BATCH, **more}  # fmt: skip
     points = train(trainer, options, story_model(), rows, tokenizer(), measure, every=3, start=start)
     tokens = BATCH * sum(len(row["prompt_ids"]) + TOKENS * len(row["response_ids"]) for row in rows) / len(rows)
     return [point | {"tokens": point["step"] * tokens} for point in points]
