@@ -32,6 +32,18 @@ def test_wrong_options_name_themselves(tmp_path, kwargs, word):
         em_config(tmp_path, **kwargs)
 
 
+def test_single_pairs_are_said_to_identify_nothing(tmp_path, start, caplog):
+    one_each = [row | {"annotator": f"b{i}"} for i, row in enumerate(opposed_rows())]
+    pairs = [row | {name: row[name][:2] for name in ("responses", "scores")} for row in one_each]
+    for rows, said in ((pairs, True), (one_each, False), ([*pairs, pairs[0] | {"annotator": "b1"}], False)):
+        caplog.clear()
+        em(tmp_path, start, rows)
+        assert ("has judged one pair" in caplog.text) == said, rows[0]
+    caplog.clear()
+    em(tmp_path, start, pairs, num_types=1)
+    assert "has judged one pair" not in caplog.text
+
+
 def test_rows_that_em_cannot_use_are_named(tmp_path, start):
     rows = opposed_rows()
     nobody = [{n: v for n, v in row.items() if n != "annotator"} for row in rows]

@@ -74,6 +74,11 @@ class Judged:
         counted = self.weights > 0 if scored is None else scored & (self.weights > 0)
         return np.bincount(self.owner[counted], minlength=len(self.annotators))
 
+    @property
+    def single_pairs(self) -> bool:
+        """Whether no annotator has more than one row, and no row more than two responses."""
+        return bool(self.items().max() <= 1 and max(map(len, self.rows["scores"])) <= 2)
+
     def log_likelihood(self, logps: list[list[float]], *, beta: float, top: int | None) -> np.ndarray:
         """(J,) log-likelihood, in float64, of each row's ranking under a policy with these log-probabilities, times
         the row's weight."""

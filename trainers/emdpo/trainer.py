@@ -97,6 +97,11 @@ class EMDPOTrainer(TypePolicyTrainer):
         self.annotators = self.judged.annotators
         if len(self.annotators) < self.args.num_types:
             raise ValueError(f"num_types={self.args.num_types} is more than the {len(self.annotators)} annotators.")
+        if self.args.num_types > 1 and self.judged.single_pairs:
+            self.warn(
+                "Every annotator has judged one pair, which cannot tell types apart, however many annotators there "
+                "are: give each a ranking of three responses, or several pairs (docs/results/emdpo.md)."
+            )
         self.posterior: np.ndarray | None = None
         self.policies: list[Path] = []
         self.manifest: dict = {}
