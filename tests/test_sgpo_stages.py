@@ -76,6 +76,10 @@ def test_both_sides_of_a_pair_come_from_the_improver(inputs, finished):
     asked = [improver_prompt(row["prompt"], row["rejected"]) for row in pairs]
     drawn = sample_responses(model, tokenizer, asked, SamplingConfig(temperature=0.7, **config), progress=False)
     assert [row["chosen"] for row in pairs] == [samples[0].text for samples in drawn]
+    held_out = rows(finished, "gate", "greedy.jsonl.gz")
+    drawn = sample_responses(model, tokenizer, [row["prompt"] for row in held_out],
+                             SamplingConfig(temperature=0.0, **config), progress=False)  # fmt: skip
+    assert [row["greedy"] for row in held_out] == [samples[0].text for samples in drawn]
 
 
 def test_dpo_starts_at_ln_2_and_moves(finished):
@@ -231,7 +235,7 @@ def test_the_gate_before_dpo_asks_whether_improved_responses_are_better(
     train.main(command(inputs, tmp_path, **changes, on_alarm="warn" if gain <= 0 else "stop"))
     assert ("WARNING" in capsys.readouterr().out) == (gain <= 0)
     found = counts(tmp_path, "gate")
-    assert found["pairs_scorer_gain"] == found["improver_scorer_gain"] == gain
+    assert found["pairs_scorer_gain"] == found["improver_scorer_gain"] == found["over_greedy_scorer_gain"] == gain
     assert same(weights(tmp_path / "round-00/dpo/model"), weights(finished / "round-00/dpo/model"))
 
 

@@ -15,6 +15,10 @@ NO_BETTER = (
     "the scorer does not prefer the improved responses, and DPO on such pairs does harm: use a stronger reviser, more "
     "data, or a policy_weight of 0.3 to 1"
 )
+NO_SHARPER = (
+    "the scorer does not prefer the improved responses to the most likely plain ones, and DPO on those would teach as "
+    "much without an improver: use a stronger reviser, or more data"
+)
 # (stage/metric), on which side of the limit something is wrong, the limit, and what it means.
 RULES = (
     ("targets/copy_rate", "above", 0.2, "the rewrites are copies: use a stronger reviser"),
@@ -39,6 +43,7 @@ RULES = (
     ("measure/policy_rejected_meta_text", "above", 0.0, PLAIN_TALKS),
     ("gate/pairs_scorer_gain", "not above", 0.0, NO_BETTER),
     ("gate/improver_scorer_gain", "not above", 0.0, NO_BETTER),
+    ("gate/over_greedy_scorer_gain", "not above", 0.0, NO_SHARPER),
     ("measure/policy_distinct_2_fall", "above", 0.1, "answers grow alike"),
     ("dpo/chosen_fall", "above", 0.0, "the chosen responses lose likelihood: set sft_weight or lower learning_rate"),
     ("dpo/early_accuracy", "above", 0.95, "the pairs differ in style only"),

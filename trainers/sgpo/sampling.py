@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class Sampler:
 
     def draw(
         self, folder: Path, rows: list[dict], column: str, start: Path | None, option: str, round: int, *,
-        ask: Callable[[dict], Prompt | None] | None = None, model: str | None = None,
+        ask: Callable[[dict], Prompt | None] | None = None, model: str | None = None, greedy: bool = False,
     ) -> list[dict]:  # fmt: skip
         """The rows with a response in `column` and, in `<column>_truncated`, whether it was cut.
 
@@ -49,15 +49,16 @@ class Sampler:
             option: `sampling` or `revision`, which says how.
             ask: gives the prompt of a row, by default what is in it.
             model: another model, in place of the run's.
+            greedy: the most likely tokens, in place of draws.
         """
-        options, name = getattr(self.args, option), model or self.model
+        options, name, config = getattr(self.args, option), model or self.model, self.args.sampling_config(option)
         prompts = [row["prompt"] if ask is None else ask(row) for row in rows]
         at = self._with_room(name, prompts, options["max_new_tokens"])
         rows = [row | {column: None, f"{column}_truncated": False} for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         drawn = collect_samples(
             folder, lambda: self._load(name, None if model else start, options["dtype"]), [*at.values()],
-            self.args.sampling_config(option), round=round,
+            replace(config, temperature=0.0) if greedy else config, round=round,
         )  # fmt: skip
         free_memory()
         for i, [sample] in zip(at, drawn, strict=True):

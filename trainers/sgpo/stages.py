@@ -334,7 +334,18 @@ class Run:
         # Answers of the model before all rounds: in later rounds these are there already.
         before = self.at("gate", 0) / "before"
         rows = self.sampler.draw(before, self.rows.held_out, "answer", self.start(0), "sampling", 0)
-        return counts | self._held_out(folder, "improver", self.at("improver", index), rows)
+        counts |= self._held_out(folder, "improver", self.at("improver", index), rows)
+        return counts | self._over_greedy(folder, index)
+
+    def _over_greedy(self, folder: Path, index: int) -> dict:
+        """Improved answers against the most likely plain ones, which teach a model without any improver."""
+        if self.args.scorer is None:
+            return {}
+        model, rows = self.at("improver", index) / MODEL, read_rows(folder / "improver.jsonl.gz")
+        rows = self.sampler.draw(folder / "greedy", rows, "greedy", model, "sampling", 0, greedy=True)
+        self._write(folder / "greedy.jsonl.gz", rows)
+        usable = [row | {"rejected": row["greedy"]} for row in rows if row["greedy"] is not None]
+        return self._scores(folder, "over_greedy", usable)
 
     def _measure(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("gate", index) / "improver.jsonl.gz")
