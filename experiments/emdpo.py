@@ -26,10 +26,14 @@ from .worlds import pretrain, word_model, word_tokenizer
 
 NOUNS, PLACES, ADJECTIVES = 20, 20, 40
 ANNOTATORS, HELD, ROUNDS, EPOCHS, BATCH, TASTE = 5000, 1000, 14, 2, 250, 1.5
-LENGTHS = {"rounds": ROUNDS, "epochs": EPOCHS}
 # name: (responses shown, rows per annotator, stages that are told)
 FEEDBACK = {"one pair": (2, 1, None), "best of 3": (3, 1, 1), "ranking of 3": (3, 1, None), "two pairs": (2, 2, None)}
 TYPED = (3, 2, None)  # what the annotators answer who are typed
+OPTIONS = {
+    "num_types": 2, "init": "dirichlet", "start_from": "previous", "normalize": "posterior", "beta": 0.3,
+    "learning_rate": 1e-3, "layout": "rows", "per_device_train_batch_size": BATCH, "ref_tokens_per_batch": 40_000,
+    "rounds": ROUNDS, "num_train_epochs": EPOCHS,
+}  # fmt: skip
 WORDS = ["<ask>", "the", "in", "was", *(f"noun{i}" for i in range(NOUNS)), *(f"place{i}" for i in range(PLACES)),
          *(f"adjective{i}" for i in range(ADJECTIVES))]  # fmt: skip
 TOKENIZER = word_tokenizer(WORDS)
@@ -86,12 +90,7 @@ def run(seed: int, quick: bool) -> Curves:
 
 def fit(reference, rows: list[dict], folder: str, seed: int, held: list[dict] | None = None, **options):
     """A trained `EMDPOTrainer`; options that are not given are those of the experiment."""
-    own = {"num_types": 2, "rounds": ROUNDS, "num_train_epochs": EPOCHS} | options
-    args = EMDPOConfig(
-        output_dir=folder, **SHARED | own, seed=seed, init="dirichlet", beta=0.3, start_from="previous",
-        normalize="posterior", learning_rate=1e-3, layout="rows", per_device_train_batch_size=BATCH,
-        ref_tokens_per_batch=40_000,
-    )  # fmt: skip
+    args = EMDPOConfig(output_dir=folder, seed=seed, **SHARED | OPTIONS | options)
     trainer = EMDPOTrainer(
         reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER,
         eval_dataset=held and Dataset.from_list(held),
@@ -122,7 +121,8 @@ EXPERIMENT = Experiment(
     run=run,
     seeds=tuple(range(501, 511)),
     minutes=(100, 1),
-    settings={"annotators": ANNOTATORS, "held": HELD, "batch": BATCH, "taste": TASTE} | LENGTHS,
+    settings={"annotators": ANNOTATORS, "held": HELD, "batch": BATCH, "taste": TASTE}
+    | {"rounds": ROUNDS, "epochs": EPOCHS},
     primary=Contrast("ranking of 3", "one pair", 0.4),
     secondary=(
         Contrast("best of 3", "one pair"),
