@@ -21,7 +21,8 @@ from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import HELD_OUT, read_annotators, read_json
 from trainers.runs.stage import MANIFEST
 
-from .frame import SHARED, Contrast, Curves, Experiment, Point, main, quiet
+from .frame import Contrast, Curves, Experiment, Point, main
+from .training import SHARED, quiet
 from .worlds import pretrain, word_model, word_tokenizer
 
 NOUNS, PLACES, ADJECTIVES = 20, 20, 40

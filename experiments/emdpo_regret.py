@@ -18,7 +18,8 @@ from trainers.emdpo.aggregate import Arena, Player, compare
 from trainers.emdpo.distill import distilled
 
 from .emdpo import ADJECTIVE, ANNOTATORS, FEEDBACK, TASTE, TOKENIZER, answers, fit, world
-from .frame import Contrast, Curves, Experiment, main, quiet
+from .frame import Contrast, Curves, Experiment, main
+from .training import quiet
 
 SECOND, SAMPLES, WORDS = 0.3, 4000, 6
 GENTLE = {"rounds": 1, "start_from": "reference", "learning_rate": 3e-4}

@@ -6,21 +6,16 @@ paired by seed. A finished seed is never repeated: a killed or extended experime
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from trainers.pages import plots
@@ -31,9 +26,6 @@ from trainers.statistics import t_interval
 
 KL = "KL(policy || reference) of whole responses, nats"
 QUICK_SEEDS = 2
-# What all trainings here share, in the words of `TrainingArguments`.
-SHARED = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-          "lr_scheduler_type": "constant", "dataloader_pin_memory": False}  # fmt: skip
 Point = dict[str, float]  # what was measured at one moment of a training; "step" is the moment
 Curves = dict[str, list[Point]]
 
@@ -210,65 +202,7 @@ def picture(experiment: Experiment, rows: list[tuple[Contrast, dict | None]], ru
     found = plots.Series("found, 95 % t interval", [gain for _, gain in shown], list(places), "o", plots.COLOURS[0])
     expected = {place: c.expected for (c, _), place in zip(shown, places, strict=True) if c.expected is not None}
     marks = plots.Series("expected", list(expected.values()), list(expected), "D", plots.COLOURS[3])
-    plots.draw(right, [found, marks], xlabel=f"difference in {ylabel}, paired by seed")
+    plots.draw(right, [found, marks], xlabel=f"difference in {ylabel}")
     right.axvline(0, color=plots.INK, linewidth=1)
     right.set_yticks(list(places), [c.title for c, _ in shown], fontsize=8)
     return plots.svg(figure, f"{experiment.name}: {experiment.claim}")
-
-
-# Training with a curve.
-
-
-class Curve(TrainerCallback):
-    """Measures the policy before the first step, and after every `every` steps and the last one."""
-
-    def __init__(self, measure: Callable, every: int, start: Point | None, watch: Callable | None):
-        self.measure, self.every, self.watch, self.trainer = measure, every, watch, None
-        self.points = [] if start is None else [{"step": 0, **start}]
-        self.seconds, self.since = 0.0, 0.0  # of training alone
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.points:
-            self._add(model, state.global_step)
-        self.since = time.monotonic()
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.seconds += time.monotonic() - self.since
-            self._add(model, state.global_step)
-            self.since = time.monotonic()
-
-    def _add(self, model, step: int) -> None:
-        model.eval()
-        with torch.no_grad():
-            point = {"step": step, "seconds": round(self.seconds, 2), **self.measure(model)}
-        self.points.append(point | ({} if self.watch is None else self.watch(self.trainer)))
-        model.train()
-
-
-def train(trainer_class, options: dict, model, rows: list[dict], tokenizer, measure, *, every: int,
-          start: Point | None = None, watch: Callable | None = None) -> list[Point]:  # fmt: skip
-    """Trains `model` in place on the CPU in float32 and returns its curve.
-
-    Args:
-        options: of the trainer's config, beside those that all trainings here share.
-        measure: policy -> what is measured of it.
-        start: what `measure` says before training, where it is known.
-        watch: trainer -> what is measured beside it.
-    """
-    curve = Curve(measure, every, start, watch)
-    with tempfile.TemporaryDirectory() as scratch:
-        args = trainer_class.config_class(output_dir=scratch, **SHARED | options)
-        trainer = trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                                callbacks=[curve])  # fmt: skip
-        curve.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return curve.points
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without the rounds' own progress, which would drown that of the seeds."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

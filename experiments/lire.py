@@ -10,8 +10,9 @@ where each round samples from the policy as it is then ("fresh"), against the sa
 
 from trainers import DPOTrainer, LIRETrainer
 
-from .frame import Contrast, Curves, Experiment, main, train
+from .frame import Contrast, Curves, Experiment, main
 from .stories import TOKENS, measuring, prompts, scored_rows, sentiment, story_model, tokenizer
+from .training import train
 from .worlds import sample
 
 OPENINGS, STEPS, BATCH = 24, 15, 6

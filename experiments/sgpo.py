@@ -23,19 +23,13 @@ from trainers.runs.files import read_rows
 from trainers.runs.stage import MANIFEST
 from trainers.sgpo.improver import sft_config, train_sft
 from trainers.sgpo.stages import pair
-from trainers.sgpo.text import improver_prompt
 
-from .frame import SHARED, Contrast, Curves, Experiment, Point, main, quiet
-from .worlds import END, exact_kl, pretrain, sample, word_model, word_tokenizer
+from .bills import CUE_ID, GROUP, GROUPS, LARGEST, LENGTH, PRICED, TOKENIZER, as_rows, bills, texts
+from .frame import Contrast, Curves, Experiment, Point, main
+from .training import SHARED, quiet
+from .worlds import exact_kl, pretrain, sample, word_model
 
-GROUPS, GROUP, PRICED, LARGEST = 3, 3, 40, 4  # items of a prompt; different ones, and the largest price
-LENGTH = GROUPS * (GROUP + 1)  # words of an answer: the totals, and then the running sums that they come from
 STEPS, LEARN, UNLABELLED, HELD, SAMPLES, EDITS = 500, 2000, 4000, 500, 4, 2
-CUE = "cost"
-WORDS = [*improver_prompt(" ", " ").split(), CUE, *(f"item{i}" for i in range(PRICED)),
-         *(f"n{i}" for i in range(GROUP * LARGEST + 1))]  # fmt: skip
-TOKENIZER = word_tokenizer(list(dict.fromkeys(WORDS)))
-CUE_ID, ITEM, NUMBER = TOKENIZER.convert_tokens_to_ids([CUE, "item0", "n0"])
 OPTIONS = {
     "reviser": "external", "policy_weight": 0.3, "scorer": "experiments.sgpo.accuracy", "max_length": 100,
     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": LENGTH + 4, "batch_size": 500},
@@ -48,39 +42,17 @@ REVISERS = {"incremental": "experiments.sgpo.repair", "full reference": "trainer
 
 def repair(prompts: list, drafts: list[str], references: list[str]) -> list[str]:
     """Drafts with their first errors mended, as an outside reviser would."""
-    return [" ".join(_repair(draft.split(), right.split())) for draft, right in zip(drafts, references, strict=True)]
-
-
-def _repair(draft: list[str], right: list[str]) -> list[str]:
-    wrong = [i for i, (a, b) in enumerate(zip(draft, right, strict=False)) if a != b]
-    return [right[i] if i in wrong[:EDITS] else word for i, word in enumerate(draft)]
+    mended = []
+    for draft, right in zip(map(str.split, drafts), map(str.split, references), strict=True):
+        wrong = [i for i, (a, b) in enumerate(zip(draft, right, strict=False)) if a != b][:EDITS]
+        mended.append(" ".join(right[i] if i in wrong else word for i, word in enumerate(draft)))
+    return mended
 
 
 def accuracy(prompts: list, completions: list[str], *, reference: list[str], **columns) -> list[float]:
     """Share of the words of each reference that stand at their place: a scorer."""
-    return [float(np.mean([a == b for a, b in zip(right.split(), text.split() + LENGTH * [""], strict=False)]))
+    return [sum(a == b for a, b in zip(right.split(), text.split(), strict=False)) / LENGTH
             for text, right in zip(completions, reference, strict=True)]  # fmt: skip
-
-
-def bills(count: int, prices: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(count, GROUPS * GROUP) token ids of items, and (count, LENGTH) of the right answers."""
-    items = random.integers(0, PRICED, (count, GROUPS, GROUP))
-    sums = prices[items].cumsum(-1)
-    return ITEM + items.reshape(count, -1), NUMBER + np.concatenate([sums[..., -1], sums.reshape(count, -1)], 1)
-
-
-def as_rows(asked: np.ndarray, answers: np.ndarray) -> list[dict]:
-    pairs = zip(TOKENIZER.batch_decode(asked), TOKENIZER.batch_decode(answers), strict=True)
-    return [{"prompt": f"{prompt} {CUE} ", "chosen": answer} for prompt, answer in pairs]
-
-
-def texts(prices: np.ndarray, random: np.random.Generator) -> torch.Tensor:
-    """What the model is made of: bills, and copies of other answers, as a large model can copy from its prompt."""
-    asked, answers = bills(10_000, prices, random)
-    rows, wrong = as_rows(asked, answers), as_rows(asked, random.permutation(answers))
-    told = [row["prompt"] + row["chosen"] for row in rows]
-    told += [improver_prompt(row["prompt"], row["chosen"]) + row["chosen"] for row in wrong]
-    return TOKENIZER([f"{text} {END}" for text in told], padding=True, return_tensors="pt").input_ids
 
 
 def run(seed: int, quick: bool) -> Curves:
@@ -110,7 +82,10 @@ def run(seed: int, quick: bool) -> Curves:
                   for row in read_rows(begun / "targets/rows.jsonl.gz")]  # fmt: skip
         curves["sharpening"] = [*curves["incremental"][:2], measure(prefer(improved, sharper, controls))]
         curves["SPIN"] = [start, measure(prefer(copy.deepcopy(model), drafts, controls))]
-        curves["more SFT"] = [start, measure(imitate(copy.deepcopy(model), splits["train"], controls))]
+        examples = [(row["prompt"], row["chosen"]) for row in splits["train"]]  # as often as the improver's
+        config, imitator = sft_config(controls, OPTIONS["improver"], folder / "sft", seed), copy.deepcopy(model)
+        train_sft(imitator, TOKENIZER, config, examples)
+        curves["more SFT"] = [start, measure(imitator)]
     return curves
 
 
@@ -134,9 +109,8 @@ def measuring(reference, asked: np.ndarray, answers: np.ndarray, seed: int):
 def of_stage(folder: Path, stage: str, measure) -> Point:
     """What the model that a stage left does, and by how much its improved answers are better than its plain ones."""
     point = measure(AutoModelForCausalLM.from_pretrained(folder / "round-00" / stage / "model"))
-    name, kind = {"improver": ("gate", "improver"), "dpo": ("measure", "policy")}[stage]
-    counts = read_json(folder / "round-00" / name / MANIFEST)["counts"]
-    return point | {"gate": counts[f"{kind}_scorer_gain"]}
+    name, key = {"improver": ("gate", "improver_scorer_gain"), "dpo": ("measure", "policy_scorer_gain")}[stage]
+    return point | {"gate": read_json(folder / "round-00" / name / MANIFEST)["counts"][key]}
 
 
 @torch.no_grad()
@@ -152,13 +126,6 @@ def prefer(model, rows: list[dict], args: SGPOConfig):
     pairs = Dataset.from_list([pair(row) for row in rows if row["chosen"] != row["rejected"]])
     args = args.of_dpo(args.output_dir, args.seed)
     SGPOTrainer(model, args=args, train_dataset=pairs, processing_class=TOKENIZER).train()
-    return model
-
-
-def imitate(model, rows: Dataset, args: SGPOConfig):
-    """`model` after fine-tuning on the references alone, for as many passes as the improver makes."""
-    examples = [(row["prompt"], row["chosen"]) for row in rows]
-    train_sft(model, TOKENIZER, sft_config(args, args.improver, Path(args.output_dir), args.seed), examples)
     return model
 
 

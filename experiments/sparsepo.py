@@ -16,7 +16,8 @@ from scipy.stats import mannwhitneyu
 
 from trainers import DPOTrainer, SparsePOTrainer
 
-from .frame import Contrast, Curves, Experiment, Point, main, train
+from .frame import Contrast, Curves, Experiment, Point, main
+from .training import train
 from .worlds import exact_kl, pretrain, sample, word_model, word_tokenizer
 
 FILLER, GOOD, BAD = 120, 8, 8  # different words
@@ -134,6 +135,7 @@ EXPERIMENT = Experiment(
         *(Contrast(f"{SPARSE}, {filler} filler", f"DPO, {filler} filler", None, AT) for filler in DOSES),
     ),
     value=("reward", "share of good adjectives"),
+    shown=("DPO", "TDPO1", "oracle mask", "SparsePO, L1 0.005", SPARSE, "SparsePO, L1 0.02"),
     columns=("auc", "zeros", "mask", "seconds"),
 )
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from trainers import DPOTrainer, InfoNCATrainer, SWEPOTrainer
 
-from .frame import Contrast, Curves, Experiment, main, train
+from .frame import Contrast, Curves, Experiment, main
 from .stories import TOKENS, measuring, prompts, scored_rows, sentiment, story_model, tokenizer
+from .training import train
 from .worlds import sample
 
 OPENINGS, STEPS, BATCH = 24, 18, 6
