@@ -6,6 +6,7 @@ is here and in the packages `data` and `forward`.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -21,6 +22,7 @@ from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
+from .forward.parts import PartedPass
 from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
 from .inputs import REPEATED, Batch, check_ranges, mark_repeated, parts, prepare_rows
@@ -111,6 +113,8 @@ class PreferenceTrainer(RunningTrainer):
             self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
             models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []
         self.runner = Runner(models, args.layout)
+        if args.tokens_per_backward is not None:
+            self._check_parts()
         check_ranges(rows, models)
 
         super().__init__(
@@ -142,6 +146,14 @@ class PreferenceTrainer(RunningTrainer):
             return ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
         inert = peft_config is not None and changes_nothing_yet(peft_config)
         return model, reference_adapter(model, inert_adapter=inert)
+
+    def _check_parts(self) -> None:
+        """Raises ValueError where more than log-probabilities goes into the loss."""
+        why = "loss reads more of a forward pass than log-probabilities" * (
+            type(self).policy_forward is not PreferenceTrainer.policy_forward
+        ) or "model has a router, whose loss is of a whole batch" * (self.runner.router is not None)
+        if why:
+            raise ValueError(f"tokens_per_backward works on groups in parts, but the {why}: leave it out.")
 
     # What a method writes or overrides.
 
@@ -200,18 +212,30 @@ class PreferenceTrainer(RunningTrainer):
         times the number of processes, because DDP, DeepSpeed and FSDP average gradients.
         """
         self.runner.check(model, inputs, self.accelerator)
-        losses, weights, policy, reference = self._losses(model, inputs)
+        forwards, parted, budget = partial(self._forwards, model), None, self.args.tokens_per_backward
+        if budget is not None and torch.is_grad_enabled():
+            parted = PartedPass.of(inputs, budget, model, self.accelerator)
+        policy, reference = forwards(inputs) if parted is None else parted.score(inputs, forwards)
+        losses, weights = self._losses(inputs, policy, reference)
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch
         processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = (losses * weights).sum() * processes / total.clamp(min=torch.finfo(weights.dtype).tiny)
         if self.model.training and not self.args.fp16:  # the loss scaler of float16 skips such a step
             self._check_finite(loss.detach(), losses.detach(), inputs)
+        if parted is not None:
+            loss = parted.backward(loss, policy, partial(self._policy, model))
         return (loss, {"policy": policy, "reference": reference}) if return_outputs else loss
 
-    def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Forward, Forward | None]:
+    def _forwards(self, model: nn.Module, batch: Batch) -> tuple[Forward, Forward | None]:
         reference = self._reference_forward(model, batch) if self.reference is not None else None
+        return self._policy(model, batch, reference), reference
+
+    def _policy(self, model: nn.Module, batch: Batch, reference: Forward | None = None) -> Forward:
         with self.accelerator.autocast():  # as the reference, also where the engine has not wrapped the policy
-            policy = self.policy_forward(model, batch, reference)
+            return self.policy_forward(model, batch, reference)
+
+    def _losses(self, batch: Batch, policy: Forward, reference: Forward | None) -> tuple[Tensor, Tensor]:
+        """Losses and weights of the prompts (B,); the metrics are recorded."""
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
         if self.args.sft_weight:
@@ -226,7 +250,7 @@ class PreferenceTrainer(RunningTrainer):
             metrics = metrics | {"aux_loss": policy.aux_loss}
         weights = self._weights(batch)
         self._record(batch, losses, weights, metrics | self._common_metrics(batch, policy))
-        return losses, weights, policy, reference
+        return losses, weights
 
     def _reference_forward(self, model: nn.Module, batch: Batch) -> Forward:
         cached = None if self.table is None else self.table.lookup(batch)

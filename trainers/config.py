@@ -133,6 +133,12 @@ class PreferenceConfig(TrainingArguments):
         "per_device_train_batch_size.",
         at_least=1,
     )
+    tokens_per_backward: int | None = option(
+        None,
+        "Go backward through at most so many tokens of a batch at once (prompts counted once; one response of each "
+        "prompt at the least): the same gradients in the memory of a part, for one more forward pass.",
+        at_least=1,
+    )
     sft_weight: float = option(
         0.0,
         "Add so many times the negative log-likelihood of the preferred responses, from the same forward pass: of a "

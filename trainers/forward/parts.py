@@ -1,0 +1,154 @@
+"""Groups in parts: the memory of one part, and the gradient of the whole group.
+
+A loss of the log-probabilities l(w) of a group's tokens has the gradient sum over tokens of dL/dl * dl/dw. So all
+parts are first scored without a graph; the loss gives dL/dl; and each part goes forward and backward with its own of
+these numbers. The price is one more forward pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .run import Forward
+
+PER_RESPONSE = ("response_ids", "response_mask", "mask", "scores")  # of a batch, (B,K,...)
+
+
+class Part(NamedTuple):
+    """Some responses of a batch, as a batch: `rows` (b,) the prompts that have one of them, `slots` which they are."""
+
+    batch: dict[str, Tensor]
+    rows: Tensor
+    slots: slice
+
+    def of(self, values: Tensor) -> Tensor:
+        """(B,K,...) -> (b,k,...), what belongs to this part."""
+        return values[self.rows, self.slots]
+
+
+def split(batch: dict[str, Tensor], budget: int) -> list[Part]:
+    """The responses of a batch in parts of at most `budget` tokens, each prompt counted once per part.
+
+    A part takes the next responses of every prompt, and one of each at the least.
+    """
+    lengths, prompts = batch["response_mask"].sum(-1), batch["prompt_mask"].sum(-1)
+    bounds, used = [0], 0
+    for slot, tokens in enumerate(lengths.T):
+        here = int((tokens + prompts * (lengths[:, bounds[-1] : slot].sum(-1) == 0))[tokens > 0].sum())
+        if used and used + here > budget:
+            bounds.append(slot)
+            used, here = 0, int((tokens + prompts)[tokens > 0].sum())
+        used += here
+    ends = [*bounds[1:], lengths.size(1)]
+    return [_part(batch, slice(begin, end)) for begin, end in zip(bounds, ends, strict=True)]
+
+
+def _part(batch: dict[str, Tensor], slots: slice) -> Part:
+    rows = batch["mask"][:, slots].any(-1).nonzero().flatten()
+    own = {name: value[rows, slots] if name in PER_RESPONSE else value[rows] for name, value in batch.items()}
+    return Part(own, rows, slots)
+
+
+class PartedPass:
+    """One pass over a batch in parts: `score` first, then `backward` with the loss of what it gave.
+
+    Args:
+        parts: as `split` gives them; the last one is repeated, without a gradient, until there are `passes`.
+        model: the policy as the engine wrapped it.
+    """
+
+    def __init__(self, parts: list[Part], passes: int, model: nn.Module, accelerator: Accelerator):
+        self.model, self.accelerator, self._own = model, accelerator, len(parts)
+        self.parts = parts + parts[-1:] * (passes - len(parts))
+        self._states: list[tuple[Tensor, Tensor | None]] = []
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], budget: int, model: nn.Module, accelerator: Accelerator):
+        """None where all processes have a single part; else all make as many passes, as their engine may share
+        weights or gradients in each."""
+        parts = split(batch, budget)
+        passes = torch.tensor([len(parts)], device=accelerator.device)
+        most = int(accelerator.gather(passes).max())
+        return None if most == 1 else cls(parts, most, model, accelerator)
+
+    def score(self, batch: dict[str, Tensor], forwards: Callable) -> tuple[Forward, Forward | None]:
+        """Policy and reference on all parts, joined; no graph but that of the policy's log-probabilities as a leaf.
+
+        Args:
+            forwards: batch -> (policy, reference or None).
+        """
+        joined: list[Tensor | None] = [None, None]
+        with torch.no_grad():
+            for part in self.parts:
+                self._states.append(_random_state(self.accelerator.device))
+                for i, forward in enumerate(forwards(part.batch)):
+                    if forward is None:
+                        continue
+                    shape = (*batch["mask"].shape, forward.logps.size(-1))
+                    out = forward.logps.new_zeros(shape) if joined[i] is None else joined[i]
+                    out[part.rows, part.slots] = forward.logps
+                    joined[i] = out
+        policy, reference = joined
+        return Forward(policy.requires_grad_()), None if reference is None else Forward(reference)
+
+    def backward(self, loss: Tensor, policy: Forward, forward: Callable) -> Tensor:
+        """Goes backward through all parts but the last, and returns the value of `loss` with the graph of that one.
+
+        Args:
+            loss: of the joined forward passes.
+            policy: the joined one of the policy.
+            forward: batch -> the policy's.
+
+        Raises:
+            ValueError: the loss reads weights beside the log-probabilities, whose gradient would be lost.
+        """
+        weights = dict(self.model.named_parameters())
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        numbers, *others = torch.autograd.grad(loss, [policy.logps, *trained.values()], allow_unused=True)
+        read = [name for name, gradient in zip(trained, others, strict=True) if gradient is not None]
+        if read:
+            raise ValueError(
+                f"tokens_per_backward: the loss itself reads the weight {read[0]}, which parts of a group would not "
+                "train: leave the option out."
+            )
+        for i, part in enumerate(self.parts):
+            _set_random_state(self._states[i], self.accelerator.device)
+            own = part.of(numbers) * (i < self._own)
+            if i == len(self.parts) - 1:
+                share = (forward(part.batch).logps * own).sum()
+                return share + (loss - share).detach()
+            with _without_sync(self.model, self.accelerator):
+                share = (forward(part.batch).logps * own).sum()
+                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+                self.accelerator.backward(share, **({"scale_wrt_gas": False} if deepspeed else {}))
+        raise AssertionError("a batch has one part at least")
+
+
+@contextmanager
+def _without_sync(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Backward passes inside add to the gradients of this process; the next one outside shares all of them."""
+    if not accelerator.sync_gradients:  # inside of an accumulation window already
+        yield
+        return
+    accelerator.sync_gradients = False  # which DeepSpeed's engine is told
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = True
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """The same dropout once more."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
