@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from helpers import FAMILIES, build_tokenizer, flags, tiny_llama
 from trainers import PreferenceConfig, PreferenceTrainer, SWEPOConfig, SWEPOTrainer
-from trainers.cli.dry_run import plan_batches
+from trainers.cli.dry_run import part_of, plan_batches
 from trainers.cli.train import main
 from trainers.data.budget import packed_tokens, token_lengths
 
@@ -204,6 +204,14 @@ def test_large_batches():
     batches = plan_batches(lengths, args, 8)
     tokens = [sum(packed_tokens(lengths[i]) for i in batches.at(place)) for place in (0.99, 1)]
     assert 400 < tokens[0] <= tokens[1] <= 500
+
+
+def test_what_goes_backward_at_once():
+    rows = [(10, [4, 4, 4]), (20, [5, 1])]
+    assert part_of(rows, None) == part_of(rows, 48) == rows
+    assert part_of(rows, 47) == [(10, [4, 4]), (20, [5, 1])]
+    assert part_of(rows, 40) == [(10, [4]), (20, [5])]
+    assert part_of(rows, 1) == [(10, [4]), (20, [5])]
 
 
 def test_gradients_that_fsdp_accumulates(report):

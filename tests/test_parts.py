@@ -109,6 +109,30 @@ def test_parts_hold_every_response_once_and_keep_to_the_budget(tokenizer):
         assert len(parts) == {1: 5, 10_000: 1}.get(budget, len(parts))
 
 
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_what_autograd_keeps_does_not_grow_with_the_group(tmp_path, tokenizer, monkeypatch, layout):
+    kept, original = [], SWEPOTrainer._policy
+
+    def counted(self, model, batch, reference=None):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            forward = original(self, model, batch, reference)
+        kept.append(sum(sizes))
+        return forward
+
+    monkeypatch.setattr(SWEPOTrainer, "_policy", counted)
+    peaks = []
+    for count in (4, 16, 64):
+        scores = [float(k) for k in range(count)]
+        data = [{"prompt_ids": [7] * 24, "response_ids": [[9] * 16] * count, "scores": scores}]
+        kept.clear()
+        options = {"tokens_per_backward": 24 + 4 * 16, "layout": layout, "max_steps": 1}
+        trainer(tmp_path, tokenizer, data=data, **options).train()
+        peaks.append(max(kept))
+        assert len(kept) == (1 if count == 4 else 2 * count / 4)
+    assert max(peaks) <= 1.1 * min(peaks)
+
+
 def test_what_parts_would_get_wrong_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="tokens_per_backward works on groups in parts, but the loss reads more"):
         trainer(tmp_path, tokenizer, cls=trainers.SparsePOTrainer, tokens_per_backward=10)

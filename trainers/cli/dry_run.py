@@ -25,6 +25,7 @@ from ..data.load import load_split
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
 from ..forward.attention import FLEX
+from ..forward.parts import slots
 from ..forward.run import Runner
 from ..inputs import prepare_rows
 from ..runs.processes import SHARDING
@@ -56,7 +57,10 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     model = build_model(model_args, args, plan)
     estimate = estimate_of(trainer_class, args, model_args, model, plan)
     layout, flex = _layout(policies.base_model(model), args)
-    large, largest = (cheaper([lengths[i] for i in batches.at(q)], layout, flex=flex) for q in (0.99, 1))
+    large, largest = (
+        cheaper(part_of([lengths[i] for i in batches.at(q)], args.tokens_per_backward), layout, flex=flex)
+        for q in (0.99, 1)
+    )
     sections = {
         "model": _model(trainer_class, args, model_args, estimate),
         "rows": "\n".join(reports),
@@ -173,6 +177,16 @@ def plan_batches(lengths: list[Lengths], args: PreferenceConfig, processes: int)
     per_epoch = max(1, math.ceil(per_process / args.gradient_accumulation_steps))
     in_all = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     return Batches(units, size, per_process, per_epoch, in_all)
+
+
+def part_of(rows: list[Lengths], budget: int | None) -> list[Lengths]:
+    """The part of a micro-batch with the most tokens, of those that go backward at once."""
+    if budget is None:
+        return rows
+    prompts, lengths = zip(*rows, strict=True)
+    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(own) for own in lengths], batch_first=True)
+    parts = [[(p, own[part]) for p, own in rows if own[part]] for part in slots(table, torch.tensor(prompts), budget)]
+    return max(parts, key=lambda part: sum(map(packed_tokens, part)))
 
 
 def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) -> Fed:

@@ -5,6 +5,7 @@ parts are first scored without a graph; the loss gives dL/dl; and each part goes
 these numbers. The price is one more forward pass.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -31,27 +32,34 @@ class Part(NamedTuple):
         return values[self.rows, self.slots]
 
 
-def split(batch: dict[str, Tensor], budget: int) -> list[Part]:
-    """The responses of a batch in parts of at most `budget` tokens, each prompt counted once per part.
+def slots(lengths: Tensor, prompts: Tensor, budget: int) -> list[slice]:
+    """Which responses go together: the next ones of every prompt, of at most `budget` tokens or one of each.
 
-    A part takes the next responses of every prompt, and one of each at the least.
+    Args:
+        lengths, prompts: (B,K) and (B,) tokens of the responses, 0 where there is none, and of the prompts, each of
+            which is counted once per part.
     """
-    lengths, prompts = batch["response_mask"].sum(-1), batch["prompt_mask"].sum(-1)
     bounds, used = [0], 0
     for slot, tokens in enumerate(lengths.T):
-        here = int((tokens + prompts * (lengths[:, bounds[-1] : slot].sum(-1) == 0))[tokens > 0].sum())
+        begun = lengths[:, bounds[-1] : slot].sum(-1) > 0
+        here = int((tokens + prompts * ~begun)[tokens > 0].sum())
         if used and used + here > budget:
             bounds.append(slot)
             used, here = 0, int((tokens + prompts)[tokens > 0].sum())
         used += here
-    ends = [*bounds[1:], lengths.size(1)]
-    return [_part(batch, slice(begin, end)) for begin, end in zip(bounds, ends, strict=True)]
+    return [slice(*pair) for pair in itertools.pairwise([*bounds, lengths.size(1)])]
 
 
-def _part(batch: dict[str, Tensor], slots: slice) -> Part:
-    rows = batch["mask"][:, slots].any(-1).nonzero().flatten()
-    own = {name: value[rows, slots] if name in PER_RESPONSE else value[rows] for name, value in batch.items()}
-    return Part(own, rows, slots)
+def split(batch: dict[str, Tensor], budget: int) -> list[Part]:
+    """The responses of a batch in parts, see `slots`."""
+    lengths, prompts = batch["response_mask"].sum(-1), batch["prompt_mask"].sum(-1)
+    return [_part(batch, part) for part in slots(lengths, prompts, budget)]
+
+
+def _part(batch: dict[str, Tensor], taken: slice) -> Part:
+    rows = batch["mask"][:, taken].any(-1).nonzero().flatten()
+    own = {name: value[rows, taken] if name in PER_RESPONSE else value[rows] for name, value in batch.items()}
+    return Part(own, rows, taken)
 
 
 class PartedPass:
