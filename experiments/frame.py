@@ -193,8 +193,11 @@ def picture(experiment: Experiment, rows: list[tuple[Contrast, dict | None]], ru
     (x, xlabel), (value, ylabel) = experiment.x, experiment.value
     lines = []
     for arm in [arm for arm in experiment.shown if arm in runs[0]["curves"]] or runs[0]["curves"]:
-        steps = list(zip(*(run["curves"][arm] for run in runs), strict=False))
-        xs, ys = ([float(np.mean([point[name] for point in points])) for points in steps] for name in (x, value))
+        runs_of = [run["curves"][arm] for run in runs]
+        steps = [[points[i] for points in runs_of if i < len(points)] for i in range(max(map(len, runs_of)))]
+        held = [[points[min(i, len(points) - 1)] for points in runs_of] for i in range(len(steps))]  # one that stopped
+        xs = [float(np.mean([point[x] for point in points])) for points in steps]
+        ys = [float(np.mean([point[value] for point in points])) for points in held]
         lines.append(plots.Series(arm, xs, ys, "o-"))
     plots.draw(left, lines, xlabel=xlabel, ylabel=f"{ylabel}, mean over seeds")
     shown = [(contrast, gain) for contrast, gain in rows if gain is not None]
