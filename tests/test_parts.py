@@ -9,10 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import trainers
 from helpers import tiny_llama
-from test_trainer import LORA, Grab, rows, trainer
+from test_trainer import LORA, Grab, config, rows, trainer
 from trainers import PreferenceCollator, SWEPOTrainer
 from trainers.data.tokenization import tokenize_dataset
 from trainers.forward.parts import split
+from trainers.runs.settings import run_settings
 
 METHODS = ("SWEPO", "LIRE", "DPO", "PlackettLuce", "InfoNCA", "NCA", "RRHF")
 
@@ -148,3 +149,8 @@ def test_what_parts_would_get_wrong_is_refused(tmp_path, tokenizer):
     model.scale = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match="the loss itself reads the weight scale"):
         trainer(tmp_path, tokenizer, model, cls=Scaled, tokens_per_backward=10).train()
+
+
+def test_a_run_may_go_on_with_other_parts(tmp_path):
+    one, other = (run_settings(config(tmp_path, tokens_per_backward=tokens)) for tokens in (None, 100))
+    assert one == other

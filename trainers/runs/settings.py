@@ -26,7 +26,7 @@ LENGTH = ("num_train_epochs", "max_steps")
 # Fields of our configs that change no weight but for rounding, or that callers name in words of their own.
 FREE = (
     "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
-    "ref_tokens_per_batch", "model_init_kwargs", "self_enhance",
+    "ref_tokens_per_batch", "tokens_per_backward", "model_init_kwargs", "self_enhance",
 )  # fmt: skip
 # Fields of an adapter's config that change no weight.
 FREE_OF_ADAPTER = (
