@@ -121,7 +121,7 @@ EXPERIMENT = Experiment(
     claim="One ternary answer per annotator identifies the types, and one binary answer does not",
     run=run,
     seeds=tuple(range(501, 511)),
-    minutes=(100, 1),
+    minutes=(230, 1),
     settings={"annotators": ANNOTATORS, "held": HELD, "batch": BATCH, "taste": TASTE}
     | {"rounds": ROUNDS, "epochs": EPOCHS},
     primary=Contrast("ranking of 3", "one pair", 0.4),
