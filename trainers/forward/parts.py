@@ -90,19 +90,21 @@ class PartedPass:
         Args:
             forwards: batch -> (policy, reference or None).
         """
-        joined: list[Tensor | None] = [None, None]
+        policies, references = [], []
         with torch.no_grad():
             for part in self.parts:
                 self._states.append(_random_state(self.accelerator.device))
-                for i, forward in enumerate(forwards(part.batch)):
-                    if forward is None:
-                        continue
-                    shape = (*batch["mask"].shape, forward.logps.size(-1))
-                    out = forward.logps.new_zeros(shape) if joined[i] is None else joined[i]
-                    out[part.rows, part.slots] = forward.logps
-                    joined[i] = out
-        policy, reference = joined
-        return Forward(policy.requires_grad_()), None if reference is None else Forward(reference)
+                policy, reference = forwards(part.batch)
+                policies.append(policy.logps)
+                references += [] if reference is None else [reference.logps]
+        leaf = Forward(self._joined(policies, batch).requires_grad_())
+        return leaf, Forward(self._joined(references, batch)) if references else None
+
+    def _joined(self, logps: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        out = logps[0].new_zeros((*batch["mask"].shape, logps[0].size(-1)))
+        for part, own in zip(self.parts, logps, strict=True):
+            out[part.rows, part.slots] = own
+        return out
 
     def backward(self, loss: Tensor, policy: Forward, forward: Callable) -> Tensor:
         """Goes backward through all parts but the last, and returns the value of `loss` with the graph of that one.
