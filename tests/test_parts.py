@@ -135,8 +135,8 @@ def test_what_autograd_keeps_does_not_grow_with_the_group(tmp_path, tokenizer, m
 
 
 def test_what_parts_would_get_wrong_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="tokens_per_backward works on groups in parts, but the loss reads more"):
-        trainer(tmp_path, tokenizer, cls=trainers.SparsePOTrainer, tokens_per_backward=10)
+    with pytest.raises(ValueError, match="tokens_per_backward works on log-probabilities alone"):
+        trainer(tmp_path, tokenizer, cls=trainers.SparsePOTrainer, tokens_per_backward=10).train()
 
     class Scaled(SWEPOTrainer):
         """A loss with a weight of its own."""

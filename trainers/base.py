@@ -113,8 +113,6 @@ class PreferenceTrainer(RunningTrainer):
             self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
             models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []
         self.runner = Runner(models, args.layout)
-        if args.tokens_per_backward is not None:
-            self._check_parts()
         check_ranges(rows, models)
 
         super().__init__(
@@ -146,14 +144,6 @@ class PreferenceTrainer(RunningTrainer):
             return ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
         inert = peft_config is not None and changes_nothing_yet(peft_config)
         return model, reference_adapter(model, inert_adapter=inert)
-
-    def _check_parts(self) -> None:
-        """Raises ValueError where more than log-probabilities goes into the loss."""
-        why = "loss reads more of a forward pass than log-probabilities" * (
-            type(self).policy_forward is not PreferenceTrainer.policy_forward
-        ) or "model has a router, whose loss is of a whole batch" * (self.runner.router is not None)
-        if why:
-            raise ValueError(f"tokens_per_backward works on groups in parts, but the {why}: leave it out.")
 
     # What a method writes or overrides.
 
@@ -212,9 +202,8 @@ class PreferenceTrainer(RunningTrainer):
         times the number of processes, because DDP, DeepSpeed and FSDP average gradients.
         """
         self.runner.check(model, inputs, self.accelerator)
-        forwards, parted, budget = partial(self._forwards, model), None, self.args.tokens_per_backward
-        if budget is not None and torch.is_grad_enabled():
-            parted = PartedPass.of(inputs, budget, model, self.accelerator)
+        forwards = partial(self._forwards, model)
+        parted = PartedPass.of(inputs, self.args.tokens_per_backward, model, self.accelerator)
         policy, reference = forwards(inputs) if parted is None else parted.score(inputs, forwards)
         losses, weights = self._losses(inputs, policy, reference)
         total = weights.sum() if num_items_in_batch is None else num_items_in_batch

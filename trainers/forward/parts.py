@@ -76,9 +76,11 @@ class PartedPass:
         self._states: list[tuple[Tensor, Tensor | None]] = []
 
     @classmethod
-    def of(cls, batch: dict[str, Tensor], budget: int, model: nn.Module, accelerator: Accelerator):
-        """None where all processes have a single part; else all make as many passes, as their engine may share
-        weights or gradients in each."""
+    def of(cls, batch: dict[str, Tensor], budget: int | None, model: nn.Module, accelerator: Accelerator):
+        """None without a budget or gradients, and where all processes have a single part; else all make as many
+        passes, as their engine may share weights or gradients in each."""
+        if budget is None or not torch.is_grad_enabled():
+            return None
         parts = split(batch, budget)
         passes = torch.tensor([len(parts)], device=accelerator.device)
         most = int(accelerator.gather(passes).max())
@@ -89,12 +91,20 @@ class PartedPass:
 
         Args:
             forwards: batch -> (policy, reference or None).
+
+        Raises:
+            ValueError: more than log-probabilities goes into the loss.
         """
         policies, references = [], []
         with torch.no_grad():
             for part in self.parts:
                 self._states.append(_random_state(self.accelerator.device))
                 policy, reference = forwards(part.batch)
+                if policy.values or policy.aux_loss is not None:
+                    raise ValueError(
+                        "tokens_per_backward works on log-probabilities alone, and here the loss reads more of a "
+                        "forward pass (token masks, a KL, or a router): leave it out."
+                    )
                 policies.append(policy.logps)
                 references += [] if reference is None else [reference.logps]
         leaf = Forward(self._joined(policies, batch).requires_grad_())
