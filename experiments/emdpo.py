@@ -18,7 +18,8 @@ from datasets import Dataset
 
 from trainers import EMDPOConfig, EMDPOTrainer
 from trainers.emdpo.mixture import match_types
-from trainers.emdpo.tables import HELD_OUT, read_annotators, read_json
+from trainers.emdpo.tables import HELD_OUT, read_annotators
+from trainers.runs.files import read_json
 from trainers.runs.stage import MANIFEST
 
 from .frame import Contrast, Curves, Experiment, Point, main
@@ -122,8 +123,7 @@ EXPERIMENT = Experiment(
     run=run,
     seeds=tuple(range(501, 511)),
     minutes=(230, 1),
-    settings={"annotators": ANNOTATORS, "held": HELD, "batch": BATCH, "taste": TASTE}
-    | {"rounds": ROUNDS, "epochs": EPOCHS},
+    settings=dict(annotators=ANNOTATORS, held=HELD, rounds=ROUNDS, epochs=EPOCHS, batch=BATCH, taste=TASTE),
     primary=Contrast("ranking of 3", "one pair", 0.4),
     secondary=(
         Contrast("best of 3", "one pair"),

@@ -52,7 +52,7 @@ def run(seed: int, quick: bool) -> Curves:
     served = {MIN_MAX: types @ mixture, SHARES: types @ shares, UNIFORM: types.mean(), ONE: single,
               "distilled": of_mixture}  # fmt: skip
     best, worst = types.max(), types.min()
-    return {arm: [{"frequent": float(best - value), "rare": float(value - worst), "policy": 0,
+    return {arm: [{"frequent": float(best - value), "rare": float(value - worst),
                    "largest": float(max(best - value, value - worst))}] for arm, value in served.items()}  # fmt: skip
 
 

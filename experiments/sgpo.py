@@ -18,8 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trainers import SGPOConfig, SGPOTrainer
-from trainers.emdpo.tables import read_json
-from trainers.runs.files import read_rows
+from trainers.runs.files import read_json, read_rows
 from trainers.runs.stage import MANIFEST
 from trainers.sgpo.improver import sft_config, train_sft
 from trainers.sgpo.stages import pair

@@ -19,10 +19,10 @@ from ..data.rows import refuse_template_options
 from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Player, compare
 from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
-from ..emdpo.tables import MIXTURE, read_json
+from ..emdpo.tables import MIXTURE
 from ..generation.sampler import plain_prompt
 from ..pages.text import interval, markdown
-from ..runs.files import read_rows, write_atomic, write_json
+from ..runs.files import read_json, read_rows, write_atomic, write_json
 from ..statistics import about_intervals
 from . import config_files
 

@@ -9,11 +9,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from ..generation.sampler import Sample, encode_prompts
-from ..runs.files import write_json
+from ..runs.files import read_json, write_json
 from ..runs.settings import digest
 from ..runs.stage import train_into
 from .aggregate import Arena, Player
-from .tables import read_json
 
 DISTILLED = "distilled"
 SETTINGS = "distillation.json"  # what a distilled policy was trained with; lies in its folder

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..runs.files import write_json
+from ..runs.files import read_json, write_json
 from ..runs.stage import MANIFEST, train_into
 from .annotators import Judged, halves
 from .init import first_guess
 from .m_step import NEGLIGIBLE
 from .mixture import SURE, EStep, e_step, mixture_weights
-from .tables import ANNOTATORS, HELD_OUT, read_annotators, read_json, write_annotators
+from .tables import ANNOTATORS, HELD_OUT, read_annotators, write_annotators
 
 RESTART_SEED = 1000  # distance of the seeds of two restarts
 POLICY = "policy"  # in the folder of a type

@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 
-from ..runs.files import write_atomic
+from ..runs.files import read_json, write_atomic
 
 TYPE, LIKELIHOOD = "type_", "log_likelihood_"  # columns type_0, type_1, ... of a posterior, and of a log-likelihood
 ANNOTATORS, HELD_OUT = "annotators.csv", "held_out.csv"
@@ -54,10 +53,6 @@ def _write(path: Path, head: list[str], rows) -> None:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([head, *rows])
     write_atomic(path, out.getvalue().encode())
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(Path(path).read_text())
 
 
 def read_mixture(run: str | Path) -> dict:

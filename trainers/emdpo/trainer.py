@@ -27,7 +27,7 @@ from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
-from ..runs.files import write_atomic, write_json
+from ..runs.files import read_json, write_atomic, write_json
 from ..runs.processes import Processes, free_memory, refuse_engines
 from ..runs.settings import digest, model_fingerprint, plain, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
@@ -269,7 +269,7 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _write_mixture(self, path: Path, manifest: dict) -> None:
         """What MixturePolicy reads; weights that were worked out for the same policies are kept."""
-        before = tables.read_json(path) if path.exists() else {"policies": None, "weights": None, "prior": None}
+        before = read_json(path) if path.exists() else {"policies": None, "weights": None, "prior": None}
         if before["policies"] == manifest["policies"]:
             return
         if before["weights"] != before["prior"]:

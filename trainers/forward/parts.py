@@ -27,10 +27,6 @@ class Part(NamedTuple):
     rows: Tensor
     slots: slice
 
-    def of(self, values: Tensor) -> Tensor:
-        """(B,K,...) -> (b,k,...), what belongs to this part."""
-        return values[self.rows, self.slots]
-
 
 def slots(lengths: Tensor, prompts: Tensor, budget: int) -> list[slice]:
     """Which responses go together: the next ones of every prompt, of at most `budget` tokens or one of each.
@@ -136,17 +132,18 @@ class PartedPass:
                 f"tokens_per_backward: the loss itself reads the weight {read[0]}, which parts of a group would not "
                 "train: leave the option out."
             )
-        for i, part in enumerate(self.parts):
+
+        def share(i: int) -> Tensor:
+            part = self.parts[i]
             _set_random_state(self._states[i], self.accelerator.device)
-            own = part.of(numbers) * (i < self._own)
-            if i == len(self.parts) - 1:
-                share = (forward(part.batch).logps * own).sum()
-                return share + (loss - share).detach()
+            return (forward(part.batch).logps * numbers[part.rows, part.slots] * (i < self._own)).sum()
+
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        for i in range(len(self.parts) - 1):
             with _without_sync(self.model, self.accelerator):
-                share = (forward(part.batch).logps * own).sum()
-                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-                self.accelerator.backward(share, **({"scale_wrt_gas": False} if deepspeed else {}))
-        raise AssertionError("a batch has one part at least")
+                self.accelerator.backward(share(i), **({"scale_wrt_gas": False} if deepspeed else {}))
+        last = share(len(self.parts) - 1)
+        return last + (loss - last).detach()
 
 
 @contextmanager

@@ -85,6 +85,10 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def read_json(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Atomic, indented JSON."""
     write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
