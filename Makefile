@@ -35,7 +35,7 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 	$(BIN)/python -m benchmarks.run $(BENCHMARK_ARGS)
 
 experiments: $(READY)  ## repeat the experiments of docs/results (hours; each says its size and minutes first)
-	@for name in swepo swepo_sft lire sparsepo emdpo emdpo_regret sgpo; do $(BIN)/python -m experiments.$$name || exit 1; done
+	@for name in swepo swepo_sft lire sparsepo sparsepo_stories emdpo emdpo_regret sgpo; do $(BIN)/python -m experiments.$$name || exit 1; done
 
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false

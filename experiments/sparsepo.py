@@ -40,17 +40,19 @@ FIRST_BAD, FIRST_FILLER = FIRST_GOOD + GOOD, FIRST_GOOD + GOOD + BAD
 AT = 0.3  # nats
 
 
+def is_adjective(ids):
+    return (ids >= FIRST_GOOD) & (ids < FIRST_FILLER)
+
+
 class OracleTrainer(SparsePOTrainer):
-    """Weight 1 on the adjective and 0 elsewhere, in rewards and KL: what a perfect mask would do."""
+    """Weight 1 on the tokens of the slot and 0 elsewhere, in rewards and KL: what a perfect mask would do."""
+
+    slot = staticmethod(is_adjective)
 
     def token_terms(self, batch, policy, reference):
         terms = super().token_terms(batch, policy, reference)
-        slot = is_adjective(batch["response_ids"]) & batch["response_mask"]
+        slot = self.slot(batch["response_ids"]) & batch["response_mask"]
         return terms | {"reward_mask": slot.to(policy.logps), "kl_mask": slot.to(policy.logps)}
-
-
-def is_adjective(ids):
-    return (ids >= FIRST_GOOD) & (ids < FIRST_FILLER)
 
 
 def sentences(count: int, filler: int, seed: int) -> torch.Tensor:
@@ -111,11 +113,11 @@ def fit(arm: str, reference, rows: list[dict], measure, start: Point, seed: int,
     )
 
 
-def masked(trainer) -> Point:
+def masked(trainer, slot_of=is_adjective) -> Point:
     """How well the reward mask tells slots from filler, the share of exact zeros on filler, and its mean."""
     rows = [trainer.train_dataset[i] for i in range(BATCH)]
     values = trainer.token_values(rows)["reward_mask"]
-    slot = is_adjective(torch.tensor([row["response_ids"] for row in rows]))
+    slot = slot_of(torch.tensor([row["response_ids"] for row in rows]))
     area = mannwhitneyu(values[slot], values[~slot]).statistic / (int(slot.sum()) * int((~slot).sum()))
     return {"auc": float(area), "zeros": float((values[~slot] == 0).double().mean()), "mask": float(values.mean())}
 
