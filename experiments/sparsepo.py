@@ -69,18 +69,20 @@ def sentences(count: int, filler: int, seed: int) -> torch.Tensor:
 def run(seed: int, quick: bool) -> Curves:
     curves = {}
     for filler in (20,) if quick else (20, *DOSES):
-        reference = word_model(TOKENIZER, layers=2, width=64, seed=seed)
-        texts = sentences(1000 if quick else 20_000, filler, seed)
-        pretrain(reference, texts, steps=30 if quick else 400, batch=64, learning_rate=3e-3, seed=seed)
-        rows, measure = (
-            preferences(reference, filler, seed),
-            measuring(reference, filler, seed, 100 if quick else 2000),
-        )
+        reference = pretrained(seed, filler, *((1000, 30) if quick else ()))
+        rows = preferences(reference, filler, seed)
+        measure = measuring(reference, filler, seed, 100 if quick else 2000)
         start = measure(reference)
         for arm in ("DPO", SPARSE) if quick or filler != 20 else ARMS:
             name = arm if filler == 20 else f"{arm}, {filler} filler"
             curves[name] = fit(arm, reference, rows, measure, start, seed, EVERY if quick else STEPS)
     return curves
+
+
+def pretrained(seed: int, filler: int, texts: int = 20_000, steps: int = 400):
+    reference = word_model(TOKENIZER, layers=2, width=64, seed=seed)
+    pretrain(reference, sentences(texts, filler, seed), steps=steps, batch=64, learning_rate=3e-3, seed=seed)
+    return reference
 
 
 def preferences(reference, filler: int, seed: int) -> list[dict]:
@@ -103,11 +105,13 @@ def measuring(reference, filler: int, seed: int, samples: int):
     return measure
 
 
-def fit(arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int) -> list[Point]:
+def fit(
+    arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int, watch=None
+) -> list[Point]:
     options = {"learning_rate": 3e-4, "beta": 0.3, "max_steps": steps, "per_device_train_batch_size": BATCH,
                "seed": seed, **(ARMS[arm] or {})}  # fmt: skip
     trainer = DPOTrainer if arm == "DPO" else OracleTrainer if arm == "oracle mask" else SparsePOTrainer
-    watch = masked if "learned" in options.values() else None
+    watch = watch or (masked if "learned" in options.values() else None)
     return train(
         trainer, options, copy.deepcopy(reference), rows, TOKENIZER, measure, every=EVERY, start=start, watch=watch
     )

@@ -91,10 +91,12 @@ def test_kl_is_the_sum_of_exact_divergences_along_samples_of_prompts_of_any_leng
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swepo", "swepo_sft", "lire", "sparsepo", "sparsepo_stories", "emdpo", "emdpo_regret", "sgpo"])
+@pytest.mark.parametrize(
+    "name", ["swepo", "swepo_sft", "lire", "sparsepo", "sparsepo_stories", "emdpo", "emdpo_regret", "sgpo"]
+)
 def test_every_experiment_gives_numbers(name, tmp_path):
     module = importlib.import_module(f"experiments.{name}")
-    if name in ("swepo", "swepo_sft", "lire") and not MODEL.exists():
+    if name in ("swepo", "swepo_sft", "lire", "sparsepo_stories") and not MODEL.exists():
         pytest.skip(f"needs {MODEL}")
     found = frame.main(module.EXPERIMENT, ["--quick", "--output", str(tmp_path)])
     assert found["contrasts"][0]["title"] == module.EXPERIMENT.primary.title

@@ -1,0 +1,36 @@
+"""What SparsePO's mask lights up: the page of `polypo masks` for the sparse arm of `experiments.sparsepo`, one seed.
+
+    python -m experiments.sparsepo_heatmap [SEED]
+
+The seed is the first of the experiment's unless one is given, the shown rows are the first of its training pairs, and
+the policy is the one after 10 steps. Writes runs/experiments/sparsepo-heatmap.html.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers.cli.masks import row_parts
+from trainers.pages.page import write
+
+from .sparsepo import EXPERIMENT, SPARSE, fit, masked, preferences, pretrained
+
+STEPS, ROWS, FILLER = 10, 2, 20
+
+
+def main(seed: int) -> Path:
+    reference, shown = pretrained(seed, FILLER), {}
+
+    def keep(trainer) -> dict:
+        rows = [trainer.train_dataset[i] for i in range(ROWS)]
+        shown.update({f"Pair {i}": row_parts(trainer, i, row) for i, row in enumerate(rows)})
+        return masked(trainer)
+
+    rows = preferences(reference, FILLER, seed)
+    fit(SPARSE, reference, rows, lambda policy: {}, {}, seed, STEPS, watch=keep)
+    target = Path("runs/experiments/sparsepo-heatmap.html")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write(target, f"{SPARSE}, seed {seed}, after {STEPS} steps", shown)
+
+
+if __name__ == "__main__":
+    print(f"{main(int(sys.argv[1]) if sys.argv[1:] else EXPERIMENT.seeds[0])} is ready.")
