@@ -12,7 +12,7 @@ from pathlib import Path
 from trainers.cli.masks import row_parts
 from trainers.pages.page import write
 
-from .sparsepo import EXPERIMENT, SPARSE, fit, masked, preferences, pretrained
+from .sparsepo import EXPERIMENT, SPARSE, fit, preferences, pretrained
 
 STEPS, ROWS, FILLER = 10, 2, 20
 
@@ -23,7 +23,7 @@ def main(seed: int) -> Path:
     def keep(trainer) -> dict:
         rows = [trainer.train_dataset[i] for i in range(ROWS)]
         shown.update({f"Pair {i}": row_parts(trainer, i, row) for i, row in enumerate(rows)})
-        return masked(trainer)
+        return {}
 
     rows = preferences(reference, FILLER, seed)
     fit(SPARSE, reference, rows, lambda policy: {}, {}, seed, STEPS, watch=keep)

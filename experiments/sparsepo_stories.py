@@ -7,8 +7,7 @@ follows, by VADER and with noise of deviation 0.3, is the score of all 24 tokens
 samples train every arm. The word is always first, so a mask may find it by its place.
 """
 
-import itertools
-import random
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from trainers.generation.rewards import vader_sentiment
 
 from .frame import Contrast, Curves, Experiment, Point, main
 from .sparsepo import BATCH, NOISE, PAIRS, OracleTrainer, masked
-from .stories import KINDS, NAMES, scored_rows, story_model, tokenizer
+from .stories import prompts, rating, scored_rows, story_model, tokenizer
 from .training import train
-from .worlds import exact_kl, sample
+from .worlds import sample
 
 TOKENS, STEPS, EVERY, AT = 24, 24, 4, 2.0  # the last in nats
 OPENINGS = (
@@ -38,8 +37,14 @@ ARMS = {"DPO": {}, "TDPO1": {"mask": "ones"}, "random mask": {"mask": "random"},
 
 def first_word(ids: torch.Tensor) -> torch.Tensor:
     """True on the tokens (...,R) of a response's first word."""
-    starts = [token.startswith("▁") for token in tokenizer().convert_ids_to_tokens(range(len(tokenizer())))]
-    return torch.tensor(starts)[ids].cumsum(-1) <= 1
+    return word_starts()[ids].cumsum(-1) <= 1
+
+
+@cache
+def word_starts() -> torch.Tensor:
+    """(V) True on the tokens that begin a word."""
+    tokens = tokenizer().convert_ids_to_tokens(range(len(tokenizer())))
+    return torch.tensor([token.startswith("▁") for token in tokens])
 
 
 class FirstWordTrainer(OracleTrainer):
@@ -53,24 +58,13 @@ def sentiment(samples: torch.Tensor) -> np.ndarray:
     return np.reshape(vader_sentiment([None] * len(words), words), samples.shape[:2])
 
 
-def prompts(split: str, count: int, seed: int) -> list[list[int]]:
-    texts = [opening.format(kind=kind, name=name)
-             for opening, kind, name in itertools.product(OPENINGS, KINDS, NAMES[split])]  # fmt: skip
-    return [tokenizer()(text)["input_ids"] for text in random.Random(seed).sample(texts, count)]
-
-
 def run(seed: int, quick: bool) -> Curves:
-    reference, questions = story_model(), prompts("train", PAIRS, seed)
+    reference, questions = story_model(), prompts("train", PAIRS, seed, OPENINGS)
     drawn, _ = sample(reference, questions, 2, TOKENS, seed)
     scores = sentiment(drawn)
     rows = scored_rows(questions, drawn, scores + np.random.default_rng(seed).normal(0, NOISE, scores.shape))
-    held = prompts("test", 8 if quick else 48, seed)
-
-    def measure(policy) -> Point:
-        answers, logits = sample(policy, held, 2 if quick else 8, TOKENS, seed + 10_000)
-        return {"reward": float(sentiment(answers).mean()),
-                "kl": float(exact_kl(logits, reference, held, answers).mean())}  # fmt: skip
-
+    held = prompts("test", 8 if quick else 48, seed, OPENINGS)
+    measure = rating(reference, held, seed, sentiment, 2 if quick else 8, TOKENS)
     start = measure(reference)
     return {arm: fit(arm, rows, measure, start, seed, EVERY if quick else STEPS)
             for arm in (("DPO", SPARSE) if quick else ARMS)}  # fmt: skip

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def story_model():
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
-def prompts(split: str, count: int, seed: int) -> list[list[int]]:
-    """Token ids of `count` different openings, drawn by the seed; the splits share no name."""
+def prompts(split: str, count: int, seed: int, openings: tuple[str, ...] = OPENINGS) -> list[list[int]]:
+    """Token ids of `count` different prompts, drawn by the seed; the splits share no name."""
     texts = [opening.format(kind=kind, name=name)
-             for opening, kind, name in itertools.product(OPENINGS, KINDS, NAMES[split])]  # fmt: skip
+             for opening, kind, name in itertools.product(openings, KINDS, NAMES[split])]  # fmt: skip
     return [tokenizer()(text)["input_ids"] for text in random.Random(seed).sample(texts, count)]
 
 
@@ -62,15 +63,19 @@ def scored_rows(questions: list[list[int]], samples: torch.Tensor, scores: np.nd
 
 
 def measuring(reference, seed: int, *, openings: int = 32, samples: int = 8):
-    """policy -> sentiment of its samples on held-out openings, and their exact KL from the reference.
+    """`rating` of the sentiment of samples on held-out openings, which are those of the seed."""
+    return rating(reference, prompts("test", openings, seed), seed, sentiment, samples, TOKENS)
 
-    The openings and random streams are those of the seed, the same for every policy.
+
+def rating(reference, questions: list[list[int]], seed: int, score: Callable, samples: int, tokens: int):
+    """policy -> mean score of its samples on `questions`, and their exact KL from the reference.
+
+    The random stream is that of the seed, the same for every policy.
     """
-    questions = prompts("test", openings, seed)
 
     def measure(policy) -> Point:
-        drawn, logits = sample(policy, questions, samples, TOKENS, seed + 10_000)
+        drawn, logits = sample(policy, questions, samples, tokens, seed + 10_000)
         kl = exact_kl(logits, reference, questions, drawn)
-        return {"reward": float(sentiment(drawn).mean()), "kl": float(kl.mean())}
+        return {"reward": float(score(drawn).mean()), "kl": float(kl.mean())}
 
     return measure
