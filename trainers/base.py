@@ -112,6 +112,7 @@ class PreferenceTrainer(RunningTrainer):
             options = args.model_init_kwargs
             self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
             models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []
+        policies.apply_kernels(models, args)
         self.runner = Runner(models, args.layout)
         check_ranges(rows, models)
 

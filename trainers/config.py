@@ -28,9 +28,10 @@ REFUSED = {
     "bf16_full_eval": "would cast the policy and not the reference: set bf16 to true, which casts both.",
     "fp16_full_eval": "would cast the policy and not the reference: set bf16 to true, which casts both.",
     "neftune_noise_alpha": "would add noise to the policy and not to the reference: leave it out.",
-    "use_liger_kernel": "would replace the forward that gives log-probabilities without logits: set it to false.",
     "parallelism_config": "splits rows or layers in ways that were not tried: use DDP, ZeRO or FSDP2.",
 }
+# Liger's kernels in the place of the LM head, which gives log-probabilities without logits and without a loss.
+LIGER_LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 class Range:
@@ -169,6 +170,8 @@ class PreferenceConfig(TrainingArguments):
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _without_losses(self.liger_kernel_config or {})
         if self.gradient_accumulation_steps < 1:  # the Trainer would end without a step
             raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1.")
         if self.max_tokens_per_batch is not None and self.train_sampling_strategy == "sequential":
@@ -199,3 +202,14 @@ def _keywords(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] |
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"{name}={value!r} is no JSON ({error}): give an object such as {{}}.") from error
+
+
+def _without_losses(kernels: dict[str, bool]) -> dict[str, bool]:
+    """The `liger_kernel_config` with the losses off, which are on by default."""
+    for name in LIGER_LOSSES:
+        if kernels.get(name):
+            raise ValueError(
+                f"liger_kernel_config: {name} would replace the forward that gives log-probabilities without logits: "
+                "leave it out. The kernels for norms, rotary positions and MLPs can be had."
+            )
+    return kernels | dict.fromkeys(LIGER_LOSSES, False)

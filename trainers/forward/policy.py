@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer import disable_dropout_in_model
 
@@ -119,6 +119,15 @@ def prepare_policy(model, args, quantization_config, peft_config: PeftConfig | N
         disable_dropout(model)
     _fit_arguments(args, base_model(model).config)
     return model
+
+
+def apply_kernels(models: list[PreTrainedModel], args) -> None:
+    """Liger's kernels, if asked for, in policy and reference alike: log-ratios start at 0.
+
+    The Trainer does it for the policy alone, when training begins, and again.
+    """
+    for model in models if args.use_liger_kernel else []:
+        apply_liger_kernel(model, args.liger_kernel_config)
 
 
 def _fit_arguments(args, config: PretrainedConfig) -> None:
