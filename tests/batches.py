@@ -28,6 +28,21 @@ def make_batch(lengths: list[tuple[int, list[int]]], vocab: int, seed: int = 0) 
     return batch
 
 
+def make_alike(vocab: int) -> dict[str, torch.Tensor]:
+    """Sequences that begin alike in every way: a draft and its sequels, one in the other, twice the same, equal
+    prompts, a prompt that goes on where a response ends, and a prompt of which another one is the beginning."""
+    batch = make_batch([(6, [7, 7, 5, 3, 1]), (6, [4, 4]), (13, [5, 2, 6]), (4, [3, 3])], vocab, seed=5)
+    prompts, responses = batch["prompt_ids"], batch["response_ids"]
+    responses[0, 1, :4] = responses[0, 0, :4]
+    responses[0, 2, :2] = responses[0, 0, :2]
+    responses[0, 3, :3] = responses[0, 0, :3]
+    prompts[1, :6] = prompts[0, :6]
+    responses[1, 0, :4], responses[1, 1, :4] = responses[0, 0, :4], responses[0, 0, :4]
+    prompts[2, :13] = torch.cat([prompts[0, :6], responses[0, 1, :7]])
+    prompts[3, :4] = prompts[0, :4]
+    return batch
+
+
 def real_responses(batch):
     """(prompt index, slot, prompt ids, response ids) of each response of a batch, without padding."""
     for i, j in batch["mask"].nonzero().tolist():

@@ -104,7 +104,7 @@ def test_the_reference_of_an_adapter_is_the_base_models_head():
 
 def head_alone(layer, targets, rule, chunk=None):
     """A pass of a model that is nothing but a head."""
-    return Pass(SimpleNamespace(get_output_embeddings=lambda: layer), None, None, targets, rule, chunk)
+    return Pass(SimpleNamespace(get_output_embeddings=lambda: layer), None, None, targets, None, rule, chunk)
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["fused", "any head"])

@@ -17,7 +17,7 @@ from trainers.cli.dry_run import estimate_of
 from trainers.data.budget import token_lengths
 from trainers.emdpo.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
 from trainers.estimate import Estimate, Fed, Plan, Run, fed, read_plan
-from trainers.forward import divergence, layout
+from trainers.forward import divergence, tree
 from trainers.forward.head import CPU_CHUNK_ELEMENTS
 from trainers.forward.layout import rows_layout, shared_layout
 from trainers.forward.policy import add_adapter, base_model
@@ -176,17 +176,16 @@ def test_peak_in_each_precision_and_layout(
 
 @pytest.mark.parametrize("piece", [2, 256])
 def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
-    monkeypatch.setattr(layout, "PIECE", piece)
-    batch = make_batch(RAGGED, vocab=50)
+    monkeypatch.setattr(tree, "PIECE", piece)
+    batch = make_batch(RAGGED, vocab=10**6)  # no two responses begin alike
     shared, rows = shared_layout(batch), rows_layout(batch)
     branches = shared.branches
-    trunks, keys = branches.trunk[0] * branches.trunk[1], branches.branch[0] * (branches.trunk[1] + branches.branch[1])
     assert fed(RAGGED, shared=True) == Fed(
         tokens=shared.input_ids.numel(),
         predicted=shared.targets.numel(),
-        queries=branches.queries.token.numel(),
-        keys=trunks + keys,
-        mask=sum(mask.numel() for mask in branches.masks),
+        queries=branches.token.numel(),
+        keys=sum(call.keys.numel() for call in branches.calls),
+        mask=sum(call.mask.numel() for call in branches.calls if call.mask is not None),
     )
     size, packed = rows.input_ids.numel(), shared.input_ids.numel()
     assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0)

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from batches import RAGGED, make_batch, own_logps, real_responses
-from trainers.forward import head, layout
+from batches import RAGGED, make_alike, make_batch, own_logps, real_responses
+from trainers.forward import head, tree
 from trainers.forward.attention import flex_mask
 from trainers.forward.layout import rows_layout, shared_layout, token_counts
 from trainers.forward.run import (
@@ -48,8 +48,16 @@ CONFIGS = {
     "phi": PhiConfig(**SMALL),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0, sliding_window=64),
 }
+BATCHES = {"ragged": make_batch(RAGGED, VOCAB), "alike": make_alike(VOCAB)}
 # Cohere rounds to float32 inside its rotary embedding, so its gradients can only be compared in one layout.
 SHARING = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi"]
+
+
+@pytest.fixture(autouse=True)
+def shared_from_the_first_token_on(monkeypatch):
+    """Small batches: every token that two sequences begin with is shared, and every node has a call of its own."""
+    monkeypatch.setattr(tree, "SAVED", 1)
+    monkeypatch.setattr(tree, "CALL", 0)
 
 
 def build(name, dtype=torch.float64, **kwargs):
@@ -105,12 +113,13 @@ def same(found, expected):
 
 
 @pytest.mark.usefixtures("exact_softmax")
+@pytest.mark.parametrize("kind", list(BATCHES))
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_values_and_gradients_equal_the_models_own_logits(name, shared):
+def test_values_and_gradients_equal_the_models_own_logits(name, shared, kind):
     if shared and name not in SHARING:
         pytest.skip("this model cannot share prompts")
-    model, batch = build(name), make_batch(RAGGED, VOCAB)
+    model, batch = build(name), BATCHES[kind]
     expected = reference_logps(model, batch)
     expected_gradients = gradients(model, batch, reference_logps)
     assert prepare_forward(model, share=shared) is None
@@ -121,21 +130,20 @@ def test_values_and_gradients_equal_the_models_own_logits(name, shared):
     same(gradients(model, batch, lambda m, b: run(m, b, shared=shared).logps), expected_gradients)
 
 
+@pytest.mark.parametrize("call", [0, 2**14])
 @pytest.mark.parametrize("piece", [1, 2, 5])
-def test_cutting_long_branches_into_pieces_changes_nothing(piece, monkeypatch):
-    batch, whole = make_batch(RAGGED, VOCAB), build("llama")
-    longest = batch["response_mask"].size(-1)
-    assert len(shared_layout(batch).branches.masks) == 1
+@pytest.mark.parametrize("kind", list(BATCHES))
+def test_cutting_long_nodes_and_joining_calls_changes_nothing(kind, piece, call, monkeypatch):
+    batch, whole = BATCHES[kind], build("llama")
     expected = reference_logps(whole, batch)
     expected_gradients = gradients(whole, batch, reference_logps)
-    monkeypatch.setattr(layout, "PIECE", piece)
+    monkeypatch.setattr(tree, "PIECE", piece)
+    monkeypatch.setattr(tree, "CALL", call)
     model = build("llama")
     prepare_forward(model, share=True)
-    masks = shared_layout(batch).branches.masks
-    # every piece holds only the responses that reach it, and meets no key beyond its own end
-    lengths = batch["response_mask"].sum(-1)[batch["mask"]]
-    assert [m.size(0) for m in masks] == [int((lengths > begin).sum()) for begin in range(0, longest, piece)]
-    assert [m.size(2) for m in masks] == [min(piece, longest - begin) for begin in range(0, longest, piece)]
+    calls = shared_layout(batch).branches.calls
+    assert all(c.steps <= piece for c in calls if c.mask is not None)
+    assert sum(c.mask is not None for c in calls) == 1 if call else len(calls) > 5
     torch.testing.assert_close(run(model, batch, shared=True).logps, expected, rtol=0, atol=1e-10)
     same(gradients(model, batch, lambda m, b: run(m, b, shared=True).logps), expected_gradients)
 
@@ -143,7 +151,7 @@ def test_cutting_long_branches_into_pieces_changes_nothing(piece, monkeypatch):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_shared_equals_rows_with_checkpointing_and_lora(lora, reentrant):
-    batch, results = make_batch(RAGGED, VOCAB), []
+    batch, results = BATCHES["alike"], []
     for shared in (False, True):
         model = build("llama")
         if lora:
@@ -175,7 +183,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(shared
 @compiles
 def test_flex_attention_gives_the_same_values():
     model = build("llama", dtype=torch.float32)
-    batch = make_batch(RAGGED, VOCAB)
+    batch = BATCHES["alike"]
     expected = reference_logps(model, batch)
     flexible = build("llama", dtype=torch.float32, attn_implementation="flex_attention").eval()
     assert prepare_forward(flexible, share=True) is None
@@ -199,14 +207,21 @@ def test_flex_attention_is_not_compiled_again_for_each_new_length():
     assert graphs == [1, 2, 2, 2, 2]
 
 
-def test_the_flex_mask_shows_exactly_the_trunk_and_the_own_branch():
-    inputs = shared_layout(make_batch([(3, [2, 1]), (1, [2, 3])], VOCAB))
+def test_the_flex_mask_shows_a_token_its_own_sequence():
+    batch = make_batch([(3, [3, 2, 4]), (1, [2, 3])], VOCAB)
+    batch["prompt_ids"][0], batch["prompt_ids"][1] = torch.tensor([5, 6, 7]), 8
+    for slot, ids in enumerate(([10, 11, 1], [20, 1], [10, 12, 13, 1])):
+        batch["response_ids"][0, slot, : len(ids)] = torch.tensor(ids)
+    batch["response_ids"][1, 0, :2], batch["response_ids"][1, 1, :3] = torch.tensor([9, 1]), torch.tensor([14, 15, 1])
+    inputs = shared_layout(batch)
+    assert inputs.input_ids.tolist() == [[5, 6, 7, 10, 11, 12, 13, 20, 8, 9, 14, 15]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 5, 3, 0, 1, 1, 2]]
     rule = flex_mask(inputs.branches).mask_mod  # its blocks are too coarse
     t = torch.arange(inputs.input_ids.size(1))
     seen = [[bool(rule(0, 0, q, k)) for k in t] for q in t]
-    # trunk a a, branches b b, c; second prompt has no trunk: branches d d, e e e
-    rows = ["a", "aa", "aab", "aabb", "aa..c", ".....d", ".....dd", ".......e", ".......ee", ".......eee"]
-    assert [[c.isalpha() for c in row.ljust(10, ".")] for row in rows] == seen
+    rows = ["x", "xx", "xxx", "xxxx", "xxxxx", "xxxx.x", "xxxx.xx", "xxx....x", "........x", "........xx",
+            "........x.x", "........x.xx"]  # fmt: skip
+    assert [[c == "x" for c in row.ljust(12, ".")] for row in rows] == seen
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])  # the fused head, and the one for heads of any kind
@@ -229,13 +244,36 @@ def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits(name
     assert sum(rows) == batch["response_mask"].sum() and max(rows) <= 10
 
 
-def test_prompt_tokens_are_fed_once_and_nothing_is_padded():
-    batch = make_batch(RAGGED, VOCAB)
+def test_what_sequences_begin_with_is_fed_once_and_nothing_is_padded():
+    batch = make_batch(RAGGED, 10**6)  # no two responses begin alike
     prompts, responses = int(batch["prompt_mask"].sum()), int(batch["response_mask"].sum())
     shared, rows = shared_layout(batch), rows_layout(batch)
-    assert shared.input_ids.shape == (1, prompts - len(RAGGED) + responses)
+    assert shared.input_ids.shape == (1, prompts + responses - int(batch["mask"].sum()))
     assert rows.input_ids.shape == (12, 13)
     assert token_counts(batch) == (rows.input_ids.numel(), shared.input_ids.numel())
+    alike = BATCHES["alike"]
+    beginnings = {
+        (*prompt.tolist(), *response.tolist())[:n]
+        for _, _, prompt, response in real_responses(alike)
+        for n in range(1, len(prompt) + len(response))
+    }
+    assert shared_layout(alike).input_ids.numel() == token_counts(alike)[1] == len(beginnings)
+
+
+@pytest.mark.parametrize("kind", list(BATCHES))
+def test_a_position_reaches_the_head_once_for_each_of_its_targets(kind, monkeypatch):
+    batch, model, rows = BATCHES[kind], build("llama"), []
+    prepare_forward(model, share=True)
+    linear = head.linear
+    monkeypatch.setattr(head, "linear", lambda hidden, *more: rows.append(len(hidden)) or linear(hidden, *more))
+    with torch.no_grad():
+        run(model, batch, shared=True)
+    beginnings = {
+        (*prompt.tolist(), *response.tolist())[: len(prompt) + n]
+        for _, _, prompt, response in real_responses(batch)
+        for n in range(1, len(response) + 1)
+    }
+    assert sum(rows) == len(beginnings)
 
 
 def test_generation_is_untouched_by_the_head_and_the_attention():
@@ -263,7 +301,8 @@ def test_models_that_cannot_share_say_why(config, word):
     assert word in prepare_forward(AutoModelForCausalLM.from_config(config), share=True)
 
 
-def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window():
+def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window(monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", 16)
     long_prompt = make_batch([(30, [5, 5, 5, 5])], VOCAB)
     no_prompt = make_batch([(1, [6, 6])], VOCAB)
     assert cheaper_shared(long_prompt, None) and cheaper_shared(long_prompt, 35)

@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from batches import RAGGED, make_batch, real_responses
 from helpers import build_tokenizer
 from test_trainer import LORA, Grab, signal_rows, trainer
+from trainers.forward import tree
 from trainers.forward.layout import rows_layout
 from trainers.forward.router import router_loss
 from trainers.forward.run import prepare_forward, run
@@ -40,13 +41,21 @@ def own_loss(model, batch):
 
 
 def own_loss_of_shared_prompts(model, batch):
-    """Mixtral's loss of the router logits that the model has for each response alone, a trunk taken once."""
-    layers = [[] for _ in range(model.config.num_hidden_layers)]
-    for _, j, prompt, response in real_responses(batch):
-        found = model(input_ids=torch.cat([prompt, response[:-1]])[None]).router_logits
+    """Mixtral's loss of the router logits that the model has for each response alone, a beginning taken once."""
+    layers, seen = [[] for _ in range(model.config.num_hidden_layers)], set()
+    for _, _, prompt, response in real_responses(batch):
+        ids = [*prompt.tolist(), *response.tolist()][:-1]
+        new = [n for n in range(len(ids)) if (*ids[: n + 1],) not in seen]
+        seen |= {(*ids[: n + 1],) for n in new}
+        found = model(input_ids=torch.tensor([ids])).router_logits
         for layer, logits in zip(layers, found, strict=True):
-            layer.append(logits[0 if j == 0 else len(prompt) - 1 :])
+            layer.append(logits[new])
     return load_balancing_loss_func(tuple(map(torch.cat, layers)), 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def shared_from_the_first_token_on(monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", 1)
 
 
 def gradients(model, loss):

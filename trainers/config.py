@@ -124,7 +124,7 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool = option(True, "Switch dropout off in policy and reference, so that log-ratios start at 0.")
     layout: str = option(
         "auto",
-        "How a batch travels through the model: every prompt once with its responses as branches (shared), one padded "
+        "How a batch travels through the model: what its sequences begin with once, as a tree (shared), one padded "
         "row per response (rows), or whichever is cheaper (auto).",
         choices=["auto", "shared", "rows"],
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from polypo.recipes import is_true
 
 from .data.budget import Lengths
 from .forward.head import CHUNK_ELEMENTS, LogitRule, head_rows, logit_rule
-from .forward.layout import piece_bounds
 from .forward.policy import base_model
+from .forward.tree import calls, grow
 
 # DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, in numbers.
 ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
@@ -99,28 +100,32 @@ class Fed(NamedTuple):
     predicted: int
     queries: int
     keys: int
-    mask: int  # elements; with a mask, attention has a copy of the trunk's keys for each branch
+    mask: int  # elements; with a mask, attention has copies of the keys for each piece of a response
 
 
 def fed(groups: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
     """Lengths of prompts P and of their responses R -> what one micro-batch of them costs.
 
-    `shared`: T = sum over prompts of (P - 1 + sum of R). Attention works on padded tables of trunks (longest P - 1)
-    and branches (longest R), whose queries are cut into pieces; FlexAttention (`flex`) needs no tables.
+    `shared`: the tree of sequences that have their prompt in common and no more (forward/tree.py); FlexAttention
+    (`flex`) needs no tables.
     `rows`: T = responses x longest (P + R - 1), without a mask.
     """
     responses = [r for _, lengths in groups for r in lengths]
+    predicted = sum(responses)
     if not shared:
         tokens = len(responses) * max(p + max(lengths) - 1 for p, lengths in groups)
-        return Fed(tokens, sum(responses), tokens, tokens, 0)
-    trunk, branch = max(p for p, _ in groups) - 1, max(responses)
-    tokens = sum(p - 1 for p, _ in groups) + sum(responses)
+        return Fed(tokens, predicted, tokens, tokens, 0)
+    marks = iter(range(len(groups), len(groups) + len(responses)))  # a token for each prompt and for each response
+    sequences = [np.repeat([i, next(marks)], [p, r - 1]) for i, (p, rs) in enumerate(groups) for r in rs]
+    tree = grow(sequences)
     if flex:
-        return Fed(tokens, sum(responses), tokens, tokens, 0)
-    pieces = [(sum(r > begin for r in responses) * (end - begin), end) for begin, end in piece_bounds(branch)]
-    queries, mask = sum(size for size, _ in pieces), sum(size * (trunk + end) for size, end in pieces)
-    trunks = len(groups) * trunk
-    return Fed(tokens, sum(responses), trunks + queries, trunks + len(responses) * (trunk + branch), mask)
+        return Fed(tree.tokens, predicted, tree.tokens, tree.tokens, 0)
+    queries = keys = mask = 0
+    for pieces in calls(tree.nodes):
+        steps, length = max(piece.end - piece.begin for piece in pieces), pieces[0].end
+        queries, keys = queries + len(pieces) * steps, keys + len(pieces) * length
+        mask += len(pieces) * steps * length * (pieces[0].begin > 0)
+    return Fed(tree.tokens, predicted, queries, keys, mask)
 
 
 class Run(NamedTuple):

@@ -104,7 +104,7 @@ def token_lengths(rows: Dataset) -> list[Lengths]:
 
 
 def packed_tokens(row: Lengths) -> int:
-    """Tokens that a row takes in the `shared` layout: the prompt without its last token, and every response."""
+    """Tokens of a row whose responses share their prompt alone: the prompt without its last token, and the responses."""
     return row[0] - 1 + sum(row[1])
 
 

@@ -9,7 +9,7 @@ wants more than log-probabilities brings its own, and everything it does happens
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from types import MethodType
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .layout import Distinct
 from .router import router_loss
 
 # Logits of one chunk (tokens x vocabulary): 256 MiB in float32 on an accelerator, less on CPUs with small caches.
@@ -46,13 +47,15 @@ class Pass:
     """One forward pass, as a reading sees it.
 
     `body(**more)` runs the model up to its last hidden states, once, and gives the model's output. `positions` (N,)
-    index the flattened (rows x length) states, `targets` (N,) are the token ids they predict.
+    index the flattened (rows x length) states, `targets` (N,) are the token ids they predict. `distinct` says which
+    of the N are alike, None where none are.
     """
 
     model: PreTrainedModel
     body: Callable
     positions: Tensor
     targets: Tensor
+    distinct: Distinct | None
     rule: LogitRule
     chunk_elements: int | None
 
@@ -76,7 +79,12 @@ Reading = Callable[[Pass], dict[str, Tensor]]  # values of the N positions, "log
 
 def read_logps(this: Pass) -> dict[str, Tensor]:
     """Log-probabilities of the targets, in float32 (float64 for a float64 model)."""
-    return {"logps": this.logps(this.select(this.body().last_hidden_state))}
+    states = this.body().last_hidden_state
+    if this.distinct is None:
+        return {"logps": this.logps(this.select(states))}
+    first, inverse = this.distinct
+    this = replace(this, positions=this.positions[first], targets=this.targets[first])
+    return {"logps": this.logps(this.select(states)).index_select(0, inverse)}
 
 
 def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) -> None:
@@ -108,6 +116,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
         *args,
         positions: Tensor | None = None,
         targets: Tensor | None = None,
+        distinct: Distinct | None = None,
         reading: Reading = read_logps,
         fed: Tensor | None = None,
         **kwargs,
@@ -123,7 +132,7 @@ def add_logps_head(model: PreTrainedModel, chunk_elements: int | None = None) ->
                 aux["aux_loss"] = router(output.router_logits, fed)
             return output
 
-        return reading(Pass(self, body, positions, targets, rule, chunk_elements)) | aux
+        return reading(Pass(self, body, positions, targets, distinct, rule, chunk_elements)) | aux
 
     model.forward = MethodType(forward, model)
 

@@ -1,44 +1,46 @@
 """Two ways to lay the tokens of a batch out for a model, and the estimate that chooses between them.
 
 `rows`    one padded row per response, the prompt repeated in each.
-`shared`  one row for the whole batch, without padding: the prompt once, its responses after it as branches that see
-          the prompt and themselves only.
+`shared`  one row for the whole batch, without padding: what several sequences of prompt and response begin with is
+          there once, and every token sees its own sequence only (tree.py).
 
 Both give the same log-probabilities. A position is the model input that predicts a response token; its target is that
-token. In `shared` the trunk is the prompt without its last token and every branch begins with a copy of that last
-token, so that each position has exactly one target. The last token of a response is never fed: it predicts nothing.
+token. The last token of a response is never fed: it predicts nothing. In `shared` a position may have several targets,
+those of the responses that part there.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Queries of a branch per call of the attention kernel: pieces this long skip most of what a causal mask would hide.
-PIECE = 256
+from .tree import Tree, calls, grow
 
 
-class Slots(NamedTuple):
-    """A padded table of tokens. Every token of the packed row lies in exactly one real slot."""
+class Call(NamedTuple):
+    """One call of the attention kernel: n pieces of a tree with the keys of their whole sequences, padded."""
 
-    token: Tensor  # (slots,) index of the token, 0 in padded slots
-    slot: Tensor  # (T,) the slot of each token
-    real: Tensor  # (slots,) bool: which slots hold a token
+    steps: int  # queries of each
+    keys: Tensor  # (n,length) index of the token
+    mask: Tensor | None  # (n,1,steps,length) bool: which keys a query sees; None is causal, with steps = length
 
 
 class Branches(NamedTuple):
-    """Where trunks and branches lie in a packed row. B prompts, M responses in all, the longest first.
+    """Where the nodes of a tree lie in a packed row of T tokens, for its attention."""
 
-    The queries of the branches are cut into pieces of at most `PIECE` steps. A piece holds those branches only that
-    reach so far, which are the first n, and meets only the keys up to its own end.
-    """
+    ends: Tensor  # (T,) a token is seen by those from itself on to this one, which is not in its subtree any more
+    calls: tuple[Call, ...]
+    token: Tensor  # (slots,) the token of each query of all calls, 0 in padded ones
+    slot: Tensor  # (T,) the query of each token
+    real: Tensor  # (slots,) bool: which queries are no padding
 
-    trunk: tuple[int, int]  # B, longest trunk S
-    branch: tuple[int, int]  # M, longest branch R
-    owner: Tensor  # (M,) the prompt of each branch
-    queries: Slots  # (B,S) trunks, then the (n,steps) slots of each piece, all flattened
-    keys: Slots  # (B,S) trunks, then (M,R) branches, flattened
-    masks: tuple[Tensor, ...]  # of each piece (n,1,steps,S+end) bool: which keys of trunk and branch a query sees
+
+class Distinct(NamedTuple):
+    """Which of N positions are the same as an earlier one, with the same target."""
+
+    first: Tensor  # (U,) index of those that are not
+    inverse: Tensor  # (N,) of those, the one that each of the N is like
 
 
 class ModelInputs(NamedTuple):
@@ -49,6 +51,7 @@ class ModelInputs(NamedTuple):
     positions: Tensor  # (N,) index into the flattened rows
     targets: Tensor  # (N,) token ids
     branches: Branches | None = None
+    distinct: Distinct | None = None
     fed: Tensor | None = None  # (rows,L) bool: which tokens are no padding, None for all
 
 
@@ -70,66 +73,75 @@ def rows_layout(batch: dict[str, Tensor]) -> ModelInputs:
 
 
 def shared_layout(batch: dict[str, Tensor]) -> ModelInputs:
-    """One packed row (1,T): for each prompt its trunk, then its branches."""
-    prompt_lengths, lengths, owner, slot = _lengths(batch)
-    device, trunk_lengths = lengths.device, prompt_lengths - 1
-    # Segments in packed order: trunk of prompt 0, its branches, trunk of prompt 1, ...
-    is_branch = torch.cat([torch.zeros_like(trunk_lengths), torch.ones_like(lengths)])
-    segment_owner = torch.cat([torch.arange(len(trunk_lengths), device=device), owner])
-    order = (segment_owner * 2 + is_branch).argsort(stable=True)
-    sizes = torch.cat([trunk_lengths, lengths])
-    starts = torch.empty_like(sizes)
-    starts[order] = sizes[order].cumsum(0) - sizes[order]
-    trunk_starts, branch_starts = starts[: len(trunk_lengths)], starts[len(trunk_lengths) :]
-
-    trunk, in_trunk = _spans(trunk_starts, trunk_lengths)
-    branch, in_branch = _spans(branch_starts, lengths)
-    total = int(sizes.sum())
-    input_ids = torch.zeros(total, dtype=torch.long, device=device)
-    position_ids = torch.zeros(total, dtype=torch.long, device=device)
-    input_ids[trunk[in_trunk]] = batch["prompt_ids"][:, : trunk.size(1)][in_trunk]
-    position_ids[trunk[in_trunk]] = torch.arange(trunk.size(1), device=device).expand_as(trunk)[in_trunk]
-    last = batch["prompt_ids"][owner, trunk_lengths[owner]]
-    fed = torch.cat([last.unsqueeze(1), batch["response_ids"][owner, slot]], 1)[:, : branch.size(1)]
-    input_ids[branch[in_branch]] = fed[in_branch]
-    steps = torch.arange(branch.size(1), device=device)
-    position_ids[branch[in_branch]] = (trunk_lengths[owner].unsqueeze(1) + steps)[in_branch]
-    targets = batch["response_ids"][batch["response_mask"]]
-    branches = _branches(trunk, in_trunk, branch, lengths, owner, total)
-    return ModelInputs(input_ids.unsqueeze(0), position_ids.unsqueeze(0), branch[in_branch], targets, branches)
+    """One packed row (1,T): the nodes of the tree of all sequences, each before those below it."""
+    sequences, prompts = _sequences(batch)
+    tree, device = grow(sequences), batch["mask"].device
+    starts = np.cumsum([0, *(node.end - node.begin for node in tree.nodes)])
+    input_ids, position_ids = np.empty((2, starts[-1]), np.int64)
+    at = np.zeros((len(sequences), max(map(len, sequences))), np.int64)  # of each sequence in the tree's order
+    for start, node in zip(starts, tree.nodes, strict=False):
+        span = slice(start, start + node.end - node.begin)
+        input_ids[span] = sequences[tree.order[node.first]][node.begin : node.end]
+        position_ids[span] = np.arange(node.begin, node.end)
+        at[node.first : node.last, node.begin : node.end] = np.arange(span.start, span.stop)
+    rank = np.argsort(tree.order)
+    # A response of one token adds none to its prompt, whose last token predicts it.
+    predicting = [at[i, p - 1 : len(ids)] for i, p, ids in zip(rank, prompts, sequences, strict=True)]
+    positions, targets = _tensor(np.concatenate(predicting), device), batch["response_ids"][batch["response_mask"]]
+    return ModelInputs(
+        _tensor(input_ids, device).unsqueeze(0),
+        _tensor(position_ids, device).unsqueeze(0),
+        positions,
+        targets,
+        _branches(tree, starts, at, device),
+        _distinct(positions, targets),
+    )
 
 
-def _branches(trunk: Tensor, in_trunk: Tensor, branch: Tensor, lengths: Tensor, owner: Tensor, total: int) -> Branches:
-    """Tables for the attention from those of the row: trunks (B,S), branches (M,R) and their lengths (M,)."""
-    order = lengths.argsort(descending=True, stable=True)
-    branch, owner, in_branch = branch[order], owner[order], _reached(lengths[order], branch.size(1))
-    in_order = lengths[order].tolist()
-    steps = torch.arange(branch.size(1), device=branch.device)
-    sees_trunk = in_trunk[owner]
-    tables, masks = [(trunk, in_trunk)], []
-    for begin, end in piece_bounds(branch.size(1)):
-        count = sum(length > begin for length in in_order)
-        tables.append((branch[:count, begin:end], in_branch[:count, begin:end]))
-        causal = steps[begin:end].unsqueeze(1) >= steps[:end]
-        seen = sees_trunk[:count].unsqueeze(1).expand(-1, len(causal), -1)
-        masks.append(torch.cat([seen, causal.expand(count, -1, -1)], 2).unsqueeze(1))
-    queries, keys = _slots(tables, total), _slots([(trunk, in_trunk), (branch, in_branch)], total)
-    sizes = (trunk.size(0), trunk.size(1)), (branch.size(0), branch.size(1))
-    return Branches(*sizes, owner, queries, keys, tuple(masks))
+def _sequences(batch: dict[str, Tensor]) -> tuple[list[np.ndarray], list[int]]:
+    """What is fed of each of the M real responses, after its prompt, and the length of that prompt."""
+    prompt_lengths, lengths, owner, slot = (values.tolist() for values in _lengths(batch))
+    prompts, responses = (batch[name].cpu().numpy() for name in ("prompt_ids", "response_ids"))
+    sequences = [
+        np.concatenate([prompts[b, : prompt_lengths[b]], responses[b, k, : n - 1]])
+        for b, k, n in zip(owner, slot, lengths, strict=True)
+    ]
+    return sequences, [prompt_lengths[b] for b in owner]
 
 
-def piece_bounds(longest: int) -> list[tuple[int, int]]:
-    """First step and end of each piece of branches of which the longest has so many steps."""
-    return [(begin, min(begin + PIECE, longest)) for begin in range(0, longest, PIECE)]
+def _branches(tree: Tree, starts: np.ndarray, at: np.ndarray, device: torch.device) -> Branches:
+    """Tables for the attention; `at` (M,L) is where the tokens of each sequence lie."""
+    tables, queries, real = [], [], []
+    for pieces in calls(tree.nodes):
+        steps, length = max(piece.end - piece.begin for piece in pieces), pieces[0].end
+        begins, ends = (np.array(values)[:, None] for values in zip(*(piece[1:] for piece in pieces), strict=True))
+        keys = at[[piece.row for piece in pieces], :length]
+        places = begins + np.arange(steps)
+        within = places < ends
+        queries.append(np.where(within, np.take_along_axis(keys, np.minimum(places, length - 1), 1), 0).ravel())
+        real.append(within.ravel())
+        mask = _tensor(np.arange(length) <= places[:, None, :, None], device) if begins.any() else None
+        tables.append(Call(steps, _tensor(keys, device), mask))
+    token, kept = np.concatenate(queries), np.concatenate(real)
+    slot = np.empty(starts[-1], np.int64)
+    slot[token[kept]] = np.flatnonzero(kept)
+    ends = np.empty_like(slot)
+    for i, node in enumerate(tree.nodes):
+        after = (j for j in range(i + 1, len(tree.nodes)) if tree.nodes[j].first >= node.last)
+        ends[starts[i] : starts[i + 1]] = starts[next(after, len(tree.nodes))]
+    return Branches(_tensor(ends, device), tuple(tables), *(_tensor(x, device) for x in (token, slot, kept)))
 
 
-def _slots(tables: list[tuple[Tensor, Tensor]], total: int) -> Slots:
-    """Index tables, each with the mask of its real slots, one after the other."""
-    token = torch.cat([table.flatten() for table, _ in tables])
-    real = torch.cat([mask.flatten() for _, mask in tables])
-    slot = torch.empty(total, dtype=torch.long, device=token.device)
-    slot[token[real]] = torch.arange(len(token), device=token.device)[real]
-    return Slots(token, slot, real)
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _distinct(positions: Tensor, targets: Tensor) -> Distinct | None:
+    found, inverse = torch.unique(positions * (int(targets.max()) + 1) + targets, return_inverse=True)
+    if len(found) == len(inverse):
+        return None
+    first = inverse.new_empty(len(found)).scatter_(0, inverse, torch.arange(len(inverse), device=inverse.device))
+    return Distinct(first, inverse)
 
 
 def to_responses(logps: Tensor, response_mask: Tensor) -> Tensor:
@@ -141,21 +153,10 @@ def token_counts(batch: dict[str, Tensor]) -> tuple[int, int]:
     """Tokens a model is fed in the `rows` and in the `shared` layout, padding included."""
     prompt_lengths, lengths, owner, _ = _lengths(batch)
     rows = len(owner) * int((prompt_lengths[owner] + lengths - 1).max())
-    return rows, int((prompt_lengths - 1).sum() + lengths.sum())
+    return rows, grow(_sequences(batch)[0]).tokens
 
 
 def _lengths(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prompt lengths (B,), and for the M real responses: lengths, prompt index, slot (M,) each."""
     owner, slot = batch["mask"].nonzero(as_tuple=True)
     return batch["prompt_mask"].sum(1), batch["response_mask"].sum(2)[owner, slot], owner, slot
-
-
-def _spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Index table of consecutive spans and the mask of its real slots, (len(starts), longest) each."""
-    real = _reached(lengths, int(lengths.max()))
-    return (starts.unsqueeze(1) + torch.arange(real.size(1), device=starts.device)) * real, real
-
-
-def _reached(lengths: Tensor, longest: int) -> Tensor:
-    """(n,) lengths -> (n, longest) bool: which steps lie within each length."""
-    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)

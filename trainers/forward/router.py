@@ -1,7 +1,7 @@
 """The load-balancing loss of a mixture of experts, which is no function of the logits.
 
 A model adds it to a loss of its own where `output_router_logits` of its config is true, times `router_aux_loss_coef`.
-Here it is taken inside the wrapped forward, over the tokens that are fed: without padding, a shared prompt once.
+Here it is taken inside the wrapped forward, over the tokens that are fed: without padding, a shared beginning once.
 """
 
 from typing import NamedTuple

@@ -154,7 +154,7 @@ def run(
 
 
 def _keywords(inputs: ModelInputs, flex: bool) -> dict:
-    names = ("input_ids", "positions", "targets", "fed")
+    names = ("input_ids", "positions", "targets", "distinct", "fed")
     keywords: dict[str, object] = {name: getattr(inputs, name) for name in names}
     if inputs.branches is None:
         return keywords

@@ -1,0 +1,71 @@
+"""The tree of sequences that begin alike, on token ids alone."""
+
+import numpy as np
+import pytest
+
+from trainers.forward import tree
+from trainers.forward.tree import Node, Piece, calls, grow
+
+
+def sequences(seed, count=12, vocab=3):
+    """Short random sequences of few different tokens: many begin alike, and some are equal."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, vocab + 1, rng.integers(1, 9)) for _ in range(count)]
+
+
+def test_nodes_of_a_small_tree(monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", 1)
+    rows = [np.array(ids) for ids in ([7, 8, 9, 300], [7, 8, 4], [7, 8, 9], [5, 5], [7, 8, 9, 300])]
+    grown = grow(rows)
+    assert [rows[i].tolist() for i in grown.order] == [[5, 5], [7, 8, 4], [7, 8, 9], [7, 8, 9, 300], [7, 8, 9, 300]]
+    assert grown.nodes == [Node(0, 2, 0, 1), Node(0, 2, 1, 5), Node(2, 3, 1, 2), Node(2, 3, 2, 5), Node(3, 4, 3, 5)]
+    assert grown.tokens == 7
+
+
+@pytest.mark.parametrize("saved", [1, 4, 100])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_sequence_is_the_path_of_its_nodes(seed, saved, monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", saved)
+    rows = sequences(seed)
+    order, nodes = grown = grow(rows)
+    for place, i in enumerate(order):
+        path = [node for node in nodes if node.first <= place < node.last]
+        assert [node.begin for node in path] == [0, *(node.end for node in path[:-1])]
+        assert path[-1].end == len(rows[i])
+        for node in path:  # the tokens of a node are those of all its sequences
+            assert rows[order[node.first]][: node.end].tolist() == rows[i][: node.end].tolist()
+    beginnings = {tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)}
+    whole = sum(map(len, rows))
+    assert grown.tokens == {1: len(beginnings), 100: whole}.get(saved, grown.tokens)
+    assert len(beginnings) <= grown.tokens <= whole
+
+
+def test_a_beginning_is_shared_where_it_saves_enough(monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", 6)
+    prompt = [1, 2, 3]
+    two, three = ([np.array([*prompt, 10 + i]) for i in range(n)] for n in (2, 3))
+    assert grow(two).tokens == 8  # 3 would be saved
+    assert grow(three).tokens == 3 + 3
+
+
+@pytest.mark.parametrize("call", [0, 20, 10**6])
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_every_token_is_a_query_of_one_call(call, piece, monkeypatch):
+    monkeypatch.setattr(tree, "SAVED", 1)
+    monkeypatch.setattr(tree, "PIECE", piece)
+    monkeypatch.setattr(tree, "CALL", call)
+    nodes = grow(sequences(0)).nodes
+    grouped = calls(nodes)
+    asked = [(p.row, token) for pieces in grouped for p in pieces for token in range(p.begin, p.end)]
+    assert sorted(asked) == sorted((node.first, token) for node in nodes for token in range(node.begin, node.end))
+    for pieces in grouped:
+        assert pieces[0].end == max(p.end for p in pieces)
+        assert len({p.begin > 0 for p in pieces}) == 1
+    if call == 10**6:
+        assert len(grouped) == 2
+
+
+def test_pieces_of_like_size_share_a_call_and_others_do_not(monkeypatch):
+    monkeypatch.setattr(tree, "CALL", 100)
+    nodes = [Node(0, 40, 0, 3), Node(40, 50, 0, 1), Node(40, 49, 1, 2), Node(40, 42, 2, 3)]
+    assert calls(nodes) == [[Piece(0, 0, 40)], [Piece(0, 40, 50), Piece(1, 40, 49)], [Piece(2, 40, 42)]]
