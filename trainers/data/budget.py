@@ -104,7 +104,7 @@ def token_lengths(rows: Dataset) -> list[Lengths]:
 
 
 def packed_tokens(row: Lengths) -> int:
-    """Tokens of a row whose responses share their prompt alone: the prompt without its last token, and the responses."""
+    """Tokens of a row of which the prompt alone is shared: the prompt but for its last token, and all responses."""
     return row[0] - 1 + sum(row[1])
 
 
