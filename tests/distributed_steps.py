@@ -40,7 +40,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 EPSILON = 1e-5
 UNCOMPARED = ("runtime", "per_second", "preparation_time", "epoch", "learning_rate", "flos")
 # At the first step rewards are 0 but for rounding (a cached reference was scored in other batches): no ranking there.
-FIRST = ("step 1 ranking/", "step 1 rewards/accuracies")
+FIRST = ("step 1 ranking/", "step 1 rewards/accuracies", "step 1 dpo_rewards/accuracies")
 
 
 def engine_arguments(engine: str, *, gather: bool = True) -> dict:

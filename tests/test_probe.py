@@ -52,9 +52,10 @@ def test_time_is_that_of_typical_tokens_between_the_fastest_and_the_slowest_typi
 
 
 def test_tokens_are_those_that_are_fed():
-    lengths, batches = [(5, [3, 7]), (2, [4, 4])], [[0, 1], [1]]
-    assert fed_tokens(lengths, batches, "shared") == (4 + 10) + (1 + 8) + (1 + 8)
-    assert fed_tokens(lengths, batches, "rows") == 4 * 11 + 2 * 5
+    lengths, batches = [(20, [3, 7]), (2, [4, 4])], [[0, 1], [1]]
+    alone = 2 * (2 + 3)  # a prompt of two tokens is not worth sharing
+    assert fed_tokens(lengths, batches, "shared") == (20 + 2 + 6) + alone + alone
+    assert fed_tokens(lengths, batches, "rows") == 4 * 26 + 2 * 5
 
 
 @pytest.fixture(scope="module")
