@@ -185,7 +185,7 @@ def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
         predicted=shared.targets.numel(),
         queries=branches.token.numel(),
         keys=sum(call.keys.numel() for call in branches.calls),
-        mask=sum(call.mask.numel() for call in branches.calls if call.mask is not None),
+        mask=sum(mask.numel() for call in branches.calls for mask in call.masks if mask is not None),
     )
     size, packed = rows.input_ids.numel(), shared.input_ids.numel()
     assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainers.forward import tree
-from trainers.forward.tree import Node, Piece, calls, grow
+from trainers.forward.tree import Node, Piece, groups, grow, pieces
 
 
 def sequences(seed, count=12, vocab=3):
@@ -50,22 +50,28 @@ def test_a_beginning_is_shared_where_it_saves_enough(monkeypatch):
 
 @pytest.mark.parametrize("call", [0, 20, 10**6])
 @pytest.mark.parametrize("piece", [1, 2, 100])
-def test_every_token_is_a_query_of_one_call(call, piece, monkeypatch):
+def test_every_token_is_a_query_of_one_piece_that_meets_all_before_it(call, piece, monkeypatch):
     monkeypatch.setattr(tree, "SAVED", 1)
     monkeypatch.setattr(tree, "PIECE", piece)
     monkeypatch.setattr(tree, "CALL", call)
-    nodes = grow(sequences(0)).nodes
-    grouped = calls(nodes)
-    asked = [(p.row, token) for pieces in grouped for p in pieces for token in range(p.begin, p.end)]
+    nodes, asked = grow(sequences(0)).nodes, []
+    grouped = groups(nodes)
+    for group in grouped:
+        assert len({node.begin > 0 for node in group}) == 1
+        for part in pieces(group):
+            assert part.end - part.begin <= piece or group[0].begin == 0
+            tokens = [[*range(n.begin + part.begin, min(n.begin + part.end, n.end))] for n in group[: part.rows]]
+            assert all(tokens) and part.keys == max(max(own) for own in tokens) + 1
+            asked += [(node.first, token) for node, own in zip(group, tokens, strict=False) for token in own]
     assert sorted(asked) == sorted((node.first, token) for node in nodes for token in range(node.begin, node.end))
-    for pieces in grouped:
-        assert pieces[0].end == max(p.end for p in pieces)
-        assert len({p.begin > 0 for p in pieces}) == 1
     if call == 10**6:
         assert len(grouped) == 2
 
 
-def test_pieces_of_like_size_share_a_call_and_others_do_not(monkeypatch):
-    monkeypatch.setattr(tree, "CALL", 100)
-    nodes = [Node(0, 40, 0, 3), Node(40, 50, 0, 1), Node(40, 49, 1, 2), Node(40, 42, 2, 3)]
-    assert calls(nodes) == [[Piece(0, 0, 40)], [Piece(0, 40, 50), Piece(1, 40, 49)], [Piece(2, 40, 42)]]
+def test_nodes_of_like_size_share_a_group_and_others_do_not(monkeypatch):
+    monkeypatch.setattr(tree, "CALL", 300)
+    monkeypatch.setattr(tree, "PIECE", 6)
+    root, long, short, other = nodes = [Node(0, 40, 0, 3), Node(40, 50, 0, 1), Node(40, 45, 1, 2), Node(3, 5, 2, 3)]
+    assert groups(nodes) == [[root], [long, short], [other]]
+    assert pieces([root]) == [Piece(1, 0, 40, 40)]
+    assert pieces([long, short]) == [Piece(2, 0, 6, 46), Piece(1, 6, 10, 50)]

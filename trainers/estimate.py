@@ -28,7 +28,7 @@ from polypo.recipes import is_true
 from .data.budget import Lengths
 from .forward.head import CHUNK_ELEMENTS, LogitRule, head_rows, logit_rule
 from .forward.policy import base_model
-from .forward.tree import calls, grow
+from .forward.tree import groups, grow, pieces
 
 # DeepSpeed's defaults for reduce_bucket_size and stage3_max_live_parameters, in numbers.
 ZERO_BUCKET, ZERO3_LIVE = 5 * 10**8, 10**9
@@ -100,31 +100,32 @@ class Fed(NamedTuple):
     predicted: int
     queries: int
     keys: int
-    mask: int  # elements; with a mask, attention has copies of the keys for each piece of a response
+    mask: int  # elements; with a mask, attention has a copy of the keys above it for each node
 
 
-def fed(groups: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
+def fed(rows: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
     """Lengths of prompts P and of their responses R -> what one micro-batch of them costs.
 
     `shared`: the tree of sequences that have their prompt in common and no more (forward/tree.py); FlexAttention
     (`flex`) needs no tables.
     `rows`: T = responses x longest (P + R - 1), without a mask.
     """
-    responses = [r for _, lengths in groups for r in lengths]
+    responses = [r for _, lengths in rows for r in lengths]
     predicted = sum(responses)
     if not shared:
-        tokens = len(responses) * max(p + max(lengths) - 1 for p, lengths in groups)
+        tokens = len(responses) * max(p + max(lengths) - 1 for p, lengths in rows)
         return Fed(tokens, predicted, tokens, tokens, 0)
-    marks = iter(range(len(groups), len(groups) + len(responses)))  # a token for each prompt and for each response
-    sequences = [np.repeat([i, next(marks)], [p, r - 1]) for i, (p, rs) in enumerate(groups) for r in rs]
+    marks = iter(range(len(rows), len(rows) + len(responses)))  # a token for each prompt and for each response
+    sequences = [np.repeat([i, next(marks)], [p, r - 1]) for i, (p, rs) in enumerate(rows) for r in rs]
     tree = grow(sequences)
     if flex:
         return Fed(tree.tokens, predicted, tree.tokens, tree.tokens, 0)
     queries = keys = mask = 0
-    for pieces in calls(tree.nodes):
-        steps, length = max(piece.end - piece.begin for piece in pieces), pieces[0].end
-        queries, keys = queries + len(pieces) * steps, keys + len(pieces) * length
-        mask += len(pieces) * steps * length * (pieces[0].begin > 0)
+    for group in groups(tree.nodes):
+        keys += len(group) * max(node.end for node in group)
+        for piece in pieces(group):
+            slots = piece.rows * (piece.end - piece.begin)
+            queries, mask = queries + slots, mask + slots * piece.keys * (group[0].begin > 0)
     return Fed(tree.tokens, predicted, queries, keys, mask)
 
 

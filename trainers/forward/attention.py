@@ -28,14 +28,17 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     heads, scale = query.size(1), kwargs.get("scaling")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    queries = _Move.apply(query, branches.token, branches.slot, None)
-    pieces = []
-    for call, q in zip(branches.calls, queries.split([len(c.keys) * c.steps for c in branches.calls]), strict=True):
-        q = q.view(len(call.keys), call.steps, heads, -1).transpose(1, 2)
+    sizes = [piece.rows * (piece.end - piece.begin) for call in branches.calls for piece in call.pieces]
+    queries, pieces = iter(_Move.apply(query, branches.token, branches.slot, None).split(sizes)), []
+    for call in branches.calls:
         k, v = (_per_head(x.index_select(0, call.keys.flatten()).view(*call.keys.shape, *x.shape[1:]), heads)
                 for x in (key, value))  # fmt: skip
-        mask = {"is_causal": True} if call.mask is None else {"attn_mask": call.mask}
-        pieces.append(scaled_dot_product_attention(q, k, v, scale=scale, **mask).transpose(1, 2).flatten(0, 1))
+        for piece, seen in zip(call.pieces, call.masks, strict=True):
+            q = next(queries).view(piece.rows, -1, heads, query.size(-1)).transpose(1, 2)
+            mask = {"is_causal": True} if seen is None else {"attn_mask": seen}
+            met = slice(piece.rows), slice(None), slice(piece.keys)
+            found = scaled_dot_product_attention(q, k[met], v[met], scale=scale, **mask)
+            pieces.append(found.transpose(1, 2).flatten(0, 1))
     return _Move.apply(torch.cat(pieces), branches.slot, branches.token, branches.real).unsqueeze(0), None
 
 

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tree import Tree, calls, grow
+from .tree import Piece, Tree, groups, grow, pieces
 
 
 class Call(NamedTuple):
-    """One call of the attention kernel: n pieces of a tree with the keys of their whole sequences, padded."""
+    """The attention of a group of n nodes: the keys of their whole sequences, padded, and pieces of their queries."""
 
-    steps: int  # queries of each
     keys: Tensor  # (n,length) index of the token
-    mask: Tensor | None  # (n,1,steps,length) bool: which keys a query sees; None is causal, with steps = length
+    pieces: tuple[Piece, ...]
+    masks: tuple[
+        Tensor | None, ...
+    ]  # of each piece (count,1,steps,keys) bool: which keys a query sees; None is causal
 
 
 class Branches(NamedTuple):
@@ -111,17 +113,19 @@ def _sequences(batch: dict[str, Tensor]) -> tuple[list[np.ndarray], list[int]]:
 
 def _branches(tree: Tree, starts: np.ndarray, at: np.ndarray, device: torch.device) -> Branches:
     """Tables for the attention; `at` (M,L) is where the tokens of each sequence lie."""
-    tables, queries, real = [], [], []
-    for pieces in calls(tree.nodes):
-        steps, length = max(piece.end - piece.begin for piece in pieces), pieces[0].end
-        begins, ends = (np.array(values)[:, None] for values in zip(*(piece[1:] for piece in pieces), strict=True))
-        keys = at[[piece.row for piece in pieces], :length]
-        places = begins + np.arange(steps)
-        within = places < ends
-        queries.append(np.where(within, np.take_along_axis(keys, np.minimum(places, length - 1), 1), 0).ravel())
-        real.append(within.ravel())
-        mask = _tensor(np.arange(length) <= places[:, None, :, None], device) if begins.any() else None
-        tables.append(Call(steps, _tensor(keys, device), mask))
+    calls, queries, real = [], [], []
+    for group in groups(tree.nodes):
+        begins, ends = (np.array(values)[:, None] for values in zip(*(node[:2] for node in group), strict=True))
+        keys, cut, masks = at[[node.first for node in group], : ends.max()], pieces(group), []
+        for piece in cut:
+            places = (begins + np.arange(piece.begin, piece.end))[: piece.rows]
+            within = places < ends[: piece.rows]
+            token = np.take_along_axis(keys[: piece.rows], np.minimum(places, keys.shape[1] - 1), 1)
+            queries.append(np.where(within, token, 0).ravel())
+            real.append(within.ravel())
+            seen = np.arange(piece.keys) <= places[:, None, :, None]
+            masks.append(_tensor(seen, device) if begins.any() else None)
+        calls.append(Call(_tensor(keys, device), tuple(cut), tuple(masks)))
     token, kept = np.concatenate(queries), np.concatenate(real)
     slot = np.empty(starts[-1], np.int64)
     slot[token[kept]] = np.flatnonzero(kept)
@@ -129,7 +133,7 @@ def _branches(tree: Tree, starts: np.ndarray, at: np.ndarray, device: torch.devi
     for i, node in enumerate(tree.nodes):
         after = (j for j in range(i + 1, len(tree.nodes)) if tree.nodes[j].first >= node.last)
         ends[starts[i] : starts[i + 1]] = starts[next(after, len(tree.nodes))]
-    return Branches(_tensor(ends, device), tuple(tables), *(_tensor(x, device) for x in (token, slot, kept)))
+    return Branches(_tensor(ends, device), tuple(calls), *(_tensor(x, device) for x in (token, slot, kept)))
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

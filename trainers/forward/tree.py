@@ -26,11 +26,13 @@ class Node(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Queries of one node, the tokens `begin` to `end` of sequence `row`; their keys are all tokens up to `end`."""
+    """Queries of a call of the attention kernel: the tokens `begin` to `end`, counted from where each node begins, of
+    the first `rows` nodes of a group. They meet the first `keys` tokens of the nodes' sequences."""
 
-    row: int
+    rows: int
     begin: int
     end: int
+    keys: int
 
 
 class Tree(NamedTuple):
@@ -71,34 +73,39 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else length
 
 
-def calls(nodes: list[Node]) -> list[list[Piece]]:
-    """The pieces of all nodes by call of the attention kernel; of a call the first has the most keys.
+def groups(nodes: list[Node]) -> list[list[Node]]:
+    """Nodes of like size, the longest first, whose attention is computed together: padding costs less than a call.
 
-    A node without one above it is not cut: a causal kernel skips what it need not see. Such nodes share no call with
-    others.
+    Nodes without one above them share no group with others.
     """
-    roots = [Piece(node.first, 0, node.end) for node in nodes if node.begin == 0]
-    cut = [
-        Piece(node.first, begin, min(begin + PIECE, node.end))
-        for node in nodes
-        if node.begin > 0
-        for begin in range(node.begin, node.end, PIECE)
-    ]
-    return [call for pieces in (roots, cut) for call in _together(pieces)]
+    roots, rest = [node for node in nodes if node.begin == 0], [node for node in nodes if node.begin > 0]
+    return [sorted(group, key=lambda node: node.begin - node.end) for group in (*_together(roots), *_together(rest))]
 
 
-def _together(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces of like size share a call, where the padding costs less than another call."""
-    groups: list[list[Piece]] = []
-    steps = 0
-    for piece in sorted(pieces, key=lambda piece: (-piece.end, piece.begin)):
-        own = piece.end - piece.begin
-        if groups:
-            count, keys, wider = len(groups[-1]), groups[-1][0].end, max(steps, own)
-            if (count + 1) * wider * keys <= count * steps * keys + own * piece.end + CALL:
-                groups[-1].append(piece)
+def _together(nodes: list[Node]) -> list[list[Node]]:
+    found: list[list[Node]] = []
+    steps = 0  # of the longest node of the last group, whose first node has the most keys
+    for node in sorted(nodes, key=lambda node: (-node.end, node.begin)):
+        own = node.end - node.begin
+        if found:
+            count, keys, wider = len(found[-1]), found[-1][0].end, max(steps, own)
+            if (count + 1) * wider * keys <= count * steps * keys + own * node.end + CALL:
+                found[-1].append(node)
                 steps = wider
                 continue
-        groups.append([piece])
+        found.append([node])
         steps = own
-    return groups
+    return found
+
+
+def pieces(group: list[Node]) -> list[Piece]:
+    """The calls of the kernel for a group: each has the nodes that reach so far. Nodes without one above them are not
+    cut, because a causal kernel skips what it need not see."""
+    sizes = [node.end - node.begin for node in group]
+    if group[0].begin == 0:
+        return [Piece(len(group), 0, sizes[0], sizes[0])]
+    found = []
+    for begin in range(0, sizes[0], PIECE):
+        reached, end = group[: sum(size > begin for size in sizes)], min(begin + PIECE, sizes[0])
+        found.append(Piece(len(reached), begin, end, max(min(node.begin + end, node.end) for node in reached)))
+    return found
