@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from format_cases import assistant, chat_row
-from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer
+from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer, write_rows
 from trainers.data import (
     PreferenceCollator,
     canonicalize,
@@ -272,3 +272,33 @@ def test_several_processes_give_the_same_rows_and_counts(caplog):
     assert one.to_list() == two.to_list()
     assert one_report == two_report
     assert 0 < one_report.rows_out < 9
+
+
+def test_rows_in_a_batch_are_those_of_rows_alone(tmp_path):
+    """Also where neighbours give the template different options."""
+    flagged = QWEN.replace("{% for", "{{ tools }}{{ flag }}{% for", 1)
+    tokenizer = build_tokenizer(flagged, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    rows = [
+        chat_row("dog " * k, "a fox", prompt=f"say {k}")
+        | {"unfinished_responses": [k % 3 == 0, k % 5 == 0], "tools": [{"name": "f"}] if k % 7 == 0 else None}
+        | {"chat_template_kwargs": {"flag": [1, True][k % 2]} if k % 4 < 2 else None}
+        for k in range(1, tokenization.BATCH + 20)
+    ]
+    dataset, _ = tokenize_dataset(load_preferences(write_rows(tmp_path / "rows.jsonl", rows)), tokenizer)
+    for row, found in zip(rows, dataset, strict=True):
+        alone = tokenize_row(row, tokenizer)
+        assert (found["prompt_ids"], found["response_ids"]) == (alone["prompt_ids"], alone["response_ids"])
+    firsts = [tokenizer.decode(ids).split("<|im_start|>user")[0] for ids in dataset["prompt_ids"][3:5]]
+    assert firsts[0].endswith("1") and firsts[1].endswith("True")
+
+
+def test_of_several_rows_with_faults_the_first_is_named():
+    tokenizer = family_tokenizer("gemma")
+    rows = [chat_row("a", "b") for _ in range(30)]
+    rows[12]["prompt"].insert(0, {"role": "system", "content": "be kind"})
+    rows[20]["scores"] = [1.0]
+    with pytest.raises(ValueError, match="row 12: the chat template refuses"):
+        tokenize_dataset(Dataset.from_list(rows), tokenizer)
+    rows[3]["scores"] = [1.0]
+    with pytest.raises(ValueError, match="row 3: 'responses' has 2 items but 'scores' has 1"):
+        tokenize_dataset(Dataset.from_list(rows), tokenizer)

@@ -7,6 +7,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 import logging
 import re
 from functools import cache
+from itertools import groupby
 from os.path import commonprefix  # of any sequences
 from typing import Any
 
@@ -40,6 +41,7 @@ from .rows import (
 
 logger = logging.getLogger(__name__)
 
+BATCH = 128  # rows whose texts go through the tokenizer together, on all its threads
 CUT = "_cut_text"
 CUT_NOTE = "prompts whose end is counted to the responses, because it is no token prefix"
 CUT_WARNING = (
@@ -75,7 +77,8 @@ def tokenize_row(
         ValueError: if the row has no room or tokens for two responses.
     """
     control = _control_tokens(tokenizer)
-    out, reasons, cut = _tokenize(row, "row 0", tokenizer, max_length, chat_template_kwargs or {}, control)
+    [encoded] = [None] if "response_ids" in row else _encode([row], "row 0", tokenizer, chat_template_kwargs or {})
+    out, reasons, cut = _tokenize(row, encoded, "row 0", tokenizer, max_length, control)
     if cut is not None:
         _warn_of_cut(cut)
     if out is None:
@@ -123,8 +126,10 @@ def tokenize_dataset(
     text = {"prompt": Json()} if "prompt" in dataset.features or "prompt_ids" not in dataset.features else {}
     features |= text | IDS
     mapped = dataset.map(
-        _counted_row,
+        _counted_batch,
         with_indices=True,
+        batched=True,
+        batch_size=BATCH,
         remove_columns=dataset.column_names,
         features=Features({**features, **COUNTED, CUT: Value("string")}),
         num_proc=num_proc,
@@ -160,38 +165,59 @@ def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **opti
     return dataset
 
 
-def _counted_row(
-    row: Row,
-    index: int,
+def _counted_batch(batch: dict[str, list], indices: list[int], **how) -> dict[str, list]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    try:
+        counted = _counted_rows(rows, indices, **how)
+    except Exception:  # of any of them: one by one, the first with a fault names itself
+        counted = [_counted_rows([row], [index], **how)[0] for row, index in zip(rows, indices, strict=True)]
+    return {name: [row[name] for row in counted] for name in counted[0]}
+
+
+def _counted_rows(
+    rows: list[Row],
+    indices: list[int],
     invalid: str,
     as_chat: bool,
     source: dict[str, Any],
     columns: dict[str, Any],
     code: str,
+    tokenizer,
+    template_kwargs: dict[str, Any],
     **how,
-) -> Row:
-    where, row = f"row {index}", unpadded(dict(row), source)
-    given, reasons = (row, []) if "prompt_ids" in source else checked_row(row, where, as_chat=as_chat)
-    out, more, cut = (None, [], None) if given is None else _tokenize(given, where, **how)
-    reasons = reasons + more
-    faults = [reason for reason in reasons if not reason.startswith("note: ")]
-    if faults and invalid == "error":
-        refuse(where, faults[0])
-    packed = {name: as_json(out[name], kind) if out else None for name, kind in columns.items()}
-    return packed | {EVENTS: reasons, KEPT: out is not None, CUT: cut}
+) -> list[Row]:
+    places = [f"row {index}" for index in indices]
+    rows = [unpadded(row, source) for row in rows]
+    has_tokens = "prompt_ids" in source
+    given: list[tuple[Row | None, list[str]]] = [
+        (row, []) if has_tokens else checked_row(row, where, as_chat=as_chat)
+        for row, where in zip(rows, places, strict=True)
+    ]
+    texts = [row for row, _ in given if row is not None and "response_ids" not in row]
+    encoded = iter(_encode(texts, places[0], tokenizer, template_kwargs))
+    counted = []
+    for (row, reasons), where in zip(given, places, strict=True):
+        result: Result = None, [], None
+        if row is not None:
+            ids = None if "response_ids" in row else next(encoded)
+            result = _tokenize(row, ids, where, tokenizer, **how)
+        out, more, cut = result
+        reasons = reasons + more
+        faults = [reason for reason in reasons if not reason.startswith("note: ")]
+        if faults and invalid == "error":
+            refuse(where, faults[0])
+        packed = {name: as_json(out[name], kind) if out else None for name, kind in columns.items()}
+        counted.append(packed | {EVENTS: reasons, KEPT: out is not None, CUT: cut})
+    return counted
 
 
 def _tokenize(
-    row: Row, where: str, tokenizer, max_length: int | None, template_kwargs: dict, control: re.Pattern | None
+    row: Row, encoded: Encoded | None, where: str, tokenizer, max_length: int | None, control: re.Pattern | None
 ) -> Result:
-    """The tokenised row or None, the reasons, and the end cut off the prompt or None."""
-    if "response_ids" in row:
+    """The tokenised row or None, the reasons, and the end cut off the prompt or None; `encoded` unless it has ids."""
+    if encoded is None:
         return *_fit(row, max_length, where), None
-    prompt_ids, full_ids = _encode(row, where, tokenizer, template_kwargs)
-    full_ids = [
-        _without_end(row, prompt_ids, k, tokenizer) if cut else ids
-        for k, (ids, cut) in enumerate(zip(full_ids, unfinished(row), strict=True))
-    ]
+    prompt_ids, full_ids = encoded
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
     out, reasons = _fit(tokenised, max_length, where)
@@ -204,52 +230,54 @@ def _tokenize(
     return out, reasons, cut
 
 
-def _without_end(row: Row, prompt_ids: list[int], k: int, tokenizer) -> list[int]:
-    """The ids of prompt and response k without what ends a response, so that no stop is learned where none was."""
-    response = row["responses"][k]
-    if isinstance(response, list) and len(response) > 1:
-        raise ValueError(f"{UNFINISHED} marks a response of several messages: mark those of one message only.")
-    text = response if isinstance(response, str) else response[0]["content"]
-    text = text.rstrip("\ufffd")  # what a limit leaves of a character of several tokens
-    if isinstance(response, str):
-        return _encode_text(row["prompt"], [text], tokenizer)[1][0][:-1]
-    # What a template writes after a message cannot be told from the message, so this one goes without the template.
-    return [*prompt_ids, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-
-
 def _control_tokens(tokenizer) -> re.Pattern | None:
     """Finds special tokens in a text: written by a user they end a turn or begin another."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
-def _encode(row: Row, where: str, tokenizer, template_kwargs: dict[str, Any]) -> Encoded:
-    options = {name: row[name] for name in TEMPLATE if row.get(name)}
-    if isinstance(row["prompt"], list):
-        own = options.pop("chat_template_kwargs", {})
-        return _encode_chat(row, where, tokenizer, template_kwargs | options | own)
-    if options:
-        raise ValueError(
-            f"{where}: {next(iter(options))!r} is for the chat template, and the prompt is text: give messages, set "
-            "as_chat, or remove the column."
-        )
-    return _encode_text(row["prompt"], row["responses"], tokenizer)
+def _encode(rows: list[Row], where: str, tokenizer, template_kwargs: dict[str, Any]) -> list[Encoded]:
+    """Neighbours with the same options in one call; an error of several rows names the first one."""
+    encoded = []
+    for _, alike in groupby(rows, lambda row: repr([isinstance(row["prompt"], list), *map(row.get, TEMPLATE)])):
+        same = list(alike)
+        options = {name: same[0][name] for name in TEMPLATE if same[0].get(name)}
+        if isinstance(same[0]["prompt"], list):
+            own = options.pop("chat_template_kwargs", {})
+            encoded += _encode_chat(same, where, tokenizer, template_kwargs | options | own)
+        elif options:
+            raise ValueError(
+                f"{where}: {next(iter(options))!r} is for the chat template, and the prompt is text: give messages, "
+                "set as_chat, or remove the column."
+            )
+        else:
+            encoded += _encode_text(same, tokenizer)
+    return encoded
 
 
-def _encode_text(prompt: str, responses: list[str], tokenizer) -> Encoded:
+def _encode_text(rows: list[Row], tokenizer) -> list[Encoded]:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no EOS token to end a text response with; set tokenizer.eos_token.")
-    texts = [prompt, *(prompt + response for response in responses)]
-    prompt_ids, *full_ids = (
-        _single_bos(ids, tokenizer.bos_token_id) for ids in tokenizer(texts, verbose=False)["input_ids"]
-    )
-    if prompt_ids[-1:] == [eos] and not prompt.endswith(tokenizer.eos_token):
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
-    return prompt_ids, [ids if ids[-1] == eos else [*ids, eos] for ids in full_ids]
+    texts = [row["prompt"] + end for row in rows for end in ["", *map(_whole, row["responses"], unfinished(row))]]
+    ids = iter(tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"])
+    encoded = []
+    for row in rows:
+        prompt_ids, *full_ids = (_single_bos(next(ids), tokenizer.bos_token_id) for _ in ["", *row["responses"]])
+        if prompt_ids[-1:] == [eos] and not row["prompt"].endswith(tokenizer.eos_token):
+            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
+        full_ids = [some[:-1] if some[-1] == eos else some for some in full_ids]
+        ends = ([] if cut else [eos] for cut in unfinished(row))
+        encoded.append((prompt_ids, [some + end for some, end in zip(full_ids, ends, strict=True)]))
+    return encoded
 
 
-def _encode_chat(row: Row, where: str, tokenizer, options: dict[str, Any]) -> Encoded:
+def _whole(response: str, is_unfinished: bool) -> str:
+    """Without what a limit leaves of a character of several tokens."""
+    return response.rstrip("\ufffd") if is_unfinished else response
+
+
+def _encode_chat(rows: list[Row], where: str, tokenizer, options: dict[str, Any]) -> list[Encoded]:
     if not tokenizer.chat_template:
         raise ValueError(
             "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
@@ -261,14 +289,34 @@ def _encode_chat(row: Row, where: str, tokenizer, options: dict[str, Any]) -> En
             f"{where}: it has 'tools', which the chat template does not write: use the tokenizer of a model "
             "that calls tools, or remove the column."
         )
-    prompt = _without_none(row["prompt"])
-    chats = [prompt + _without_none(response) for response in row["responses"]]
+    prompts = [_without_none(row["prompt"]) for row in rows]
+    chats = [
+        prompt + _without_none(response)
+        for prompt, row in zip(prompts, rows, strict=True)
+        for response in row["responses"]
+    ]
     apply = tokenizer.apply_chat_template
     try:
-        prompt_ids = apply(prompt, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
-        return prompt_ids, apply(chats, return_dict=True, **options)["input_ids"]
+        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
+        ids = iter(apply(chats, return_dict=True, **options)["input_ids"])
     except TemplateError as error:
         raise ValueError(f"{where}: the chat template refuses these messages: {error}.") from error
+    full_ids = [[next(ids) for _ in row["responses"]] for row in rows]
+    _without_ends(rows, prompt_ids, full_ids, tokenizer)
+    return list(zip(prompt_ids, full_ids, strict=True))
+
+
+def _without_ends(rows: list[Row], prompt_ids: list[list[int]], full_ids: list[list[list[int]]], tokenizer) -> None:
+    """Unfinished responses lose what ends a response, so that no stop is learned where none was."""
+    places = [(i, k) for i, row in enumerate(rows) for k, cut in enumerate(unfinished(row)) if cut]
+    responses = [rows[i]["responses"][k] for i, k in places]
+    if any(len(response) > 1 for response in responses):
+        raise ValueError(f"{UNFINISHED} marks a response of several messages: mark those of one message only.")
+    # What a template writes after a message cannot be told from the message, so these go without the template.
+    texts = [_whole(response[0]["content"], True) for response in responses]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for (i, k), some in zip(places, ids, strict=True):
+        full_ids[i][k] = [*prompt_ids[i], *some]
 
 
 def _without_none(messages: list[dict]) -> list[dict]:
