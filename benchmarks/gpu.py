@@ -50,7 +50,8 @@ SECTIONS = {
     "7B LoRA, TRL, all pairs": Section("lora", {**FOUR, "variant": "trl_all_pairs"}, base="7B LoRA, K = 4"),
     "FlexAttention": Section("flex", only_cuda="FlexAttention has no backward on CPUs"),
     "all trainers": Section("methods", {"tuning": "full"}, (*TRAINERS, "pytest")),
-    "checkpointing": Section("methods", {"tuning": "checkpointing"}, (*TRAINERS, "pytest")),
+    "checkpointing": Section("methods", {"tuning": "checkpointing", "methods": ["SWEPO", "SparsePO"]},
+                             (*TRAINERS, "pytest")),
     "7B LoRA, K = 4, checkpointing": Section("lora", {**FOUR, "checkpointing": True}, base="7B LoRA, K = 4"),
     "7B LoRA, TRL, best against each": Section("lora", {**FOUR, "variant": "trl_best_rest"}, base="7B LoRA, K = 4"),
     "QLoRA, two layers": Section("lora", {"k": 4, "prompts": 1, "bits": 4}, (*TRAINERS, "bitsandbytes")),
@@ -93,7 +94,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=8, help="sections that would begin later are left out, the last one is cut")
     add("--only", default="", help="sections whose name contains this")
     add("--output", type=Path, default=ROOT / "runs/gpu/gpu.json")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu needs --quick: a model of the 7B shape would fill the memory")
+    return args
 
 
 def version(name: str) -> str | None:

@@ -37,7 +37,7 @@ TINY = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hi
 RAGGED = [(40, [30, 9, 51, 22]), (1, [60, 3]), (150, [70, 20, 33])]  # tokens of prompts and responses
 # Mean difference per token in log-probability, and the relative one of the gradient. A Llama's angles are float32.
 LIMITS = {"float64": (1e-5, 1e-4), "float32": (2e-3, 2e-3), "bfloat16": (0.1, 0.2)}
-QUICK = ("SWEPOTrainer", "EMDPOTrainer")
+QUICK = ("SWEPO", "EMDPO")
 ACROSS_DEVICES = 1e-3  # of what five steps of Adam log, relative
 
 
@@ -132,9 +132,9 @@ def methods(job: dict) -> tuple[dict, dict]:
     import distributed_steps as steps
 
     torch.set_num_threads(1)
-    figures = {}
+    figures, methods = {}, QUICK if job["quick"] else job.get("methods", matrix.TRAINERS)
     for name, cell in matrix.all_cells().items():
-        if name.split(", ")[-1] != job["tuning"] or job["quick"] and cell["trainer"] not in QUICK:
+        if name.split(", ")[0] not in methods or name.split(", ")[-1] != job["tuning"]:
             continue
         train = steps.em_rounds if cell["trainer"] == "EMDPOTrainer" else steps.steps
         found = []

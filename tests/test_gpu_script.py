@@ -77,3 +77,9 @@ def test_an_error_in_a_process_a_figure_beyond_its_limit_and_a_process_that_hang
         assert result["status"] == status and result.get("reason") == {"wrong": "beyond its limit: a"}.get(status)
     monkeypatch.setattr(gpu, "COMMAND", [sys.executable, "-c", "import time; time.sleep(60)"])
     assert gpu.run_job({}, 0.5)["status"] == "left out"
+
+
+def test_a_cpu_is_spared_the_7b_shape(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu"])
+    assert "--device cpu needs --quick" in capsys.readouterr().err
