@@ -34,8 +34,8 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 	$(BIN)/python scripts/get_smollm2.py
 	$(BIN)/python -m benchmarks.run $(BENCHMARK_ARGS)
 
-experiments: $(READY)  ## repeat the experiments of docs/results (hours; each says its size and minutes first)
-	@for name in swepo swepo_sft lire sparsepo sparsepo_stories emdpo emdpo_regret sgpo; do $(BIN)/python -m experiments.$$name || exit 1; done
+experiments: $(READY)  ## repeat the experiments of docs/results (hours; the last four need POLYPO_STORIES, see docs/results/swepo.md)
+	@for name in sparsepo emdpo emdpo_regret sgpo swepo swepo_sft lire sparsepo_stories; do $(BIN)/python -m experiments.$$name || exit 1; done
 
 test test-distributed test-all: export HF_HUB_OFFLINE := 1
 test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
@@ -46,7 +46,7 @@ test: $(READY)  ## run the tests, offline, on all cores (PYTEST_ARGS="-k word" n
 test-lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
-test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (20 minutes)
+test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (an hour)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)

@@ -1,11 +1,11 @@
 """Rankings of made-up annotators with opposed tastes over the demo's real samples, for configs/emdpo/demo.yaml:
 
-python -m experiments.emdpo_demo_rows     # writes runs/data/emdpo-demo.jsonl
+python -m experiments.emdpo_demo_rows [FILE]     # runs/data/emdpo-demo.jsonl without one
 
 Even annotators rank three of a prompt's six answers from glad to sad (VADER), odd ones from sad to glad, with noise.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,9 @@ def make_rows(samples: list[dict], seed: int = 0) -> list[dict]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/data/emdpo-demo.jsonl")
+    parser = argparse.ArgumentParser(description="Writes rankings of made-up annotators over the demo's samples.")
+    parser.add_argument("file", nargs="?", type=Path, default=Path("runs/data/emdpo-demo.jsonl"))
+    target = parser.parse_args().file
     target.parent.mkdir(parents=True, exist_ok=True)
     write_rows(target, make_rows(read_rows(SOURCE)))
     print(f"{target}: {ANNOTATORS * ITEMS} rankings of {ANNOTATORS} annotators")

@@ -37,12 +37,14 @@ class Contrast:
     Args:
         at: place on the experiment's x axis, where each seed's own curves are interpolated; None is the last point.
         expected: the effect that is expected, stated before the run; None for a secondary contrast without one.
+        known: what is said in place of a verdict, where the sign of the difference is known without a run.
     """
 
     arm: str
     minus: str
     expected: float | None = None
     at: float | None = None
+    known: str | None = None
 
     @property
     def title(self) -> str:
@@ -81,14 +83,15 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="a minute: does the pipeline give numbers?")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(experiment.seeds))
     parser.add_argument("--output", type=Path, default=None, help="folder of the seeds (runs/experiments/NAME)")
-    parser.add_argument("--report", type=Path, default=None, help="folder of the report (docs/results/NAME)")
+    parser.add_argument("--report", type=Path, default=None, help="of the report (docs/results/NAME for all seeds)")
     options = parser.parse_args(argv)
     disable_progress_bars()
     logging.disable_progress_bar()
     quick = options.quick
     seeds = options.seeds[:QUICK_SEEDS] if quick else options.seeds
     output = options.output or Path("runs/experiments") / (experiment.name + "-quick" * quick)
-    report = options.report or (output / "report" if quick else Path("docs/results") / experiment.name)
+    published = not quick and set(seeds) == set(experiment.seeds)
+    report = options.report or (Path("docs/results") / experiment.name if published else output / "report")
     primary = experiment.primary
     print(f"{experiment.name}: {len(seeds)} seeds, about {experiment.minutes[quick]:g} minutes in all.")
     print(f"Primary: {primary.title}, expected {primary.expected:+.3g}.", flush=True)
@@ -128,7 +131,7 @@ def differences(experiment: Experiment, contrast: Contrast, runs: list[dict]) ->
     if not reached:
         return None
     found = t_interval(reached) | {"by_seed": gains}
-    return found | {"verdict": verdict(found, contrast.expected)}
+    return found | {"verdict": contrast.known or verdict(found, contrast.expected)}
 
 
 def verdict(gain: dict, expected: float | None) -> str:
@@ -136,13 +139,17 @@ def verdict(gain: dict, expected: float | None) -> str:
     if gain["low"] is None:
         return "one seed"
     holds_zero = gain["low"] <= 0 <= gain["high"]
-    if expected is not None and not gain["low"] <= expected <= gain["high"] and (holds_zero or expected == 0):
-        return "refuted here: excludes the expected effect"
-    if holds_zero:
-        return "no effect seen, as expected" if expected == 0 else "cannot tell"
     if expected is None:
-        return "differs from 0"
-    return "confirmed here" if gain["mean"] * expected > 0 else "refuted here: the opposite"
+        return "cannot tell" if holds_zero else "differs from 0"
+    if gain["low"] <= expected <= gain["high"]:
+        if not holds_zero:
+            return "confirmed here"
+        return "no effect seen, as expected" if expected == 0 else "cannot tell"
+    if holds_zero or expected == 0:
+        return "refuted here: excludes the expected effect"
+    if gain["mean"] * expected < 0:
+        return "refuted here: the opposite"
+    return f"same sign, {'larger' if abs(gain['mean']) > abs(expected) else 'smaller'} than expected"
 
 
 def write_report(experiment: Experiment, runs: list[dict], folder: Path) -> dict:
@@ -177,8 +184,9 @@ def tables(experiment: Experiment, rows: list[tuple[Contrast, dict | None]], run
          interval(gain, "+.3f"), str(gain["count"]) if gain else "0", gain["verdict"] if gain else "not reached"]
         for contrast, gain in rows
     ]  # fmt: skip
-    names = list(dict.fromkeys([experiment.x[0], experiment.value[0], *experiment.columns]))
     ends = {arm: [run["curves"][arm][-1] for run in runs] for arm in runs[0]["curves"]}
+    names = dict.fromkeys([experiment.x[0], experiment.value[0], *experiment.columns])
+    names = [name for name in names if any(name in points[0] for points in ends.values())]
     arms = [
         [arm, *(interval(t_interval([p[n] for p in points])) if n in points[0] else "" for n in names)]
         for arm, points in ends.items()

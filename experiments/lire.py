@@ -57,17 +57,11 @@ def evolve(reference, seed: int, measure, start, quick: bool) -> Curves:
         policy, points = story_model(), [{"step": 0, **start}]
         for number in range(size["rounds"]):
             draws = seed + (0 if source == "stale" else number)
-            drawn, _ = sample(
-                policy if source == "fresh" else reference, questions, size["samples"], TOKENS, 7 * draws
-            )
-            options = {
-                "temperature": RECIPE[1],
-                "score_transform": RECIPE[0],
-                "learning_rate": 3e-4,
-                "max_steps": size["steps"],
-                "per_device_train_batch_size": size["batch"],
-                "seed": seed + number,
-            }
+            sampler = policy if source == "fresh" else reference
+            drawn, _ = sample(sampler, questions, size["samples"], TOKENS, 7 * draws)
+            options = {"temperature": RECIPE[1], "score_transform": RECIPE[0], "learning_rate": 3e-4,
+                       "max_steps": size["steps"], "per_device_train_batch_size": size["batch"],
+                       "seed": seed + number}  # fmt: skip
             rows = scored_rows(questions, drawn, sentiment(drawn))
             done = points[-1]["step"]
             curve = train(LIRETrainer, options, policy, rows, tokenizer(), measure, every=3, start=start)

@@ -76,7 +76,9 @@ def run(seed: int, quick: bool) -> Curves:
         begun, controls = folder / "incremental/round-00", arguments(folder / "controls", seed)
         improved = AutoModelForCausalLM.from_pretrained(begun / "improver/model")
         pairs = read_rows(begun / "pairs/rows.jsonl.gz")
-        sharper = [row | {"chosen": text} for row, text in zip(pairs, greedy(improved, pairs), strict=True)]
+        likeliest = greedy(improved, TOKENIZER([row["prompt"] for row in pairs]).input_ids)
+        sharper = [row | {"chosen": text}
+                   for row, text in zip(pairs, TOKENIZER.batch_decode(likeliest), strict=True)]  # fmt: skip
         drafts = [row | {"chosen": row["reference"], "rejected": row["current"]}
                   for row in read_rows(begun / "targets/rows.jsonl.gz")]  # fmt: skip
         curves["sharpening"] = [*curves["incremental"][:2], measure(prefer(improved, sharper, controls))]
@@ -93,14 +95,15 @@ def arguments(folder: Path, seed: int, reviser: str = REVISERS["incremental"]) -
 
 
 def measuring(reference, asked: np.ndarray, answers: np.ndarray, seed: int):
-    prompts, right = np.insert(asked, GROUPS * GROUP, CUE_ID, 1).tolist(), torch.tensor(answers)[:, None]
+    prompts, right = np.insert(asked, GROUPS * GROUP, CUE_ID, 1), torch.tensor(answers)[:, None]
 
     @torch.no_grad()
     def measure(policy) -> Point:
-        drawn, logits = sample(policy.eval(), prompts, SAMPLES, LENGTH, seed + 10_000)
-        kl = exact_kl(logits, reference, prompts, drawn).mean()
-        found = (drawn == right).double()
-        return {"reward": float(found.mean()), "totals": float(found[..., :GROUPS].mean()), "kl": float(kl)}
+        drawn, logits = sample(policy.eval(), prompts.tolist(), SAMPLES, LENGTH, seed + 10_000)
+        kl = exact_kl(logits, reference, prompts.tolist(), drawn).mean()
+        found, likeliest = (drawn == right).double(), (greedy(policy, prompts) == right[:, 0]).double()
+        return {"reward": float(found.mean()), "totals": float(found[..., :GROUPS].mean()), "kl": float(kl),
+                "greedy": float(likeliest.mean())}  # fmt: skip
 
     return measure
 
@@ -113,11 +116,11 @@ def of_stage(folder: Path, stage: str, measure) -> Point:
 
 
 @torch.no_grad()
-def greedy(model, rows: list[dict]) -> list[str]:
-    """The most likely answer to every prompt."""
-    prompts = torch.tensor(TOKENIZER([row["prompt"] for row in rows]).input_ids)
-    drawn = model.generate(prompts, do_sample=False, min_new_tokens=LENGTH, max_new_tokens=LENGTH, pad_token_id=0)
-    return TOKENIZER.batch_decode(drawn[:, -LENGTH:])
+def greedy(model, prompts) -> torch.Tensor:
+    """(P,LENGTH) token ids of the most likely next word after every word, for prompts (P,L) of token ids."""
+    drawn = model.generate(torch.as_tensor(prompts), do_sample=False, min_new_tokens=LENGTH, max_new_tokens=LENGTH,
+                           pad_token_id=0)  # fmt: skip
+    return drawn[:, -LENGTH:]
 
 
 def prefer(model, rows: list[dict], args: SGPOConfig):
@@ -138,7 +141,7 @@ EXPERIMENT = Experiment(
     primary=Contrast("incremental", "sharpening", 0.07),
     secondary=tuple(Contrast("incremental", arm) for arm in ("full reference", "SPIN", "more SFT")),
     value=("reward", "share of right words, temperature 1"),
-    columns=("totals", "gate"),
+    columns=("totals", "gate", "greedy"),
 )
 
 if __name__ == "__main__":

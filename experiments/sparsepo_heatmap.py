@@ -6,7 +6,7 @@ The seed is the first of the experiment's unless one is given, the shown rows ar
 the policy is the one after 10 steps. Writes runs/experiments/sparsepo-heatmap.html.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from trainers.cli.masks import row_parts
@@ -33,4 +33,6 @@ def main(seed: int) -> Path:
 
 
 if __name__ == "__main__":
-    print(f"{main(int(sys.argv[1]) if sys.argv[1:] else EXPERIMENT.seeds[0])} is ready.")
+    parser = argparse.ArgumentParser(description="Draws the masks of the sparse arm on the first training pairs.")
+    parser.add_argument("seed", nargs="?", type=int, default=EXPERIMENT.seeds[0])
+    print(f"{main(parser.parse_args().seed)} is ready.")

@@ -16,7 +16,7 @@ from trainers.generation.rewards import vader_sentiment
 from .frame import Point
 from .worlds import exact_kl, sample
 
-# The folder of a TinyStories model of 260,032 parameters (karpathy's stories260K), which is not part of this package.
+# The folder of a TinyStories model of 260,032 parameters, which is not part of this package: docs/results/swepo.md.
 MODEL = Path(os.environ.get("POLYPO_STORIES", "../shared/models/stories260K"))
 TOKENS = 40  # of every response
 OPENINGS = (
@@ -37,7 +37,16 @@ def tokenizer():
 
 
 def story_model():
-    """The reference, and the start of every policy."""
+    """The reference, and the start of every policy.
+
+    Raises:
+        FileNotFoundError: `MODEL` is no folder of a model.
+    """
+    if not (MODEL / "config.json").exists():
+        raise FileNotFoundError(
+            f"There is no story model in {MODEL}: set POLYPO_STORIES to a folder of stories260K with config.json, "
+            "weights and tokenizer; docs/results/swepo.md says how to make it."
+        )
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
