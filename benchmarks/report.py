@@ -1,6 +1,6 @@
-"""Turns what benchmarks.run measured into docs/benchmarks.md (page.md.jinja has its text) and a picture.
+"""Turns what benchmarks.run measured into docs/benchmarks.md (page.md.jinja has its text) and two pictures.
 
-    python -m benchmarks.report runs/benchmark/results*.json
+    python -m benchmarks.report runs/benchmark/results.json
 
 Ratios are taken turn by turn, between variants that ran one after another on the same rows; what is shown is their
 median with the smallest and the largest.
@@ -15,73 +15,62 @@ from statistics import median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.ratios import NAMES, Runs, by_variant, growth, peak_flops, ratios, share_reached
+from benchmarks.ratios import NAMES, PARTS, Runs, by_variant, column, fastest, figures, ratios
 from trainers.pages import plots
 from trainers.pages.plots import Series
 from trainers.pages.text import markdown
 
 GREEN, PALE, GREY = "#0b6e4f", "#7fb69e", "#c0c0c0"
-SPREAD = ("s per step", "prompts/s")  # of the table of speeds, with their range
-MIDDLE = ("response tokens/s", "reference, s", "outside the model, %", "peak, GiB", "of it training")
-IDEALS = ("FLOP-ideal, no padding", "FLOP-ideal, as padded")
-RATIOS = ("step", "policy part", "reference pass", *IDEALS)
+COLOURS = {"shared": GREEN, "parts": PALE, "cached": PALE, "rows": "#d9a441", "rows_full_logits": "#d9a441"}
+KINDS = ("matrix products", "attention", "LM head and softmax", "elementwise", "gathers and copies", "other")
+DRAFTS = "drafts and improved answers"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for benchmarks.md and its pictures")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    results = sorted((json.loads(path.read_text()) for path in args.results), key=lambda r: r["preset"])
-    for result in results:
-        (args.output / picture(result)).write_text(draw(result))
+    results = json.loads(args.results.read_text())
+    (args.output / "benchmarks.svg").write_text(speed_picture(results))
+    (args.output / "benchmarks-memory.svg").write_text(memory_picture(results["memory"]))
     (args.output / "benchmarks.md").write_text(page(results))
     print(f"{args.output / 'benchmarks.md'} is written.")
 
 
-def page(results: list[dict]) -> str:
+def page(results: dict) -> str:
     """docs/benchmarks.md."""
+    settings = by_setting(results)
+    first, grown = next(iter(settings)), {name: runs for name, runs in settings.items() if name != DRAFTS}
+    runs, products = settings[first], results["products"]
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    measured = any(result["preset"] != "cpu" for result in results)
-    text = environment.get_template("page.md.jinja").render(sections=map(section, results), gpu_measured=measured)
+    text = environment.get_template("page.md.jinja").render(
+        **results,
+        first=first,
+        lengths=lengths_text([run for run in results["runs"] if run["setting"] == first]),
+        turns=1 + max(run["turn"] for run in results["runs"]),
+        fed_pairs=max(run["fed_pairs"] for run in results["runs"]),
+        speeds=speed_table(runs),
+        times=time_table(runs),
+        kinds=kind_table(next((run["kinds"] for run in results["runs"] if run["kinds"]), None)),
+        products_table=product_table(products),
+        growth=growth_table(grown),
+        drafts=speed_table(settings[DRAFTS]) if DRAFTS in settings else "",
+        memory_table=memory_table(results["memory"]),
+        filling={name: spread(column(runs, name, "filling")) for name in ("cached", "trl_all_pairs_cached")},
+        product=spread(fastest(products, turn) / 1e9 for turn in {entry["turn"] for entry in products}),
+    )
     return text.rstrip() + "\n"
 
 
-def picture(result: dict) -> str:
-    return f"benchmarks-{result['preset']}.svg"
-
-
-def section(result: dict) -> dict:
-    """Everything about one machine, for the template."""
-    names = dict.fromkeys(run["setting"] for run in result["runs"])
-    settings = {name: [run for run in result["runs"] if run["setting"] == name] for name in names}
-    grown, gpu = growth(settings.pop("growth", [])), result["machine"]["gpu"] if result["preset"] != "cpu" else None
+def by_setting(results: dict) -> dict[str, Runs]:
+    """The figures of each setting, in the order in which they were measured."""
+    names = dict.fromkeys(run["setting"] for run in results["runs"])
     return {
-        **result,
-        "gpu": gpu,
-        "first": result["runs"][0],
-        "picture": picture(result),
-        "settings": [setting_parts(name, runs, gpu) for name, runs in settings.items()],
-        "growth": growth_table(grown),
-    }
-
-
-def setting_parts(name: str, measured: list[dict], gpu: str | None) -> dict:
-    runs = by_variant(measured)
-    compared = {"shared", "rows"} <= runs.keys()
-    return {
-        "title": "On real rows" if name == "main" else name,
-        "lengths": lengths_text(measured),
-        "speeds": speed_table(runs, gpu),
-        "ratios": markdown(
-            ["shared prompts against", *RATIOS],
-            [[NAMES[v], *(spread(ratios(runs, v, column)) for column in RATIOS)] for v in runs if v != "shared"],
-        ),
-        "reached": [spread((100 * x for x in share_reached(runs, ideal)), 2) for ideal in IDEALS] if compared else [],
-        "memory": memory(runs),
-        "failed": [run for run in measured if "error" in run],
+        name: by_variant([run for run in results["runs"] if run["setting"] == name], results["products"])
+        for name in names
     }
 
 
@@ -100,90 +89,127 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def column(runs: Runs, variant: str, figure: str) -> list[float]:
-    """A figure of a variant in all turns."""
-    return [turn[figure] for turn in runs[variant].values()]
-
-
-def speed_table(runs: Runs, gpu: str | None) -> str:
-    """One row per variant; on a GPU also the operations per second, and their share of the peak if it is known."""
-    peak, middle = peak_flops(gpu), [*MIDDLE, *(["TFLOP/s"] if gpu else [])]
+def speed_table(runs: Runs) -> str:
+    """One row per variant: time, speed, time against `shared`, tokens of the policy, share of the machine's speed."""
+    head = ["", "s per step", "prompts/s", "time, shared = 1", "tokens fed", "share of the product, %"]
     rows = [
-        [NAMES[name], *(spread(column(runs, name, figure)) for figure in SPREAD),
-         *(number(median(column(runs, name, figure))) for figure in middle),
-         *([number(100 * median(column(runs, name, "TFLOP/s")) / peak)] if peak else [])]
+        [NAMES[name], spread(column(runs, name, "s per step")), spread(column(runs, name, "prompts/s")),
+         spread(ratios(runs, name)), number(median(column(runs, name, "fed")), 1),
+         spread(column(runs, name, "share"))]
         for name in runs
     ]  # fmt: skip
-    return markdown(["", *SPREAD, *middle, *(["MFU, %"] if peak else [])], rows)
+    return markdown(head, rows)
 
 
-def memory(runs: Runs) -> list[float]:
-    """Memory of `shared` against padded rows with all logits: of the peak, and of what training adds."""
-    if not {"rows_full_logits", "shared"} <= runs.keys():
-        return []
-    return [
-        median(column(runs, "shared", figure)) / median(column(runs, "rows_full_logits", figure))
-        for figure in ("peak, GiB", "of it training")
-    ]
-
-
-def growth_table(grown: list) -> str:
+def time_table(runs: Runs) -> str:
+    """Where the seconds of a step go, in per cent of it."""
+    parts = (*PARTS, "outside")
     rows = []
-    for (prompt, responses), runs in grown:
-        if {"shared", "rows"} <= runs.keys():
-            seconds = [number(median(column(runs, variant, "step"))) for variant in ("shared", "rows")]
-            times, ideal = ratios(runs, "rows", "step"), ratios(runs, "rows", IDEALS[0])
-            sizes = [str(size) for size in (len(responses), prompt, responses[0])]
-            rows.append([*sizes, *seconds, spread(times), number(ideal[0])])
-    head = ["K", "prompt tokens", "response tokens", "shared, s", "padded rows, s", "ratio", "FLOP-ideal"]
-    return markdown(head, rows) if rows else ""
+    for name in runs:
+        shares = [[100 * run[part] / run["s per step"] for run in runs[name].values()] for part in parts]
+        rows.append([NAMES[name], *(number(median(share)) for share in shares),
+                     spread(column(runs, name, "share in the model"))])  # fmt: skip
+    return markdown(
+        ["% of a step", *PARTS, "outside the model", "operations needed in the model, % of the product"], rows
+    )
+
+
+def kind_table(kinds: dict | None) -> str:
+    """Seconds of the profiled step by kind of operation and part."""
+    if kinds is None:
+        return ""
+    parts, rows = PARTS[:3], []
+    total = sum(kinds[part].get(kind, 0) for part in parts for kind in KINDS)
+    for kind in KINDS:
+        seconds = [kinds[part].get(kind, 0) for part in parts]
+        rows.append([kind, *map(number, seconds), number(100 * sum(seconds) / total)])
+    return markdown(["s", *parts, "% of the three"], rows)
+
+
+def product_table(products: list[dict]) -> str:
+    """GFLOP/s of each size, over all turns, before and after."""
+    sizes = products[0]["products"]
+    rows = [[size, spread(entry["products"][size] / 1e9 for entry in products)] for size in sizes]
+    return markdown(["rows x inner x columns", "GFLOP/s"], rows)
+
+
+def growth_table(settings: dict[str, Runs]) -> str:
+    """How a step grows with K and the prompt, and what the others take on the same rows."""
+    others = ("rows", "trl_best_rest", "trl_all_pairs")
+    head = ["", "tokens fed", "s per step", "s per 1,000 response tokens", "share of the product, %",
+            *(f"{NAMES[name]}, times as long" for name in others)]  # fmt: skip
+    rows = [
+        [title, number(median(column(runs, "shared", "fed")), 1),
+         *(spread(column(runs, "shared", figure)) for figure in ("s per step", "per 1,000", "share")),
+         *(spread(ratios(runs, name)) for name in others)]
+        for title, runs in settings.items()
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def memory_table(memory: list[dict]) -> str:
+    """Peak of the process by K, what training adds to it, and the seconds of the step."""
+    head = ["K", *(f"{title}, {part}" for title in ("whole group", "in parts") for part in ("GiB", "training", "s"))]
+    rows = []
+    for k in dict.fromkeys(run["k"] for run in memory):
+        both = [
+            figures(run) for name in ("shared", "parts") for run in memory if (run["k"], run["variant"]) == (k, name)
+        ]
+        cells = [run[name] for run in both for name in ("peak, GiB", "of it training", "s per step")]
+        rows.append([str(k), *map(number, cells)])
+    return markdown(head, rows)
 
 
 def lengths_text(runs: list[dict]) -> str:
     """What a step consists of."""
-    good = [run for run in runs if "error" not in run]
-    if not good:
-        return "Nothing could be measured."
-    groups = [group for run in good if run["variant"] == good[0]["variant"] for group in run["lengths"]]
-    responses = [r for _, rs in groups for r in rs]
+    groups = [group for run in runs if run["variant"] == "shared" for group in run["lengths"]]
+    prompts, responses = [p for p, _ in groups], [r for _, rs in groups for r in rs]
     return (
-        f"{good[0]['prompts']} prompts per step with K = {len(groups[0][1])} responses each; over all timed steps "
-        f"prompts of {min(p for p, _ in groups)} to {max(p for p, _ in groups)} tokens (mean "
-        f"{sum(p for p, _ in groups) / len(groups):.0f}) and responses of {min(responses)} to {max(responses)} (mean "
-        f"{sum(responses) / len(responses):.0f})."
+        f"One prompt of {min(prompts)} to {max(prompts)} tokens per step, with {len(groups[0][1])} responses of "
+        f"{min(responses)} to {max(responses)} (mean {sum(responses) / len(responses):.0f})."
     )
 
 
-def draw(result: dict) -> str:
-    """Bars of relative time with their range, and the growth curves."""
-    figure, (left, middle, right) = plots.panels(3, size=(12, 3.6), width_ratios=[1.5, 1, 1])
-    grown = growth([run for run in result["runs"] if run["setting"] == "growth"])
-    others = [run for run in result["runs"] if run["setting"] != "growth"]
-    name = others[0]["setting"] if others else ""
-    bars(left, by_variant([run for run in others if run["setting"] == name]), "" if name == "main" else name)
-    sizes = [(len(responses), prompt) for (prompt, responses), _ in grown]
-    for axes, label, place, part in ((middle, "K", 0, slice(4)), (right, "prompt tokens", 1, slice(-5, None))):
-        series = []
-        for variant, colour in (("shared", GREEN), ("rows", PALE)):
-            points = [(size[place], median(column(runs, variant, "step")))
-                      for size, (_, runs) in zip(sizes, grown, strict=True) if variant in runs][part]  # fmt: skip
-            series.append(Series(NAMES[variant], [x for x, _ in points], [y for _, y in points], "o-", colour))
-        plots.draw(axes, series, xlabel=label, ylabel="s per step", ylim=(0, None))
-    return plots.svg(figure, "Time of a step, and how it grows")
+def memory_picture(memory: list[dict]) -> str:
+    """Peak of memory over K."""
+    series = []
+    for variant, label, colour in (("shared", "whole group", GREY), ("parts", "in parts", GREEN)):
+        runs = [run for run in memory if run["variant"] == variant]
+        series.append(
+            Series(label, [run["k"] for run in runs], [figures(run)["peak, GiB"] for run in runs], "o-", colour)
+        )
+    top = 1.1 * max(value for line in series for value in line.y)
+    return plots.chart("Peak memory of the process", "K", series, ylabel="GiB", ylim=(0, top))
+
+
+def speed_picture(results: dict) -> str:
+    """Bars of relative time with their range, and how a step grows with its response tokens."""
+    figure, (left, right) = plots.panels(2, size=(10, 3.8), width_ratios=[1.5, 1])
+    settings = by_setting(results)
+    name, series = next(iter(settings)), []
+    bars(left, settings[name], name)
+    for prompt in (64, 256, 512, 2048):
+        points = [(sum(run["lengths"][0][1]), figures(run)["s per step"]) for run in results["runs"]
+                  if run["variant"] == "shared" and 0.8 * prompt <= run["lengths"][0][0] <= 1.2 * prompt]  # fmt: skip
+        x, y = [tokens for tokens, _ in points], [seconds for _, seconds in points]
+        series.append(Series(f"prompts of about {prompt:,} tokens", x, y, "o"))
+    plots.draw(right, series, xlabel="response tokens of a step", ylabel="s per step", xlim=(0, None), ylim=(0, None))
+    right.set_title("shared prompts", fontsize=10)
+    return plots.svg(figure, "Time of a step against others, and how it grows")
 
 
 def bars(axes, runs: Runs, title: str) -> None:
-    values = {name: v for name in runs if (v := ratios(runs, name, "step"))}
+    values = {name: ratios(runs, name) for name in runs}
     middles = [median(v) for v in values.values()]
     ranges = [[m - min(v), max(v) - m] for m, v in zip(middles, values.values(), strict=True)]
-    colours = [GREEN if name == "shared" else PALE if name.startswith("rows") else GREY for name in values]
-    axes.barh([NAMES[name] for name in values], middles, color=colours, xerr=list(zip(*ranges, strict=True)),
-              error_kw={"capsize": 3, "linewidth": 1})  # fmt: skip
+    axes.barh([NAMES[name] for name in values], middles, color=[COLOURS.get(name, GREY) for name in values],
+              xerr=list(zip(*ranges, strict=True)), error_kw={"capsize": 3, "linewidth": 1})  # fmt: skip
     for i, (middle, (_, above)) in enumerate(zip(middles, ranges, strict=True)):
         axes.annotate(number(middle), (middle + above, i), (4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(title=title, xlabel="time of a step, shared prompts = 1")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="time of a step, shared prompts = 1")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,39 @@
-"""Prepares benchmarks.run: describes the machine, and draws the rows that every variant is measured on.
+"""Draws the rows that benchmarks.run measures on, without torch: who starts processes must stay small."""
 
-    python -m benchmarks.rows '<job as JSON>'
-
-Prints one JSON line. Runs in a process of its own, because what is imported here stays in memory.
-"""
-
-import importlib.metadata
 import json
-import platform
 import random
-import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-
-import psutil
-import torch
-from transformers import AutoTokenizer
-
-from trainers import load_preferences
-from trainers.data import tokenize_row
-from trainers.precision import FAST, instructions, settle_dtype
-
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+from typing import NamedTuple
 
 
-def machine() -> dict:
-    """Name, cores, memory and versions, without host name or paths."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cuda = torch.cuda.is_available()
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "instructions": instructions(),
-        "fast": settle_dtype(FAST, torch.device("cuda" if cuda else "cpu")),
-        "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory": psutil.virtual_memory().total,
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "gpu_memory": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-    }
+class Setting(NamedTuple):
+    """A prompt with K responses, and which variants are measured on it.
 
-
-def write_rows(job: dict) -> None:
-    """One file of rows per repeat, the same for every variant.
-
-    A file holds the rows of one step twice: the first time warms up. Memory that a process touches for the first
-    time costs as much as the step itself on some machines, so a warm-up must be as large as what is timed.
+    The prompt has 0.8 to 1.2 times `prompt` tokens, a response a quarter of `longest` up to it. With `draft` every
+    second response begins with that share of the one before it, as an improved answer does with its draft.
     """
-    rows = drawn(job)
-    for path in job["outputs"]:
-        step = list(islice(rows, job["prompts"]))
-        if len(step) < job["prompts"]:
-            raise ValueError(f"{job['data']} has too few prompts with {job['k']} different scores.")
-        Path(path).write_text(json.dumps(step * 2))
+
+    k: int
+    prompt: int
+    variants: tuple[str, ...]
+    longest: int = 256
+    pairs: int = 1  # of a prompt that TRL is fed in a timed step; its other pairs cost the same
+    draft: float = 0.0
+
+    def lengths(self, seed: int) -> tuple[int, list[int]]:
+        """Tokens of the prompt and of each response."""
+        source = random.Random(seed)
+        prompt = source.randint(round(0.8 * self.prompt), round(1.2 * self.prompt))
+        return prompt, [source.randint(self.longest // 4, self.longest) for _ in range(self.k)]
 
 
-def drawn(job: dict) -> Iterator[dict]:
-    """Prompts in random order, tokenised, with k random responses of k different scores; without those of fewer."""
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    dataset = load_preferences(job["data"], as_chat=tokenizer.chat_template is not None)
-    draw = random.Random(job["seed"])
-    for place in reversed(draw.sample(range(len(dataset)), len(dataset))):
-        row, chosen = dataset[place], {}
-        for i in draw.sample(range(len(row["scores"])), len(row["scores"])):
-            chosen.setdefault(row["scores"][i], row["responses"][i])
-        if len(chosen) >= job["k"]:
-            scores, responses = zip(*list(chosen.items())[: job["k"]], strict=True)
-            row = tokenize_row({"prompt": row["prompt"], "responses": responses, "scores": scores}, tokenizer)
-            cut = [ids[: job["max_response"]] for ids in row["response_ids"]]
-            yield {"prompt_ids": row["prompt_ids"], "response_ids": cut, "scores": row["scores"]}
-
-
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    print(json.dumps(write_rows(job) if "outputs" in job else machine()), flush=True)
+def write_synthetic(path: Path, lengths: list[tuple[int, list[int]]], vocabulary: int, draft: float = 0.0) -> str:
+    """Random token ids of these lengths, with scores that all differ."""
+    source, rows = random.Random(0), []
+    for p, sizes in lengths:
+        prompt, *responses = ([source.randrange(10, vocabulary) for _ in range(n)] for n in (p, *sizes))
+        for before, after in zip(responses[::2], responses[1::2], strict=False):
+            after[: int(draft * len(after))] = before[: int(draft * len(before))]
+        rows.append({"prompt_ids": prompt, "response_ids": responses, "scores": [float(k) for k in range(len(sizes))]})
+    path.write_text(json.dumps(rows))
+    return str(path)

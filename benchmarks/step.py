@@ -1,13 +1,14 @@
-"""One measurement of benchmarks.run in a process of its own: python -m benchmarks.step '<job as JSON>'
+"""Measurements of benchmarks.run, one after the other in one process: python -m benchmarks.step '<job as JSON>'
 
-Prints one JSON line. A job is measured inside the real `Trainer.train()`, so that a step holds everything a user pays
-for: collating, layout, reference, forward, backward, clipping, optimizer, metrics and logging.
+Prints one JSON line for each. All are made inside the real `Trainer.train()`, so that a step holds everything a user
+pays for: collating, layout, reference, forward, backward, clipping, optimizer, metrics and logging.
 """
 
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -26,17 +29,51 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.machine import by_kind, product_speeds
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.forward.layout import rows_layout, to_responses
 from trainers.forward.policy import base_model
 from trainers.forward.run import Forward
-from trainers.runs.processes import peak_rss
+from trainers.runs.processes import free_memory, peak_rss
 
 # A randomly initialised Llama, made on the device: no download, and speed does not depend on what the weights are.
 RANDOM = "random-7b"
 SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
 PARTS = ("reference", "forward", "backward", "optimizer")
+OURS: dict[str, dict] = {
+    "shared": {"layout": "shared"},
+    "parts": {"layout": "shared", "tokens_per_backward": 1024},
+    "cached": {"layout": "shared", "precompute_ref_logps": True},
+    "trunk": {"layout": "shared"},
+    "rows": {"layout": "rows"},
+    "rows_full_logits": {"layout": "rows"},
+}
+
+
+class FullLogits(SWEPOTrainer):
+    """What a plain implementation does: padded rows, all logits, a softmax over every position."""
+
+    def forward(self, model, batch):
+        inputs = rows_layout(batch)
+        logps = model(input_ids=inputs.input_ids, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+        logps = logps[inputs.positions, inputs.targets]
+        return Forward(to_responses(logps, batch["response_mask"]))
+
+
+class Pairs(DPOTrainer):
+    """TRL's trainer on the token ids that the other variants train on; its own reads text."""
+
+    filled = 0.0  # seconds of the reference before training
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def compute_ref_log_probs(self, model, inputs):
+        begin = time.perf_counter()
+        found = super().compute_ref_log_probs(model, inputs)
+        self.filled += time.perf_counter() - begin
+        return found
 
 
 def expand_pairs(row: dict, which: str) -> list[dict]:
@@ -52,77 +89,63 @@ def expand_pairs(row: dict, which: str) -> list[dict]:
     ]
 
 
-class FullLogits(SWEPOTrainer):
-    """What a plain implementation does: padded rows, all logits, a softmax over every position."""
-
-    def forward(self, model, batch):
-        inputs = rows_layout(batch)
-        logps = model(input_ids=inputs.input_ids, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-        logps = logps[inputs.positions, inputs.targets]
-        return Forward(to_responses(logps, batch["response_mask"]))
+def spread_out(pairs: list[dict], count: int) -> list[dict]:
+    """`count` of the pairs, or all: those in the middle of as many equal parts of them, ordered by length."""
+    ordered = sorted(pairs, key=lambda pair: len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
+    count = min(count, len(pairs))
+    return [ordered[(2 * i + 1) * len(pairs) // (2 * count)] for i in range(count)]
 
 
-def build(job: dict, rows: list[dict], folder: str):
+def shortened(row: dict) -> dict:
+    """A row for a step that makes no more than the optimizer's states and the check of the first batch."""
+    return {**row, "prompt_ids": row["prompt_ids"][:32], "response_ids": [ids[:8] for ids in row["response_ids"]]}
+
+
+def build(job: dict, rows: list[dict], folder: str) -> SWEPOTrainer | Pairs:
     """The trainer of a variant, on a model of its own."""
-    variant = job["variant"]
-    default = variant.endswith("_default")  # TRL as it comes: float32 weights, bf16 autocast, checkpointing
+    variant, micro = job["variant"], job["micro"]
     settings = {
         "output_dir": folder, "use_cpu": job["device"] == "cpu", "dataloader_pin_memory": job["device"] != "cpu",
         "max_steps": len(rows) // job["prompts"], "learning_rate": 1e-6, "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential", "max_length": None, "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True,
+        "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": job["checkpointing"], "bf16": False,
     }  # fmt: skip
-    if not default:
-        settings |= {"gradient_checkpointing": job["checkpointing"], "bf16": False}
-    dtype = "float32" if default else job["dtype"]
     if job["model"] == RANDOM:
-        model, tokenizer = random_model(dtype, job["device"])
+        model, tokenizer = random_model(job["dtype"], job["device"])
     else:
         model, tokenizer = job["model"], AutoTokenizer.from_pretrained(job["model"])
-        settings["model_init_kwargs"] = {"dtype": dtype}
+        settings["model_init_kwargs"] = {"dtype": job["dtype"]}
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     common = {"processing_class": tokenizer, "peft_config": lora if job["lora"] else None}
-    micro = job["micro_trl"] if variant.startswith("trl_") else job["micro"]
-    settings["gradient_accumulation_steps"] = job["prompts"] // micro
     if variant.startswith("trl_"):
-        rows = short_warm_up(rows, job["warm_up"] * job["prompts"], micro)
-        return trl_trainer(model, settings, rows, micro, variant, common)
-    layout = "shared" if variant == "shared" else "rows"
+        return trl_trainer(model, job, settings, rows, common)
+    settings |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": job["prompts"] // micro}
+    options = {**OURS[variant], "ref_cache_dir": folder, **job.get("options", {})}
     trainer_class = FullLogits if variant == "rows_full_logits" else SWEPOTrainer
-    args = SWEPOConfig(layout=layout, per_device_train_batch_size=micro, **settings)
+    args = SWEPOConfig(**options, **settings)
     return trainer_class(model, args=args, train_dataset=Dataset.from_list(rows), **common)
 
 
-def short_warm_up(rows: list[dict], count: int, micro: int) -> list[dict]:
-    """Rows of which the first `count`, the warm-up, are cut short but for the `micro` longest of them.
-
-    A micro-batch of the longest prompts warms as much memory as a whole step of them.
-    """
-    by_length = sorted(range(count), key=lambda i: -max(map(len, rows[i]["response_ids"])))
-    short = set(by_length[micro:])
-    return [
-        {**row, "response_ids": [ids[:8] for ids in row["response_ids"]]} if i in short else row
-        for i, row in enumerate(rows)
-    ]
-
-
-def trl_trainer(model, settings: dict, rows: list[dict], micro: int, variant: str, common: dict) -> DPOTrainer:
-    """TRL's DPOTrainer on the pairs of `micro` prompts at a time.
+def trl_trainer(model, job: dict, settings: dict, rows: list[dict], common: dict) -> Pairs:
+    """TRL's trainer on the pairs of the rows, or on "pairs" of each; "pairs_at_once", or those of "micro_trl" rows.
 
     Raises:
-        ValueError: the prompts give different numbers of pairs, so that micro-batches would not end with a prompt.
+        ValueError: the prompts give different numbers of pairs, so that steps would not end with a prompt.
     """
-    pairs = [expand_pairs(row, variant.removeprefix("trl_").removesuffix("_default")) for row in rows]
-    counts = {len(p) for p in pairs}
+    which = job["variant"].removeprefix("trl_").removesuffix("_cached")
+    groups = [expand_pairs(row, which) for row in rows]
+    groups = [spread_out(pairs, job.get("pairs", len(pairs))) for pairs in groups]
+    counts = {len(pairs) for pairs in groups}
     if len(counts) > 1:
         raise ValueError(f"The prompts give {sorted(counts)} pairs; take prompts that all give the same number.")
-    args = DPOConfig(per_device_train_batch_size=counts.pop() * micro, **settings)
-    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    trainer = DPOTrainer(model, args=args, train_dataset=text, **common)
-    # TRL tokenises text in its constructor; token ids given afterwards are exactly those the other variants train on.
-    trainer.train_dataset = Dataset.from_list([pair for group in pairs for pair in group])
-    return trainer
+    [count] = counts
+    size = job.get("pairs_at_once") or count * job["micro_trl"]
+    args = DPOConfig(
+        per_device_train_batch_size=size, gradient_accumulation_steps=count * job["prompts"] // size,
+        precompute_ref_log_probs=job["variant"].endswith("_cached"), **settings,
+    )  # fmt: skip
+    return Pairs(model, args=args, train_dataset=Dataset.from_list([p for pairs in groups for p in pairs]), **common)
 
 
 def random_model(dtype: str, device: str) -> tuple:
@@ -136,71 +159,110 @@ def random_model(dtype: str, device: str) -> tuple:
 
 
 class Clock(TrainerCallback):
-    """Seconds per part of each step of a trainer; on CUDA every part waits for the device."""
+    """Seconds per part of each step of a trainer, and the tokens its policy was fed in passes with a gradient.
 
-    def __init__(self, trainer, *, cuda: bool):
-        self.cuda, self.steps, self.begin, self.optimizer = cuda, [], None, None
-        self.parts = dict.fromkeys(PARTS, 0.0)
+    On CUDA every part waits for the device.
+    """
+
+    def __init__(self, trainer: SWEPOTrainer | Pairs, *, cuda: bool):
+        self.cuda, self.begin, self.optimizer, self.filling = cuda, 0.0, 0.0, 0.0
+        self.steps: list[dict[str, float]] = []
+        self.parts = dict.fromkeys((*PARTS, "filling", "fed"), 0.0)
         trainer.add_callback(self)
-        own, begins = trainer.ref_model if isinstance(trainer, DPOTrainer) else trainer.reference.model, []
-        for model in filter(None, (trainer.model, own)):
-            model.register_forward_pre_hook(lambda *_: begins.append(self.now()))
-            # Without gradients a forward is the reference's.
-            model.register_forward_hook(
-                lambda *_: self.add("forward" if torch.is_grad_enabled() else "reference", begins.pop())
-            )
-        backward = trainer.accelerator.backward
+        if isinstance(trainer, DPOTrainer):
+            reference = trainer.ref_model
+        else:
+            reference = trainer.reference.model
+            trainer.precompute_reference = self.timed("filling", trainer.precompute_reference)
+        self.alone = reference is None  # then the policy without gradients is the reference: its adapter is off
+        for part, model in (("forward", trainer.model), ("reference", reference)):
+            if model is not None:
+                model.forward = self.timed(part, model.forward)
+        trainer.accelerator.backward = self.timed("backward", trainer.accelerator.backward)
 
-        def timed_backward(*args, **kwargs):
-            begin = self.now()
-            backward(*args, **kwargs)
-            self.add("backward", begin)
+    def timed(self, part: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            graph, begin = torch.is_grad_enabled(), self.now()
+            if part == "forward" and graph:
+                self.parts["fed"] += kwargs["input_ids"].numel()
+            name = "reference" if part == "forward" and self.alone and not graph else part
+            with record_function(name):
+                found = function(*args, **kwargs)
+            self.parts[name] += self.now() - begin
+            return found
 
-        trainer.accelerator.backward = timed_backward
+        return run
 
     def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def add(self, part: str, begin: float) -> None:
-        self.parts[part] += self.now() - begin
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.filling += self.parts["filling"]  # before the first step
+        self.parts = dict.fromkeys(self.parts, 0.0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.optimizer = self.now()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.add("optimizer", self.optimizer)
+        self.parts["optimizer"] += self.now() - self.optimizer
 
     def on_step_end(self, args, state, control, **kwargs):
-        """From the end of one step to the end of the next; the first has no begin and warms up."""
+        """From the end of one step to the end of the next; the first, which has no begin, warms up."""
         now = self.now()
-        self.steps.append({"seconds": now - (self.begin or now), **self.parts})
-        self.parts, self.begin = dict.fromkeys(PARTS, 0.0), now
+        self.steps.append({"seconds": now - self.begin, **self.parts})
+        self.begin = now
+
+
+class Profiler(TrainerCallback):
+    """Profiles the last step."""
+
+    def __init__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU])
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            self.profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            self.profile.stop()
 
 
 def measure(job: dict) -> dict:
-    """Train on the rows of a job; the first `warm_up` steps are not timed."""
+    """Train on the rows of a job; the first `warm_up` steps are not timed, nor a last one that is profiled."""
     rows = json.loads(Path(job["rows"]).read_text())
-    cuda = job["device"] == "cuda"
+    if job["variant"] == "trunk":  # no response begins as the one before it
+        for row in rows:
+            row["response_ids"] = [[i % 2 + ids[0] - 1, *ids[1:]] for i, ids in enumerate(row["response_ids"])]
+    cuda, prompts, warm_up = job["device"] == "cuda", job["prompts"], job["warm_up"]
+    used = rows[warm_up * prompts :]
+    if job.get("short"):
+        rows[: warm_up * prompts] = map(shortened, used[-prompts:])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(job, rows, folder)
-        clock = Clock(trainer, cuda=cuda)
+        trainer = build(job, rows + (used[-prompts:] if job.get("profiled") else []), folder)
+        clock, profiler = Clock(trainer, cuda=cuda), Profiler()
+        if job.get("profiled"):
+            trainer.add_callback(profiler)
         before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    used = rows[job["warm_up"] * job["prompts"] :]
+    is_trl = isinstance(trainer, Pairs)
+    pairs = len(expand_pairs(used[0], job["variant"].removeprefix("trl_").removesuffix("_cached"))) if is_trl else 1
     return {
-        "steps": clock.steps[job["warm_up"] :],
+        "steps": clock.steps[warm_up : len(rows) // prompts],
+        "filling": trainer.filled if is_trl else clock.filling,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "lengths": [[len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]] for r in used],
-        "best": [max(range(len(r["scores"])), key=r["scores"].__getitem__) for r in used],
-        "pairs": len(trainer.train_dataset) // len(rows) if job["variant"].startswith("trl_") else None,
+        "lengths": [[len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]]] for row in used],
+        "pairs": pairs,
+        "fed_pairs": min(pairs, job.get("pairs", pairs)),
         # The peak that the kernel reports lags a little behind.
         "peak": torch.cuda.max_memory_allocated() if cuda else max(peak_rss(), before),
         "before": before,
         "shape": shape(trainer.model),
+        "kinds": by_kind(profiler.profile.events(), PARTS) if job.get("profiled") else None,
     }
 
 
@@ -221,6 +283,24 @@ def shape(model) -> dict:
     }
 
 
+def main(job: dict) -> None:
+    """The measurements of a job; with "tokens" also the speed of products, before and after them."""
+
+    def products() -> None:
+        if "tokens" in job:
+            speeds = product_speeds(config, job["tokens"], getattr(torch, job["dtype"]), job["device"])
+            print(json.dumps({"products": speeds}), flush=True)
+
+    config = AutoConfig.from_pretrained(job["model"])
+    products()
+    for wanted in job["measurements"]:
+        begin = time.perf_counter()
+        found = measure({**job, **wanted})
+        free_memory()
+        told = {name: wanted[name] for name in ("setting", "variant")}
+        print(json.dumps({**told, **found, "whole": time.perf_counter() - begin}), flush=True)
+    products()
+
+
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    print(json.dumps(measure(job)), flush=True)
+    main(json.loads(sys.argv[1]))

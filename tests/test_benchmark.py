@@ -1,17 +1,16 @@
-"""benchmarks/: the arithmetic of the ideals, the pairs, a real tiny run and the page. Nothing is timed."""
+"""benchmarks/: the arithmetic, the pairs, real tiny runs and the page. Nothing is timed."""
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import ratios, report
-from benchmarks import rows as benchmark_rows
+from benchmarks import machine, ratios, report, rows
 from benchmarks import run as benchmark
 from benchmarks import step as benchmark_step
 from helpers import save_start
@@ -21,54 +20,44 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHAPE = {"parameters": 1000, "layers": 2, "attention": 10, "hidden": 7, "vocabulary": 50}
 GROUP = (3, [2, 4])
+# 3+2+4 tokens: weights 2*1000*9; attention of the prompt 9, of the branches 25-9 and 49-9; head 2*7*50*(2+4)
+FLOPS = 18000 + 40 * (9 + 16 + 40) + 700 * 6
 
 
 def run(variant, seconds, turn=0, **changes):
-    """A measured run of two prompts in one step, as the JSON holds it."""
-    parts = {"reference": seconds / 4, "forward": seconds / 4, "backward": seconds / 3, "optimizer": 0}
+    """A measured run of one prompt, as the JSON holds it."""
+    parts = {"reference": seconds / 4, "forward": seconds / 4, "backward": seconds / 4, "optimizer": 0.5, "fed": 9}
     return {
-        "setting": "main", "variant": variant, "turn": turn, "model": "tiny", "dtype": "bfloat16", "lora": False,
-        "prompts": 2, "micro": 2, "micro_trl": 1, "steps": [{"seconds": seconds, **parts}],
-        "lengths": [GROUP, (5, [1, 6])], "best": [1, 0], "peak": 3 * 2**30, "before": 2**30, "shape": SHAPE, **changes,
+        "setting": "K = 2", "variant": variant, "turn": turn, "lora": False, "steps": [{"seconds": seconds, **parts}],
+        "lengths": [GROUP], "pairs": 1, "fed_pairs": 1, "filling": 0, "peak": 3 * 2**30, "before": 2**30,
+        "shape": SHAPE, "kinds": None, **changes,
     }  # fmt: skip
 
 
 def test_flops_by_hand():
-    # (3+2) and (3+4) tokens: weights 2*1000*12; attention 2*2*10*(25+49); head 2*7*50*(2+4)
-    plain = 24000 + 40 * 74 + 700 * 6
-    assert ratios.rows_flops(SHAPE, [(3, 2), (3, 4)], padding=False) == plain
-    # both padded to 7
-    assert ratios.rows_flops(SHAPE, [(3, 2), (3, 4)], padding=True) == 28000 + 40 * 98 + 700 * 6
-    # 3+2+4 tokens; attention of the prompt 9, of the branches 25-9 and 49-9
-    assert ratios.shared_flops(SHAPE, GROUP) == 18000 + 40 * (9 + 16 + 40) + 700 * 6
+    assert ratios.shared_flops(SHAPE, GROUP) == FLOPS
 
 
-@pytest.mark.parametrize(
-    ("variant", "times"), [("rows", (1, 1, 1)), ("trl_best_rest", (1, 2, 1)), ("trl_all_pairs_default", (2, 2, 2))]
-)
-def test_sequences_that_each_variant_feeds(variant, times):
-    expected = [(3, response) for response, n in zip((2, 4, 5), times, strict=True) for _ in range(n)]
-    assert ratios.sequences(variant, (3, [2, 4, 5]), 1) == expected
+def test_share_of_the_matrix_product():
+    found = ratios.figures(run("shared", 4.0), product=2.0 * FLOPS)
+    assert (found["share"], found["share in the model"]) == pytest.approx((50, 100 * 4 / 3 / 2))
+    cached, lora = run("cached", 4.0), run("shared", 4.0, lora=True)  # neither reference, nor gradients of weights
+    assert ratios.figures(cached, product=2.0 * FLOPS)["share"] == pytest.approx(100 * 3 / 8)
+    assert ratios.figures(lora, product=2.0 * FLOPS)["share"] == pytest.approx(100 * 3 / 8)
+    assert found["outside"] == pytest.approx(0.5) and found["per 1,000"] == pytest.approx(4000 / 6)
 
 
-def test_padding_counts_within_a_micro_batch_only():
-    together, apart = run("rows", 1.0), run("rows", 1.0, micro=1)
-    batches = [(3, 2), (3, 4)], [(5, 1), (5, 6)]
-    padded = sum(ratios.rows_flops(SHAPE, batch, padding=True) for batch in batches)
-    assert ratios.forward_flops(apart, padding=True) == padded
-    assert ratios.forward_flops(together, padding=True) == padded + 2 * (2000 * 4 + 40 * (121 - 49))
-    assert ratios.forward_flops(together, padding=False) == ratios.forward_flops(apart, padding=False) < padded
+def test_some_pairs_stand_for_all_but_in_the_optimizer():
+    found = ratios.figures(run("trl_all_pairs", 2.5, pairs=28, fed_pairs=4, filling=3))
+    assert found["s per step"] == pytest.approx(0.5 + 7 * 2.0)
+    assert found["reference"] == pytest.approx(7 * 2.5 / 4) and found["optimizer"] == 0.5
+    assert (found["fed"], found["filling"]) == (63, 21)
 
 
 def test_ratios_are_taken_within_a_turn():
     timed = [("shared", 2.0, 0), ("rows", 6.0, 0), ("shared", 8.0, 1), ("rows", 12.0, 1), ("rows", 99.0, 2)]
-    runs = ratios.by_variant([run(*values) for values in timed])
-    assert ratios.ratios(runs, "rows", "step") == [3.0, 1.5]
-    assert runs["shared"][0]["policy part"] == pytest.approx(1.5)
-    assert runs["shared"][0]["outside the model, %"] == pytest.approx(100 * (2 - 1 - 2 / 3) / 2)
-    padded = "FLOP-ideal, as padded"
-    ideal = ratios.ratios(runs, "rows", padded)
-    assert ratios.share_reached(runs, padded) == pytest.approx([2 / (ideal[0] - 1), 0.5 / (ideal[1] - 1)])
+    products = [{"turn": turn, "products": {"a": 1.0, "b": 2.0}} for turn in range(3)]
+    assert ratios.ratios(ratios.by_variant([run(*values) for values in timed], products), "rows") == [3.0, 1.5]
 
 
 def test_pairs_of_a_row_with_ties():
@@ -83,82 +72,129 @@ def test_pairs_of_a_row_with_ties():
     assert len(benchmark_step.expand_pairs(tied_best, "best_rest")) == 2
 
 
+def test_pairs_that_stand_for_all_are_as_long_as_all():
+    pairs = [{"chosen_ids": [1] * n, "rejected_ids": []} for n in (5, 1, 4, 2, 3, 6)]
+
+    def kept(count):
+        return [len(pair["chosen_ids"]) for pair in benchmark_step.spread_out(pairs, count)]
+
+    assert (kept(1), kept(2), kept(3), kept(9)) == ([4], [2, 5], [2, 4, 6], [1, 2, 3, 4, 5, 6])
+
+
+def test_drafts_begin_their_improved_answers(tmp_path):
+    path = tmp_path / "rows.json"
+    rows.write_synthetic(path, [(3, [10, 20, 10])], 1000, draft=0.6)
+    draft, improved, other = json.loads(path.read_text())[0]["response_ids"]
+    assert improved[:6] == draft[:6] and len(improved) == 6 + 8 and len(draft) == len(other) == 10
+    assert improved[6] != draft[6] and other[0] != draft[0]
+    rows.write_synthetic(path, [(3, [10, 20, 10])], 1000)
+    assert list(map(len, json.loads(path.read_text())[0]["response_ids"])) == [10, 20, 10]
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Rows drawn from a small file for a tiny Llama: a warm-up step and a timed step of the same two prompts."""
+    """A row twice, to warm up and to be timed, for a tiny Llama."""
     folder = tmp_path_factory.mktemp("benchmark")
     save_start(folder / "model")
-    words = "the quick brown fox jumps over a lazy dog".split()
-    rows = [
-        {
-            "prompt": " ".join(words[: 2 + i]) + " ",
-            "responses": [" ".join(words[j : j + 2 + i]) for j in range(6)],
-            "scores": [3.0, 1.0, 1.0, 7.0, -2.0, 0.0],
-        }
-        for i in range(4)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    path = folder / "rows.json"
-    settings = {"prompts": 2, "k": 4, "max_response": 9, "seed": 0, "outputs": [str(path)]}
-    benchmark_rows.write_rows({**settings, "model": str(folder / "model"), "data": str(folder / "data.jsonl")})
+    path = rows.write_synthetic(folder / "rows.json", [(40, [30, 35, 40, 25])] * 2, 300, draft=0.6)
     return {
-        "model": str(folder / "model"), "rows": str(path), "prompts": 2, "micro": 2, "micro_trl": 1, "warm_up": 1,
-        "lora": False, "checkpointing": False, "dtype": "float32", "device": "cpu",
+        "model": str(folder / "model"), "rows": path, "prompts": 1, "micro": 1, "warm_up": 1, "pairs_at_once": 1,
+        "pairs": 2, "short": True, "lora": False, "checkpointing": False, "dtype": "float32", "device": "cpu",
+        "options": {},
     }  # fmt: skip
+
+
+VARIANTS = [name for name in ratios.NAMES if name != "trunk"]
 
 
 @pytest.fixture(scope="module")
 def measured(job):
-    return {name: benchmark_step.measure({**job, "variant": name}) for name in benchmark.COMPARED}
+    options = {"parts": {"options": {"tokens_per_backward": 120}}, "shared": {"profiled": True}}
+    return {name: benchmark_step.measure({**job, "variant": name, **options.get(name, {})}) for name in VARIANTS}
 
 
-@pytest.mark.parametrize("variant", benchmark.COMPARED)
-def test_every_variant_trains_on_the_same_rows_from_the_same_start(job, measured, variant):
-    result, rows = measured[variant], json.loads(Path(job["rows"]).read_text())
-    scores = torch.tensor([row["scores"] for row in rows[:2]])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_on_the_same_row_from_the_same_start(job, measured, variant):
+    result, [row, _] = measured[variant], json.loads(Path(job["rows"]).read_text())
+    scores = torch.tensor([row["scores"]])
     swepo = swepo_loss(torch.zeros_like(scores), scores, torch.ones_like(scores).bool(), beta=0.1, alpha=0.1)
-    expected = math.log(2) if variant.startswith("trl_") else swepo.mean().item()
-    assert result["losses"][0] == pytest.approx(expected, abs=1e-5)
-    if not variant.startswith("trl_"):
-        assert result["losses"] == pytest.approx(measured["shared"]["losses"], abs=1e-6)
-    assert len(result["losses"]) == 2 and len(result["steps"]) == 1
-    assert result["lengths"] == [[len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]] for r in rows[2:]]
-    assert all(max(lengths) <= 9 and len(set(lengths)) > 1 for _, lengths in result["lengths"])
-    assert [rows[2 + i]["scores"][b] for i, b in enumerate(result["best"])] == [max(r["scores"]) for r in rows[2:]]
-    assert result["pairs"] == {"trl_best_rest": 3, "trl_all_pairs": 6}.get(variant)
-    parts = result["steps"][0]
-    assert all(parts[name] > 0 for name in ("reference", "forward", "backward", "optimizer"))
-    assert sum(parts.values()) - parts["seconds"] <= parts["seconds"]
+    trl, cached = variant.startswith("trl_"), variant.endswith("cached")
+    assert result["losses"][0] == pytest.approx(math.log(2) if trl else swepo.item(), abs=1e-5)
+    if not trl:
+        assert result["losses"][:2] == pytest.approx(measured["shared"]["losses"][:2], abs=1e-5)
+    lengths = [len(ids) for ids in row["response_ids"]]
+    assert result["lengths"] == [[40, lengths]] and len(result["steps"]) == 1
+    pairs = {"trl_best_rest": (3, 2), "trl_all_pairs": (6, 2), "trl_all_pairs_cached": (6, 2)}
+    assert (result["pairs"], result["fed_pairs"]) == pairs.get(variant, (1, 1))
+    step = result["steps"][0]
+    assert (step["reference"] > 0) != cached and (result["filling"] > 0) == cached
+    assert min(step["forward"], step["backward"], step["optimizer"]) > 0
+    assert sum(step[part] for part in ratios.PARTS) <= step["seconds"]
     assert 0 < result["before"] <= result["peak"]
 
 
-def test_the_warm_up_of_trl_keeps_the_longest_micro_batch_whole():
-    rows = [{"response_ids": [[1] * n, [2] * 3]} for n in (20, 30, 10, 20, 30, 10)]
-    lengths = [[len(ids) for ids in row["response_ids"]] for row in benchmark_step.short_warm_up(rows, 3, 1)]
-    assert lengths == [[8, 3], [30, 3], [8, 3], [20, 3], [30, 3], [10, 3]]
+def test_tokens_fed_are_counted(job, measured):
+    [row, _] = json.loads(Path(job["rows"]).read_text())
+    lengths = [len(ids) for ids in row["response_ids"]]
+    fed = {name: result["steps"][0]["fed"] for name, result in measured.items()}
+    assert fed["rows"] == fed["rows_full_logits"] == 4 * (40 + max(lengths) - 1)
+    trunk = benchmark_step.measure({**job, "variant": "trunk"})
+    assert trunk["steps"][0]["fed"] == 40 + sum(n - 1 for n in lengths)
+    assert trunk["lengths"] == measured["shared"]["lengths"]
+    assert fed["cached"] == fed["shared"] == trunk["steps"][0]["fed"] - 18 - 24  # what two drafts have in common
+    assert fed["parts"] > fed["shared"]
+    assert fed["trl_best_rest"] == sum(2 * (40 + max(lengths[i], lengths[3])) for i in (0, 2))
 
 
-def test_gpu_preset_measures_every_setting_before_any_comes_again(tmp_path):
-    args = argparse.Namespace(model="random-7b", dtype="bfloat16", turns=2, only="checkpointing")
-    jobs = benchmark.gpu_jobs(args, tmp_path)
-    assert [job["turn"] for job in jobs] == sorted(job["turn"] for job in jobs)
-    assert {job["checkpointing"] for job in jobs} == {True, False}
-    for job in jobs:
-        assert job["prompts"] % job["micro"] == 0 and job["prompts"] % job["micro_trl"] == 0
-        assert len(json.loads(Path(job["rows"]).read_text())) % job["prompts"] == 0
+def test_a_profiled_step_is_split_by_part_and_kind(measured):
+    kinds = measured["shared"]["kinds"]
+    for part in ("reference", "forward", "backward"):
+        assert min(kinds[part][kind] for kind in report.KINDS) > 0
+    assert kinds["optimizer"] == {} and measured["rows"]["kinds"] is None
 
 
-def results(**changes):
-    runs = [run("shared", 2.0, 0), run("rows", 6.0, 0), run("trl_all_pairs", 30.0, 0), run("shared", 4.0, 1)]
-    runs += [run("rows", 6.0, 1), run("rows_full_logits", 9.0, 0, peak=5 * 2**30)]
-    for variant, seconds in (("shared", 1), ("rows", 3)):
-        steps = run(variant, seconds)["steps"] * 2
-        runs.append(run(variant, seconds, setting="growth", steps=steps))
-    machine = {"cpu": "Old CPU", "cores": 2, "memory": 24 * 2**30, "gpu": None, "versions": {"trl": "1.2.3"}}
-    machine |= {"instructions": "AVX2", "fast": ["float32", "bfloat16 is slow"]}
+def test_kinds_go_by_what_calls_an_operation():
+    def event(name, above=None):
+        return SimpleNamespace(name=name, cpu_parent=above, self_cpu_time_total=1e6)
+
+    forward = event("forward")
+    head, sdpa = event("_LinearLogps", forward), event("aten::scaled_dot_product_attention", forward)
+    events = [
+        event("aten::mm", head),
+        event("aten::mm", forward),
+        event("aten::copy_", sdpa),
+        event("aten::mm"),
+        forward,
+    ]
+    expected = {"LM head and softmax": 1, "matrix products": 1, "attention": 1, "other": 1}
+    assert machine.by_kind(events, ("forward",)) == {"forward": expected}
+
+
+def test_measurements_that_do_not_fit_are_left_out_by_name(tmp_path):
+    args = SimpleNamespace(only="256", output=tmp_path, vocabulary=100, pairs=None)
+    planned = benchmark.measurements(0, args)
+    assert [wanted["variant"] for wanted in planned if wanted.get("profiled")] == ["shared"]
+    assert [wanted.get("short", True) for wanted in planned[:2]] == [False, True]
+    assert all(wanted.get("short", True) for wanted in benchmark.measurements(1, args))
+    cost = {(wanted["setting"], wanted["variant"]): 10.0 for wanted in planned}
+    taken, left_out = benchmark.within(planned, cost, 25.0)
+    assert taken == planned[:2] and len(left_out) == len(planned) - 2
+    assert left_out[0] == f"{planned[2]['setting']}, {planned[2]['variant']}"
+
+
+def results():
+    runs = [run("shared", 2.0, 0), run("rows", 6.0, 0), run("shared", 4.0, 1), run("rows", 6.0, 1)]
+    runs[0]["kinds"] = {part: {"matrix products": 2.0, "other": 1.0} for part in ratios.PARTS}
+    runs += [run("trl_all_pairs", 2.5, 0, pairs=28, fed_pairs=4), run("shared", 3.0, setting=report.DRAFTS)]
+    gib = [(4, 3), (64, 9)]
+    memory = [run(variant, 1.0, k=k, peak=size * 2**30) for k, size in gib for variant in ("shared", "parts")]
+    fast = ["float32", "bfloat16 is slow"]
     return {
-        "preset": "cpu", "date": "2020-02-02", "command": "python benchmarks/run.py --turns 2", "machine": machine,
-        "data": "some_rows", "minutes": 3.21, "runs": runs, "left_out": ["main, turn 1: trl_all_pairs"], **changes,
+        "date": "2020-02-02", "command": "python -m benchmarks.run", "model": "tiny", "dtype": "float32",
+        "machine": {"cpu": "Old CPU", "cores": 2, "threads": 2, "memory": 24 * 2**30, "gpu": None, "fast": fast,
+                    "instructions": "AVX2", "versions": {"trl": "1.2.3"}},
+        "products": [{"turn": turn, "products": {"1 x 2 x 3": FLOPS * 4.0}} for turn in (0, 1)],
+        "memory": memory, "minutes": 3.21, "runs": runs, "left_out": ["K = 2, rows_full_logits"],
     }  # fmt: skip
 
 
@@ -168,26 +204,16 @@ def test_page_from_a_small_result(tmp_path):
     subprocess.run(command, check=True, cwd=ROOT)
     page = (tmp_path / "docs/benchmarks.md").read_text()
     for text in (
-        "| PolyPO, padded rows | 2.25 (1.50 to 3.00) |",  # ratios 3 and 1.5
-        "| TRL, all pairs | 15.0 |",
-        "| PolyPO, shared prompts | 3.00 (2.00 to 4.00) | 0.750 (0.500 to 1.00) |",
-        "0.60 of the peak, 0.50 of what training adds",
-        "| 2 | 3 | 2 | 1.00 | 3.00 | 3.00 |",
-        "Left out for lack of time: main, turn 1: trl_all_pairs.",
+        "| padded rows | 6.00 (6.00 to 6.00) | 0.167 (0.167 to 0.167) | 2.25 (1.50 to 3.00) | 9 |",
+        "| TRL, all pairs | 14.5 | 0.0690 | 7.25 | 63 | 6.90 |",
+        "| 0.375 (0.250 to 0.500) | 1.00 (1.00 to 1.00) | 9 | 37.5 (25.0 to 50.0) |",
+        "| matrix products | 2.00 | 2.00 | 2.00 | 66.7 |",
+        "| 64 | 9.00 | 8.00 | 1.00 | 9.00 | 8.00 | 1.00 |",
+        "Left out for lack of time: K = 2, rows_full_logits.",
     ):
         assert text in page
-    assert (tmp_path / "docs/benchmarks-cpu.svg").read_text().startswith("<svg")
-
-
-def test_gpu_results_show_operations_per_second_and_failures():
-    gpu = results(preset="gpu-7b", left_out=[], data=None)
-    gpu["machine"] |= {"gpu": "NVIDIA H200", "gpu_memory": 140 * 2**30}
-    gpu["runs"] = [run("shared", 1e-9), {"setting": "main", "variant": "rows", "turn": 0, "error": "out of memory"}]
-    page = report.page([gpu, results()])
-    assert "GPU: NVIDIA H200" in page and "Failed: rows, out of memory." in page and "Not measured yet" not in page
-    # Reference, forward and a backward of two more.
-    tflops = 4 * ratios.forward_flops(run("shared", 1e-9), padding=False) * 1e9 / 1e12
-    assert f"| {tflops:.0f} | {tflops / 9.89:.1f} |" in page
+    assert (tmp_path / "docs/benchmarks.svg").read_text().startswith("<svg")
+    assert (tmp_path / "docs/benchmarks-memory.svg").read_text().startswith("<svg")
 
 
 def test_numbers_keep_their_digits():
