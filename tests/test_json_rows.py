@@ -1,5 +1,6 @@
 """Local files keep the values that stand in them, whatever their size, and however many there are."""
 
+import json
 import logging
 import os
 
@@ -60,6 +61,13 @@ def test_a_further_column_keeps_its_values(one, other, far, tmp_path):
     kept = load_preferences(write_rows(tmp_path / "data.jsonl", rows))["v"]
     assert [kept[0], kept[-1]] == [one, other]
     assert isinstance(kept[-1], bool) == isinstance(other, bool)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16-le"])
+def test_a_line_may_hold_any_text_in_any_encoding(encoding, tmp_path):
+    row = ROW | {"prompt": "\ud55c \u2028 \U0001f468 \xed"}
+    (tmp_path / "data.jsonl").write_bytes(json.dumps(row, ensure_ascii=False).encode(encoding))
+    assert load_preferences(tmp_path / "data.jsonl")[0] == row
 
 
 def test_an_integer_that_no_table_takes_is_named(tmp_path):

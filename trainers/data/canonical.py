@@ -12,14 +12,14 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from .drops import COUNTED, EVENTS, KEPT, Drop, DropReport, refuse, source_digest, split_off_drops, without_format
-from .json_rows import column_type, types_of
+from .json_rows import column_type, rows_in, rows_of, types_of, undecoded
 from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, unpadded
 
 logger = logging.getLogger(__name__)
@@ -57,21 +57,29 @@ def canonicalize(
         raise ValueError("the dataset has no rows.")
     dataset = without_format(dataset)
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
-    columns = row_features(_results(Reading(dataset), **options), types_of(dataset) if adapter is None else {})
+    sample = Reading(rows_of(dataset), dataset.features)
+    columns = row_features(_results(sample, **options), types_of(dataset) if adapter is None else {})
+    options |= {"columns": columns, "code": source_digest(adapter)}
+    features = Features({**columns, **COUNTED})
     grouped = inspect.isgeneratorfunction(adapter)
-    shards = 1 if grouped else min(num_proc or 1, len(dataset))
-    starts = [len(dataset) * i // shards for i in range(shards + 1)]
-    parts = [(a, dataset.select(range(a, b)) if shards > 1 else dataset) for a, b in pairwise(starts)]
-    keywords = {"parts": parts, "columns": columns, "code": source_digest(adapter), **options}
-    try:
-        mapped = Dataset.from_generator(
-            _counted_rows,
-            features=Features({**columns, **COUNTED}),
-            gen_kwargs=keywords,
+    if grouped:
+        try:
+            keywords = {"dataset": dataset, **options}
+            mapped = Dataset.from_generator(_counted_groups, features=features, gen_kwargs=keywords)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    else:
+        shards = min(num_proc or 1, len(dataset))
+        mapped = undecoded(dataset).map(
+            _counted_batch,
+            with_indices=True,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=features,
             num_proc=shards if shards > 1 else None,
+            fn_kwargs={"source": dict(dataset.features), **options},
+            desc="Reading",
         )
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
     kept, report = split_off_drops(mapped)
     report.source_rows = len(dataset) if grouped else None
     return kept, report
@@ -93,7 +101,8 @@ def canonical_stream(
     """
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features or {} if adapter is None else {}
-    columns = row_features(_results(Reading(source), **options), known)
+    sample = Reading(_all_shards(source), source.features)
+    columns = row_features(_results(sample, **options), known)
     keywords = {"source": source, "columns": columns, "title": title, **options}
     return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
 
@@ -134,20 +143,24 @@ def _kept(results: Iterable[Result], report: DropReport) -> Iterator[Row]:
 
 
 class Reading:
-    """The rows of a source, the last of them, and how many there were."""
+    """Rows of a source with these columns, the last of them, and how many there were."""
 
-    def __init__(self, source: Dataset | IterableDataset, start: int = 0):
-        self.source, self.count = source, start
+    def __init__(self, rows: Iterable[Row], features: dict[str, Any] | None, start: int = 0):
+        self.rows, self.features, self.count = rows, features or {}, start
         self.last: Row = {}
 
     def __iter__(self) -> Iterator[Row]:
-        # All shards, also in the one worker of a data loader that has this pass: it would read a part of the files.
-        shards = self.source.num_shards if isinstance(self.source, IterableDataset) else 1
-        for index in range(shards):
-            for row in self.source.shard(num_shards=shards, index=index) if shards > 1 else self.source:
-                self.last = unpadded(row, self.source.features or {})
-                self.count += 1
-                yield self.last
+        for row in self.rows:
+            self.last = unpadded(row, self.features)
+            self.count += 1
+            yield self.last
+
+
+def _all_shards(source: IterableDataset) -> Iterator[Row]:
+    """Also in the one worker of a data loader that has this pass: it would read a part of the files."""
+    shards = source.num_shards
+    for index in range(shards):
+        yield from source.shard(num_shards=shards, index=index) if shards > 1 else source
 
 
 def _results(
@@ -222,16 +235,23 @@ def _name(adapter: Callable | None) -> str:
 # Columns.
 
 
-def _counted_rows(parts: list[tuple[int, Dataset]], columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
-    for start, part in parts:
-        rows = Reading(part, start)
-        for row, reasons in _results(rows, columns=columns, **options):
-            packed = in_columns(row or {}, columns, f"row {rows.count - 1}")
-            yield {**packed, EVENTS: reasons, KEPT: row is not None}
+def _counted_batch(batch: dict[str, list], indices: list[int], source: dict[str, Any], **options) -> dict[str, list]:
+    counted = list(_counted(Reading(rows_in(batch), source, indices[0]), **options))
+    return {name: [row[name] for row in counted] for name in counted[0]}
+
+
+def _counted_groups(dataset: Dataset, **options) -> Iterator[Row]:
+    return _counted(Reading(rows_of(dataset), dataset.features), **options)
+
+
+def _counted(rows: Reading, columns: dict[str, Any], code: str, **options) -> Iterator[Row]:
+    for row, reasons in _results(rows, columns=columns, **options):
+        packed = in_columns(row or {}, columns, f"row {rows.count - 1}")
+        yield {**packed, EVENTS: reasons, KEPT: row is not None}
 
 
 def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
-    report, rows = DropReport(), Reading(source)
+    report, rows = DropReport(), Reading(_all_shards(source), source.features)
     try:
         for row in _kept(_results(rows, columns=columns, **options), report):
             yield in_columns(row, columns, f"row {rows.count - 1}")

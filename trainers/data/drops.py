@@ -94,7 +94,7 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
         ValueError: no row is left; the message holds the counts.
     """
     report, kept = DropReport(), []
-    for index, (keep, events) in enumerate(zip(mapped[KEPT], mapped[EVENTS], strict=True)):
+    for index, (keep, events) in enumerate(zip(mapped[KEPT][:], mapped[EVENTS][:], strict=True)):
         report.add(keep, events)
         if keep:
             kept.append(index)

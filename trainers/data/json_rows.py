@@ -8,7 +8,7 @@ reader is used, line by line.
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +39,7 @@ def json_table(paths: Sequence[Path]) -> Dataset:
 
 def json_stream(paths: Sequence[Path]) -> IterableDataset:
     """The same to go through only, with nothing kept; it raises on its way."""
-    return IterableDataset.from_generator(_all_rows, gen_kwargs={"paths": tuple(map(str, paths))})
+    return IterableDataset.from_generator(_rows, gen_kwargs={"paths": tuple(map(str, paths))})
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:
@@ -53,10 +53,28 @@ def types_of(rows: Dataset) -> dict[str, Any]:
     if rows.column_names != [TEXT]:
         return rows.features
     kinds: dict[str, Kinds] = {}
-    for row in rows:
+    for row in rows_of(rows):
         for name, value in row.items():
             kinds.setdefault(name, set()).update(() if name in LEFT_OUT else _kinds(value))
     return {name: _type(some, name) for name, some in kinds.items()}
+
+
+def rows_of(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Its rows one by one, read many at a time; those of JSON have the columns that stand in them."""
+    for batch in undecoded(dataset).iter(batch_size=1000):
+        yield from rows_in(batch)
+
+
+def rows_in(batch: Mapping[str, list]) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of `undecoded`."""
+    if list(batch) == [TEXT]:
+        return map(json.loads, batch[TEXT])
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The texts of JSON rows in place of the rows: a batch of rows would give all of them the same columns."""
+    return dataset.with_format(None) if dataset.column_names == [TEXT] else dataset
 
 
 @contextmanager
@@ -117,7 +135,14 @@ def _type(kinds: Kinds, name: str) -> Any:
 
 
 def _texts(paths: Sequence[str], digests: Sequence[str]) -> Iterator[dict[str, str]]:
-    return ({TEXT: json.dumps(row)} for row in _all_rows(paths))
+    for row, line in _all_rows(paths):
+        # The line itself, unless it may be in another encoding or hold half a character, whose bytes begin with ED.
+        as_it_is = line.startswith(b'{"') and b"\xed" not in line
+        yield {TEXT: line.decode() if as_it_is else json.dumps(row)}
+
+
+def _rows(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return (row for row, _ in _all_rows(paths))
 
 
 def _decoded(batch: dict[str, list[str]]) -> dict[str, list]:
@@ -126,19 +151,20 @@ def _decoded(batch: dict[str, list[str]]) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _all_rows(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _all_rows(paths: Sequence[str]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The rows of files, each with its line, or b"" where it has none for itself."""
     for path in map(Path, paths):
         index = -1
         with explained(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for index, row in enumerate(_values(file, path.name)):
+            for index, (row, line) in enumerate(_values(file, path.name)):
                 if not isinstance(row, dict):
                     raise ValueError(f"row {index} of {path.name!r} is no JSON object; give one per row.")
-                yield row
+                yield row, line
             if index < 0:
                 raise ValueError(f"{path.name!r} is empty: give a file with at least one row.")
 
 
-def _values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[Any]:
+def _values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[tuple[Any, bytes]]:
     """The values of all lines, or of the one value over many lines; those of lists one by one."""
     for index, line in enumerate(line for line in file if line.strip()):
         try:
@@ -147,5 +173,5 @@ def _values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[Any]:
             if index or not isinstance(error, json.JSONDecodeError):
                 raise ValueError(f"row {index} of {name!r} is not valid JSON ({error}).") from error
             file.seek(0)
-            value = json.load(file)  # to the end, where the loop ends too
-        yield from value if isinstance(value, list) else [value]
+            value, line = json.load(file), b""  # to the end, where the loop ends too
+        yield from ((item, b"") for item in value) if isinstance(value, list) else [(value, line)]

@@ -261,14 +261,14 @@ def describe(value) -> str:
 def _as_list(value, name: str) -> list:
     if value is None:
         return []
-    if isinstance(value, Iterable) and not isinstance(value, str | dict):
+    if isinstance(value, list | Iterable) and not isinstance(value, str | dict):
         return list(value)
     raise ValueError(f"{name!r} is {describe(value)}; give a list with one item per response.")
 
 
 def _number(value, name: str) -> float | None:
-    if value is None:
-        return None
+    if value is None or type(value) is float:
+        return value
     if not isinstance(value, Real):
         raise ValueError(f"{name!r} is {describe(value)}; give a number.")
     try:

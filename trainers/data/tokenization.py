@@ -27,6 +27,7 @@ from .drops import (
     split_off_drops,
     without_format,
 )
+from .json_rows import rows_in
 from .rows import (
     TEMPLATE,
     UNFINISHED,
@@ -146,7 +147,7 @@ def tokenize_dataset(
         },
         desc="Tokenising",
     )
-    cut = next((text for text in mapped[CUT] if text is not None), None)
+    cut = next((text for text in mapped[CUT][:] if text is not None), None)
     if cut is not None and is_first_process():
         _warn_of_cut(cut)
     return split_off_drops(mapped.remove_columns(CUT))
@@ -166,7 +167,7 @@ def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **opti
 
 
 def _counted_batch(batch: dict[str, list], indices: list[int], **how) -> dict[str, list]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rows = list(rows_in(batch))
     try:
         counted = _counted_rows(rows, indices, **how)
     except Exception:  # of any of them: one by one, the first with a fault names itself
