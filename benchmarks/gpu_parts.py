@@ -165,8 +165,9 @@ def lora(job: dict) -> tuple[dict, dict]:
             "variant": job.get("variant", "shared"), "device": job["device"], "model": step.RANDOM, "lora": True,
             "dtype": "bfloat16" if cuda else "float32", "checkpointing": job.get("checkpointing", False),
             "prompts": prompts, "micro": prompts, "micro_trl": 1, "warm_up": 2, "rows": rows,
+            "options": arguments,
         }  # fmt: skip
-        trainer, result = measure(setting, arguments)
+        result, trainer = measure(setting)
     found = ratios.figures(setting | result)
     figures = {name: found[name] for name in ("s per step", "prompts/s", "TFLOP/s", "peak, GiB")}
     figures["tokens/s, each once"] = figures["prompts/s"] * (PROMPT + RESPONSE * k)
@@ -187,19 +188,16 @@ def lora(job: dict) -> tuple[dict, dict]:
     return figures, {"first loss, off by": 1e-3}
 
 
-def measure(setting: dict, arguments: dict) -> tuple:
-    """The trainer of a job of benchmarks.step, with further training arguments, and what was measured of it."""
+def measure(setting: dict) -> tuple:
+    """The trainer of a job of benchmarks.step, and what was measured of it."""
     build, built = step.build, []
 
-    def build_with_arguments(*given):
+    def build_and_keep(*given):
         built.append(build(*given))
-        for name, value in arguments.items():
-            setattr(built[0].args, name, value)
         return built[0]
 
-    step.build = build_with_arguments  # this process measures nothing else
-    result = step.measure(setting)
-    return built[0], result
+    step.build = build_and_keep  # this process measures nothing else
+    return step.measure(setting), built[0]
 
 
 def quantised_model(folder: str, random_model: Callable, dtype: str, device: str) -> tuple:
