@@ -15,6 +15,7 @@ from statistics import median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.gpu import table as gpu_table
 from benchmarks.ratios import NAMES, PARTS, Runs, by_variant, column, fastest, figures, ratios
 from trainers.pages import plots
 from trainers.pages.plots import Series
@@ -30,17 +31,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for benchmarks.md and its pictures")
+    parser.add_argument("--gpu", type=Path, default=Path("runs/gpu/gpu.json"), help="what benchmarks.gpu wrote, if so")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text())
     (args.output / "benchmarks.svg").write_text(speed_picture(results))
     (args.output / "benchmarks-memory.svg").write_text(memory_picture(results["memory"]))
-    (args.output / "benchmarks.md").write_text(page(results))
+    gpu = json.loads(args.gpu.read_text()) if args.gpu.is_file() else None
+    (args.output / "benchmarks.md").write_text(page(results, gpu))
     print(f"{args.output / 'benchmarks.md'} is written.")
 
 
-def page(results: dict) -> str:
-    """docs/benchmarks.md."""
+def page(results: dict, gpu: dict | None) -> str:
+    """docs/benchmarks.md; `gpu` is what benchmarks.gpu found, which counts if it was no try on a CPU."""
     settings = by_setting(results)
     first, grown = next(iter(settings)), {name: runs for name, runs in settings.items() if name != DRAFTS}
     runs, products = settings[first], results["products"]
@@ -49,6 +52,7 @@ def page(results: dict) -> str:
     text = environment.get_template("page.md.jinja").render(
         **results,
         first=first,
+        gpu={**gpu, "table": gpu_table(gpu["sections"])} if gpu and "--quick" not in gpu["command"] else None,
         lengths=lengths_text([run for run in results["runs"] if run["setting"] == first]),
         turns=1 + max(run["turn"] for run in results["runs"]),
         fed_pairs=max(run["fed_pairs"] for run in results["runs"]),
@@ -188,9 +192,10 @@ def speed_picture(results: dict) -> str:
     settings = by_setting(results)
     name, series = next(iter(settings)), []
     bars(left, settings[name], name)
+    ours = [run for run in results["runs"] if run["variant"] == "shared" and run["setting"] != DRAFTS]
     for prompt in (64, 256, 512, 2048):
-        points = [(sum(run["lengths"][0][1]), figures(run)["s per step"]) for run in results["runs"]
-                  if run["variant"] == "shared" and 0.8 * prompt <= run["lengths"][0][0] <= 1.2 * prompt]  # fmt: skip
+        points = [(sum(run["lengths"][0][1]), figures(run)["s per step"]) for run in ours
+                  if 0.8 * prompt <= run["lengths"][0][0] <= 1.2 * prompt]  # fmt: skip
         x, y = [tokens for tokens, _ in points], [seconds for _, seconds in points]
         series.append(Series(f"prompts of about {prompt:,} tokens", x, y, "o"))
     plots.draw(right, series, xlabel="response tokens of a step", ylabel="s per step", xlim=(0, None), ylim=(0, None))

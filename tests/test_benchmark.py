@@ -216,6 +216,17 @@ def test_page_from_a_small_result(tmp_path):
     assert (tmp_path / "docs/benchmarks-memory.svg").read_text().startswith("<svg")
 
 
+def test_page_has_what_a_gpu_found_and_no_try_on_a_cpu():
+    found = {
+        "sections": {"7B LoRA": {"status": "ok", "figures": {"prompts/s": 3.5}}},
+        "date": "2020-03-03",
+        "minutes": 7,
+    }
+    assert "| 7B LoRA | ok | prompts/s | 3.5 |" in report.page(results(), {**found, "command": "benchmarks.gpu"})
+    for gpu in (None, {**found, "command": "benchmarks.gpu --device cpu --quick"}):
+        assert "**Not measured yet.**" in report.page(results(), gpu)
+
+
 def test_numbers_keep_their_digits():
     shown = [report.number(value) for value in (0.02434, 0, 9.994, 12.345, 5213.4)]
     assert shown == ["0.0243", "0", "9.99", "12.3", "5,213"]
