@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 TEXT = "_json"  # the one column of a table of JSON rows, which are decoded as they are read
@@ -33,7 +33,7 @@ def json_table(paths: Sequence[Path]) -> Dataset:
     """
     # The digests are for the cache of `datasets`, which must not mistake a changed file.
     keywords = {"paths": tuple(map(str, paths)), "digests": tuple(map(file_digest, paths))}
-    table = Dataset.from_generator(_texts, features=Features({TEXT: Value("string")}), gen_kwargs=keywords)
+    table = Dataset.from_generator(_texts, gen_kwargs=keywords)
     return table.with_transform(_decoded)
 
 
