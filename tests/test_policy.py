@@ -37,9 +37,9 @@ def test_what_is_frozen_by_hand_stays_so(tmp_path, tokenizer, kind):
     assert norm in moved and frozen[0] not in moved and frozen[1] in moved
 
 
-@pytest.mark.parametrize("layout, tokens", [("rows", 2 * (3 + 2)), ("shared", 3 + 2 + 2)])
+@pytest.mark.parametrize("layout, tokens", [("rows", 2 * (20 + 1)), ("shared", 20 + 1 + 1)])
 def test_operations_are_counted_as_the_trainer_does(tmp_path, tokenizer, layout, tokens):
-    data = [{"prompt_ids": [5, 6, 7, 8], "response_ids": [[9, 2], [8, 2]], "scores": [1.0, 0.0]}]
+    data = [{"prompt_ids": [5, 6, 7, 8] * 5, "response_ids": [[9, 2], [8, 2]], "scores": [1.0, 0.0]}]
     t = trainer(tmp_path, tokenizer, data=data, layout=layout, max_steps=3)
     t.train()
     weights = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n)
