@@ -199,6 +199,7 @@ def speed_picture(results: dict) -> str:
         x, y = [tokens for tokens, _ in points], [seconds for _, seconds in points]
         series.append(Series(f"prompts of about {prompt:,} tokens", x, y, "o"))
     plots.draw(right, series, xlabel="response tokens of a step", ylabel="s per step", xlim=(0, None), ylim=(0, None))
+    right.legend(frameon=False, fontsize=9, loc="lower right")  # where no setting lies
     right.set_title("shared prompts", fontsize=10)
     return plots.svg(figure, "Time of a step against others, and how it grows")
 

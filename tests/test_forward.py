@@ -13,6 +13,7 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -46,11 +47,12 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4),
     "cohere": CohereConfig(**SMALL, logit_scale=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "phi": PhiConfig(**SMALL),
+    "gemma": GemmaConfig(**SMALL, head_dim=8),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0, sliding_window=64),
 }
 BATCHES = {"ragged": make_batch(RAGGED, VOCAB), "alike": make_alike(VOCAB)}
 # Cohere rounds to float32 inside its rotary embedding, so its gradients can only be compared in one layout.
-SHARING = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi"]
+SHARING = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi", "gemma"]
 
 
 @pytest.fixture(autouse=True)
