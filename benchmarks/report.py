@@ -188,7 +188,7 @@ def memory_picture(memory: list[dict]) -> str:
 
 def speed_picture(results: dict) -> str:
     """Bars of relative time with their range, and how a step grows with its response tokens."""
-    figure, (left, right) = plots.panels(2, size=(10, 3.8), width_ratios=[1.5, 1])
+    figure, (left, right) = plots.panels(2, size=(11.5, 3.8), width_ratios=[1.5, 1])
     settings = by_setting(results)
     name, series = next(iter(settings)), []
     bars(left, settings[name], name)
@@ -197,9 +197,9 @@ def speed_picture(results: dict) -> str:
         points = [(sum(run["lengths"][0][1]), figures(run)["s per step"]) for run in ours
                   if 0.8 * prompt <= run["lengths"][0][0] <= 1.2 * prompt]  # fmt: skip
         x, y = [tokens for tokens, _ in points], [seconds for _, seconds in points]
-        series.append(Series(f"prompts of about {prompt:,} tokens", x, y, "o"))
+        series.append(Series(f"prompt of {prompt:,}", x, y, "o"))
     plots.draw(right, series, xlabel="response tokens of a step", ylabel="s per step", xlim=(0, None), ylim=(0, None))
-    right.legend(frameon=False, fontsize=9, loc="lower right")  # where no setting lies
+    right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     right.set_title("shared prompts", fontsize=10)
     return plots.svg(figure, "Time of a step against others, and how it grows")
 
