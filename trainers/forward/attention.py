@@ -45,9 +45,10 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
 def flex_mask(branches: Branches) -> BlockMask:
     """Block mask of a packed row: a token sees itself and what comes before it in its own sequence."""
     ends, length = branches.ends, len(branches.ends)
+    places = torch.arange(length, device=ends.device)  # of the queries: the CPU kernel has no name for q as a number
 
     def visible(b, h, q, k):
-        return (k <= q) & (q < ends[k])
+        return (k <= q) & (places[q] < ends[k])
 
     return create_block_mask(visible, None, None, length, length, device=ends.device)
 
