@@ -30,6 +30,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.machine import by_kind, product_speeds
+from benchmarks.ratios import PARTS
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.forward.layout import rows_layout, to_responses
 from trainers.forward.policy import base_model
@@ -40,7 +41,6 @@ from trainers.runs.processes import free_memory, peak_rss
 RANDOM = "random-7b"
 SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
-PARTS = ("reference", "forward", "backward", "optimizer")
 OURS: dict[str, dict] = {
     "shared": {"layout": "shared"},
     "parts": {"layout": "shared", "tokens_per_backward": 1024},

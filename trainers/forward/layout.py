@@ -23,9 +23,7 @@ class Call(NamedTuple):
 
     keys: Tensor  # (n,length) index of the token
     pieces: tuple[Piece, ...]
-    masks: tuple[
-        Tensor | None, ...
-    ]  # of each piece (count,1,steps,keys) bool: which keys a query sees; None is causal
+    masks: tuple[Tensor | None, ...]  # of each (rows,1,steps,keys) bool: the keys that a query sees; None is causal
 
 
 class Branches(NamedTuple):
