@@ -1,10 +1,5 @@
 """Sampling: exact distribution, independence of the batch, stops, chat templates, state of the model afterwards."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,9 +7,8 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from trainers.generation import GumbelSampler, SamplingConfig, collect_samples, sample_responses
+from trainers.generation import GumbelSampler, SamplingConfig, sample_responses
 from trainers.generation.sampler import encode_prompt, sample_seed
-from trainers.generation.vllm import VLLMServer
 
 PROMPTS = ["the quick brown", "say something kind to a friend who had a bad day today", "what", "of course the dog"]
 QUIET = {"progress": False}
@@ -191,49 +185,3 @@ def test_adapters_change_the_samples(policy):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0, generator=torch.Generator().manual_seed(0))
     assert ids(sample_responses(model, tokenizer, PROMPTS, config(), **QUIET)) != fresh
-
-
-class Stub(BaseHTTPRequestHandler):
-    """Answers like the completions endpoint of `vllm serve`."""
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({**request, "path": self.path})
-        if request["model"] != "tiny":
-            return self._answer(404, {"error": "no such model"})
-        ids = [request["seed"] % 97, 2]
-        choice = {"text": f"seed {ids[0]}", "token_ids": ids, "finish_reason": "length" if ids[0] % 2 else "stop"}
-        self._answer(200, {"choices": [choice]})
-
-    def _answer(self, status, content):
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    server = HTTPServer(("127.0.0.1", 0), Stub)
-    server.requests = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}/", requests=server.requests)
-    server.shutdown()
-    server.server_close()
-
-
-def test_vllm_server_gets_one_seeded_request_per_sample(server):
-    tokenizer = build_tokenizer()
-    samples = collect_samples(None, lambda: VLLMServer(server.url, "tiny", tokenizer), PROMPTS, config(), round=2)
-    for prompt, row in zip(PROMPTS, samples, strict=True):
-        seeds = [sample_seed(7, 2, prompt, j) for j in range(3)]
-        assert [sample.token_ids for sample in row] == [[seed % 97, 2] for seed in seeds]
-        assert [sample.truncated for sample in row] == [bool(seed % 97 % 2) for seed in seeds]
-    assert len(server.requests) == 12
-    first = server.requests[0]
-    assert first["path"] == "/v1/completions" and first["top_p"] == 0.9 and first["max_tokens"] == 12
-    assert [r["prompt"] for r in server.requests].count(encode_prompt(tokenizer, PROMPTS[2])) == 3
-    with pytest.raises(RuntimeError, match="no such model"):
-        collect_samples(None, lambda: VLLMServer(server.url, "other", tokenizer), PROMPTS, config())

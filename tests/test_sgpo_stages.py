@@ -184,7 +184,6 @@ def test_lora_goes_on_with_one_adapter_and_starts_at_ln_2(inputs, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"use_vllm": True, "use_peft": True}, "use_vllm samples from full models"),
         ({"save_only_model": True}, "save_only_model=True leaves out what a killed stage goes on from"),
         ({"scorer": "sgpo_rows.consonants"}, "has no attribute .consonants"),
         ({"reviser": "external", "reviser_function": "sgpo_rows.nobody"}, "'sgpo_rows.nobody' cannot be imported"),

@@ -1,5 +1,6 @@
-"""What answers requests: a backend with one method. The one for Hugging Face models is here, vLLM's in vllm.py."""
+"""What answers requests: a backend with one method. The one for Hugging Face models is here, a server's in vllm.py."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -28,8 +29,12 @@ class Backend(Protocol):
     def context(self) -> int | None:
         """Most tokens of a prompt with its response, None where the engine knows itself."""
 
-    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
-        """One sample per request, of at most `config.max_new_tokens`. `config.seed` is in the requests already."""
+    def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
+        """One sample per request, of at most `config.max_new_tokens`. `config.seed` is in the requests already.
+
+        Samples come by the position of their request, in portions as they are done; `config.batch_size` requests are
+        worked on at a time.
+        """
 
 
 def left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +60,12 @@ class HuggingFace:
     def context(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+    def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
+        for start in range(0, len(requests), config.batch_size):
+            batch = requests[start : start + config.batch_size]
+            yield dict(enumerate(self._sample(batch, config), start))
+
+    def _sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
         rows, device = [request.prompt_ids for request in requests], self.model.get_input_embeddings().weight.device
         ends = end_ids(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]

@@ -5,9 +5,10 @@ depend on the batch, so it does not matter where the run was cut.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -26,23 +27,34 @@ NO_COLUMNS = (*MADE, "prompts", "completions", "chosen", "rejected")  # for a sc
 
 
 def collect(
-    todo: list, make: Callable[[list], list], save: Callable[[dict], None], *, size: int, title: str,
+    todo: list, make: Callable[[list], Iterable[dict[int, Any]]], save: Callable[[dict], None], *, title: str,
     progress: bool = True,
 ) -> dict:  # fmt: skip
-    """Makes what is missing: `make(keys)` for batches of `todo`, shared by the processes, of which all get the result.
+    """Makes what is missing: `todo` is shared by the processes, of which all get the whole result.
 
-    After each batch, `save` is called with what this process made.
+    Args:
+        make: yields what it made of its share, by position, in portions as they are done.
+        save: called with each portion by its keys, in the process that made it.
     """
     processes, made = Processes(), {}
     own = todo[processes.process_index :: processes.num_processes]
     with tqdm(total=len(own), desc=title, disable=not (progress and own and processes.is_main_process)) as bar:
-        for start in range(0, len(own), size):
-            keys = own[start : start + size]
-            new = dict(zip(keys, make(keys), strict=True))
+        for portion in make(own):
+            new = {own[at]: result for at, result in portion.items()}
             made.update(new)
-            bar.update(len(new))
             save(new)
+            bar.update(len(new))
     return dict(gather_object(list(made.items()))) if processes.num_processes > 1 else made
+
+
+def in_chunks(function: Callable[[list], list], size: int) -> Callable[[list], Iterator[dict[int, Any]]]:
+    """A function of lists as `collect` wants it: called with `size` items at a time."""
+
+    def make(items: list) -> Iterator[dict[int, Any]]:
+        for start in range(0, len(items), size):
+            yield dict(enumerate(function(items[start : start + size]), start))
+
+    return make
 
 
 def sample_responses(model, tokenizer, prompts: list[Prompt], config: SamplingConfig, **options) -> list[list[Sample]]:
@@ -91,7 +103,7 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
     seen: defaultdict[str, count] = defaultdict(count)
     occurrences = [next(seen[str(prompt)]) for prompt in prompts]
 
-    def make(keys: list[Key]) -> list[Sample]:
+    def make(keys: list[Key]) -> Iterator[dict[int, Sample]]:
         seeds = [sample_seed(config.seed, round, prompts[i], j, occurrences[i]) for i, j in keys]
         requests = [Request(encoded[i], seed) for (i, _), seed in zip(keys, seeds, strict=True)]
         return backend.sample(requests, config)
@@ -100,7 +112,7 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
         journal.append({"prompt": i, "index": j, **sample._asdict()} for (i, j), sample in made.items())
 
     todo = sorted(todo, key=lambda key: (-len(encoded[key[0]]), key))
-    return collect(todo, make, save, size=config.batch_size, title="sampling", progress=progress)
+    return collect(todo, make, save, title="sampling", progress=progress)
 
 
 def collect_scores(
@@ -116,9 +128,8 @@ def collect_scores(
     if todo := [i for i in range(len(rows)) if i not in known]:
         scorer, names = load(), sorted({name for row in rows for name in row if name not in NO_COLUMNS})
         known |= collect(
-            todo, lambda at: _score(scorer, at, rows, responses, names),
-            lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()),
-            size=SCORE_CHUNK, title="scoring",
+            todo, in_chunks(lambda at: _score(scorer, at, rows, responses, names), SCORE_CHUNK),
+            lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()), title="scoring",
         )  # fmt: skip
     return [known[i] for i in range(len(rows))]
 

@@ -1,85 +1,57 @@
-"""Optional back end: sampling with vLLM, in this process or from a server.
+"""Sampling from a server that offers vLLM's completions endpoint."""
 
-NOT TESTED WITH vLLM ITSELF: the machines this project is developed on have none. The server path is tested against
-a stand-in that answers in the documented format. Requests carry one seed per sample, which vLLM honours for equal
-batches only, so samples may differ between runs. `batch_size` is the number of requests in flight: some hundreds
-serve vLLM well. Load the current weights before each round; nothing here does.
-"""
-
-import json
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .backends import Request
 from .sampler import Sample, SamplingConfig
-
-
-@dataclass
-class VLLM:
-    """A `vllm.LLM` in this process."""
-
-    engine: Any
-    tokenizer: PreTrainedTokenizerBase
-    context = None  # vLLM knows
-
-    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
-        from vllm import SamplingParams, TokensPrompt  # not installed with the project
-
-        params = [SamplingParams(seed=request.seed, **_options(config)) for request in requests]
-        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
-        outputs = self.engine.generate(prompts, params, use_tqdm=False)
-        answers = [output.outputs[0] for output in outputs]
-        return [Sample(a.text, list(a.token_ids), a.finish_reason == "length") for a in answers]
+from .server import Server, ServerError, in_flight
 
 
 @dataclass
 class VLLMServer:
     """A server started by `vllm serve`.
 
+    Each request carries the seed of its sample. The engine draws from it, but the logits may differ in the last bits
+    with what else is in its batch, so two runs are alike and not always the same.
+
     Args:
-        url: such as "http://localhost:8000".
         model: the name under which the server offers the model.
-        timeout: seconds to wait for one answer.
+        ends: ids that end a response.
     """
 
-    url: str
+    server: Server
     model: str
     tokenizer: PreTrainedTokenizerBase
-    timeout: float = 600.0
+    ends: list[int]
     context = None  # the server knows
 
-    def sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
-        """Raises RuntimeError, with the server's answer, where it cannot be reached or refuses a request."""
-        with ThreadPoolExecutor(max_workers=min(len(requests), 64)) as pool:
-            return list(pool.map(lambda request: self._ask(request, config), requests))
+    def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
+        """Raises ServerError where it cannot be reached, refuses a request, or gives half an answer."""
+        return in_flight(lambda request: self._ask(request, config), requests, config.batch_size)
 
     def _ask(self, request: Request, config: SamplingConfig) -> Sample:
-        own = {"model": self.model, "prompt": request.prompt_ids, "seed": request.seed, "return_token_ids": True}
         # A server fills what is left out from the model's generation config.
-        choice = self._post(own | _options(config) | {"repetition_penalty": 1.0})["choices"][0]
-        ids = choice.get("token_ids")
-        if ids is None:  # an older server: the text encoded again, which need not give back the sampled tokens
-            ids = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-        return Sample(choice["text"], list(ids), choice["finish_reason"] == "length")
+        answer = self.complete(
+            request.prompt_ids, seed=request.seed, max_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_p=config.top_p, top_k=config.top_k or 0, min_p=0.0, repetition_penalty=1.0, stop_token_ids=self.ends,
+        )  # fmt: skip
+        ids = answer["token_ids"]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one list of ids
+        return Sample(text, ids, truncated=not ids or ids[-1] not in self.ends)
 
-    def _post(self, content: dict) -> dict:
-        url = f"{self.url.rstrip('/')}/v1/completions"
-        request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def complete(self, prompt_ids: list[int], **options) -> dict:
+        """The one choice of an answer, with its `token_ids`."""
+        own = {"model": self.model, "prompt": prompt_ids, "return_token_ids": True}
+        answer = self.server.ask("/v1/completions", own | options)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
-            raise RuntimeError(f"vLLM server {url} refused a request: {told}") from error
-        except OSError as error:
-            raise RuntimeError(f"vLLM server {url} cannot be reached: {error}") from error
-
-
-def _options(config: SamplingConfig) -> dict:
-    names = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    return names | {"top_k": config.top_k or 0}
+            [choice] = answer["choices"]
+            assert choice["finish_reason"] in ("stop", "length") and isinstance(choice["token_ids"], list)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise ServerError(
+                f"{self.server.url} gave no whole answer with token_ids (vLLM 0.10.2 and later do): {answer!s:.300}"
+            ) from error
+        return choice

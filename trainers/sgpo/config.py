@@ -90,7 +90,6 @@ class SGPOConfig(DPOConfig):
     on_alarm: str = option(
         "warn", "What a crossed limit does: a warning, or the end of the run.", choices=["warn", "stop"]
     )
-    use_vllm: bool = option(False, "Sample with vLLM in this process: full models only, one process.")
 
     def __post_init__(self):
         super().__post_init__()

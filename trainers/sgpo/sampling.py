@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..forward.cache import score_rows
 from ..generation.backends import Backend, HuggingFace
-from ..generation.collect import collect, collect_samples
+from ..generation.collect import collect, collect_samples, in_chunks
 from ..generation.sampler import Prompt, encode_prompts
 from ..generation.start import load_for_sampling
-from ..generation.vllm import VLLM
 from ..runs.files import Journal
 from ..runs.processes import Processes, free_memory
 from .config import SGPOConfig
@@ -105,8 +104,8 @@ class Sampler:
         journal = Journal(folder, "revisions")
         known = {record["row"]: record["text"] for record in journal.read()}
         made = collect(
-            [i for i in range(len(rows)) if i not in known], make,
-            lambda new: journal.append({"row": i, "text": t} for i, t in new.items()), size=CHUNK, title="revising",
+            [i for i in range(len(rows)) if i not in known], in_chunks(make, CHUNK),
+            lambda new: journal.append({"row": i, "text": t} for i, t in new.items()), title="revising",
         )  # fmt: skip
         texts = known | made
         return [row | {"target": texts[i] or "", "target_truncated": False} for i, row in enumerate(rows)]
@@ -129,11 +128,7 @@ class Sampler:
         return load_for_sampling(name, start, self.args, dtype=dtype, quantization_config=quantization)
 
     def _load(self, name: str, start: Path | None, dtype: str | None) -> Backend:
-        if not self.args.use_vllm:
-            return HuggingFace(*self.load_policy(name, start, dtype))
-        from vllm import LLM  # not installed with the project
-
-        return VLLM(LLM(model=str(start or name), dtype=dtype or "auto"), AutoTokenizer.from_pretrained(name))
+        return HuggingFace(*self.load_policy(name, start, dtype))
 
     def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> dict[int, Prompt]:
         limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)

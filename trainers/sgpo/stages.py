@@ -146,12 +146,12 @@ class Run:
         own = {
             "sft": rows.conversations
             and run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=digest(rows.conversations)),
-            "current": sampling | options("use_vllm") | {"improver prompts": digest(rows.improver)},
-            "targets": revision | reviser | options("reviser", "reviser_model", "reviser_function", "use_vllm"),
+            "current": sampling | {"improver prompts": digest(rows.improver)},
+            "targets": revision | reviser | options("reviser", "reviser_model", "reviser_function"),
             "filter": improver | {"guarded": args.policy_weight > 0}
             | options("filter_statistic", "filter_factor", "filter_side", "max_length"),
             "improver": run_settings(self._sft_config("improver", 0), adapter=adapter) | options("policy_weight"),
-            "pairs": sampling | revision | options("use_vllm") | {"preference prompts": digest(rows.preferences)},
+            "pairs": sampling | revision | {"preference prompts": digest(rows.preferences)},
             "gate": (rows.held_out or args.scorer) and measured,
             "dpo": run_settings(args.of_dpo(self.folder, args.seed), adapter=adapter),
             "measure": rows.held_out and measured,

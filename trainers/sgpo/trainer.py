@@ -117,8 +117,6 @@ class SGPOTrainer(DPOTrainer):
         refuse_unsupported(args, cls.method, cls.unsupported_engines)
         if args.save_only_model:
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
-        if args.use_vllm and (peft_config is not None or quantization_config is not None or args.world_size > 1):
-            raise ValueError("use_vllm samples from full models in one process: leave out LoRA and quantisation.")
         # Before hours of work for them.
         if args.scorer is not None:
             check_scorer(args.scorer)

@@ -1,0 +1,85 @@
+"""A server that is asked for JSON over HTTP: attempts that fail are repeated, and what fails for good says why."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+ATTEMPTS, PAUSE = 7, 0.5  # of one request: 0, 1, 2, 4, 8 and 16 seconds lie between them
+PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may pass: too many requests, overload, a restart
+
+
+class ServerError(RuntimeError):
+    """A server cannot be reached, refuses a request or gives half an answer."""
+
+
+class Server:
+    """A server and a session of connections to it, which threads may share.
+
+    Args:
+        url: such as "http://localhost:8000"; "/v1" at its end is left out.
+        timeout: seconds to wait for an answer; an attempt that waits longer is repeated.
+        key: name of the environment variable with the key, sent as a bearer token where it is set.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 600.0, key: str = "OPENAI_API_KEY"):
+        self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
+        self.repeated = 0  # attempts that failed and were made again
+        retry = Retry(ATTEMPTS - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
+                      raise_on_status=False)  # fmt: skip
+        self._session = requests.Session()
+        self._session.mount(self.url, HTTPAdapter(pool_maxsize=256, max_retries=retry))
+        if token := os.environ.get(key):
+            self._session.headers["Authorization"] = f"Bearer {token}"
+
+    def ask(self, path: str, content: dict | None = None) -> dict:
+        """What the server answers to `content`, sent by POST, or to a GET without it.
+
+        Raises:
+            ServerError: it cannot be reached, refuses, or does not answer with a JSON object, in all attempts.
+        """
+        url = self.url + path
+        try:
+            if content is None:
+                answer = self._session.get(url, timeout=self.timeout)
+            else:
+                answer = self._session.post(url, json=content, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise ServerError(f"{url} cannot be reached: {error}") from error
+        self.repeated += len(answer.raw.retries.history)  # type: ignore[union-attr]
+        if not answer.ok:
+            raise ServerError(f"{url} refused a request ({answer.status_code}): {answer.text:.1000}")
+        try:
+            found = answer.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ServerError(f"{url} did not answer with a JSON object: {answer.text:.300}")
+        return found
+
+
+def in_flight(function: Callable[[Any], Any], items: list, at_once: int) -> Iterator[dict[int, Any]]:
+    """Results by position, as they are done, with `at_once` calls under way in threads.
+
+    After a call that fails no further one starts; its error comes when those under way have given their results.
+    """
+    pool, failed = ThreadPoolExecutor(max_workers=at_once), None
+    try:
+        calls = {pool.submit(function, item): at for at, item in enumerate(items)}
+        for call in as_completed(calls):
+            if call.cancelled():
+                continue
+            if call.exception() is None:
+                yield {calls[call]: call.result()}
+            elif failed is None:
+                failed = call.exception()
+                for other in calls:
+                    other.cancel()
+        if failed is not None:
+            raise failed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
