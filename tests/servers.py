@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 
 @contextmanager
-def serving(answer):
+def serving(answer, port=0):
     """Serves `answer(path, content, count) -> (status, JSON or bytes)`; count is that of earlier requests.
 
     Gives `url`, and `requests`: (path, content) of what came in.
@@ -39,7 +39,7 @@ def serving(answer):
             pass
 
     lock, seen = threading.Lock(), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

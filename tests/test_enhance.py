@@ -23,7 +23,7 @@ from trainers import DPOConfig, DPOTrainer, EMDPOTrainer, LIREConfig, LIRETraine
 from trainers import rounds as enhance
 from trainers.cli import train
 from trainers.generation import SamplingConfig, sample_responses
-from trainers.generation.start import load_for_sampling
+from trainers.generation.start import weights_of
 from trainers.runs import files
 from trainers.runs import processes as run_processes
 from trainers.runs.checkpoints import last_checkpoint
@@ -115,7 +115,7 @@ def test_a_pool_holds_own_responses_and_samples_of_the_rounds_policy_all_scored(
     config = SamplingConfig(num_generations=K, max_new_tokens=8, temperature=1.0, top_p=1.0, seed=3)
     args = LIREConfig(output_dir=str(finished), use_cpu=True)
     for index, start in enumerate([None, finished / "round-00" / "checkpoint"]):
-        policy, _ = load_for_sampling(str(inputs / "model"), start, args, dtype=None)
+        policy = weights_of(str(inputs / "model"), start, args).whole()
         prompts = [row["prompt"] for row in ROWS[:4]]
         samples = sample_responses(policy, tokenizer, prompts, config, round=index, progress=False)
         for row, source, drawn in zip(pool(finished, index), ROWS[:4], samples, strict=True):
@@ -173,7 +173,7 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for name in ("load_start", "load_for_sampling"):
+    for name in ("load_start", "weights_of"):
         monkeypatch.setattr(enhance, name, refuse)
     train.main(arguments(inputs, finished))
     assert {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()} == before
@@ -242,8 +242,8 @@ def test_lora_goes_on_with_the_same_adapter(inputs, finished_lora):
     assert adapters[0].keys() == adapters[1].keys()
     assert not any(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     args = LIREConfig(output_dir=str(finished_lora), use_cpu=True, report_to="none")
-    merged, tokenizer = load_for_sampling(str(inputs / "model"), finished_lora, args, dtype="float32")
-    base, _ = load_for_sampling(str(inputs / "model"), None, args, dtype="float32")
+    policies = (weights_of(str(inputs / "model"), start, args, dtype="float32") for start in (finished_lora, None))
+    merged, base = (policy.whole() for policy in policies)
     name = "model.layers.1.mlp.up_proj"
     a, b = (adapters[1][f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
     scale = json.loads((finished_lora / "adapter_config.json").read_text())["lora_alpha"] / 4

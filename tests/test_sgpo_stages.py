@@ -15,7 +15,7 @@ from trainers.cli.report import write_report
 from trainers.data.tokenization import tokenize_row
 from trainers.generation.collect import sample_responses
 from trainers.generation.sampler import SamplingConfig
-from trainers.generation.start import load_for_sampling
+from trainers.generation.start import weights_of
 from trainers.sgpo import monitor
 from trainers.sgpo.improver import sft_rows
 from trainers.sgpo.text import improver_prompt
@@ -67,7 +67,8 @@ def test_counts_add_up_and_no_prompt_is_in_two_sets(finished):
 def test_both_sides_of_a_pair_come_from_the_improver(inputs, finished):
     """Rejected is its answer to the plain prompt, chosen what it makes of that; each with its own random stream."""
     args = SGPOConfig(output_dir=str(finished), use_cpu=True, report_to="none")
-    model, tokenizer = load_for_sampling(str(inputs / "model"), finished / "round-00/improver/model", args, dtype=None)
+    improver = weights_of(str(inputs / "model"), finished / "round-00/improver/model", args)
+    model, tokenizer = improver.whole(), improver.tokenizer
     pairs = rows(finished, "pairs") + rows(finished, "pairs", "dropped.jsonl.gz")
     config = {"num_generations": 1, "max_new_tokens": 24, "top_p": 1.0, "seed": 3}
     plain = [row["prompt"] for row in pairs]

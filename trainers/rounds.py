@@ -22,6 +22,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from datasets import Dataset
@@ -30,13 +31,14 @@ from .data.canonical import canonicalize
 from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
-from .generation import HuggingFace, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.collect import MADE
+from .generation.engine import opened
 from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer
-from .generation.start import dtype_for_all, load_for_sampling, load_start
+from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
@@ -51,7 +53,7 @@ ORIGIN = "sampled_in_round"  # column of a pool: the round of each response, and
 OWN = -1
 MANY_TRUNCATED = 0.2
 SETTINGS = "self_enhance.json"
-UNCOMPARED = ("rounds", "batch_size", "scorer_batch_size")  # options that change no round
+UNCOMPARED = ("rounds", "engine", "batch_size", "scorer_batch_size")  # options that change no round
 
 Candidate = tuple[str, int, bool]  # text, the round that it was sampled in, and whether it was cut
 
@@ -126,9 +128,9 @@ class Rounds:
             self.processes.say(describe(history[-1]))
         self.processes.main(lambda: self._publish(history))
 
-    def _load(self, start: Path | None) -> HuggingFace:
+    def _open(self, start: Path | None, folder: Path) -> AbstractContextManager[Backend]:
         loading = {"dtype": self.options.dtype, "quantization_config": self.quantization_config}
-        return HuggingFace(*load_for_sampling(self.model, start, self.args, **loading))
+        return opened(self.options.engine, weights_of(self.model, start, self.args, **loading), folder)
 
     def _train(self, rows: list[dict], index: int, start: Path | None, folder: Path) -> None:
         policy = load_start(
@@ -207,7 +209,8 @@ class Rounds:
 
     def _sample(self, folder: Path, rows: list[dict], config: SamplingConfig, index: int, start: Path | None):
         Stage(folder, {"run": self.stage.key}).open()
-        return collect_samples(folder, lambda: self._load(start), [row["prompt"] for row in rows], config, round=index)
+        prompts = [row["prompt"] for row in rows]
+        return collect_samples(folder, lambda: self._open(start, folder), prompts, config, round=index)
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
         Stage(folder, {"run": self.stage.key}).open()

@@ -20,7 +20,7 @@ from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Pl
 from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
 from ..emdpo.tables import MIXTURE
-from ..generation.sampler import plain_prompt
+from ..generation.sampler import TRANSFORMERS, plain_prompt
 from ..pages.text import interval, markdown
 from ..runs.files import read_json, read_rows, write_atomic, write_json
 from ..statistics import about_intervals
@@ -41,7 +41,8 @@ class AggregateArguments:
     max_prompts: int = option(128, "Use the first so many different prompts.", at_least=1)
     num_generations: int = option(4, "Answers per prompt and policy.")
     max_new_tokens: int = option(128, "A cut answer estimates a cut regret.")
-    batch_size: int = option(32, "Sequences per forward pass while sampling.")
+    batch_size: int = option(32, "Sequences per forward pass while sampling, or requests under way.")
+    engine: str = option(TRANSFORMERS, "What samples, as of polypo generate: a command such as vllm serve.")
     seed: int = option(0, "Of the samples.")
     type_weights: list[float] | None = option(None, "Factor on each type's regret; all 1.")
     extra: list[str] = field(
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> None:
     (args,) = config_files.read(argv, AggregateArguments)
     Accelerator()  # joins the processes of a launcher
     run = Path(args.run_dir)
-    sampling = {name: getattr(args, name) for name in ("num_generations", "max_new_tokens", "batch_size", "seed")}
+    own = ("num_generations", "max_new_tokens", "batch_size", "engine", "seed")
+    sampling = {name: getattr(args, name) for name in own}
     arena = Arena(run, read_prompts(args), args.output or run / "aggregate", **sampling)
     players = [*arena.types, *args.players]
     report = judge(arena, players, args)

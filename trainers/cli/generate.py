@@ -22,8 +22,9 @@ from ..config import option
 from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
-from ..generation import HuggingFace, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from ..generation import SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from ..generation.collect import MADE
+from ..generation.engine import Weights, opened
 from ..generation.options import DTYPES
 from ..generation.scorer import check_scorer
 from ..generation.start import dtype_for_all
@@ -85,11 +86,19 @@ def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
     return run_settings(model=model_fingerprint(args.model) or args.model, prompts=digest(rows), **own)
 
 
-def load_policy(args: GenerateArguments, device) -> HuggingFace:
-    """The policy on its device, with the tokenizer beside it."""
-    options = {"init_kwargs": {"dtype": args.dtype}}
-    model = policies.load_adapter(args.model, **options) or policies.load_policy(args.model, **options)
-    return HuggingFace(model.to(device), AutoTokenizer.from_pretrained(args.model, trust_remote_code=False))
+def policy_of(args: GenerateArguments) -> Weights:
+    """What is sampled from: a model, or an adapter on the base that it names."""
+    adapter, start = policies.find_adapter(args.model), None
+    model = args.model
+    if adapter is not None:
+        model, start = adapter.base_model_name_or_path or "", Path(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+
+    def load(dtype: str | None, device):
+        options = {"init_kwargs": {"dtype": dtype}}
+        return (policies.load_adapter(args.model, **options) or policies.load_policy(args.model, **options)).to(device)
+
+    return Weights(model, start, load, tokenizer, args.dtype)
 
 
 def generate(args: GenerateArguments) -> dict:
@@ -116,7 +125,7 @@ def generate(args: GenerateArguments) -> dict:
         return made["statistics"]
     stage.open()
     prompts = [row["prompt"] for row in rows]
-    samples = collect_samples(parts, lambda: load_policy(args, processes.device), prompts, args)
+    samples = collect_samples(parts, lambda: opened(args.engine, policy_of(args), parts), prompts, args)
     free_memory()  # for the reward model
     responses = [[sample.text for sample in drawn] for drawn in samples]
     options = {"batch_size": args.scorer_batch_size, "device": processes.device}

@@ -6,6 +6,7 @@ reward divided by beta. The expectations are means over samples at temperature 1
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ..forward.cache import score_rows
-from ..generation.backends import HuggingFace
 from ..generation.collect import collect_samples
+from ..generation.engine import Weights, opened
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
 from ..runs.processes import Processes, free_memory
@@ -67,8 +68,11 @@ class Arena:
 
     def load(self, player: Player):
         """The policy of a player, on the device."""
-        kwargs = self.mixture["model_init_kwargs"] or {}
-        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs).to(self.processes.device).eval()
+        return self._load(player, None, self.processes.device)
+
+    def _load(self, player: Player, dtype: str | None, device):
+        kwargs = (self.mixture["model_init_kwargs"] or {}) | ({} if dtype is None else {"dtype": dtype})
+        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs).to(device).eval()
 
     def samples_of(self, player: Player) -> Path:
         """The folder of a player's answers."""
@@ -89,10 +93,10 @@ class Arena:
         ways_out = f"name another folder with --output, or remove {self.folder} to sample anew"
         folder = Stage(self.samples_of(player), settings, ways_out=ways_out).open()
 
-        def load() -> HuggingFace:
-            return HuggingFace(self.load(player), self.tokenizer)
-
-        made = collect_samples(folder, load, self.prompts, self.config)
+        weights = Weights(self.mixture["base"], player.start, partial(self._load, player), self.tokenizer)
+        made = collect_samples(
+            folder, lambda: opened(self.config.engine, weights, folder), self.prompts, self.config
+        )  # fmt: skip
         free_memory()
         return made
 

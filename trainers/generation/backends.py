@@ -67,7 +67,7 @@ class HuggingFace:
 
     def _sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
         rows, device = [request.prompt_ids for request in requests], self.model.get_input_embeddings().weight.device
-        ends = end_ids(self.model, self.tokenizer)
+        ends = end_ids(self.model.generation_config, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]
         processors = LogitsProcessorList()
         if config.temperature > 0:
@@ -104,9 +104,9 @@ def _without_training(model: torch.nn.Module):
             vars(module).update(values)
 
 
-def end_ids(model, tokenizer) -> list[int]:
+def end_ids(config: GenerationConfig, tokenizer) -> list[int]:
     """All token ids that end a response: those of the generation config and the tokenizer's EOS."""
-    ids = model.generation_config.eos_token_id
+    ids = config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)

@@ -6,6 +6,7 @@ depend on the batch, so it does not matter where the run was cut.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,12 @@ def in_chunks(function: Callable[[list], list], size: int) -> Callable[[list], I
 
 def sample_responses(model, tokenizer, prompts: list[Prompt], config: SamplingConfig, **options) -> list[list[Sample]]:
     """`collect_samples` of a Hugging Face model that keeps nothing: [prompts][num_generations] samples."""
-    return collect_samples(None, lambda: HuggingFace(model, tokenizer), prompts, config, **options)
+    return collect_samples(None, lambda: nullcontext(HuggingFace(model, tokenizer)), prompts, config, **options)
 
 
 def collect_samples(
-    folder: str | Path | None, load: Callable[[], Backend], prompts: list[Prompt], config: SamplingConfig, *,
-    round: int = 0, progress: bool = True,
+    folder: str | Path | None, load: Callable[[], AbstractContextManager[Backend]], prompts: list[Prompt],
+    config: SamplingConfig, *, round: int = 0, progress: bool = True,
 ) -> list[list[Sample]]:  # fmt: skip
     """`config.num_generations` responses to each prompt, in the order of `prompts`.
 
@@ -72,7 +73,7 @@ def collect_samples(
 
     Args:
         folder: where they are kept, and samples that exist already are found; None keeps nothing.
-        load: gives the backend; it is not called when all samples are there already.
+        load: opens the backend; it is not called when all samples are there already.
         prompts: plain texts or lists of messages.
         round: counts the rounds of a loop; another round gives other samples.
 
@@ -87,7 +88,8 @@ def collect_samples(
     }
     keys = [(i, j) for i in range(len(prompts)) for j in range(config.num_generations)]
     if todo := [key for key in keys if key not in known]:
-        known |= _sample(load(), todo, prompts, config, journal, round, progress)
+        with load() as backend:
+            known |= _sample(backend, todo, prompts, config, journal, round, progress)
     return [[known[i, j] for j in range(config.num_generations)] for i in range(len(prompts))]
 
 

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from ..config import check_options, option
 
+TRANSFORMERS = "transformers"  # the engine in this process
 Prompt = str | list[dict]
 Key = tuple[int, int]  # (position of the prompt, index of the sample)
 
@@ -50,8 +51,15 @@ class SamplingOptions:
     temperature: float = option(0.8, "Sampling temperature; 0 is greedy.", at_least=0)
     top_p: float = option(0.95, "Nucleus mass; 1 switches it off.", above=0, at_most=1)
     top_k: int | None = option(None, "Keep the k likeliest tokens; 0 switches it off.", at_least=0)
-    # Does not change the samples.
-    batch_size: int = option(16, "Sequences (not prompts) per forward pass and process.", at_least=1)
+    # These do not change what the samples are drawn from.
+    engine: str = option(
+        TRANSFORMERS,
+        "What samples: transformers, the address of a server of vLLM's kind, or the command that starts one, such as "
+        '"vllm serve --dtype bfloat16" or "/env/bin/vllm serve --tensor-parallel-size 2".',
+    )
+    batch_size: int = option(
+        16, "Sequences (not prompts) per forward pass, or requests at once, of a process.", at_least=1
+    )
 
     def __post_init__(self):
         check_options(self)

@@ -23,13 +23,14 @@ class Server:
     Args:
         url: such as "http://localhost:8000"; "/v1" at its end is left out.
         timeout: seconds to wait for an answer; an attempt that waits longer is repeated.
+        attempts: of one request.
         key: name of the environment variable with the key, sent as a bearer token where it is set.
     """
 
-    def __init__(self, url: str, *, timeout: float = 600.0, key: str = "OPENAI_API_KEY"):
+    def __init__(self, url: str, *, timeout: float = 600.0, attempts: int = ATTEMPTS, key: str = "OPENAI_API_KEY"):
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.repeated = 0  # attempts that failed and were made again
-        retry = Retry(ATTEMPTS - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
+        retry = Retry(attempts - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
                       raise_on_status=False)  # fmt: skip
         self._session = requests.Session()
         self._session.mount(self.url, HTTPAdapter(pool_maxsize=256, max_retries=retry))

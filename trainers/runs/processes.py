@@ -28,6 +28,7 @@ class Processes:
         self.num_processes, self.process_index = state.num_processes, state.process_index
         self.is_main_process, self.wait_for_everyone = state.is_main_process, state.wait_for_everyone
         self.is_local_main_process, self.device = state.is_local_main_process, state.device
+        self.first_of_node = state.process_index - state.local_process_index
 
     def say(self, text: str) -> None:
         if self.is_main_process:

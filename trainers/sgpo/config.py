@@ -11,10 +11,13 @@ from trl import SFTConfig
 from ..config import JSON, option
 from ..dpo import DPOConfig
 from ..generation.options import read_mapping
-from ..generation.sampler import SamplingConfig
+from ..generation.sampler import TRANSFORMERS, SamplingConfig
 
 REVISERS = {"self": None, "local": "reviser_model", "external": "reviser_function"}  # and the option that each needs
-SAMPLING = {"max_new_tokens": 1024, "temperature": 0.8, "top_p": 0.95, "top_k": None, "batch_size": 16, "dtype": None}
+SAMPLING = {
+    "max_new_tokens": 1024, "temperature": 0.8, "top_p": 0.95, "top_k": None, "batch_size": 16, "dtype": None,
+    "engine": TRANSFORMERS,
+}  # fmt: skip
 SFT_DATA = ("dataset_name", "dataset_split", "max_rows")  # keys of `sft` beside the fields of the training
 
 
@@ -40,8 +43,8 @@ class SGPOConfig(DPOConfig):
     )
     sampling: JSON = option(
         None,
-        "How the policy's responses are drawn: {max_new_tokens, temperature, top_p, top_k, batch_size, dtype}. "
-        "Default: 1024 tokens, temperature 0.8, top_p 0.95.",
+        "How the policy's responses are drawn: {max_new_tokens, temperature, top_p, top_k, batch_size, dtype, "
+        "engine}, by default 1024 tokens, temperature 0.8, top_p 0.95.",
     )
     revision: JSON = option(
         None, "The same for reviser and improver; the rest is as in `sampling`, but temperature 0.7."

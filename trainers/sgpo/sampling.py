@@ -2,16 +2,18 @@
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..forward.cache import score_rows
-from ..generation.backends import Backend, HuggingFace
+from ..generation.backends import Backend
 from ..generation.collect import collect, collect_samples, in_chunks
+from ..generation.engine import Weights, opened
 from ..generation.sampler import Prompt, encode_prompts
-from ..generation.start import load_for_sampling
+from ..generation.start import weights_of
 from ..runs.files import Journal
 from ..runs.processes import Processes, free_memory
 from .config import SGPOConfig
@@ -55,10 +57,12 @@ class Sampler:
         at = self._with_room(name, prompts, options["max_new_tokens"])
         rows = [row | {column: None, f"{column}_truncated": False} for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = collect_samples(
-            folder, lambda: self._load(name, None if model else start, options["dtype"]), [*at.values()],
-            replace(config, temperature=0.0) if greedy else config, round=round,
-        )  # fmt: skip
+
+        def load() -> AbstractContextManager[Backend]:
+            return opened(config.engine, self.weights(name, None if model else start, options["dtype"]), folder)
+
+        config = replace(config, temperature=0.0) if greedy else config
+        drawn = collect_samples(folder, load, [*at.values()], config, round=round)
         free_memory()
         for i, [sample] in zip(at, drawn, strict=True):
             rows[i] |= {column: sample.text, f"{column}_truncated": sample.truncated}
@@ -114,7 +118,7 @@ class Sampler:
         """Log-probabilities of the tokens of `row[name]` under the plain prompt, for each row and name."""
         texts = [[row[name] for name in names] for row in rows]
         logps = score_rows(
-            lambda: self.load_policy(self.model, start, self.args.sampling["dtype"])[0],
+            lambda: self.weights(self.model, start, self.args.sampling["dtype"]).whole(),
             [tokenize_texts(self.tokenizer, [row["prompt"] for row in rows], texts)], folder,
             accelerator=Processes(), pad_token_id=self.tokenizer.pad_token_id, layout=self.args.layout,
             per_token=True, budget=1,  # a prompt at a time: no number depends, by rounding, on where a pass was killed
@@ -122,13 +126,9 @@ class Sampler:
         free_memory()
         return logps
 
-    def load_policy(self, name: str, start: Path | None, dtype: str | None) -> tuple:
-        """Model and tokenizer, on the device."""
+    def weights(self, name: str, start: Path | None, dtype: str | None) -> Weights:
         quantization = self.quantization_config if name == self.model else None
-        return load_for_sampling(name, start, self.args, dtype=dtype, quantization_config=quantization)
-
-    def _load(self, name: str, start: Path | None, dtype: str | None) -> Backend:
-        return HuggingFace(*self.load_policy(name, start, dtype))
+        return weights_of(name, start, self.args, dtype=dtype, quantization_config=quantization)
 
     def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> dict[int, Prompt]:
         limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)

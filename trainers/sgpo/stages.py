@@ -46,6 +46,7 @@ from .monitor import alarms, dpo_metrics, edit_metrics, rewrite_metrics
 from .sampling import Sampler
 
 STAGES = ("sft", "current", "targets", "filter", "improver", "pairs", "gate", "dpo", "measure")
+FREE = ("batch_size", "engine")  # keys of `sampling` that the draws do not depend on
 ASIDE = ("gate", "measure")  # which no later stage depends on
 ROWS, DROPPED, MODEL = "rows.jsonl.gz", "dropped.jsonl.gz", "model"
 WAYS_OUT = "delete the folders of this stage and of later ones, or choose another output_dir"
@@ -134,7 +135,7 @@ class Run:
             "seed", "model_init_kwargs", "pad_token"
         )  # fmt: skip
         sampling, revision = (
-            {f"{name}.{key}": value for key, value in getattr(args, name).items() if key != "batch_size"}
+            {f"{name}.{key}": value for key, value in getattr(args, name).items() if key not in FREE}
             for name in ("sampling", "revision")
         )
         improver = {"template": digest(text.IMPROVER_V1), "improver.max_length": args.improver["max_length"]}

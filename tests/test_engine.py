@@ -1,0 +1,166 @@
+"""Servers that a run samples from: given or started on a stage's weights, checked, and ended with their stage.
+
+With POLYPO_VLLM, the command of a real engine ("vllm serve"), the tests at the end run through that.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from helpers import save_start
+from servers import serving
+from test_server import PROMPTS
+from tiny_engine import Engine
+from trainers import SGPOConfig
+from trainers.generation import SamplingConfig, collect_samples, leash, server
+from trainers.generation.engine import opened
+from trainers.generation.server import ServerError
+from trainers.generation.start import weights_of
+
+OWN = shlex.join([sys.executable, str(Path(__file__).with_name("tiny_engine.py")), "serve"])
+CONFIG = SamplingConfig(num_generations=2, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=7, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model, the same with other weights, and an adapter on it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_start(folder / "model", "llama3")
+    save_start(folder / "other", "llama3")
+    model = AutoModelForCausalLM.from_pretrained(folder / "other")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(folder / "other")
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model"), LoraConfig(r=4, target_modules=["q_proj"])
+    )
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2.0, generator=torch.Generator().manual_seed(0))
+    lora.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(server, "PAUSE", 0.0)
+
+
+def weights(inputs, start=None):
+    args = SGPOConfig(output_dir=str(inputs), use_cpu=True, report_to="none")
+    return weights_of(str(inputs / "model"), start and inputs / start, args)
+
+
+def draw(name, weights, folder=None):
+    return collect_samples(folder, lambda: opened(name, weights, folder), PROMPTS, CONFIG, progress=False)
+
+
+@pytest.mark.parametrize("start", [None, "other", "adapter"])
+def test_a_given_server_samples_from_the_weights_of_the_stage(inputs, start, capsys):
+    served = Engine(str(inputs / (start if start == "other" else "model")), "some name")
+    with serving(served.answer) as running:
+        drawn = draw(running.url, weights(inputs, start))
+    assert drawn == draw("transformers", weights(inputs, start))
+    assert start is None or drawn != draw("transformers", weights(inputs))
+    assert "serves the policy: the log-probabilities of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "served, start, message",
+    [
+        ("other", None, r"does not serve the policy of .*model: the log-probabilities of \d+ sampled tokens differ"),
+        ("model", "other", "does not serve the policy of .*other"),
+    ],
+)
+def test_other_weights_are_refused_before_a_sample_is_kept(inputs, tmp_path, served, start, message):
+    with (
+        serving(Engine(str(inputs / served), "some name").answer) as running,
+        pytest.raises(ServerError, match=message),
+    ):
+        draw(running.url, weights(inputs, start), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_of_several_models_must_name_one_like_the_stage(inputs):
+    served = Engine(str(inputs / "model"), "one")
+
+    def answer(path, content, count):
+        status, body = served.answer(path, content, count)
+        if path == "/v1/models":
+            body["data"] = [{"id": "another", "parent": None}, *body["data"]]
+        return status, body
+
+    with serving(answer) as running:
+        assert draw(running.url, weights(inputs)) == draw("transformers", weights(inputs))  # by the root of "one"
+        served.folder = "elsewhere"
+        with pytest.raises(ServerError, match="offers another, one, and none by the name .*--served-model-name"):
+            draw(running.url, weights(inputs))
+
+
+def test_a_server_without_room_for_adapters_says_how_to_start_it(inputs):
+    def answer(path, content, count):
+        return (404, {"detail": "Not Found"}) if "lora" in path else (200, {"data": []})
+
+    with serving(answer) as running, pytest.raises(ServerError, match="--enable-lora --max-lora-rank"):
+        draw(running.url, weights(inputs, "adapter"))
+
+
+@pytest.mark.parametrize("start", [None, "adapter"])
+def test_a_stage_starts_a_server_on_its_weights_and_ends_it(inputs, tmp_path, start, capsys):
+    assert draw(OWN, weights(inputs, start), tmp_path) == draw("transformers", weights(inputs, start))
+    url = re.search(r"(http://\S+) serves the policy", capsys.readouterr().out)[1]
+    with pytest.raises(ServerError, match="cannot be reached"):
+        server.Server(url).ask("/v1/models")
+
+
+def test_a_server_that_dies_is_named_with_the_end_of_its_log_and_nothing_is_lost(inputs, tmp_path):
+    with pytest.raises(ServerError, match=r"(?s)The engine ended with code 3.*engine-00000.log:\n.*out of memory"):
+        draw(f"{OWN} --dies-after 9", weights(inputs), tmp_path)
+    kept = (tmp_path / "samples-00000.jsonl").read_text().splitlines()
+    assert 1 <= len(kept) < 8
+    assert draw("transformers", weights(inputs), tmp_path) == draw("transformers", weights(inputs))
+    assert (tmp_path / "samples-00000.jsonl").read_text().splitlines()[: len(kept)] == kept
+
+
+@pytest.mark.parametrize(
+    "command, message", [(f"{OWN} --nonsense", "unrecognized arguments"), ("nobody serve", "nobody")]
+)
+def test_a_server_that_does_not_start_says_why(inputs, tmp_path, command, message):
+    with pytest.raises(ServerError, match=f"(?s)The engine ended with code .*{message}"):
+        draw(command, weights(inputs), tmp_path)
+
+
+def test_a_killed_process_takes_its_engine_along(tmp_path):
+    """Also what the engine has started itself."""
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    words = [sys.executable, leash.__file__, sys.executable, "-c", command]
+    starter = f"import subprocess, time; subprocess.Popen({words!r}, stdin=subprocess.PIPE); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", starter])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = int((tmp_path / "child").read_text())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+        if state == "Z":
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
