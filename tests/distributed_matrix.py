@@ -23,6 +23,17 @@ RESUMED = 1e-6  # largest difference of a run that goes on from a checkpoint to 
 SILENCE = 600  # seconds without a finished cell after which a launch counts as hung; a start alone can take minutes
 
 MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "reward_l1": 0.01, "mask_learning_rate": 0.02}
+SAMPLING = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": 3}
+EVOLVE = {"rounds": 2, "scorer": "sgpo_rows.vowels", "num_generations": 3, "held_out_generations": 2, **SAMPLING}
+ROUNDS = {"as_chat": True, "self_enhance": EVOLVE}
+STAGES = {
+    "as_chat": True,
+    "sampling": SAMPLING,
+    "reviser_analysis": False,
+    "max_length": 2000,
+    "improver": {"learning_rate": 0.01},
+    "scorer": "sgpo_rows.vowels",
+}
 TRAINERS = {
     "SWEPO": {},
     "LIRE": {},
@@ -70,6 +81,10 @@ MORE = {
     "SWEPO, LoRA and a whole LM head": {"peft": ["q_proj"], "whole": ["lm_head"]},
     "SWEPO, LoRA on the LM head, tied embeddings": {"peft": ["q_proj", "lm_head"], "tied": True},
     "SWEPO, probe": {"probe": True},
+    "LIRE, in rounds": {"stages": True, "settings": ROUNDS},
+    "DPO, LoRA, in rounds": {"stages": True, "peft": True, "settings": ROUNDS},
+    "SGPO, in stages": {"stages": True, "settings": STAGES},
+    "SGPO, LoRA, in stages": {"stages": True, "peft": True, "settings": STAGES | {"ref": "initial"}},
     "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2, "sft_weight": 0.3}},
 }
 

@@ -19,9 +19,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, load_dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -31,9 +32,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 import trainers  # noqa: E402
 from emdpo_runs import em_config, opposed_rows  # noqa: E402
 from helpers import build_tokenizer, leave_processes, tiny_gemma3, tiny_llama  # noqa: E402
+from sgpo_rows import write_inputs  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 from trainers.cli.arguments import ModelArguments  # noqa: E402
 from trainers.cli.probe import probe  # noqa: E402
+from trainers.sgpo import stages  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # Adam's first step is the sign of the gradient: with its usual 1e-8, a gradient of 0 but for rounding is a whole step.
@@ -63,11 +66,12 @@ def engine_arguments(engine: str, *, gather: bool = True) -> dict:
     return {"ddp_find_unused_parameters": False} if engine == "ddp" else {}
 
 
-def prepare(args, engine: str) -> None:
+def prepare(args, engine: str):
     """Let an engine start without a GPU."""
     if engine == "fsdp2":
         # accelerate offers FSDP to processes with an accelerator only; nothing of what it then does needs one.
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return args
 
 
 def check_engine(trainer, engine: str) -> None:
@@ -268,12 +272,49 @@ def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
     return {"found": found}
 
 
+def in_stages(cell: dict, engine: str, folder: Path) -> dict:
+    """A whole run in rounds or stages: what its trainings log, the weights it ends with, and held-out scores."""
+
+    class Checked(getattr(trainers, cell["trainer"])):
+        def train(self, *arguments, **keywords):
+            result = super().train(*arguments, **keywords)
+            check_engine(self, engine)
+            return result
+
+    args, inputs = arguments(cell, engine, folder), folder / "inputs"
+    if int(os.environ.get("RANK", "0")) == 0 and not inputs.exists():
+        write_inputs(inputs)
+    args.distributed_state.wait_for_everyone()
+    answered = load_dataset("json", data_files=str(inputs / "rows.jsonl"), split="train")
+    if cell["trainer"] == "SGPOTrainer":
+        parts = {"train": range(5), "preferences": range(5, 10), "test": range(10, 12)}
+        data = {name: answered.select(at) for name, at in parts.items()}
+    else:
+        answers = [
+            {"prompt": row["prompt"], "responses": [row["chosen"], "it rains"], "scores": [1.0, 0.0], "reference": ""}
+            for row in answered
+        ]
+        data = {"train": Dataset.from_list(answers[:6]), "test": Dataset.from_list(answers[6:9])}
+    sft_config = stages.sft_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "sft_config", lambda *given: prepare(sft_config(*given), engine))
+        Checked.run(args, data, str(inputs / "model"), peft_config=adapter(cell.get("peft")))
+    out, found = Path(args.output_dir), {}
+    for path in sorted(out.glob("round-*/**/trainer_state.json")):
+        for log in json.loads(path.read_text())["log_history"]:
+            found |= numbers(log, f"{path.parent.relative_to(out)} step {log['step']} ") if "loss" in log else {}
+    [weights] = out.glob("*.safetensors")
+    found |= {f"weights {name}": float(w.double().abs().mean()) for name, w in load_file(weights).items()}
+    for path in sorted(out.glob("round-*/**/scores-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            where = f"{path.parent.relative_to(out)} prompt {line['prompt']}"
+            found |= {f"{where} score {k}": score for k, score in enumerate(line["scores"])}
+    return {"found": found}
+
+
 def release(trainer) -> None:
     """End the engines of a trainer, so that the next one finds the process as at its start."""
-    reference = trainer.reference.model if trainer.reference is not None else None
-    if hasattr(reference, "destroy"):
-        reference.destroy()
-    trainer.accelerator.free_memory()
+    trainer.release()
 
 
 def main(options: dict) -> None:
@@ -297,7 +338,7 @@ def main(options: dict) -> None:
         started = time.monotonic()
         try:
             run = cut if cell.get("cut") else probed if cell.get("probe") else steps
-            run = em_rounds if cell["trainer"] == "EMDPOTrainer" else run
+            run = em_rounds if cell["trainer"] == "EMDPOTrainer" else in_stages if cell.get("stages") else run
             line = {"cell": cell["name"], **run(cell, engine, folder)}
         except ValueError as refusal:  # on every process alike, before its first step
             line = {"cell": cell["name"], "refused": str(refusal)}

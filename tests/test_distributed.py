@@ -24,6 +24,7 @@ CHOSEN = {
         "SWEPO, reference cache",
         "SparsePO, LoRA, checkpointing",
         "RRHF, full",
+        "LIRE, in rounds",
         "EMDPO, LoRA",
     ],
     "fsdp2": [
@@ -34,6 +35,7 @@ CHOSEN = {
         "InfoNCA, LoRA, checkpointing",
         "EMDPO, full",
         "SparsePO, LoRA, gone on",
+        "SGPO, in stages",
     ],
 }
 # Not with older releases of transformers: their Trainer cannot go on in several processes on CPUs, and they lack a

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from helpers import save_start
+from helpers import family_tokenizer, tiny_llama
 from servers import serving
 from test_server import PROMPTS
 from tiny_engine import Engine
 from trainers import SGPOConfig
 from trainers.generation import SamplingConfig, collect_samples, leash, server
-from trainers.generation.engine import opened
+from trainers.generation.engine import opened, started
 from trainers.generation.server import ServerError
 from trainers.generation.start import weights_of
 
@@ -33,17 +35,16 @@ CONFIG = SamplingConfig(num_generations=2, max_new_tokens=8, temperature=1.0, to
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model, the same with other weights, and an adapter on it."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_start(folder / "model", "llama3")
-    save_start(folder / "other", "llama3")
-    model = AutoModelForCausalLM.from_pretrained(folder / "other")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    model.save_pretrained(folder / "other")
-    lora = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder / "model"), LoraConfig(r=4, target_modules=["q_proj"])
-    )
+    """A model, one with other weights, and an adapter on it; vLLM has no kernels for heads of less than 32."""
+    folder, tokenizer = tmp_path_factory.mktemp("inputs"), family_tokenizer("llama3")
+    heads = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for seed, name in enumerate(("model", "other")):
+        model = tiny_llama(len(tokenizer), seed=seed, **heads)
+        model.generation_config.eos_token_id = list(range(2, 70))  # any of these ends an answer
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    lora = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0, generator=torch.Generator().manual_seed(0))
@@ -164,3 +165,38 @@ def test_a_killed_process_takes_its_engine_along(tmp_path):
             return
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+REAL = os.environ.get("POLYPO_VLLM")  # the command of a real engine
+real = pytest.mark.skipif(not REAL, reason="needs a real engine: make test-engine, or POLYPO_VLLM='vllm serve'")
+
+
+@real
+@pytest.mark.parametrize("start", [None, "other", "adapter"])
+def test_a_real_engine_samples_from_the_weights_of_the_stage(inputs, tmp_path, start, capsys):
+    """Whole answers with their end token, greedy tokens as those of transformers, the same draws a second time."""
+    greedy = replace(CONFIG, temperature=0.0, num_generations=1)
+    of_stage = weights(inputs, start)
+    expected = collect_samples(None, lambda: opened("transformers", of_stage, None), PROMPTS, greedy, progress=False)
+    with opened(REAL, of_stage, tmp_path) as backend:
+        draws = [
+            collect_samples(None, lambda: nullcontext(backend), PROMPTS, config, progress=False)
+            for config in (greedy, CONFIG, CONFIG)
+        ]
+    assert draws[0] == expected
+    assert draws[1] == draws[2] != draws[0]
+    found = re.search(r"sampled tokens differ by (\S+) nats", capsys.readouterr().out)
+    assert float(found[1]) < 1e-4  # both compute in float32
+    assert any(not sample.truncated for row in draws[1] for sample in row)
+
+
+@real
+def test_a_real_engine_serves_stages_after_each_other_by_its_address(inputs, tmp_path):
+    """Adapters are added while it runs; another stage's whole weights are refused."""
+    with started(
+        [*shlex.split(REAL), "--enable-lora", "--max-lora-rank", "8"], weights(inputs), tmp_path / "log"
+    ) as url:
+        first = draw(url, weights(inputs))
+        assert draw(url, weights(inputs, "adapter")) != first == draw(url, weights(inputs))
+        with pytest.raises(ServerError, match="does not serve the policy of .*other"):
+            draw(url, weights(inputs, "other"))

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,12 @@ from safetensors.torch import load_file
 import processes
 from distributed_matrix import torchrun
 from helpers import family_tokenizer, flags, save_start
-from trainers import DPOConfig, DPOTrainer, EMDPOTrainer, LIREConfig, LIRETrainer, SGPOConfig, SGPOTrainer
+from trainers import DPOConfig, DPOTrainer, LIREConfig, LIRETrainer
 from trainers import rounds as enhance
 from trainers.cli import train
 from trainers.generation import SamplingConfig, sample_responses
 from trainers.generation.start import weights_of
 from trainers.runs import files
-from trainers.runs import processes as run_processes
 from trainers.runs.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,25 +202,6 @@ def test_what_would_mix_or_undo_finished_rounds_is_refused(inputs, finished, cha
 
 def test_settings_that_change_no_round_may_change(inputs, finished):
     train.main(arguments(inputs, finished, logging_steps=7, layout="rows", options={"batch_size": 2}))
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-def test_an_engine_that_shards_weights_is_refused_by_the_methods_attribute(inputs, tmp_path, monkeypatch, engine):
-    """At the start of `run`, where the DPO stage of SGPO alone would do."""
-    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
-    rounds, stages = LIREConfig(self_enhance=OPTIONS, **common), SGPOConfig(**common)
-    if engine == "fsdp":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    else:
-        monkeypatch.setattr(run_processes, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="self_enhance does not run under .*: use one process, or one of DDP, ZeRO-2"):
-        LIRETrainer.run(rounds, {"train": Dataset.from_list(ROWS)}, str(inputs / "model"))
-    with pytest.raises(ValueError, match="SGPO does not run under"):
-        SGPOTrainer.run(stages, {}, "no model")
-    refused = engine in EMDPOTrainer.unsupported_engines  # which its constructor hands over
-    assert refused == (engine == "fsdp")
-    with pytest.raises(ValueError, match="EM-DPO .* ZeRO-2, ZeRO-3") if refused else nullcontext():
-        run_processes.refuse_engines(stages, EMDPOTrainer.method, EMDPOTrainer.unsupported_engines)
 
 
 def test_old_samples_are_kept_and_iterations_lengthen_a_round(inputs, tmp_path):

@@ -1,6 +1,8 @@
 """What is asked over HTTP: requests as vLLM wants them, attempts that are repeated, errors that say what failed."""
 
+import resource
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -80,6 +82,32 @@ def test_what_does_not_pass_is_said_and_nothing_is_lost(tmp_path, answer, messag
         gone_on, _ = samples(served.url, tmp_path)
         assert len(served.requests) == 12 - kept
         assert gone_on == samples(served.url)[0]
+
+
+def test_an_answer_that_does_not_come_in_time_is_asked_for_again():
+    def answer(path, content, count):
+        time.sleep(1 if count == 0 else 0)
+        return 200, {"count": count}
+
+    with serving(answer) as served:
+        asked = Server(served.url, timeout=0.3)
+        assert asked.ask("/v1/models") == {"count": 1} and asked.repeated == 1
+
+
+def test_a_full_disk_loses_no_whole_sample(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(lambda path, content, count: (200, {"choices": [choice(content)]})) as served:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                samples(served.url, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        *kept, cut = (tmp_path / "samples-00000.jsonl").read_text().split("\n")
+        assert len(kept) >= 2 and cut
+        assert samples(served.url, tmp_path)[0] == samples(served.url)[0]
+        lines = (tmp_path / "samples-00000.jsonl").read_text().splitlines()
+        assert lines[: len(kept)] == kept and len(lines) == 12
 
 
 def test_a_server_that_is_not_there_is_named():

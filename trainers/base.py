@@ -257,6 +257,12 @@ class PreferenceTrainer(RunningTrainer):
         if self.table is not None:
             self.precompute_reference()
 
+    def release(self) -> None:
+        """Ends the engines of policy and reference: another training can follow in this process."""
+        if self.reference is not None:
+            self.reference.release()
+        self.accelerator.free_memory()
+
     def precompute_reference(self) -> None:
         """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.
 

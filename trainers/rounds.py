@@ -21,7 +21,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
-from .runs.processes import SHARDING, Processes, refuse_engines
+from .runs.processes import Processes, share_engine
 from .runs.settings import digest, policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
@@ -95,7 +94,7 @@ class Rounds:
         self, trainer_class, args, model: str, train_dataset: Dataset, eval_dataset: Dataset | None = None, *,
         dataset=None, quantization_config=None, peft_config=None,
     ):  # fmt: skip
-        refuse_unsupported(args, "self_enhance", SHARDING)
+        refuse_unsupported(args, "self_enhance")
         options = EnhanceOptions.parse(args.self_enhance)
         if options.dtype is not None:  # one that holds on another machine too
             options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
@@ -139,13 +138,14 @@ class Rounds:
         )  # fmt: skip
         trainer = self.trainer_class(
             policy,
-            args=round_arguments(self.args, self.options.iterations, index, folder),
+            args=share_engine(round_arguments(self.args, self.options.iterations, index, folder)),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=self.eval_dataset,
             peft_config=self.peft_config if start is None else None,
             processing_class=load_tokenizer(policy),
         )
         trainer.train_and_save(last_checkpoint(folder), self.dataset)
+        trainer.release()
 
     def _round(self, index: int, rewards: list) -> dict:
         """Does what is missing of a round, and adds the rewards of its policy; returns the manifest."""
@@ -238,9 +238,8 @@ class Rounds:
         return manifest | {"held_out": {name: bootstrap_interval(found) for name, found in values.items()}}
 
 
-def refuse_unsupported(args, method: str, engines: Collection[str]) -> None:
-    """Raises ValueError for what a loop over samples of the policy cannot do, these engines among it."""
-    refuse_engines(args, method, engines)
+def refuse_unsupported(args, method: str) -> None:
+    """Raises ValueError for what a loop over samples of the policy cannot do."""
     if args.push_to_hub:
         raise ValueError(f"push_to_hub does not work with {method}: upload output_dir when the run is done.")
     if args.chat_template_kwargs:

@@ -1,7 +1,7 @@
 """The frozen policy that log-ratios are taken against, and how it is reached during training."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ class Reference:
     model: nn.Module | None = None
     adapter: str | None = None
     given: bool = False
+    release: Callable[[], object] = lambda: None  # ends the engine of an own model
 
     @property
     def in_memory(self) -> bool:
@@ -67,6 +68,7 @@ class Reference:
         self.model.requires_grad_(False).eval()
         if accelerator.state.deepspeed_plugin is not None:
             self.model = prepare_deepspeed(self.model, accelerator)
+            self.release = self.model.destroy  # type: ignore[assignment,union-attr]
         elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
             self.model = prepare_fsdp(self.model, accelerator)  # type: ignore[assignment]
         else:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from ..runs.processes import Processes
+from ..runs.processes import Processes, whole_weights
 from ..runs.settings import digest, model_fingerprint
 from .backends import Backend, HuggingFace, end_ids
 from .sampler import TRANSFORMERS, encode_prompt
@@ -45,7 +45,7 @@ class Weights:
     Args:
         model: path or hub id.
         start: folder with full weights in the place of the model's, or with an adapter on it; None is the model.
-        load: `load(dtype, device)` gives the whole policy in this process.
+        load: `load(dtype, device)` gives the policy in this process; use `whole`.
         tokenizer: with a pad token.
         dtype: to sample in, None for that of the weights.
     """
@@ -56,9 +56,10 @@ class Weights:
     tokenizer: PreTrainedTokenizerBase
     dtype: str | None = None
 
-    def whole(self):
-        """The policy in this process, on its device."""
-        return self.load(self.dtype, Processes().device)
+    def whole(self, dtype: str | None = None, device: torch.device | None = None):
+        """The policy in this process, whole whatever engine trains; by default to sample from on its device."""
+        with whole_weights():
+            return self.load(dtype or self.dtype, device or Processes().device)
 
     @property
     def adapter(self) -> bool:
@@ -98,7 +99,7 @@ def opened(engine: str, weights: Weights, folder: Path | None) -> Iterator[Backe
             url = None
             if processes.is_local_main_process:
                 log = (folder or Path(".")) / f"engine-{processes.process_index:05d}.log"
-                url = stack.enter_context(_started(shlex.split(engine), weights, log))
+                url = stack.enter_context(started(shlex.split(engine), weights, log))
             urls = gather_object([url]) if processes.num_processes > 1 else [url]
             server, model = Server(urls[processes.first_of_node]), weights.name
         backend = VLLMServer(server, model, weights.tokenizer, _ends(weights))
@@ -143,7 +144,7 @@ def _find(server: Server, weights: Weights, processes: Processes) -> str:
 
 
 @contextmanager
-def _started(command: list[str], weights: Weights, log: Path) -> Iterator[str]:
+def started(command: list[str], weights: Weights, log: Path) -> Iterator[str]:
     """The address of a server that runs inside the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -222,7 +223,7 @@ def check(backend: VLLMServer, weights: Weights) -> None:
     """
     prompt: list | str = [{"role": "user", "content": ASKED}] if weights.tokenizer.chat_template else ASKED
     ids, differences = encode_prompt(weights.tokenizer, prompt), []
-    policy = weights.load("float32", torch.device("cpu"))  # fast on every CPU; devices may be the engine's
+    policy = weights.whole("float32", torch.device("cpu"))  # fast on every CPU; devices may be the engine's
     for seed in range(CHECKED):
         choice = backend.complete(ids, seed=seed, max_tokens=LENGTH, temperature=1.0, logprobs=0)
         rows = torch.tensor([ids + choice["token_ids"]])

@@ -4,15 +4,21 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import is_initialized
 from accelerate.utils import gather
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import (
+    HfDeepSpeedConfig,
+    deepspeed_config,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 SHARDING = {"zero3": "ZeRO-3", "fsdp": "FSDP"}  # engines of which no process holds a whole policy
 
@@ -51,6 +57,32 @@ def refuse_engines(args: TrainingArguments, method: str, unsupported: Collection
             f"{method} does not run under {SHARDING[engine]} (docs/distributed.md says why): use one process, or "
             f"one of {others}."
         )
+
+
+def share_engine(args: TrainingArguments) -> TrainingArguments:
+    """Arguments of a trainer that may not be the first in its process, whose Accelerator has DeepSpeed's plugin."""
+    if is_initialized():
+        args.deepspeed_plugin = None
+    return args
+
+
+_deepspeed: HfDeepSpeedConfig | None = None  # which transformers refers to weakly
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models that are loaded inside are whole in this process, also where ZeRO-3 or FSDP shards those that train."""
+    global _deepspeed
+    name, config = "FSDP_CPU_RAM_EFFICIENT_LOADING", deepspeed_config()
+    before = os.environ.get(name)
+    unset_hf_deepspeed_config()
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        if config is not None:
+            _deepspeed = HfDeepSpeedConfig(config)
 
 
 def free_memory() -> None:

@@ -17,6 +17,7 @@ from ..data.tokenization import tokenize_dataset
 from ..generation.rewards import as_completion
 from ..generation.sampler import Prompt
 from ..runs.checkpoints import last_checkpoint
+from ..runs.processes import share_engine
 
 POLICY = "policy_"  # prefix of the columns with the plain prompt and the reference
 
@@ -101,13 +102,14 @@ def train_sft(model, tokenizer, config: SFTConfig, examples: list[Example], *, p
         columns |= sft_rows(policy_examples, tokenizer, prefix=POLICY)
         trainer_class, more = ImproverTrainer, {"policy_weight": policy_weight}
     trainer = trainer_class(
-        model, args=config, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+        model, args=share_engine(config), train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
         peft_config=peft_config, **more,
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=last_checkpoint(str(config.output_dir)))
     trainer.save_metrics("train", result.metrics)
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.free_memory()  # ends the engine
 
 
 def _split(values: dict) -> tuple[dict, dict]:

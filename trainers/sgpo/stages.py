@@ -34,7 +34,7 @@ from ..generation.scorer import load_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_rows, write_rows
-from ..runs.processes import Processes
+from ..runs.processes import Processes, share_engine
 from ..runs.settings import digest, model_fingerprint, policy_settings, run_settings
 from ..runs.stage import Stage, train_into
 from ..statistics import bootstrap_interval
@@ -242,11 +242,12 @@ class Run:
             trainer = self.trainer_class(
                 self._load(start, trainable=True),
                 ref_model=None if improved else self._load(self.start(0)),
-                args=self.args.of_dpo(training, self.args.seed + index),
+                args=share_engine(self.args.of_dpo(training, self.args.seed + index)),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
             )
             trainer.train_and_save(last_checkpoint(training), self.dataset)
+            trainer.release()
 
         train_into(folder / MODEL, train)
         state = trainer_state(folder / MODEL)

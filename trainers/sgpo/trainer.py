@@ -67,7 +67,6 @@ class SGPOTrainer(DPOTrainer):
     args: SGPOConfig
     method = "SGPO"
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
-    unsupported_engines = ("fsdp", "zero3")
 
     def __init__(self, model, ref_model=None, args: SGPOConfig | None = None, *more, **kwargs):
         if args is not None and args.ref == "initial" and ref_model is None:
@@ -114,7 +113,7 @@ class SGPOTrainer(DPOTrainer):
             ValueError: what cannot be run; a stage of other settings; no row is left.
         """
         assert isinstance(args, SGPOConfig)
-        refuse_unsupported(args, cls.method, cls.unsupported_engines)
+        refuse_unsupported(args, cls.method)
         if args.save_only_model:
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
         # Before hours of work for them.
