@@ -149,7 +149,6 @@ def test_a_plan_for_gpus_takes_their_dtype(report):
         ({"data_format": "ultra"}, "unknown data_format 'ultra'"),
         ({"invalid_rows": "error"}, "row 5"),
         ({"trainer": "EMDPOTrainer", "accelerate_config": "fsdp2"}, "EM-DPO does not run under FSDP2"),
-        ({"self_enhance": '{"scorer": "a.b"}', "accelerate_config": "zero3"}, "self_enhance does not run under"),
         ({"trainer": "trainers.SWEPOConfig"}, "not a PreferenceTrainer"),
     ],
 )

@@ -191,11 +191,11 @@ def test_a_real_engine_samples_from_the_weights_of_the_stage(inputs, tmp_path, s
 
 
 @real
-def test_a_real_engine_serves_stages_after_each_other_by_its_address(inputs, tmp_path):
+def test_a_real_engine_serves_stages_after_each_other_by_its_address(inputs, tmp_path, monkeypatch):
     """Adapters are added while it runs; another stage's whole weights are refused."""
-    with started(
-        [*shlex.split(REAL), "--enable-lora", "--max-lora-rank", "8"], weights(inputs), tmp_path / "log"
-    ) as url:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    command = [*shlex.split(REAL), "--enable-lora", "--max-lora-rank", "8"]
+    with started(command, weights(inputs), tmp_path / "log") as url:
         first = draw(url, weights(inputs))
         assert draw(url, weights(inputs, "adapter")) != first == draw(url, weights(inputs))
         with pytest.raises(ServerError, match="does not serve the policy of .*other"):

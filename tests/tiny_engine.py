@@ -33,14 +33,14 @@ class Engine:
             self.model = PeftModel.from_pretrained(self.model, path, adapter_name=name)
         self.adapters[name] = path
 
-    def answer(self, path: str, content: dict | None, count: int) -> tuple[int, dict]:
+    def answer(self, path: str, content: dict | None, count: int) -> tuple[int, dict | bytes]:
         if path == "/v1/models":
             base = {"id": self.name, "root": self.folder, "parent": None}
             rest = [{"id": name, "root": root, "parent": self.name} for name, root in self.adapters.items()]
             return 200, {"data": [base, *rest]}
         if path == "/v1/load_lora_adapter":
             self.add(content["lora_name"], content["lora_path"])
-            return 200, {}
+            return 200, b"Success: LoRA adapter added successfully."
         if content["model"] not in (self.name, *self.adapters):
             return 404, {"error": f"no model {content['model']}"}
         with self.lock:

@@ -28,7 +28,6 @@ from ..forward.attention import FLEX
 from ..forward.parts import slots
 from ..forward.run import Runner
 from ..inputs import prepare_rows
-from ..runs.processes import SHARDING
 from .arguments import ModelArguments
 
 KNOWN_ATTENTION = ("sdpa", "eager", FLEX)
@@ -46,11 +45,8 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     """
     plan = read_plan(data.accelerate_config)
     engine = "zero3" if plan.engine == "deepspeed" and plan.stage == 3 else plan.engine
-    method, unsupported = trainer_class.method, trainer_class.unsupported_engines
-    if args.self_enhance is not None:
-        method, unsupported = "self_enhance", (*SHARDING,)
-    if engine in unsupported:
-        raise ValueError(f"{method} does not run under {plan.name}: see docs/distributed.md.")
+    if engine in trainer_class.unsupported_engines:
+        raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
     tokenizer, splits, reports, notes = read_splits(trainer_class, data, args, model_args, ("train", "test"))
     lengths = token_lengths(splits["train"])
     batches = plan_batches(lengths, args, plan.processes)

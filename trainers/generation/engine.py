@@ -124,7 +124,7 @@ def _find(server: Server, weights: Weights, processes: Processes) -> str:
         if weights.name not in offered and processes.is_main_process:
             adapter = {"lora_name": weights.name, "lora_path": str(Path(str(weights.start)).resolve())}
             try:
-                server.ask("/v1/load_lora_adapter", adapter)
+                server.send("/v1/load_lora_adapter", adapter)
             except ServerError as error:
                 raise ServerError(
                     f"{error}. To take adapters while it runs, the server must be started with --enable-lora "

@@ -1,5 +1,6 @@
 """A server that is asked for JSON over HTTP: attempts that fail are repeated, and what fails for good says why."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,10 +39,25 @@ class Server:
             self._session.headers["Authorization"] = f"Bearer {token}"
 
     def ask(self, path: str, content: dict | None = None) -> dict:
-        """What the server answers to `content`, sent by POST, or to a GET without it.
+        """The JSON object that the server answers to `content`, sent by POST, or to a GET without it.
 
         Raises:
-            ServerError: it cannot be reached, refuses, or does not answer with a JSON object, in all attempts.
+            ServerError: as of `send`, or the answer is no JSON object.
+        """
+        text = self.send(path, content)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url}{path} did not answer with a JSON object: {text:.300}")
+        return found
+
+    def send(self, path: str, content: dict | None = None) -> str:
+        """The text of an answer.
+
+        Raises:
+            ServerError: the server cannot be reached or refuses, in all attempts.
         """
         url = self.url + path
         try:
@@ -54,13 +70,7 @@ class Server:
         self.repeated += len(answer.raw.retries.history)  # type: ignore[union-attr]
         if not answer.ok:
             raise ServerError(f"{url} refused a request ({answer.status_code}): {answer.text:.1000}")
-        try:
-            found = answer.json()
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ServerError(f"{url} did not answer with a JSON object: {answer.text:.300}")
-        return found
+        return answer.text
 
 
 def in_flight(function: Callable[[Any], Any], items: list, at_once: int) -> Iterator[dict[int, Any]]:
