@@ -16,6 +16,7 @@ DROPPED = {
     "utilisation": "hours are no longer reckoned from an assumed speed: --probe measures them.",
     "limits": "the limits of SGPO are constants of trainers/sgpo/monitor.py, and all figures are in its manifests.",
     "stage": "the stages of SGPO run one after the other, and a run that was stopped goes on where it was.",
+    "use_vllm": "write the engine into sampling: {engine: vllm serve} (docs/engines.md).",
     "separate_improver": "with SGPO one model is policy and improver, as the paper's abstract says.",
     "reference_in_input": "SGPO's improver must work where there is no reference, as on the prompts of the pairs.",
 }
