@@ -1,6 +1,7 @@
 """The stages of SGPO from one recipe and from Python: what each leaves, what the options change, and the page."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trainers.data.tokenization import tokenize_row
 from trainers.generation.collect import sample_responses
 from trainers.generation.sampler import SamplingConfig
 from trainers.generation.start import weights_of
-from trainers.sgpo import monitor
+from trainers.sgpo import monitor, sampling
 from trainers.sgpo.improver import sft_rows
 from trainers.sgpo.text import improver_prompt
 
@@ -40,12 +41,33 @@ def finished(tmp_path_factory):
     return finished_run(tmp_path_factory.getbasetemp())[1]
 
 
-def test_from_python_it_is_the_same_run(inputs, finished, tmp_path):
+def test_from_python_it_is_the_same_run_and_draws_from_equal_weights_share_what_samples(
+    inputs, finished, tmp_path, monkeypatch
+):
+    opened, log = sampling.opened, []
+
+    @contextmanager
+    def logged(engine, weights, folder):
+        log.append(f"{folder.parent.name}/{folder.name}")
+        with opened(engine, weights, folder) as backend:
+            yield backend
+        log.append("end")
+
+    monkeypatch.setattr(sampling, "opened", logged)
     dataset = load_dataset("json", data_files=str(inputs / "rows.jsonl"), split="train")
     parts = {"train": range(5), "preferences": range(5, 10), "test": range(10, 12), "sft": range(5)}
     args = SGPOConfig(output_dir=str(tmp_path), **OPTIONS)
     SGPOTrainer.run(args, {name: dataset.select(part) for name, part in parts.items()}, str(inputs / "model"))
     assert rows(tmp_path, "pairs") == rows(finished, "pairs") and same(weights(tmp_path), weights(finished))
+    starts = [
+        "current/samples",
+        "targets/samples",
+        "pairs/rejected",
+        "gate/before",
+        "improver/rejected",
+        "policy/rejected",
+    ]
+    assert log == [word for start in starts for word in (start, "end")]
 
 
 def test_counts_add_up_and_no_prompt_is_in_two_sets(finished):

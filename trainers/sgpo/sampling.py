@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ CHUNK = 16  # drafts per call of a reviser function
 
 @dataclass
 class Sampler:
-    """Draws with the model of a run, or what a stage made of it; at most one policy is in memory.
+    """Draws with the model of a run, or what a stage made of it; at most one policy is in memory, until `close`.
 
     Args:
         model: path or hub id of the model before all rounds; a start folder may hold an adapter on it.
@@ -36,6 +36,10 @@ class Sampler:
     model: str
     tokenizer: PreTrainedTokenizerBase
     quantization_config: object = None
+
+    def __post_init__(self):
+        self._stack, self._key = ExitStack(), ()
+        self._backend: Backend | None = None
 
     def draw(
         self, folder: Path, rows: list[dict], column: str, start: Path | None, option: str, round: int, *,
@@ -59,11 +63,10 @@ class Sampler:
         folder.mkdir(parents=True, exist_ok=True)
 
         def load() -> AbstractContextManager[Backend]:
-            return opened(config.engine, self.weights(name, None if model else start, options["dtype"]), folder)
+            return nullcontext(self._open(config.engine, name, None if model else start, options["dtype"], folder))
 
         config = replace(config, temperature=0.0) if greedy else config
         drawn = collect_samples(folder, load, [*at.values()], config, round=round)
-        free_memory()
         for i, [sample] in zip(at, drawn, strict=True):
             rows[i] |= {column: sample.text, f"{column}_truncated": sample.truncated}
         return rows
@@ -125,6 +128,21 @@ class Sampler:
         )[0]  # fmt: skip
         free_memory()
         return logps
+
+    def _open(self, engine: str, name: str, start: Path | None, dtype: str | None, folder: Path) -> Backend:
+        """The backend of the draw before where it has the same weights: an engine takes minutes to start."""
+        key = (engine, name, start, dtype)
+        if self._backend is None or key != self._key:
+            self.close()
+            self._backend = self._stack.enter_context(opened(engine, self.weights(name, start, dtype), folder))
+            self._key = key
+        return self._backend
+
+    def close(self) -> None:
+        """Ends what samples, so that another model has the memory."""
+        self._backend = None
+        self._stack.close()
+        free_memory()
 
     def weights(self, name: str, start: Path | None, dtype: str | None) -> Weights:
         quantization = self.quantization_config if name == self.model else None
