@@ -67,7 +67,7 @@ test-distributed: $(READY)  ## compare all trainers under all engines on 2 proce
 	$(BIN)/python tests/distributed_matrix.py $(MATRIX_ARGS)
 
 test-engine: $(READY) engine  ## run the tests that need a real engine (10 minutes)
-	POLYPO_VLLM="$(CURDIR)/$(ENGINE)/bin/vllm serve --max-model-len 1024 --enforce-eager" \
+	POLYPO_VLLM="$(CURDIR)/$(ENGINE)/bin/vllm serve --max-model-len 1024 --enforce-eager --no-enable-chunked-prefill" \
 	  VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -q -k real_engine $(PYTEST_ARGS)
 
 test-all: $(READY)  ## run the slow tests and the table too (tests that need a GPU: pytest -m gpu)

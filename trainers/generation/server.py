@@ -14,7 +14,7 @@ ATTEMPTS, PAUSE = 7, 0.5  # of one request: 0, 1, 2, 4, 8 and 16 seconds lie bet
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may pass: too many requests, overload, a restart
 
 
-class ServerError(RuntimeError):
+class ServerError(OSError):
     """A server cannot be reached, refuses a request or gives half an answer."""
 
 

@@ -25,7 +25,9 @@ CHUNK = 16  # drafts per call of a reviser function
 
 @dataclass
 class Sampler:
-    """Draws with the model of a run, or what a stage made of it; at most one policy is in memory, until `close`.
+    """Draws with the model of a run, or what a stage made of it; at most one policy is in memory.
+
+    What samples is kept until a `with` block ends.
 
     Args:
         model: path or hub id of the model before all rounds; a start folder may hold an adapter on it.
@@ -133,15 +135,18 @@ class Sampler:
         """The backend of the draw before where it has the same weights: an engine takes minutes to start."""
         key = (engine, name, start, dtype)
         if self._backend is None or key != self._key:
-            self.close()
+            self.__exit__(None, None, None)
             self._backend = self._stack.enter_context(opened(engine, self.weights(name, start, dtype), folder))
             self._key = key
         return self._backend
 
-    def close(self) -> None:
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(self, *failure) -> None:
         """Ends what samples, so that another model has the memory."""
         self._backend = None
-        self._stack.close()
+        self._stack.__exit__(*failure)
         free_memory()
 
     def weights(self, name: str, start: Path | None, dtype: str | None) -> Weights:

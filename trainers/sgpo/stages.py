@@ -114,10 +114,8 @@ class Run:
                 "improver": self._improver, "pairs": self._pairs, "gate": self._gate, "dpo": self._dpo,
                 "measure": self._measure,
             }  # fmt: skip
-            try:
+            with self.sampler:
                 counts = work[name](index, stage.open())
-            finally:
-                self.sampler.close()
             # A figure that is not a number is left out, as JSON has no such thing.
             stage.finish(counts={key: value for key, value in counts.items() if value == value})
             self.processes.say(json.dumps(counts, indent=2, default=str))
