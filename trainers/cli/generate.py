@@ -4,6 +4,9 @@ r"""Samples K responses per prompt, scores them and writes canonical rows that `
         --prompts data/demo/prompts.jsonl --output data/demo/preferences.jsonl.gz \
         --num_generations 6 --scorer trainers.generation.rewards.vader_sentiment
 
+With `--answers alpaca_eval`, `arena_hard` or `mt_bench` in place of `--scorer`, `--prompts` is the question file of
+that benchmark, and the output holds one answer to each question, as its judge reads them.
+
 `--num_processes 8` uses several GPUs. A run that was killed goes on where it stopped when the same
 command is given again; the samples are the same as those of an uninterrupted run. Every column of a prompt row
 (`split`, `topic`, ...) is copied to its output row.
@@ -11,7 +14,9 @@ command is given again; the samples are the same as those of an uninterrupted ru
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,10 +37,11 @@ from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory
 from ..runs.settings import digest, model_fingerprint, refuse_other_settings, run_settings
 from ..runs.stage import Stage
-from . import config_files
+from . import config_files, judges
 
 REPLACED_COLUMNS = (*MADE, "chosen", "rejected")
 WAYS_OUT = "choose another output, or start over with --overwrite"
+Made = tuple[dict[str, float], Callable[[Path], None]]  # statistics, and what writes the output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +50,18 @@ class GenerateArguments(SamplingConfig):
 
     model: str = option(MISSING, "Folder or hub id of the policy; a folder with a PEFT adapter works too.")
     prompts: str = option(MISSING, "A .jsonl or .jsonl.gz file, or the hub id of a data set, with `prompt`.")
-    output: str = option(MISSING, "File to write: .jsonl or .jsonl.gz.")
-    scorer: list[str] = option(
-        MISSING,
+    output: str = option(MISSING, "File to write: .jsonl or .jsonl.gz, and .json for alpaca_eval.")
+    scorer: list[str] | None = option(
+        None,
         "Import path of a reward function, or folder or hub id of a reward model. Several give the sum, with weights "
         "written as NAME=0.5.",
     )
+    answers: str | None = option(
+        None,
+        "In place of a scorer: the benchmark whose questions `prompts` is. One answer each, as its judge reads it.",
+        choices=list(judges.QUESTIONS),
+    )
+    generator: str | None = option(None, "Name of the policy in an answer file; by default that of the file.")
     dtype: str = option("float32", "Weights of the policy; fast is bfloat16 where that is fast.", choices=DTYPES)
     scorer_batch_size: int = option(8, "Texts per forward pass of a reward model.", at_least=1)
     split: str = option("train", "Split to take from a hub data set of prompts.")
@@ -57,9 +69,25 @@ class GenerateArguments(SamplingConfig):
     as_chat: bool = option(False, "Make plain-text prompts user messages.")
     overwrite: bool = option(False, "Delete an earlier output and its partial results.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.scorer) == bool(self.answers):
+            raise ValueError(
+                "give --scorer, for scored rows, or --answers, for a judge's answer file: one of the two."
+            )
+        if self.answers:
+            judges.check_output(self.output, self.answers)
+
+    @property
+    def name(self) -> str:
+        """Of the policy in an answer file."""
+        return self.generator or Path(self.output).stem
+
 
 def load_prompts(args: GenerateArguments) -> list[dict]:
     """Rows with a `prompt`, in order. Raises ValueError naming the row that has none, or where there is no row."""
+    if args.answers:
+        return judges.read_questions(args.prompts, args.answers)[: args.limit]
     path = Path(args.prompts)
     rows = read_rows(path) if path.is_file() else list(read_dataset(args.prompts, args.split))
     if not rows:
@@ -73,16 +101,20 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
     return rows[: args.limit]
 
 
-def parse_scorers(specs: list[str]) -> list[dict]:
+def parse_scorers(specs: list[str] | None) -> list[dict]:
     """`NAME` or `NAME=weight` -> the dicts `load_scorer` takes. Raises ValueError for a weight that is no number."""
-    split = [spec.rpartition("=") for spec in specs]
+    split = [spec.rpartition("=") for spec in specs or []]
     return [{"spec": name or last, "weight": float(last) if name else 1.0} for name, _, last in split]
 
 
 def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
     """What the output depends on. Batch sizes and paths of files do not belong here."""
-    names = ("num_generations", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype")
-    own = {name: getattr(args, name) for name in names} | {"scorer": parse_scorers(args.scorer)}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype")
+    own = {name: getattr(args, name) for name in names}
+    if args.answers:
+        own |= {"answers": args.answers, "generator": args.name}
+    else:
+        own |= {"num_generations": args.num_generations, "scorer": parse_scorers(args.scorer)}
     return run_settings(model=model_fingerprint(args.model) or args.model, prompts=digest(rows), **own)
 
 
@@ -101,15 +133,48 @@ def policy_of(args: GenerateArguments) -> Weights:
     return Weights(model, start, load, tokenizer, args.dtype)
 
 
+def scored(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
+    """Samples and scores, kept in `parts`."""
+    prompts = [row["prompt"] for row in rows]
+    samples = collect_samples(parts, lambda: opened(args.engine, policy_of(args), parts), prompts, args)
+    free_memory()  # for the reward model
+    responses = [[sample.text for sample in drawn] for drawn in samples]
+    scorer, options = parse_scorers(args.scorer), {"batch_size": args.scorer_batch_size, "device": Processes().device}
+    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses)
+
+    def write(output: Path) -> None:
+        cut = [[sample.truncated for sample in drawn] for drawn in samples]
+        write_rows(output, (
+            dict(zip(MADE, made, strict=True)) | {k: v for k, v in row.items() if k not in REPLACED_COLUMNS}
+            for row, *made in zip(rows, prompts, responses, scores, cut, strict=True)
+        ))  # fmt: skip
+
+    return summarize(samples, scores), write
+
+
+def answered(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
+    """Answers to the questions of a benchmark, kept in `parts`."""
+    assert args.answers
+    policy = policy_of(args)
+    samples = judges.sample_answers(
+        parts, lambda: opened(args.engine, policy, parts), rows, args, answers=args.answers,
+        chat=policy.tokenizer.chat_template is not None,
+    )  # fmt: skip
+    return summarize(samples), partial(
+        judges.write_answers, questions=rows, samples=samples, answers=args.answers, generator=args.name
+    )
+
+
 def generate(args: GenerateArguments) -> dict:
     """Samples, scores, writes; returns the statistics.
 
     Raises:
         ValueError: the output, or what is there of it, was made with other settings or by something else.
     """
-    processes, scorer, rows = Processes(), parse_scorers(args.scorer), load_prompts(args)
+    processes, rows = Processes(), load_prompts(args)
     args = replace(args, dtype=dtype_for_all(args.dtype, processes.device))  # its settings hold on another machine too
-    check_scorer(scorer)
+    if args.scorer:
+        check_scorer(parse_scorers(args.scorer))
     output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
     stage = Stage(parts, settings_of(args, rows), ways_out=WAYS_OUT)
     if args.overwrite and processes.is_main_process:
@@ -124,20 +189,11 @@ def generate(args: GenerateArguments) -> dict:
         processes.say(f"{output} is complete already.")
         return made["statistics"]
     stage.open()
-    prompts = [row["prompt"] for row in rows]
-    samples = collect_samples(parts, lambda: opened(args.engine, policy_of(args), parts), prompts, args)
-    free_memory()  # for the reward model
-    responses = [[sample.text for sample in drawn] for drawn in samples]
-    options = {"batch_size": args.scorer_batch_size, "device": processes.device}
-    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses)
-    statistics = summarize(samples, scores)
+    make = answered if args.answers else scored
+    statistics, write_output = make(args, parts, rows)
 
     def write() -> None:
-        cut = [[sample.truncated for sample in drawn] for drawn in samples]
-        write_rows(output, (
-            dict(zip(MADE, made, strict=True)) | {k: v for k, v in row.items() if k not in REPLACED_COLUMNS}
-            for row, *made in zip(rows, prompts, responses, scores, cut, strict=True)
-        ))  # fmt: skip
+        write_output(output)
         used = {"model": args.model, "prompts": args.prompts, "batch_size": args.batch_size}  # told, not compared
         used |= {name: version(name) for name in ("torch", "transformers")}
         known = {"settings": stage.settings, "hash": stage.key, "statistics": statistics}

@@ -65,7 +65,7 @@ def sample_responses(model, tokenizer, prompts: list[Prompt], config: SamplingCo
 
 def collect_samples(
     folder: str | Path | None, load: Callable[[], AbstractContextManager[Backend]], prompts: list[Prompt],
-    config: SamplingConfig, *, round: int = 0, progress: bool = True,
+    config: SamplingConfig, *, round: int = 0, name: str = "samples", progress: bool = True,
 ) -> list[list[Sample]]:  # fmt: skip
     """`config.num_generations` responses to each prompt, in the order of `prompts`.
 
@@ -76,12 +76,13 @@ def collect_samples(
         load: opens the backend; it is not called when all samples are there already.
         prompts: plain texts or lists of messages.
         round: counts the rounds of a loop; another round gives other samples.
+        name: of the journal in the folder, for several calls that share one.
 
     Raises:
         ValueError: a prompt without tokens, messages without a chat template, a prompt that does not fit in the
             context together with `max_new_tokens`.
     """
-    journal = Journal(folder, "samples")
+    journal = Journal(folder, name)
     known: dict[Key, Sample] = {
         (record["prompt"], record["index"]): Sample(record["text"], record["token_ids"], record["truncated"])
         for record in journal.read()
@@ -144,13 +145,15 @@ def _score(scorer: Scorer, at: list[int], rows: list[dict], responses, names: li
     return [[next(scores) for _ in responses[i]] for i in at]
 
 
-def summarize(samples: list[list[Sample]], scores: list[list[float]]) -> dict[str, float]:
-    """Statistics of a finished run. Shares are of responses, except where the name says prompts."""
+def summarize(samples: list[list[Sample]], scores: list[list[float]] | None = None) -> dict[str, float]:
+    """Statistics of a finished run, those of scores where there are any.
+
+    Shares are of responses, except where the name says prompts.
+    """
     flat = [sample for row in samples for sample in row]
-    values = [score for row in scores for score in row]
     texts = [[sample.text.strip() for sample in row] for row in samples]
     repeats = sum(count - 1 for row in texts for count in Counter(row).values())
-    count, tokens, mean = len(flat), sum(len(sample.token_ids) for sample in flat), sum(values) / len(values)
+    count, tokens = len(flat), sum(len(sample.token_ids) for sample in flat)
     statistics = {
         "prompts": len(samples),
         "responses": count,
@@ -159,9 +162,14 @@ def summarize(samples: list[list[Sample]], scores: list[list[float]]) -> dict[st
         "truncated_share": sum(sample.truncated for sample in flat) / count,
         "duplicate_share": repeats / count,
         "empty_share": sum(not text for row in texts for text in row) / count,
-        "mean_score": mean,
-        "score_std": (sum((value - mean) ** 2 for value in values) / count) ** 0.5,
-        "mean_score_range_within_prompt": sum(max(row) - min(row) for row in scores) / len(scores),
-        "prompts_with_all_scores_tied_share": sum(max(row) == min(row) for row in scores) / len(scores),
     }
+    if scores is not None:
+        values = [score for row in scores for score in row]
+        mean = sum(values) / len(values)
+        statistics |= {
+            "mean_score": mean,
+            "score_std": (sum((value - mean) ** 2 for value in values) / count) ** 0.5,
+            "mean_score_range_within_prompt": sum(max(row) - min(row) for row in scores) / len(scores),
+            "prompts_with_all_scores_tied_share": sum(max(row) == min(row) for row in scores) / len(scores),
+        }
     return {name: round(value, 4) for name, value in statistics.items()}
