@@ -77,8 +77,8 @@ def turns_of(answers: str, question: dict) -> list[str]:
 
 
 def sample_answers(
-    folder: Path, load: Callable[[], AbstractContextManager[Backend]], questions: list[dict], config: SamplingConfig, *,
-    answers: str, chat: bool,
+    folder: Path, load: Callable[[], AbstractContextManager[Backend]], questions: list[dict], config: SamplingConfig,
+    *, answers: str, chat: bool,
 ) -> list[list[Sample]]:  # fmt: skip
     """One sample for each turn of each question, [questions][turns], kept in `folder`.
 
