@@ -36,6 +36,10 @@ from sgpo_rows import write_inputs  # noqa: E402
 from test_trainer import LORA, rows  # noqa: E402
 from trainers.cli.arguments import ModelArguments  # noqa: E402
 from trainers.cli.probe import probe  # noqa: E402
+from trainers.emdpo import trainer as em_trainer  # noqa: E402
+from trainers.emdpo.m_step import TypePolicyTrainer  # noqa: E402
+from trainers.forward import cache  # noqa: E402
+from trainers.forward.run import Runner  # noqa: E402
 from trainers.sgpo import stages  # noqa: E402
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,7 +51,7 @@ FIRST = ("step 1 ranking/", "step 1 rewards/accuracies", "step 1 dpo_rewards/acc
 
 
 def engine_arguments(engine: str, *, gather: bool = True) -> dict:
-    """TrainingArguments that select the engine; `gather` says whether ZeRO-3 saves whole weights."""
+    """TrainingArguments that select the engine; `gather` says whether ZeRO-3 and FSDP save whole weights."""
     if engine.startswith("zero"):
         stage = int(engine[-1])
         return {"deepspeed": {
@@ -61,7 +65,7 @@ def engine_arguments(engine: str, *, gather: bool = True) -> dict:
         return {"fsdp": True, "fsdp_config": {
             "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True,
-            "state_dict_type": "FULL_STATE_DICT",
+            "state_dict_type": "FULL_STATE_DICT" if gather else "SHARDED_STATE_DICT",
         }}  # fmt: skip
     return {"ddp_find_unused_parameters": False} if engine == "ddp" else {}
 
@@ -243,9 +247,13 @@ def results(trainer, saved: Path | None = None) -> dict[str, float]:
 
 
 def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
-    """EM: losses and gradient norms of the M-steps of the last round, posterior, log-likelihoods."""
+    """EM: losses and gradient norms of the M-steps of the last round, posterior, log-likelihoods.
+
+    With `die`, a process is killed in that step of the first M-step; `out` names the folder of a run to go on with.
+    """
+    check_em(engine)
     tokenizer = build_tokenizer()
-    out = folder / cell["name"]
+    out = folder / cell.get("out", cell["name"])
     fields = dict(
         per_device_train_batch_size=4 // PROCESSES, ref_tokens_per_batch=60, optim="adamw_torch", max_steps=5,
         logging_steps=1, rounds=1, adam_epsilon=EPSILON, gradient_checkpointing=cell.get("checkpointing", False),
@@ -256,9 +264,9 @@ def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
     # The 28 rows are dealt out evenly, their halves (`score_on`) and the batches that are scored are not.
     data = [*opposed_rows(), opposed_rows(seed=5)[0]][:31]
     trainer = trainers.EMDPOTrainer(
-        saved_model(folder, len(tokenizer), args), args=args, processing_class=tokenizer,
+        saved_model(folder, len(tokenizer), args, tied=cell.get("tied", False)), args=args, processing_class=tokenizer,
         train_dataset=Dataset.from_list(data[:28]), eval_dataset=Dataset.from_list(data[28:]),
-        peft_config=adapter(cell.get("peft")),
+        peft_config=adapter(cell.get("peft")), callbacks=[Death(cell["die"])] if "die" in cell else None,
     )  # fmt: skip
     trainer.train()
     found = numbers(trainer.evaluate())
@@ -310,6 +318,24 @@ def in_stages(cell: dict, engine: str, folder: Path) -> dict:
             where = f"{path.parent.relative_to(out)} prompt {line['prompt']}"
             found |= {f"{where} score {k}": score for k, score in enumerate(line["scores"])}
     return {"found": found}
+
+
+def check_em(engine: str) -> None:
+    """M-steps must run under the engine, and policies that score be sharded by an engine that shards."""
+
+    class MStep(TypePolicyTrainer):
+        def train(self, *arguments, **keywords):
+            super().train(*arguments, **keywords)
+            check_engine(self, engine)
+
+    class Scoring(Runner):
+        def check(self, model, *arguments):
+            sharded = {"fsdp2": lambda p: isinstance(p, DTensor), "zero3": lambda p: hasattr(p, "ds_id")}
+            if not self._checked and engine in sharded:
+                assert all(map(sharded[engine], model.parameters()))
+            super().check(model, *arguments)
+
+    em_trainer.TypePolicyTrainer, cache.Runner = MStep, Scoring
 
 
 def release(trainer) -> None:

@@ -67,19 +67,17 @@ def test_two_processes_give_the_numbers_of_one(engine, name, results):
     losses = [value for key, value in alone["found"].items() if key.endswith(" loss")]
     if name != "SWEPO, probe":
         assert len(losses) >= 3 and max(losses) - min(losses) > 0.01  # there is something to differ in
-    if (engine, name) == ("fsdp2", "EMDPO, full"):
-        assert "does not run under FSDP" in found["refused"]
-        return
     text, good = matrix.verdict(found, alone, engine)
     assert good, found.get("failed", text)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_zero3_without_whole_weights_on_disk_is_refused(tmp_path):
+@pytest.mark.parametrize("engine, option", [("zero3", "zero3_save_16bit_model"), ("fsdp2", "fsdp_state_dict_type")])
+def test_em_without_whole_weights_on_disk_is_refused(engine, option, tmp_path):
     cell = {"name": "no whole weights", "trainer": "EMDPOTrainer", "gather": False}
-    line = matrix.run_engine("zero3", [cell], tmp_path)["no whole weights"]
-    assert "zero3_save_16bit_model" in line["refused"]
+    line = matrix.run_engine(engine, [cell], tmp_path)["no whole weights"]
+    assert option in line["refused"]
     assert not list(tmp_path.rglob("emdpo.json"))
 
 
@@ -94,6 +92,20 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_numbers(engine,
     assert lines["killed"]["failed"].startswith("crashed")
     assert len([name for name in lines["again"]["found"] if name.endswith(" loss")]) == 3
     assert matrix.difference(lines["again"]["found"], lines["whole"]["whole"]) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", matrix.ENGINES)
+def test_em_of_which_a_process_was_killed_in_an_m_step_goes_on_to_the_same_numbers(engine, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    common = {"trainer": "EMDPOTrainer", "settings": saving}
+    cells = [{"name": "whole", **common}, {"name": "killed", **common, "die": 3},
+             {"name": "again", **common, "out": "killed"}]  # fmt: skip
+    lines = matrix.run_engine(engine, cells, tmp_path)
+    assert lines["killed"]["failed"].startswith("crashed")
+    assert "type-0/training/checkpoint-2." in (tmp_path / engine / "log").read_text()  # where it goes on
+    assert matrix.difference(lines["again"]["found"], lines["whole"]["found"]) <= 1e-6
 
 
 @pytest.mark.distributed
@@ -119,9 +131,9 @@ def test_differences_are_seen(changes, size):
     "engine, line, good",
     [("ddp", {"found": {"loss": 1.0}}, True), ("ddp", {"found": {"loss": 1.1}}, False),
      ("ddp", {"found": {"loss": math.nan}}, False), ("ddp", {"failed": "crashed\nhere"}, False),
-     ("ddp", {"refused": "cannot"}, False), ("fsdp2", {"refused": "cannot"}, True)],
+     ("ddp", {"refused": "cannot"}, False)],
 )  # fmt: skip
-def test_a_cell_is_equal_or_refused_as_known_or_wrong(engine, line, good):
+def test_a_cell_is_equal_or_wrong(engine, line, good):
     name, alone = "EMDPO, full", {"found": {"loss": 1.0}}
     line = {"cell": name, **line}
     assert matrix.verdict(line, alone, engine)[1] is good

@@ -148,7 +148,6 @@ def test_a_plan_for_gpus_takes_their_dtype(report):
         ({"layout": "shared", "attn_implementation": "eager"}, "attn_implementation is 'eager'"),
         ({"data_format": "ultra"}, "unknown data_format 'ultra'"),
         ({"invalid_rows": "error"}, "row 5"),
-        ({"trainer": "EMDPOTrainer", "accelerate_config": "fsdp2"}, "EM-DPO does not run under FSDP2"),
         ({"trainer": "trainers.SWEPOConfig"}, "not a PreferenceTrainer"),
     ],
 )

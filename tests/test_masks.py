@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import HfDeepSpeedConfig
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -181,10 +182,11 @@ def test_heads_have_groups_of_their_own():
 
 @pytest.mark.parametrize("deepspeed, fsdp, word", [
     ({"optimizer": {"type": "AdamW"}}, None, "optimizer"),
+    ({"zero_optimization": {"stage": 3}}, None, "zero3_save_16bit_model"),
     (None, "StateDictType.SHARDED_STATE_DICT", "FULL_STATE_DICT"),
 ])  # fmt: skip
 def test_engines_that_would_not_train_or_save_the_heads_are_refused(deepspeed, fsdp, word):
-    plugins = {"deepspeed_plugin": deepspeed and SimpleNamespace(deepspeed_config=deepspeed),
+    plugins = {"deepspeed_plugin": deepspeed and SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(deepspeed)),
                "fsdp_plugin": fsdp and SimpleNamespace(state_dict_type=fsdp)}  # fmt: skip
     with pytest.raises(ValueError, match=word):
         check_engine(SimpleNamespace(state=SimpleNamespace(**plugins)), None)

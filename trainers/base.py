@@ -57,7 +57,6 @@ class PreferenceTrainer(RunningTrainer):
     columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
-    unsupported_engines: tuple[str, ...] = ()  # of "fsdp" and "zero3": under which `run` is refused
 
     def __init__(
         self,

@@ -44,9 +44,6 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
         ValueError: everything that would stop the run before its first step, as far as it can be seen from here.
     """
     plan = read_plan(data.accelerate_config)
-    engine = "zero3" if plan.engine == "deepspeed" and plan.stage == 3 else plan.engine
-    if engine in trainer_class.unsupported_engines:
-        raise ValueError(f"{trainer_class.method} does not run under {plan.name}: see docs/distributed.md.")
     tokenizer, splits, reports, notes = read_splits(trainer_class, data, args, model_args, ("train", "test"))
     lengths = token_lengths(splits["train"])
     batches = plan_batches(lengths, args, plan.processes)

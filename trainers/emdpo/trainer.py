@@ -28,7 +28,7 @@ from ..forward.identity import weights_digest
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_json, write_atomic, write_json
-from ..runs.processes import Processes, free_memory, refuse_engines
+from ..runs.processes import Processes, free_memory, refuse_partial_weights, share_engine
 from ..runs.settings import digest, model_fingerprint, plain, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
 from . import tables
@@ -64,8 +64,6 @@ class EMDPOTrainer(TypePolicyTrainer):
     Raises:
         ValueError: what EM cannot do, before anything is trained.
     """
-
-    unsupported_engines = ("fsdp",)
 
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, callbacks=None, quantization_config=None, peft_config=None):  # fmt: skip
@@ -187,7 +185,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         assert judged.reference is not None
         args.output_dir, args.seed, args.model_init_kwargs = str(folder), seed, None
         args.eval_strategy, args.do_eval, args.precompute_ref_logps = "no", False, False
-        args.deepspeed_plugin = None  # the first Accelerator of a process has it; a second one takes it from there
+        share_engine(args)
         trainer = TypePolicyTrainer(
             self._load(start, trainable=True), args=args, callbacks=copy.copy(self._callbacks),
             train_dataset=m_step_rows(judged.rows, weights, judged.weights, judged.reference, args.normalize),
@@ -197,8 +195,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_state()
         trainer.save_model()
-        if trainer.is_deepspeed_enabled:
-            trainer.accelerator.free_memory()  # ends the engine
+        trainer.release()
 
     def score(self, folder: Path, judged: list[Judged], title: str, load: Callable | None = None) -> list[list]:
         """For each of `judged` the K log-probabilities of every row, read from `folder` or made now, by the policy in
@@ -300,13 +297,6 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def _refuse_unsupported(self) -> None:
         """Raises ValueError for what EM cannot do under this engine."""
-        refuse_engines(self.args, self.method, self.unsupported_engines)
-        if not is_deepspeed_zero3_enabled():
-            return
-        if self._name is None:
+        refuse_partial_weights(self.accelerator, self.method)
+        if is_deepspeed_zero3_enabled() and self._name is None:
             raise ValueError("Under ZeRO-3 each M-step reads the policy from its path: pass the model as a path.")
-        if not self.args.hf_deepspeed_config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
-                "Under ZeRO-3 EM-DPO needs whole weights on disk: set zero3_save_16bit_model (in the DeepSpeed file "
-                "stage3_gather_16bit_weights_on_model_save) to true."
-            )

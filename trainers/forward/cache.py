@@ -8,7 +8,8 @@ the file can be copied to another machine.
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -198,25 +199,37 @@ def score_rows(
         model = load()
         disable_dropout(model)
         runner, collate = Runner([base_model(model)], layout), PreferenceCollator(pad_token_id)
-        model.requires_grad_(False).eval()
-        sharded = isinstance(accelerator, Accelerator) and accelerator.state.deepspeed_plugin is not None
-        engine = prepare_deepspeed(model, accelerator) if sharded else None
-        policy = model.to(accelerator.device) if engine is None else engine
+        with _placed(model.requires_grad_(False).eval(), accelerator) as policy:
 
-        def score(rows: list[dict]) -> Tensor:
-            batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
-            with torch.no_grad(), accelerator.autocast():
-                runner.check(policy, batch, accelerator)
-                return runner(policy, batch).logps
+            def score(rows: list[dict]) -> Tensor:
+                batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
+                with torch.no_grad(), accelerator.autocast():
+                    runner.check(policy, batch, accelerator)
+                    return runner(policy, batch).logps
 
-        cache.fill(datasets, score, accelerator, budget=budget, title=title)
-        if engine is not None:
-            engine.destroy()  # DeepSpeed's engine keeps its hooks and buffers otherwise
+            cache.fill(datasets, score, accelerator, budget=budget, title=title)
     else:  # also where a kill came after the last part
         if accelerator.is_main_process:
             cache.finish()
         accelerator.wait_for_everyone()
     return [cache.of_rows(rows) for rows in datasets]
+
+
+@contextmanager
+def _placed(model: nn.Module, accelerator) -> Iterator[nn.Module]:
+    """A frozen policy on the device, sharded where the engine shards one that is trained; the engine ends with it."""
+    if isinstance(accelerator, Accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = prepare_deepspeed(model, accelerator)
+        yield engine
+        engine.destroy()  # DeepSpeed's engine keeps its hooks and buffers otherwise
+    elif isinstance(accelerator, Accelerator) and accelerator.distributed_type == DistributedType.FSDP:
+        # In layers, as in training: TRL's `prepare_fsdp` makes one unit, whose forward gathers all weights at once.
+        # FSDP2 is prepared with an optimizer only; this one makes no step.
+        policy, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        yield policy
+        accelerator.free_memory()  # it keeps what it has prepared
+    else:
+        yield model.to(accelerator.device)
 
 
 def response_keys(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]) -> list[str]:

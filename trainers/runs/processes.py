@@ -4,23 +4,20 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
 from accelerate.utils import gather
 from transformers import TrainingArguments
 from transformers.integrations import (
     HfDeepSpeedConfig,
     deepspeed_config,
-    is_deepspeed_zero3_enabled,
     unset_hf_deepspeed_config,
 )
-
-SHARDING = {"zero3": "ZeRO-3", "fsdp": "FSDP"}  # engines of which no process holds a whole policy
 
 
 class Processes:
@@ -47,18 +44,6 @@ class Processes:
         self.wait_for_everyone()
 
 
-def refuse_engines(args: TrainingArguments, method: str, unsupported: Collection[str]) -> None:
-    """Raises ValueError for a run under an engine, of those in SHARDING, that `method` cannot work with."""
-    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # of the launcher
-    engine = "zero3" if is_deepspeed_zero3_enabled() else "fsdp" if fsdp else ""
-    if engine in unsupported:
-        others = ", ".join(["DDP", "ZeRO-2", *(name for key, name in SHARDING.items() if key not in unsupported)])
-        raise ValueError(
-            f"{method} does not run under {SHARDING[engine]} (docs/distributed.md says why): use one process, or "
-            f"one of {others}."
-        )
-
-
 def share_engine(args: TrainingArguments) -> TrainingArguments:
     """Arguments of a trainer that may not be the first in its process, whose Accelerator has DeepSpeed's plugin."""
     if is_initialized():
@@ -83,6 +68,23 @@ def whole_weights() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
         if config is not None:
             _deepspeed = HfDeepSpeedConfig(config)
+
+
+def refuse_partial_weights(accelerator: Accelerator, what: str) -> None:
+    """Raises ValueError under an engine that would leave no whole weights on disk, which `what` needs."""
+    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
+    gathers = "stage3_gather_16bit_weights_on_model_save"
+    if deepspeed is not None and deepspeed.hf_ds_config.is_zero3():
+        if not deepspeed.hf_ds_config.is_true(f"zero_optimization.{gathers}"):
+            raise ValueError(
+                f"Under ZeRO-3 {what} needs whole weights on disk: set zero3_save_16bit_model (in the DeepSpeed file "
+                f"{gathers}) to true."
+            )
+    if fsdp is not None and "FULL" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"Under FSDP {what} needs whole weights on disk: set fsdp_state_dict_type to FULL_STATE_DICT (in "
+            "fsdp_config of a recipe state_dict_type)."
+        )
 
 
 def free_memory() -> None:

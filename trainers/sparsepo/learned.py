@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import layer_norm
 
+from ..runs.processes import refuse_partial_weights
+
 ATTRIBUTE = "mask_heads"  # name of the heads inside the policy
 FILE = "mask_heads.safetensors"
 DECAYED = ("weight", "mixer")  # neither biases nor the LayerNorm
@@ -119,14 +121,13 @@ def check_engine(accelerator: Accelerator, optimizer: torch.optim.Optimizer | No
     """Raises ValueError where mask heads would not be optimised or saved as asked; `optimizer` is the user's own."""
     if optimizer is not None:
         raise ValueError("optimizers has no parameters of the mask head: leave it out, or set mask to ones.")
-    deepspeed, fsdp = accelerator.state.deepspeed_plugin, getattr(accelerator.state, "fsdp_plugin", None)
-    if deepspeed is not None and "optimizer" in deepspeed.deepspeed_config:
+    refuse_partial_weights(accelerator, "a learned mask")
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None and "optimizer" in deepspeed.hf_ds_config.config:
         raise ValueError(
             "The DeepSpeed config names an optimizer, which would give the mask head the policy's learning rate and "
             "weight decay: remove `optimizer` from it, and set optim in the recipe."
         )
-    if fsdp is not None and "FULL" not in str(fsdp.state_dict_type):
-        raise ValueError("Learned masks need fsdp_state_dict_type: FULL_STATE_DICT, or they would not be saved.")
 
 
 def regroup(optimizer: torch.optim.Optimizer, model: nn.Module, *, learning_rate: float, weight_decay: float) -> None:
