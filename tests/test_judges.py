@@ -8,6 +8,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from helpers import family_tokenizer, save_start, tiny_llama, write_rows
+from servers import serving
+from tiny_engine import Engine
 from trainers.cli import config_files, generate
 from trainers.generation import SamplingConfig, sample_responses
 
@@ -151,6 +153,13 @@ def test_a_killed_run_goes_on_to_the_same_answers(inputs, parts, tmp_path, name,
     for later in copied.glob("turn-2-*" if name.startswith("turn-1") else "no more"):
         later.unlink()
     generate.generate(arguments(inputs, "mt_bench", tmp_path, batch_size=1))
+    assert without_time(read(tmp_path / "tiny.jsonl")) == parts[1]
+
+
+def test_a_server_gives_the_same_answers_and_is_opened_once_for_all_turns(inputs, parts, tmp_path):
+    with serving(Engine(str(inputs / "chat"), "tiny").answer) as server:
+        generate.generate(arguments(inputs, "mt_bench", tmp_path, engine=server.url))
+    assert [path for path, _ in server.requests].count("/v1/models") == 1
     assert without_time(read(tmp_path / "tiny.jsonl")) == parts[1]
 
 
