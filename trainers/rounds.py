@@ -31,12 +31,13 @@ from .data.rows import refuse_template_options
 from .data.tokenization import UNFINISHED, unfinished
 from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
-from .generation.collect import MADE
+from .generation.collect import MADE, columns_of
 from .generation.engine import opened
+from .generation.judge import Counts
 from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
-from .generation.scorer import check_scorer
+from .generation.scorer import check_scorer, compared_scorer
 from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
@@ -98,12 +99,13 @@ class Rounds:
         options = EnhanceOptions.parse(args.self_enhance)
         if options.dtype is not None:  # one that holds on another machine too
             options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
-        check_scorer(options.scorer)  # before anything is sampled for it
         self.trainer_class, self.args, self.model, self.options = trainer_class, args, model, options
         self.eval_dataset, self.dataset, self.peft_config = eval_dataset, dataset, peft_config
         self.quantization_config, self.processes = quantization_config, Processes()
         self.rows, self.held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
+        check_scorer(options.scorer, columns_of(self.rows))  # before anything is sampled for it
         own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
+        own |= {"self_enhance.scorer": compared_scorer(options.scorer)}
         own |= {"trainer": trainer_class.__name__, "training rows": digest(self.rows)}
         own |= {"held-out prompts": digest([row["prompt"] for row in self.held_out])}
         own |= policy_settings(model, quantization_config, args.model_init_kwargs)
@@ -214,8 +216,9 @@ class Rounds:
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
         Stage(folder, {"run": self.stage.key}).open()
-        options = {"batch_size": self.options.scorer_batch_size, "device": self.processes.device}
-        return collect_scores(folder, lambda: load_scorer(self.options.scorer, **options), rows, texts)
+        counts: Counts = {}
+        options = {"batch_size": self.options.scorer_batch_size, "device": self.processes.device, "counts": counts}
+        return collect_scores(folder, lambda: load_scorer(self.options.scorer, **options), rows, texts, counts)
 
     def _manifest(self, index: int, statistics: dict, rewards: list) -> dict:
         """What a round gave."""

@@ -29,6 +29,7 @@ from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..generation.options import read_mapping, read_options
 from ..generation.sampler import plain_prompt
+from ..generation.scorer import compared_scorer
 from ..precision import instructions
 from ..runs.files import write_json, write_rows
 from ..runs.processes import free_memory
@@ -184,6 +185,7 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
     fixed = {
         **{f"base.{name}": value for name, value in arguments.base.items()},
         **{f"samples.{name}": value for name, value in dataclasses.asdict(data.samples).items()},
+        "samples.scorer": compared_scorer(data.samples.scorer),
         "data": data.facts["digest"],
         "model files": model_fingerprint(arguments.base["model_name_or_path"]),
     }

@@ -27,6 +27,8 @@ from ..forward import policy as policies
 from ..forward.attention import FLEX
 from ..forward.parts import slots
 from ..forward.run import Runner
+from ..generation.options import EnhanceOptions
+from ..generation.scorer import asked_of_servers
 from ..inputs import prepare_rows
 from .arguments import ModelArguments
 
@@ -60,6 +62,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
         "first row": first_row(splits["train"], tokenizer),
         "tokens per training row, percentiles": _lengths(lengths),
         "steps": _steps(args, plan, len(lengths), batches),
+        "scorers on servers": _asked(args, lengths, splits["test"]),
         "memory per GPU, estimated": _memory(estimate, large, largest),
         "notes": "\n".join(notes + _notes(estimate)),
     }
@@ -249,6 +252,21 @@ def _steps(args: PreferenceConfig, plan: Plan, rows: int, batches: Batches) -> s
         f"{batches.per_epoch:,} steps per epoch, {batches.in_all:,} in all"
         + (f", in each of {trainings:g} trainings" if trainings != 1 else "")
     )
+
+
+def _asked(args: PreferenceConfig, rows: list[Lengths], held_out: Dataset | None) -> str:
+    """What all rounds ask of servers, where nothing is known and no text is there twice."""
+    if args.self_enhance is None:
+        return ""
+    options = EnhanceOptions.parse(args.self_enhance)
+    drawn = [
+        (rows, options.rounds * options.num_generations),
+        (token_lengths(held_out) if held_out is not None else [], (options.rounds + 1) * options.held_out_generations),
+    ]
+    texts = [prompt + options.max_new_tokens for own, times in drawn for prompt, _ in own for _ in range(times)]
+    if options.own_responses:
+        texts += [prompt + response for prompt, responses in rows for response in responses]
+    return "\n".join(asked_of_servers(options.scorer, len(texts), sum(texts), options.scorer_batch_size))
 
 
 def _memory(estimate: Estimate, large: Fed, largest: Fed) -> str:

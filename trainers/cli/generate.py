@@ -28,10 +28,12 @@ from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
 from ..generation import SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
-from ..generation.collect import MADE
+from ..generation.collect import MADE, columns_of
 from ..generation.engine import Weights, opened
+from ..generation.judge import Counts
 from ..generation.options import DTYPES
-from ..generation.scorer import check_scorer
+from ..generation.sampler import encode_prompts
+from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
 from ..generation.start import dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory
@@ -53,8 +55,8 @@ class GenerateArguments(SamplingConfig):
     output: str = option(MISSING, "File to write: .jsonl or .jsonl.gz, and .json for alpaca_eval.")
     scorer: list[str] | None = option(
         None,
-        "Import path of a reward function, or folder or hub id of a reward model. Several give the sum, with weights "
-        "written as NAME=0.5.",
+        "Import path of a reward function, folder or hub id of a reward model, or JSON that names a server. Several "
+        "give the sum, with weights written as NAME=0.5.",
     )
     answers: str | None = option(
         None,
@@ -63,11 +65,12 @@ class GenerateArguments(SamplingConfig):
     )
     generator: str | None = option(None, "Name of the policy in an answer file; by default that of the file.")
     dtype: str = option("float32", "Weights of the policy; fast is bfloat16 where that is fast.", choices=DTYPES)
-    scorer_batch_size: int = option(8, "Texts per forward pass of a reward model.", at_least=1)
+    scorer_batch_size: int = option(8, "Texts per forward pass or request of a reward model.", at_least=1)
     split: str = option("train", "Split to take from a hub data set of prompts.")
     limit: int | None = option(None, "Use the first so many prompts.", at_least=1)
     as_chat: bool = option(False, "Make plain-text prompts user messages.")
     overwrite: bool = option(False, "Delete an earlier output and its partial results.")
+    dry_run: bool = option(False, "Say how much would be sampled and what servers would be asked.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,10 +104,19 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
     return rows[: args.limit]
 
 
-def parse_scorers(specs: list[str] | None) -> list[dict]:
-    """`NAME` or `NAME=weight` -> the dicts `load_scorer` takes. Raises ValueError for a weight that is no number."""
-    split = [spec.rpartition("=") for spec in specs or []]
-    return [{"spec": name or last, "weight": float(last) if name else 1.0} for name, _, last in split]
+def parse_scorers(specs: list | None) -> list[dict]:
+    """`NAME`, `NAME=weight`, JSON or mappings -> the dicts `load_scorer` takes.
+
+    Raises:
+        ValueError: a weight that is no number, what is no JSON.
+    """
+    return [_named(spec) if isinstance(spec, str) else spec for spec in specs or []]
+
+
+def _named(spec: str) -> dict:
+    own = as_mapping(spec)
+    name, _, last = spec.rpartition("=")
+    return own if own != {"spec": spec} else {"spec": name or last, "weight": float(last) if name else 1.0}
 
 
 def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
@@ -114,7 +126,7 @@ def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
     if args.answers:
         own |= {"answers": args.answers, "generator": args.name}
     else:
-        own |= {"num_generations": args.num_generations, "scorer": parse_scorers(args.scorer)}
+        own |= {"num_generations": args.num_generations, "scorer": compared_scorer(parse_scorers(args.scorer))}
     return run_settings(model=model_fingerprint(args.model) or args.model, prompts=digest(rows), **own)
 
 
@@ -139,8 +151,10 @@ def scored(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
     samples = collect_samples(parts, lambda: opened(args.engine, policy_of(args), parts), prompts, args)
     free_memory()  # for the reward model
     responses = [[sample.text for sample in drawn] for drawn in samples]
-    scorer, options = parse_scorers(args.scorer), {"batch_size": args.scorer_batch_size, "device": Processes().device}
-    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses)
+    scorer = parse_scorers(args.scorer)
+    counts: Counts = {}
+    options = {"batch_size": args.scorer_batch_size, "device": Processes().device, "counts": counts}
+    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses, counts)
 
     def write(output: Path) -> None:
         cut = [[sample.truncated for sample in drawn] for drawn in samples]
@@ -149,7 +163,7 @@ def scored(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
             for row, *made in zip(rows, prompts, responses, scores, cut, strict=True)
         ))  # fmt: skip
 
-    return summarize(samples, scores), write
+    return summarize(samples, scores) | counts, write
 
 
 def answered(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
@@ -174,7 +188,7 @@ def generate(args: GenerateArguments) -> dict:
     processes, rows = Processes(), load_prompts(args)
     args = replace(args, dtype=dtype_for_all(args.dtype, processes.device))  # its settings hold on another machine too
     if args.scorer:
-        check_scorer(parse_scorers(args.scorer))
+        check_scorer(parse_scorers(args.scorer), columns_of(rows))
     output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
     stage = Stage(parts, settings_of(args, rows), ways_out=WAYS_OUT)
     if args.overwrite and processes.is_main_process:
@@ -204,9 +218,26 @@ def generate(args: GenerateArguments) -> dict:
     return statistics
 
 
+def plan(args: GenerateArguments) -> str:
+    """How much would be sampled, and what servers would be asked; reads prompts and tokenizer alone."""
+    rows, scorer = load_prompts(args), parse_scorers(args.scorer)
+    if args.answers:
+        return f"{len(rows):,} questions, answers of at most {args.max_new_tokens:,} tokens"
+    check_scorer(scorer, columns_of(rows))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    lengths = map(len, encode_prompts(tokenizer, [row["prompt"] for row in rows]))
+    responses = len(rows) * args.num_generations
+    tokens = args.num_generations * sum(length + args.max_new_tokens for length in lengths)
+    told = f"{len(rows):,} prompts, {responses:,} responses of at most {args.max_new_tokens:,} tokens"
+    return "\n  ".join([told, *asked_of_servers(scorer, responses, tokens, args.scorer_batch_size)])
+
+
 def main(argv: list[str]) -> None:
     accelerator = Accelerator()  # finds the processes that the launcher started
     (args,) = config_files.read(argv, GenerateArguments)
+    if args.dry_run:
+        accelerator.print(plan(args))
+        return accelerator.end_training()
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     statistics = generate(args)
     lines = [f"  {name.replace('_', ' '):<38}{value:>12,}" for name, value in statistics.items()]

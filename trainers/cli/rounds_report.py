@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..generation.scorer import load_scorer
+from ..generation.scorer import asks_server, load_scorer
 from ..pages import plots
 from ..pages.page import blocks, write
 from ..pages.plots import AFTER, BEFORE, Series
@@ -38,12 +38,15 @@ def write_report(folder: Path) -> Path:
     manifests = [json.loads((path / "manifest.json").read_text()) for path in rounds]
     names = ["start", *(f"round {number}" for number in range(1, len(policies)))]
     measured = [{name: per_prompt(answers, of) for name, of in MEASURES.items()} for answers in policies]
-    scorer, rows = load_scorer(settings["self_enhance.scorer"]), []
+    spec, rows = settings["self_enhance.scorer"], []
+    scorer = None if asks_server(spec) else load_scorer(spec)  # a report pays for nothing
     for number, (name, values) in enumerate(zip(names, measured, strict=True)):
         gains, steps = ["", "", ""], ""
         if number:
             paired = [bootstrap_interval(values[REWARD] - measured[other][REWARD]) for other in (number - 1, 0)]
-            gains = [interval(g, "+.3f") for g in (*paired, matched_gain(policies[0], policies[number], scorer))]
+            gains = [interval(gain, "+.3f") for gain in paired]
+            cut = scorer and matched_gain(policies[0], policies[number], scorer)
+            gains.append(interval(cut, "+.3f") if cut else "not asked")
             steps = str(manifests[number - 1]["training"]["steps"])
         others = [f"{values[other].mean():.3g}" for other in OTHERS]
         rows.append([name, interval(bootstrap_interval(values[REWARD])), *gains, *others, steps])

@@ -18,6 +18,7 @@ from ..data.tokenization import UNFINISHED
 from ..runs.files import Journal
 from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request
+from .judge import Counts, add_counts
 from .rewards import as_completion
 from .sampler import Key, Prompt, Sample, SamplingConfig, encode_prompts, sample_seed
 from .scorer import Scorer
@@ -119,22 +120,47 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
 
 
 def collect_scores(
-    folder: str | Path, load: Callable[[], Scorer], rows: list[dict], responses: list[list[str]]
-) -> list[list[float]]:
+    folder: str | Path, load: Callable[[], Scorer], rows: list[dict], responses: list[list[str]],
+    counts: Counts | None = None,
+) -> list[list[float]]:  # fmt: skip
     """Scores all responses to the prompts of `rows`, kept in `folder`.
 
     `load()` returns a scorer and is not called when all scores are there already. A prompt of messages has its
     responses handed over as assistant messages; further columns of the rows go to the scorer too.
+
+    Args:
+        counts: to which the scorer adds what it asks of servers. In the end it is what all processes asked, in earlier
+            starts too; what a kill cut off is missing there, and its answers count as known.
     """
-    journal = Journal(folder, "scores")
+    journal, asked, counts = Journal(folder, "scores"), Journal(folder, "asked"), {} if counts is None else counts
+
+    def keep() -> None:
+        if counts:
+            asked.append([counts])
+            counts.clear()
+
+    def save(new: dict[int, list[float]]) -> None:
+        journal.append({"prompt": i, "scores": scores} for i, scores in new.items())
+        keep()
+
     known = {record["prompt"]: record["scores"] for record in journal.read()}
     if todo := [i for i in range(len(rows)) if i not in known]:
-        scorer, names = load(), sorted({name for row in rows for name in row if name not in NO_COLUMNS})
-        known |= collect(
-            todo, in_chunks(lambda at: _score(scorer, at, rows, responses, names), SCORE_CHUNK),
-            lambda new: journal.append({"prompt": i, "scores": scores} for i, scores in new.items()), title="scoring",
-        )  # fmt: skip
+        scorer, names = load(), columns_of(rows)
+        score = in_chunks(lambda at: _score(scorer, at, rows, responses, names), SCORE_CHUNK)
+        try:
+            known |= collect(todo, score, save, title="scoring")
+        finally:
+            keep()
+    for record in asked.read():
+        add_counts(counts, record)
+    if counts:
+        Processes().say("  " + ", ".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items()))
     return [known[i] for i in range(len(rows))]
+
+
+def columns_of(rows: list[dict]) -> list[str]:
+    """Names of the columns that a scorer gets beside prompts and completions."""
+    return sorted({name for row in rows for name in row if name not in NO_COLUMNS})
 
 
 def _score(scorer: Scorer, at: list[int], rows: list[dict], responses, names: list[str]) -> list[list[float]]:

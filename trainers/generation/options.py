@@ -1,6 +1,7 @@
 """Options with keys of their own, and those of self-enhancement."""
 
 import json
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
@@ -9,9 +10,9 @@ from polypo.recipes import nearest
 from ..config import option
 from ..precision import FAST
 from .sampler import SamplingOptions
-from .scorer import Spec
 
 Options = TypeVar("Options")
+Spec = str | Callable | dict | list  # of a scorer
 DTYPES = ["auto", FAST, "bfloat16", "float16", "float32"]
 
 
@@ -49,7 +50,8 @@ class EnhanceOptions(SamplingOptions):
     """The keys of `self_enhance`, those of `SamplingOptions` among them."""
 
     scorer: Spec = option(
-        MISSING, "What `load_scorer` takes: dotted path of a reward function, reward model, weighted list of these."
+        MISSING,
+        "What `load_scorer` takes: path of a reward function, reward model, server, weighted list of these.",
     )
     rounds: int = option(
         1, "How often to sample and train (Evolve). May be raised later: finished rounds are kept.", at_least=1

@@ -5,35 +5,37 @@ completion as a list of messages, as in TRL. `columns` are the other columns of 
 """
 
 import importlib
-import logging
 import math
 import re
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..forward.policy import SAFE
-
-logger = logging.getLogger(__name__)
+from .judge import KINDS, Counts, ServedOptions, forecast, load_served, read_served
+from .options import Spec, read_mapping
+from .reward_model import RewardModelScorer
 
 Scorer = Callable[..., list[float]]
-Spec = str | Callable | dict | list
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None) -> Scorer:
+def load_scorer(
+    spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None,
+    counts: Counts | None = None,
+) -> Scorer:  # fmt: skip
     """Makes a checked scorer from its description.
 
     Args:
         spec: dotted import path of a callable; folder or hub id of a sequence-classification reward model with one
-            output; a callable; `{"spec": ..., "weight": ...}`; or a list of these, which gives the weighted sum.
-        batch_size: texts per forward pass of a reward model.
+            output; a callable; `{"spec": ..., "weight": ...}`; the keys of `JudgeOptions` or `RewardServerOptions`
+            for a server, with a weight among them or without, as a mapping or as JSON; or a list of these, which
+            gives the weighted sum.
+        batch_size: texts per forward pass, or per request, of a reward model.
         dtype: of a reward model's weights; None is the dtype they were saved in.
         device: of a reward model; None is CUDA when there is one, else the CPU.
+        counts: what servers were asked is added here.
 
     Returns a callable that raises ValueError, naming the scorer, when the scores are not as many finite numbers as
     there are completions.
@@ -41,10 +43,14 @@ def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.de
     Raises:
         ValueError: as `check_scorer`, and a reward model with several outputs.
     """
-    options = {"batch_size": batch_size, "dtype": dtype, "device": device}
-    parts = [
-        (weight, name, function or RewardModelScorer(name, **options)) for weight, name, function in check_scorer(spec)
-    ]
+    counts = {} if counts is None else counts
+
+    def load(name: str, found: Callable | ServedOptions | None) -> Callable:
+        if found is None:
+            return RewardModelScorer(name, batch_size=batch_size, dtype=dtype, device=device)
+        return load_served(found, batch_size, counts) if isinstance(found, ServedOptions) else found
+
+    parts = [(weight, name, load(name, found)) for weight, name, found in check_scorer(spec)]
 
     def score(prompts, completions, **columns) -> list[float]:
         scored = [
@@ -56,36 +62,94 @@ def load_scorer(spec: Spec, *, batch_size: int = 8, dtype=None, device: torch.de
     return score
 
 
-def check_scorer(spec: Spec) -> list[tuple[float, str, Callable | None]]:
-    """Weight, name and function of each part; the function of a reward model is None. It loads none.
+def check_scorer(
+    spec: Spec, columns: Collection[str] | None = None
+) -> list[tuple[float, str, Callable | ServedOptions | None]]:
+    """Weight, name and what scores of each part; that of a reward model is None. It loads and asks none.
+
+    Args:
+        columns: of the rows; None where they are not known.
 
     Raises:
-        ValueError: an empty list, a weight that is no finite number, a path that leads to no function.
+        ValueError: an empty list, a weight that is no finite number, a path that leads to no function, a wrong option
+            of a server, a judge's template that names a column that is not there.
     """
     if spec == []:
         raise ValueError("The list of scorers is empty: name at least one.")
+    parts = [_part(as_mapping(part)) for part in (spec if isinstance(spec, list) else [spec])]
+    for _, name, found in parts:
+        if columns is not None and isinstance(found, ServedOptions) and not found.columns <= {*columns}:
+            missing = min(found.columns - {*columns})
+            raise ValueError(f"Scorer {name}: its template names {missing!r}, but rows have {sorted(columns)}.")
+    return parts
+
+
+def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -> list[str]:
+    """`forecast` of each part that is on a server."""
+    found = [served for _, _, served in check_scorer(spec) if isinstance(served, ServedOptions)]
+    return [forecast(served, responses, tokens, batch_size) for served in found]
+
+
+def compared_scorer(spec: Spec | None) -> Spec | None:
+    """What of a scorer the scores depend on, for the settings of a run: of a server not its address or its prices."""
+    if isinstance(spec, list):
+        return [compared_scorer(part) for part in spec]
+    if not asks_server(spec):
+        return spec
+    weight, own = _split(as_mapping(spec))
+    return read_served(own).compared | {"weight": weight}
+
+
+def asks_server(spec: Spec | None) -> bool:
+    """Whether a scorer, or a part of it, is on a server; `spec` may be what `compared_scorer` made of it."""
     parts = spec if isinstance(spec, list) else [spec]
-    return [_part(**part) if isinstance(part, dict) else _part(part) for part in parts]
+    return any(not as_mapping(part).keys().isdisjoint(KINDS) for part in parts)
 
 
-def _part(spec: str | Callable, weight: float = 1.0) -> tuple[float, str, Callable | None]:
+def as_mapping(part: Any) -> dict:
+    """A part of a description: a mapping, one in JSON, or what `spec` names."""
+    if isinstance(part, str) and part.lstrip().startswith("{"):
+        return read_mapping("scorer", part)
+    return part if isinstance(part, dict) else {"spec": part}
+
+
+def _split(part: dict) -> tuple[float, dict]:
+    """The weight, and what is weighted."""
+    return part.get("weight", 1.0), {name: value for name, value in part.items() if name != "weight"}
+
+
+def _part(part: dict) -> tuple[float, str, Callable | ServedOptions | None]:
+    weight, own = _split(part)
+    name: Any
+    found: Callable | ServedOptions | None
+    if asks_server(own):
+        found = read_served(own)
+        name = f"{found.model} at {found.url}"
+    else:
+        spec = read_mapping("scorer", own, ["spec", "weight", *KINDS]).get("spec")
+        name, found = (repr(spec), spec) if callable(spec) else (spec, _function(spec))
     if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ValueError(f"Scorer {spec}: its weight must be a finite number, not {weight!r}.")
-    if callable(spec):
-        return weight, repr(spec), spec
-    if Path(spec).is_dir() or not DOTTED_PATH.fullmatch(spec):
-        return weight, spec, None
-    module, _, attribute = spec.rpartition(".")
+        raise ValueError(f"Scorer {name}: its weight must be a finite number, not {weight!r}.")
+    return weight, name, found
+
+
+def _function(path: Any) -> Callable | None:
+    """None for a reward model."""
+    if not isinstance(path, str):
+        raise ValueError(f"scorer: {path!r} is no path and no hub id; the keys of a server stand beside `weight`.")
+    if Path(path).is_dir() or not DOTTED_PATH.fullmatch(path):
+        return None
+    module, _, attribute = path.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), attribute)
         if not callable(function):
             raise AttributeError(f"it is a {type(function).__name__} and cannot be called")
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
-            f"Scorer {spec}: {error}. Give the import path of a function, a folder with a reward model (./name), or a "
+            f"Scorer {path}: {error}. Give the import path of a function, a folder with a reward model (./name), or a "
             "hub id (owner/name)."
         ) from error
-    return weight, spec, function
+    return function
 
 
 def _checked(name: str, scores, count: int) -> list[float]:
@@ -95,67 +159,3 @@ def _checked(name: str, scores, count: int) -> list[float]:
     if len(values) != count:
         raise ValueError(f"Scorer {name} gave {len(values)} scores for {count} completions.")
     return values
-
-
-class RewardModelScorer:
-    """Scores with a sequence-classification model of one output, on the text as its own chat template writes it.
-
-    A tokenizer with a chat template gets user and assistant messages, also from plain text; one without gets prompt
-    and completion as one text. Texts beyond the model's context lose their beginning, with one warning.
-    """
-
-    def __init__(self, name: str, *, batch_size: int = 8, dtype=None, device: torch.device | str | None = None):
-        self.name, self.batch_size = name, batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype or "auto", **SAFE)
-        if model.config.num_labels != 1:
-            raise ValueError(
-                f"Reward model {name} has {model.config.num_labels} outputs, but a score is one number: use a model "
-                "trained with num_labels=1."
-            )
-        self.model = model.to(self.device).eval()
-        self.text_config = model.config.get_text_config()
-        self.fixed_pad = self.text_config.pad_token_id
-        self.limit = getattr(self.text_config, "max_position_embeddings", None)
-
-    @torch.no_grad()
-    def __call__(self, prompts, completions, **columns) -> list[float]:
-        rows = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        scores = torch.empty(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            scores[batch] = self._forward([rows[i] for i in batch])
-        return scores.tolist()
-
-    def _encode(self, prompt, completion) -> list[int]:
-        if self.tokenizer.chat_template is None and isinstance(prompt, str):
-            ids = self.tokenizer(prompt + completion)["input_ids"]
-        else:
-            chat = _as_messages(prompt, "user") + _as_messages(completion, "assistant")
-            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-        if self.limit is not None and len(ids) > self.limit:
-            _warn_of_a_cut(self.name, self.limit)
-        return list(ids if self.limit is None else ids[-self.limit :])
-
-    def _forward(self, rows: list[list[int]]) -> Tensor:
-        """(B,) float32 scores of token rows."""
-        # Such a model reads its score at the last id that is not the pad id. Where none is configured, training
-        # read the very last token; an id that occurs in no row keeps it so.
-        used = {token for row in rows for token in row}
-        pad = self.fixed_pad if self.fixed_pad is not None else next(i for i in range(len(used) + 1) if i not in used)
-        self.text_config.pad_token_id = pad
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
-        attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
-        return self.model(input_ids=ids, attention_mask=attention).logits[:, 0].float().cpu()
-
-
-@cache
-def _warn_of_a_cut(name: str, limit: int) -> None:
-    logger.warning("%s: texts over %d tokens lose their beginning.", name, limit)
-
-
-def _as_messages(text: str | list[dict], role: str) -> list[dict]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)

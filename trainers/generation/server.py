@@ -35,8 +35,9 @@ class Server:
                       raise_on_status=False)  # fmt: skip
         self._session = requests.Session()
         self._session.mount(self.url, HTTPAdapter(pool_maxsize=256, max_retries=retry))
-        if token := os.environ.get(key):
-            self._session.headers["Authorization"] = f"Bearer {token}"
+        self._key = "".join(os.environ.get(key, "").split())  # requests would show one with a line end in its error
+        if self._key:
+            self._session.headers["Authorization"] = f"Bearer {self._key}"
 
     def ask(self, path: str, content: dict | None = None) -> dict:
         """The JSON object that the server answers to `content`, sent by POST, or to a GET without it.
@@ -50,7 +51,7 @@ class Server:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ServerError(f"{self.url}{path} did not answer with a JSON object: {text:.300}")
+            raise ServerError(f"{self.url}{path} did not answer with a JSON object: {self._shown(text):.300}")
         return found
 
     def send(self, path: str, content: dict | None = None) -> str:
@@ -69,8 +70,12 @@ class Server:
             raise ServerError(f"{url} cannot be reached: {error}") from error
         self.repeated += len(answer.raw.retries.history)  # type: ignore[union-attr]
         if not answer.ok:
-            raise ServerError(f"{url} refused a request ({answer.status_code}): {answer.text:.1000}")
+            raise ServerError(f"{url} refused a request ({answer.status_code}): {self._shown(answer.text):.1000}")
         return answer.text
+
+    def _shown(self, text: str) -> str:
+        """What a server says may repeat the key, which belongs in no log."""
+        return text.replace(self._key, "***") if self._key else text
 
 
 def in_flight(function: Callable[[Any], Any], items: list, at_once: int) -> Iterator[dict[int, Any]]:

@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 
 from ..forward.policy import set_pad_token
 from ..generation.collect import collect_scores
+from ..generation.judge import Counts
 from ..generation.rewards import as_completion
-from ..generation.scorer import load_scorer
+from ..generation.scorer import compared_scorer, load_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_rows, write_rows
@@ -144,7 +145,7 @@ class Run:
             "template": digest(text.REVISER_V1 if args.reviser_analysis else text.REVISER_DIRECT_V1),
             "reviser files": args.reviser_model and model_fingerprint(args.reviser_model),
         }
-        measured = {"held-out rows": digest(rows.held_out), "scorer": args.scorer}
+        measured = {"held-out rows": digest(rows.held_out), "scorer": compared_scorer(args.scorer)}
         own = {
             "sft": rows.conversations
             and run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=digest(rows.conversations)),
@@ -371,10 +372,11 @@ class Run:
             return {}
         folder = folder / f"{name}-scores"
         folder.mkdir(exist_ok=True)
+        counts: Counts = {}
         scores = collect_scores(
-            folder, lambda: load_scorer(scorer, device=self.processes.device),
+            folder, lambda: load_scorer(scorer, device=self.processes.device, counts=counts),
             [{name: row[name] for name in ("prompt", "reference")} for row in rows],
-            [[row["chosen"], row["rejected"]] for row in rows],
+            [[row["chosen"], row["rejected"]] for row in rows], counts,
         )  # fmt: skip
         gain = bootstrap_interval([chosen - rejected for chosen, rejected in scores])
         wins = [float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores]

@@ -118,7 +118,7 @@ class SGPOTrainer(DPOTrainer):
             raise ValueError("save_only_model=True leaves out what a killed stage goes on from: set it to false.")
         # Before hours of work for them.
         if args.scorer is not None:
-            check_scorer(args.scorer)
+            check_scorer(args.scorer, ["reference"])
         if args.reviser_function is not None:
             load_reviser(args.reviser_function)
         Run(cls, args, model, read_data(args, data), quantization_config, peft_config, name_of(data)).run()
