@@ -115,6 +115,20 @@ def test_the_report(folder, report):
     assert all(f"train, {path}: 120 rows in, 119 kept, 1 dropped" in text for path in paths)
 
 
+def test_what_rounds_will_ask_of_servers(report):
+    common = {"rounds": 2, "num_generations": 3, "held_out_generations": 4, "max_new_tokens": 50}
+    judge = {"judge": "http://localhost:9", "model": "strict", "request": {"max_tokens": 7}, "prices": [0, 1000]}
+    served = {"reward_server": "http://localhost:9/v1", "model": "rm", "weight": 2}
+    text = report(
+        dataset_test_split="train[:10]", self_enhance=json.dumps({**common, "scorer": [judge, served, "os.getcwd"]})
+    )
+    calls = 2 * 40 + 3 * 40 + 4 * 39 + 2 * 3 * 119 + (2 + 1) * 4 * 9  # own responses, samples, held-out samples
+    assert f"strict at http://localhost:9: {calls:,} calls and one more for" in text
+    assert f"answers of at most {7 * calls:,}, for {7 * calls / 1000:.2f}" in text
+    assert f"rm at http://localhost:9/v1: {-(-calls // 8)} calls, about" in text
+    assert "scorers on servers" not in report(self_enhance=json.dumps({**common, "scorer": "os.getcwd"}))
+
+
 def test_token_percentiles(folder, report):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]

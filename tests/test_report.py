@@ -160,3 +160,14 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     assert [row[4].split()[0] for row in rows[1:]] == ["+0.167", "+0.333"]
     assert [row[5] for row in rows] == ["1", "1", "1.5"] and [row[-1] for row in rows] == ["", "7", "7"]
     assert "round 2" in page.text and "round 2" in (tmp_path / "rounds.svg").read_text()
+
+
+def test_a_report_of_rounds_asks_no_server(tmp_path):
+    scorer = {"judge": "a model", "template": "0" * 64, "weight": 1.0}  # as the settings hold it, without an address
+    (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
+    write_round(tmp_path, [["good", "no"]], name="before")
+    write_round(tmp_path / "round-00", [["good", "good"]])
+    write_report(tmp_path, [])
+    [line] = [line for line in (tmp_path / "rounds.md").read_text().splitlines() if "round 1" in line]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[3].split()[0] == "+0.500" and cells[4] == "not asked"
