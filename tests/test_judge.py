@@ -6,6 +6,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -21,7 +22,7 @@ from servers import serving
 from test_scorer import PROMPTS, TEXTS, save_reward_model
 from trainers import LIREConfig, LIRETrainer
 from trainers.cli import generate
-from trainers.generation import server
+from trainers.generation import leash, server
 from trainers.generation.judge import AGAIN, TEMPLATE
 from trainers.generation.scorer import check_scorer, compared_scorer, load_scorer
 from trainers.generation.server import ServerError
@@ -468,7 +469,8 @@ def test_the_real_engine_gives_the_scores_of_the_local_model(tmp_path):
     options = f"--dtype float32 --host 127.0.0.1 --port {port} --served-model-name rm"
     with open(tmp_path / "log", "wb") as log:
         engine = subprocess.Popen(
-            [*shlex.split(ENGINE), str(tmp_path / "rm"), *options.split()], stdout=log, stderr=log,
+            [sys.executable, leash.__file__, *shlex.split(ENGINE), str(tmp_path / "rm"), *options.split()],
+            stdin=subprocess.PIPE, stdout=log, stderr=log,
             env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         )  # fmt: skip
     try:
@@ -483,7 +485,7 @@ def test_the_real_engine_gives_the_scores_of_the_local_model(tmp_path):
         with pytest.raises(ServerError, match="does not exist"):
             load_scorer(spec | {"served_model_name": "other", "cache": str(tmp_path / "none")})(prompts, texts)
     finally:
-        engine.terminate()
+        engine.stdin.close()
         engine.wait(60)
     expected = load_scorer(str(tmp_path / "rm"), device="cpu")(prompts, texts)
     assert scores == pytest.approx(expected, abs=1e-4)
