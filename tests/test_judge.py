@@ -462,7 +462,8 @@ ENGINE = os.environ.get("POLYPO_VLLM")
 @pytest.mark.skipif(not ENGINE, reason="needs a real engine: POLYPO_VLLM='/path/bin/vllm serve'")
 def test_the_real_engine_gives_the_scores_of_the_local_model(tmp_path):
     tokenizer = family_tokenizer("llama3")  # its chats end with the pad token
-    save_reward_model(tmp_path / "rm", tokenizer, pad_token_id=tokenizer.eos_token_id, max_position_embeddings=64)
+    shape = {"max_position_embeddings": 64, "head_dim": 32}  # the CPU's attention knows no heads of 8
+    save_reward_model(tmp_path / "rm", tokenizer, pad_token_id=tokenizer.eos_token_id, **shape)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
