@@ -49,7 +49,8 @@ def test_nucleus_without_sorting_is_the_argmax_over_the_transformers_nucleus():
         logits = torch.randn(37, 501, generator=generator) * spread
         seeds = list(range(37))
         chosen = GumbelSampler(seeds, top_p=top_p)(None, logits.clone()).argmax(-1)
-        noise = GumbelSampler(seeds)._gumbel(logits)
+        plain = GumbelSampler(seeds)
+        noise = plain._gumbel(logits, plain.generators)
         assert torch.equal(chosen, (TopPLogitsWarper(top_p)(None, logits) + noise).argmax(-1))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from .decoding import Decoding, can_decode
 from .sampler import GumbelSampler, Sample, SamplingConfig
 
 FLAGS = ("training", "gradient_checkpointing")  # of modules, off while sampling
@@ -46,7 +47,7 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Te
 
 @dataclass
 class HuggingFace:
-    """Samples with `generate`, reproducibly sample by sample.
+    """Samples reproducibly sample by sample: with `Decoding`, or with `generate` a model that it does not take.
 
     Args:
         model: causal language model or PeftModel, whole and on its device. Training mode and gradient checkpointing
@@ -61,11 +62,20 @@ class HuggingFace:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
-        for start in range(0, len(requests), config.batch_size):
-            batch = requests[start : start + config.batch_size]
-            yield dict(enumerate(self._sample(batch, config), start))
+        if not can_decode(self.model):
+            for start in range(0, len(requests), config.batch_size):
+                batch = requests[start : start + config.batch_size]
+                yield dict(enumerate(self.generate(batch, config), start))
+            return
+        ends = end_ids(self.model.generation_config, self.tokenizer)
+        decoding = Decoding(self.model, [r.prompt_ids for r in requests], [r.seed for r in requests], config, ends)
+        while decoding.unfinished:
+            with _without_training(self.model):  # not around the yield: the model is another's in the meantime
+                finished = decoding.advance()
+            yield {at: self._cut(ids, ends) for at, ids in finished.items()}
 
-    def _sample(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+    def generate(self, requests: list[Request], config: SamplingConfig) -> list[Sample]:
+        """The same samples from `generate` of transformers, all in one batch that runs until the last is finished."""
         rows, device = [request.prompt_ids for request in requests], self.model.get_input_embeddings().weight.device
         ends = end_ids(self.model.generation_config, self.tokenizer)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (ends or [0])[0]

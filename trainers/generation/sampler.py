@@ -105,15 +105,20 @@ class GumbelSampler(LogitsProcessor):
             self.warpers.append(TopKLogitsWarper(top_k))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
-        warped = self.warpers(input_ids, scores)
-        perturbed = warped + self._gumbel(warped)
-        chosen = perturbed.argmax(-1, keepdim=True) if self.top_p >= 1 else self._nucleus_argmax(warped, perturbed)
-        return torch.full_like(warped, -torch.inf).scatter_(1, chosen, 0.0)
+        chosen = self.choose(scores, self.generators)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
-    def _gumbel(self, scores: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Token ids (B,) drawn from logits (B,V), each with its own stream."""
+        warped = self.warpers(None, logits)  # type: ignore[arg-type]  # they do not look at the ids
+        perturbed = warped + self._gumbel(warped, generators)
+        chosen = perturbed.argmax(-1, keepdim=True) if self.top_p >= 1 else self._nucleus_argmax(warped, perturbed)
+        return chosen[:, 0]
+
+    def _gumbel(self, scores: Tensor, generators: list[torch.Generator]) -> Tensor:
         # float64: with 24 random bits the right tail is so coarse that rare tokens would tie.
         noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-        for row, generator in zip(noise, self.generators, strict=True):
+        for row, generator in zip(noise, generators, strict=True):
             row.uniform_(generator=generator)
         return noise.log_().neg_().log_().neg_().to(scores.dtype)
 
