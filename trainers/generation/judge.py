@@ -323,7 +323,7 @@ class RewardServer(ServedScorer):
 
 def add_counts(counts: Counts, more: Counts) -> None:
     for name, value in more.items():
-        counts[name] = counts.get(name, 0) + value
+        counts[name] = round(counts.get(name, 0) + value, 9)  # of a cost
 
 
 def as_text(prompt: str | list[dict]) -> str:
