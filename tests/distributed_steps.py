@@ -343,23 +343,29 @@ def release(trainer) -> None:
     trainer.release()
 
 
-def main(options: dict) -> None:
+def begin(engine: str) -> None:
+    """Let DeepSpeed start without a GPU, where this is its engine."""
     torch.set_num_threads(1)
+    if not engine.startswith("zero"):
+        return
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Uncompiled(CPU_Accelerator):
+        """Without the operator for inference that DeepSpeed would compile first: not everyone has a compiler."""
+
+        def create_op_builder(self, name):
+            return None if name == "ShareMemCommBuilder" else super().create_op_builder(name)
+
+    set_accelerator(Uncompiled())
+    # On GPUs accelerate does this; with use_cpu it opens plain gloo, which DeepSpeed does not see.
+    deepspeed.init_distributed("gloo")
+
+
+def main(options: dict) -> None:
     folder, engine = Path(options["folder"]), options["engine"]
-    if engine.startswith("zero"):
-        import deepspeed
-        from deepspeed.accelerator import set_accelerator
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        class Uncompiled(CPU_Accelerator):
-            """Without the operator for inference that DeepSpeed would compile first: not everyone has a compiler."""
-
-            def create_op_builder(self, name):
-                return None if name == "ShareMemCommBuilder" else super().create_op_builder(name)
-
-        set_accelerator(Uncompiled())
-        # On GPUs accelerate does this; with use_cpu it opens plain gloo, which DeepSpeed does not see.
-        deepspeed.init_distributed("gloo")
+    begin(engine)
     for cell in options["cells"]:
         started = time.monotonic()
         try:

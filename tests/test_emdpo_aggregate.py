@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 from functools import partial
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 import processes
 from emdpo_runs import OPTIONS, em, opposed_rows, quick_collection, same, types_alone, weights  # noqa: F401
@@ -19,6 +22,7 @@ from helpers import build_tokenizer, flags, leave_processes, tiny_llama
 from trainers import MixturePolicy
 from trainers.cli import aggregate
 from trainers.cli import types as choose_types
+from trainers.emdpo import distill
 from trainers.emdpo.aggregate import Arena, Player, compare
 from trainers.emdpo.distill import mixture_samples
 from trainers.emdpo.game import min_max_regret, regret_matrix
@@ -198,14 +202,38 @@ def test_survives_kill_9_in_the_aggregation(copied, start, tmp_path):
     assert overview(copied / "aggregate") == overview(whole / "aggregate")
 
 
-def aggregate_with_sgd(arguments):
+LAUNCHED = {  # what `accelerate launch` sets
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+              "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+              "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+              "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+}  # fmt: skip
+
+
+def aggregate_with_sgd(arguments, engine):
+    from distributed_steps import begin, check_engine, prepare
+
+    class Checked(distill.SFTTrainer):
+        def train(self):
+            super().train()
+            check_engine(self, engine)
+
+    os.environ.update({"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": "", **LAUNCHED[engine]})
+    begin(engine)
+    PartialState(cpu=True)
+    distill.SFTTrainer, distill.SFTConfig = Checked, lambda **options: prepare(SFTConfig(**options), engine)
     aggregate.distilled = partial(aggregate.distilled, optim="sgd")  # Adam magnifies the rounding of small gradients
     aggregate.main(arguments)
     leave_processes()
 
 
 @pytest.mark.distributed
-def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "engine", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow)]
+)
+def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_path, monkeypatch, engine):
     monkeypatch.setattr(aggregate, "distilled", partial(aggregate.distilled, optim="sgd"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     em(tmp_path / "one", start, learning_rate=0.02).train()
@@ -216,7 +244,7 @@ def test_mixture_and_distilled_policy_do_not_depend_on_the_processes(start, tmp_
            "--max_new_tokens", "6", "--distill", "--distill_learning_rate", "0.1"]  # fmt: skip
     aggregate.main(["--run_dir", str(tmp_path / "one"), *own, "--distill_batch_size", "4"])
     two = ["--run_dir", str(tmp_path / "two"), *own, "--distill_batch_size", "2"]
-    codes, output = processes.run(aggregate_with_sgd, two, count=2)
+    codes, output = processes.run(aggregate_with_sgd, two, engine, count=2)
     assert codes == [0, 0], output
     expected, found = (overview(tmp_path / run / "aggregate") for run in ("one", "two"))
     np.testing.assert_allclose(found["mixture"], expected["mixture"], atol=1e-4)

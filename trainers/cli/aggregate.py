@@ -3,7 +3,8 @@
 Samples from each type's policy, works out who regrets what, writes the weights into the run's mixture.json, and a
 table and a picture into RUN/aggregate or --output. With --distill it also trains one policy on answers of the mixture.
 Give the same command again after a kill: samples and scores that are there already are kept. Several processes (DDP)
-share the work and give the same weights: polypo aggregate --num_processes 2 ... It does not shard a policy.
+share the work and give the same weights: polypo aggregate --num_processes 2 ... The policy that is distilled may be
+sharded: --accelerate_config zero3. All others are whole in each process while they answer and score.
 """
 
 import os
@@ -11,7 +12,6 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 
 from .. import load_preferences
 from ..config import check_options, option
@@ -23,6 +23,7 @@ from ..emdpo.tables import MIXTURE
 from ..generation.sampler import TRANSFORMERS, plain_prompt
 from ..pages.text import interval, markdown
 from ..runs.files import read_json, read_rows, write_atomic, write_json
+from ..runs.processes import join_launcher, refuse_partial_weights
 from ..statistics import about_intervals
 from . import config_files
 
@@ -64,7 +65,9 @@ class AggregateArguments:
 
 def main(argv: list[str]) -> None:
     (args,) = config_files.read(argv, AggregateArguments)
-    Accelerator()  # joins the processes of a launcher
+    accelerator = join_launcher()
+    if args.distill:
+        refuse_partial_weights(accelerator, "--distill")
     run = Path(args.run_dir)
     own = ("num_generations", "max_new_tokens", "batch_size", "engine", "seed")
     sampling = {name: getattr(args, name) for name in own}

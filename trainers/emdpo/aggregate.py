@@ -18,7 +18,7 @@ from ..generation.collect import collect_samples
 from ..generation.engine import Weights, opened
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
-from ..runs.processes import Processes, free_memory
+from ..runs.processes import Processes, free_memory, whole_weights
 from ..runs.settings import digest, model_fingerprint
 from ..runs.stage import Stage
 from ..statistics import FEWEST
@@ -41,7 +41,8 @@ class Player:
 class Arena:
     """Samples of some policies on some prompts, scored by the policies of a run's types; all of it on disk.
 
-    Every process holds a whole policy and does its share of the work; a killed run goes on where it stopped.
+    Every process holds a whole policy, whatever engine trains, and does its share of the work; a killed run goes on
+    where it stopped.
 
     Args:
         run: `output_dir` of a finished EM-DPO run.
@@ -66,13 +67,10 @@ class Arena:
         model = str(player.start or self.mixture["base"])
         return model_fingerprint(model) or model
 
-    def load(self, player: Player):
-        """The policy of a player, on the device."""
-        return self._load(player, None, self.processes.device)
-
-    def _load(self, player: Player, dtype: str | None, device):
+    def load(self, player: Player, dtype: str | None = None):
+        """The policy of a player; ZeRO-3 shards it as it is read, but inside `whole_weights`."""
         kwargs = (self.mixture["model_init_kwargs"] or {}) | ({} if dtype is None else {"dtype": dtype})
-        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs).to(device).eval()
+        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs)
 
     def samples_of(self, player: Player) -> Path:
         """The folder of a player's answers."""
@@ -93,7 +91,10 @@ class Arena:
         ways_out = f"name another folder with --output, or remove {self.folder} to sample anew"
         folder = Stage(self.samples_of(player), settings, ways_out=ways_out).open()
 
-        weights = Weights(self.mixture["base"], player.start, partial(self._load, player), self.tokenizer)
+        def load(dtype: str | None, device):
+            return self.load(player, dtype).to(device).eval()
+
+        weights = Weights(self.mixture["base"], player.start, load, self.tokenizer)
         made = collect_samples(
             folder, lambda: opened(self.config.engine, weights, folder), self.prompts, self.config
         )  # fmt: skip
@@ -107,9 +108,13 @@ class Arena:
         answers = [[[sample.token_ids for sample in row] for row in own] for own in samples]
         datasets = [Dataset.from_dict({"prompt_ids": prompt_ids, "response_ids": own}) for own in answers]
 
+        def whole(player: Player):
+            with whole_weights():
+                return self.load(player)
+
         def logps(player: Player) -> np.ndarray:
             scores = score_rows(
-                lambda: self.load(player), datasets, self.folder / f"scores-{player.name}", accelerator=self.processes,
+                partial(whole, player), datasets, self.folder / f"scores-{player.name}", accelerator=self.processes,
                 pad_token_id=self.tokenizer.pad_token_id, budget=TOKENS_PER_BATCH, title=f"scores by {player.name}",
             )  # fmt: skip
             free_memory()

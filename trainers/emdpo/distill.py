@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..generation.sampler import Sample, encode_prompts
 from ..runs.files import read_json, write_json
+from ..runs.processes import join_launcher
 from ..runs.settings import digest
 from ..runs.stage import train_into
 from .aggregate import Arena, Player
@@ -68,15 +69,17 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
         processes.main(partial(shutil.rmtree, stale, ignore_errors=True))
 
     def train(folder: Path) -> None:
-        # bf16 is on in TRL unless it is said: here the model keeps its own precision, as in the M-steps.
+        precision = join_launcher().mixed_precision  # of the launcher; bf16 is on in TRL unless it is said
         args = SFTConfig(
             output_dir=str(folder), completion_only_loss=True, max_length=None, report_to="none", save_strategy="no",
-            bf16=False, seed=seed, use_cpu=processes.device.type == "cpu", **training,
+            bf16=precision == "bf16", fp16=precision == "fp16", seed=seed, use_cpu=processes.device.type == "cpu",
+            **training,
         )  # fmt: skip
         model = arena.load(arena.reference)
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=arena.tokenizer)
         trainer.train()
         trainer.save_model()
+        trainer.accelerator.free_memory()  # ends the engine
         processes.main(lambda: write_json(folder / SETTINGS, settings))
 
     processes.say(f"{target} is trained on {len(rows)} answers of the mixture.")

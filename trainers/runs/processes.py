@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
-from accelerate.utils import gather
+from accelerate.utils import GradientAccumulationPlugin, gather
 from transformers import TrainingArguments
 from transformers.integrations import (
     HfDeepSpeedConfig,
@@ -42,6 +42,11 @@ class Processes:
         if self.is_main_process:
             action()
         self.wait_for_everyone()
+
+
+def join_launcher() -> Accelerator:
+    """Joins the processes of a launcher, also where its file leaves accumulation to a trainer, as "auto"."""
+    return Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
 
 
 def share_engine(args: TrainingArguments) -> TrainingArguments:
