@@ -82,7 +82,7 @@ MORE = {
     "SWEPO, probe": {"probe": True},
     "LIRE, in rounds": {"stages": True, "settings": ROUNDS},
     "DPO, LoRA, in rounds": {"stages": True, "peft": True, "settings": ROUNDS},
-    "SGPO, in stages": {"stages": True, "settings": STAGES},
+    "SGPO, in stages": {"stages": True, "settings": STAGES | {"policy_weight": 0.5}},
     "SGPO, LoRA, in stages": {"stages": True, "peft": True, "settings": STAGES | {"ref": "initial"}},
     "EMDPO, tied embeddings": {"tied": True},
     "EMDPO, halves": {"settings": {"score_on": "heldout_half", "rounds": 2, "sft_weight": 0.3}},

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -251,7 +252,6 @@ def em_rounds(cell: dict, engine: str, folder: Path) -> dict:
 
     With `die`, a process is killed in that step of the first M-step; `out` names the folder of a run to go on with.
     """
-    check_em(engine)
     tokenizer = build_tokenizer()
     out = folder / cell.get("out", cell["name"])
     fields = dict(
@@ -320,7 +320,8 @@ def in_stages(cell: dict, engine: str, folder: Path) -> dict:
     return {"found": found}
 
 
-def check_em(engine: str) -> None:
+@contextmanager
+def check_em(engine: str):
     """M-steps must run under the engine, and policies that score be sharded by an engine that shards."""
 
     class MStep(TypePolicyTrainer):
@@ -335,7 +336,10 @@ def check_em(engine: str) -> None:
                 assert all(map(sharded[engine], model.parameters()))
             super().check(model, *arguments)
 
-    em_trainer.TypePolicyTrainer, cache.Runner = MStep, Scoring
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(em_trainer, "TypePolicyTrainer", MStep)
+        patch.setattr(cache, "Runner", Scoring)
+        yield
 
 
 def release(trainer) -> None:
@@ -371,7 +375,8 @@ def main(options: dict) -> None:
         try:
             run = cut if cell.get("cut") else probed if cell.get("probe") else steps
             run = em_rounds if cell["trainer"] == "EMDPOTrainer" else in_stages if cell.get("stages") else run
-            line = {"cell": cell["name"], **run(cell, engine, folder)}
+            with check_em(engine) if run is em_rounds else nullcontext():
+                line = {"cell": cell["name"], **run(cell, engine, folder)}
         except ValueError as refusal:  # on every process alike, before its first step
             line = {"cell": cell["name"], "refused": str(refusal)}
         gc.collect()

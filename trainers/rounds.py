@@ -42,7 +42,7 @@ from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint
 from .runs.files import read_rows, write_json, write_rows
-from .runs.processes import Processes, share_engine
+from .runs.processes import Processes, refuse_partial_weights, share_engine
 from .runs.settings import digest, policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
@@ -146,6 +146,7 @@ class Rounds:
             peft_config=self.peft_config if start is None else None,
             processing_class=load_tokenizer(policy),
         )
+        refuse_partial_weights(trainer.accelerator, "the next round")
         trainer.train_and_save(last_checkpoint(folder), self.dataset)
         trainer.release()
 

@@ -17,7 +17,7 @@ from ..data.tokenization import tokenize_dataset
 from ..generation.rewards import as_completion
 from ..generation.sampler import Prompt
 from ..runs.checkpoints import last_checkpoint
-from ..runs.processes import share_engine
+from ..runs.processes import refuse_partial_weights, share_engine
 
 POLICY = "policy_"  # prefix of the columns with the plain prompt and the reference
 
@@ -105,6 +105,7 @@ def train_sft(model, tokenizer, config: SFTConfig, examples: list[Example], *, p
         model, args=share_engine(config), train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
         peft_config=peft_config, **more,
     )  # fmt: skip
+    refuse_partial_weights(trainer.accelerator, "the next stage")
     result = trainer.train(resume_from_checkpoint=last_checkpoint(str(config.output_dir)))
     trainer.save_metrics("train", result.metrics)
     trainer.save_model()

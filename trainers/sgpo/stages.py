@@ -35,7 +35,7 @@ from ..generation.scorer import compared_scorer, load_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_rows, write_rows
-from ..runs.processes import Processes, share_engine
+from ..runs.processes import Processes, refuse_partial_weights, share_engine
 from ..runs.settings import digest, model_fingerprint, policy_settings, run_settings
 from ..runs.stage import Stage, train_into
 from ..statistics import bootstrap_interval
@@ -248,6 +248,7 @@ class Run:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
             )
+            refuse_partial_weights(trainer.accelerator, "the next stage")
             trainer.train_and_save(last_checkpoint(training), self.dataset)
             trainer.release()
 
