@@ -20,7 +20,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from ..config import option
@@ -36,7 +35,7 @@ from ..generation.sampler import encode_prompts
 from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
 from ..generation.start import dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
-from ..runs.processes import Processes, free_memory
+from ..runs.processes import Processes, free_memory, join_launcher
 from ..runs.settings import digest, model_fingerprint, refuse_other_settings, run_settings
 from ..runs.stage import Stage
 from . import config_files, judges
@@ -233,7 +232,7 @@ def plan(args: GenerateArguments) -> str:
 
 
 def main(argv: list[str]) -> None:
-    accelerator = Accelerator()  # finds the processes that the launcher started
+    accelerator = join_launcher()
     (args,) = config_files.read(argv, GenerateArguments)
     if args.dry_run:
         accelerator.print(plan(args))

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -80,17 +82,27 @@ class ImproverTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.policy_weight, self._collate = policy_weight, self.data_collator
         self.data_collator = self._collate_both
+        self._policy_items: Tensor | None = None
 
     def _collate_both(self, rows: list[dict]) -> dict:
         own, policy = (self._collate(list(part)) for part in zip(*map(_split, rows), strict=True))
         return own | {POLICY + name: value for name, value in policy.items()}
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Counts the answer tokens of the second examples as the Trainer does those of the first: of all batches of a
+        step, in all processes, so that no token weighs more for where it is."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [(batch[POLICY + "labels"][..., 1:] != -100).sum().to(device) for batch in batches]
+        total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long, device=device)
+        everywhere = self.args.average_tokens_across_devices
+        self._policy_items = self.accelerator.gather(total).sum() if everywhere else total
+        return batches, items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         own, policy = _split(inputs)
         loss = super().compute_loss(model, own, num_items_in_batch=num_items_in_batch)
-        # Without a number of tokens it is the mean of this batch, which the window of accumulation averages.
-        windows = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + self.policy_weight * super().compute_loss(model, policy) / windows
+        items = None if num_items_in_batch is None else self._policy_items
+        return loss + self.policy_weight * super().compute_loss(model, policy, num_items_in_batch=items)
 
 
 def train_sft(model, tokenizer, config: SFTConfig, examples: list[Example], *, peft_config=None,
