@@ -63,7 +63,8 @@ def weights(inputs, start=None):
 
 
 def draw(name, weights, folder=None):
-    return collect_samples(folder, lambda: opened(name, weights, folder), PROMPTS, CONFIG, progress=False)
+    config = replace(CONFIG, engine=name)
+    return collect_samples(folder, lambda: opened(name, weights, folder), PROMPTS, config, progress=False)
 
 
 @pytest.mark.parametrize("start", [None, "other", "adapter"])
@@ -124,12 +125,14 @@ def test_a_stage_starts_a_server_on_its_weights_and_ends_it(inputs, tmp_path, st
         server.Server(url).ask("/v1/models")
 
 
-def test_a_server_that_dies_is_named_with_the_end_of_its_log_and_nothing_is_lost(inputs, tmp_path):
+def test_a_server_that_dies_is_named_with_the_end_of_its_log_and_nothing_is_lost(inputs, tmp_path, capsys):
     with pytest.raises(ServerError, match=r"(?s)The engine ended with code 3.*engine-00000.log:\n.*out of memory"):
         draw(f"{OWN} --dies-after 9", weights(inputs), tmp_path)
     kept = (tmp_path / "samples-00000.jsonl").read_text().splitlines()
     assert 1 <= len(kept) < 8
     assert draw("transformers", weights(inputs), tmp_path) == draw("transformers", weights(inputs))
+    warning = f"WARNING: {len(kept)} of 8 samples in {tmp_path} are not by transformers, but those to come will be."
+    assert warning in capsys.readouterr().out
     assert (tmp_path / "samples-00000.jsonl").read_text().splitlines()[: len(kept)] == kept
 
 

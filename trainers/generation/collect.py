@@ -20,7 +20,7 @@ from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request
 from .judge import Counts, add_counts
 from .rewards import as_completion
-from .sampler import Key, Prompt, Sample, SamplingConfig, encode_prompts, sample_seed
+from .sampler import TRANSFORMERS, Key, Prompt, Sample, SamplingConfig, encode_prompts, sample_seed
 from .scorer import Scorer
 
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
@@ -84,12 +84,18 @@ def collect_samples(
             context together with `max_new_tokens`.
     """
     journal = Journal(folder, name)
+    records = journal.read()
     known: dict[Key, Sample] = {
         (record["prompt"], record["index"]): Sample(record["text"], record["token_ids"], record["truncated"])
-        for record in journal.read()
+        for record in records
     }
     keys = [(i, j) for i in range(len(prompts)) for j in range(config.num_generations)]
     if todo := [key for key in keys if key not in known]:
+        if others := sum(record.get("by", TRANSFORMERS) != config.sampled_by for record in records):
+            Processes().say(
+                f"WARNING: {others} of {len(keys)} samples in {folder} are not by {config.sampled_by}, but those to "
+                "come will be. They are of the same policy; remove that folder for samples of one engine."
+            )
         with load() as backend:
             known |= _sample(backend, todo, prompts, config, journal, round, progress)
     return [[known[i, j] for j in range(config.num_generations)] for i in range(len(prompts))]
@@ -113,7 +119,8 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
         return backend.sample(requests, config)
 
     def save(made: dict[Key, Sample]) -> None:
-        journal.append({"prompt": i, "index": j, **sample._asdict()} for (i, j), sample in made.items())
+        by = {"by": config.sampled_by}
+        journal.append({"prompt": i, "index": j, **sample._asdict(), **by} for (i, j), sample in made.items())
 
     todo = sorted(todo, key=lambda key: (-len(encoded[key[0]]), key))
     return collect(todo, make, save, title="sampling", progress=progress)

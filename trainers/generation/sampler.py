@@ -64,6 +64,11 @@ class SamplingOptions:
     def __post_init__(self):
         check_options(self)
 
+    @property
+    def sampled_by(self) -> str:
+        """The kind of engine."""
+        return TRANSFORMERS if self.engine == TRANSFORMERS else "a server"
+
     def config(self, seed: int, **changes) -> "SamplingConfig":
         """These options with a seed, and some of them changed."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
