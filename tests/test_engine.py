@@ -74,6 +74,7 @@ def test_a_given_server_samples_from_the_weights_of_the_stage(inputs, start, cap
         drawn = draw(running.url, weights(inputs, start))
     assert drawn == draw("transformers", weights(inputs, start))
     assert start is None or drawn != draw("transformers", weights(inputs))
+    assert not served.adapters
     assert "serves the policy: the log-probabilities of" in capsys.readouterr().out
 
 
@@ -136,12 +137,30 @@ def test_a_server_that_dies_is_named_with_the_end_of_its_log_and_nothing_is_lost
     assert (tmp_path / "samples-00000.jsonl").read_text().splitlines()[: len(kept)] == kept
 
 
-@pytest.mark.parametrize(
-    "command, message", [(f"{OWN} --nonsense", "unrecognized arguments"), ("nobody serve", "nobody")]
-)
-def test_a_server_that_does_not_start_says_why(inputs, tmp_path, command, message):
-    with pytest.raises(ServerError, match=f"(?s)The engine ended with code .*{message}"):
-        draw(command, weights(inputs), tmp_path)
+def test_a_server_that_does_not_start_says_why(inputs, tmp_path):
+    with pytest.raises(ServerError, match="(?s)The engine ended with code .*unrecognized arguments"):
+        draw(f"{OWN} --nonsense", weights(inputs), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "vlm serve", "127.0.0.1:8000", "vllm 'serve"])
+def test_what_is_no_engine_is_said_before_anything(name):
+    with pytest.raises(ValueError, match=f"engine='?\"?{re.escape(name)}.*(no program|no command)"):
+        SamplingConfig(engine=name)
+
+
+def test_what_is_too_long_for_the_server_is_said_before_sampling(inputs):
+    with serving(Engine(str(inputs / "model"), "some name").answer) as running:
+        with opened(running.url, weights(inputs), None) as backend:
+            with pytest.raises(ValueError, match="exceeds the model's context of 300"):
+                collect_samples(None, lambda: nullcontext(backend), PROMPTS, replace(CONFIG, max_new_tokens=296))
+
+
+def test_a_server_with_another_key_is_not_waited_for(inputs, tmp_path, monkeypatch):
+    refusal = ServerError("refused")
+    refusal.status = 401
+    monkeypatch.setattr(server.Server, "ask", lambda *given: (_ for _ in ()).throw(refusal))
+    with pytest.raises(ServerError, match="refused. Its key is read from OPENAI_API_KEY"):
+        draw(f"{sys.executable} -c 'import time; time.sleep(9)'", weights(inputs), tmp_path)
 
 
 def test_a_killed_process_takes_its_engine_along(tmp_path):

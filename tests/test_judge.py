@@ -102,6 +102,7 @@ def test_an_own_template_has_columns_and_braces_and_other_numbers(tmp_path):
     [
         ("Score: 7", 7), ("**Score: 7.5**.", 7.5), ("3 facts are wrong, 8/10", 8), ("8 out of 10", 8), ("[[9]]", 9),
         ("between 6-7", 7), ("Score: 11", None), ("Score: -3", None), ("none", None), ("as v2 did", None),
+        ("Score: 7,5", None), ("nan 1e999", None), ("7, all in all", 7), ("75,5", None),
         (None, None),
     ],
 )  # fmt: skip

@@ -49,7 +49,9 @@ def test_each_sample_is_a_request_with_its_own_seed():
     assert all(fixed.items() <= content.items() for content in contents)
 
 
-def test_what_may_pass_is_asked_again_and_counted():
+def test_what_may_pass_is_asked_again_and_counted(caplog, monkeypatch):
+    monkeypatch.setattr(server.Told, "last", -1e9)
+
     def answer(path, content, count):
         return (200, {"count": count}) if count == 3 else (503, b"starting")
 
@@ -57,6 +59,7 @@ def test_what_may_pass_is_asked_again_and_counted():
         asked = Server(served.url + "/v1/")
         assert asked.ask("/v1/models") == {"count": 3}
         assert asked.repeated == 3
+    assert "is asked again: status 503" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,15 @@ class Engine:
 
     def answer(self, path: str, content: dict | None, count: int) -> tuple[int, dict | bytes]:
         if path == "/v1/models":
-            base = {"id": self.name, "root": self.folder, "parent": None}
+            base = {"id": self.name, "root": self.folder, "parent": None, "max_model_len": 300}
             rest = [{"id": name, "root": root, "parent": self.name} for name, root in self.adapters.items()]
             return 200, {"data": [base, *rest]}
         if path == "/v1/load_lora_adapter":
             self.add(content["lora_name"], content["lora_path"])
             return 200, b"Success: LoRA adapter added successfully."
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[content["lora_name"]]
+            return 200, b"Success: LoRA adapter removed successfully."
         if content["model"] not in (self.name, *self.adapters):
             return 404, {"error": f"no model {content['model']}"}
         with self.lock:

@@ -94,7 +94,7 @@ def opened(engine: str, weights: Weights, folder: Path | None) -> Iterator[Backe
     with ExitStack() as stack:
         if engine.startswith(("http://", "https://")):
             server = Server(engine)
-            model = _find(server, weights, processes)
+            model = _find(server, weights, processes, stack)
         else:
             url = None
             if processes.is_local_main_process:
@@ -102,7 +102,9 @@ def opened(engine: str, weights: Weights, folder: Path | None) -> Iterator[Backe
                 url = stack.enter_context(started(shlex.split(engine), weights, log))
             urls = gather_object([url]) if processes.num_processes > 1 else [url]
             server, model = Server(urls[processes.first_of_node]), weights.name
-        backend = VLLMServer(server, model, weights.tokenizer, _ends(weights))
+        sizes = [entry.get("max_model_len") for entry in server.ask("/v1/models").get("data", [])]
+        context = next((size for size in sizes if size), None)
+        backend = VLLMServer(server, model, weights.tokenizer, _ends(weights), context)
         if processes.is_local_main_process:
             check(backend, weights)
         processes.wait_for_everyone()  # no sample is kept before the check
@@ -117,8 +119,8 @@ def _ends(weights: Weights) -> list[int]:
     return end_ids(config, weights.tokenizer)
 
 
-def _find(server: Server, weights: Weights, processes: Processes) -> str:
-    """The name under which a given server offers the weights; an adapter that it does not have yet is loaded there."""
+def _find(server: Server, weights: Weights, processes: Processes, stack: ExitStack) -> str:
+    """The name under which a given server offers the weights. An adapter that it lacks is loaded for a while."""
     offered = {entry["id"]: entry for entry in server.ask("/v1/models").get("data", [])}
     if weights.adapter:
         if weights.name not in offered and processes.is_main_process:
@@ -130,6 +132,7 @@ def _find(server: Server, weights: Weights, processes: Processes) -> str:
                     f"{error}. To take adapters while it runs, the server must be started with --enable-lora "
                     "--max-lora-rank R, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
                 ) from error
+            stack.callback(_unload, server, weights.name)
         processes.wait_for_everyone()
         return weights.name
     names = {weights.name, weights.folder, str(Path(weights.folder).resolve())}
@@ -141,6 +144,11 @@ def _find(server: Server, weights: Weights, processes: Processes) -> str:
             f"with --served-model-name {weights.folder}."
         )
     return found[0]
+
+
+def _unload(server: Server, adapter: str) -> None:
+    with suppress(ServerError):  # it may have ended
+        server.send("/v1/unload_lora_adapter", {"lora_name": adapter})
 
 
 @contextmanager
@@ -202,7 +210,9 @@ def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
         try:
             server.ask("/v1/models")
             return
-        except ServerError:
+        except ServerError as error:
+            if error.status == 401:
+                raise ServerError(f"{error}. Its key is read from OPENAI_API_KEY: set that to the same.") from error
             if process.poll() is not None:
                 raise
             if time.monotonic() > limit:

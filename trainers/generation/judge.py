@@ -49,7 +49,8 @@ Score: <number>
 """
 AGAIN = "\n\nWrite the score alone this time: one number and nothing else."
 # The 8 of "8", "8.", "8/10" and "8 out of 10"; no digit of a word such as "v2".
-NUMBER = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?")
+# What could be read in two ways, as 7,5 or 1e9, is none.
+NUMBER = re.compile(r"(?<![\w.,])(-?\d+(?:\.\d+)?)(?!\w|[.,]\d)(?:\s*(?:/|out of)\s*\d+)?")
 CHARACTERS_PER_TOKEN = 4  # of English text, for estimates
 Counts = dict[str, float]  # what a server was asked, by the name that it has in statistics
 

@@ -11,6 +11,8 @@ rounding, which can flip a token whose perturbed logit is tied to within that ro
 import dataclasses
 import hashlib
 import json
+import shlex
+import shutil
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +40,21 @@ class Sample(NamedTuple):
     truncated: bool
 
 
+def check_engine(engine: str) -> None:
+    """Raises ValueError for what is neither `transformers`, nor an address, nor a command that can be started."""
+    if engine == TRANSFORMERS or engine.startswith(("http://", "https://")):
+        return
+    try:
+        words = shlex.split(engine)
+    except ValueError as error:
+        raise ValueError(f"engine={engine!r} is no command: {error}.") from error
+    if not words or shutil.which(words[0]) is None:
+        raise ValueError(
+            f"engine={engine!r}: there is no program {words[0] if words else ''!r}. Give {TRANSFORMERS}, a command "
+            "such as /env/bin/vllm serve, or an address that begins with http://."
+        )
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How to sample. `temperature` 0 is greedy decoding; `top_p` 1 and `top_k` None or 0 switch the cuts off.
@@ -53,7 +70,7 @@ class SamplingOptions:
     top_k: int | None = option(None, "Keep the k likeliest tokens; 0 switches it off.", at_least=0)
     # These do not change what the samples are drawn from.
     engine: str = option(
-        TRANSFORMERS,
+        "transformers",
         "What samples: transformers, the address of a server of vLLM's kind, or the command that starts one, such as "
         '"vllm serve --dtype bfloat16" or "/env/bin/vllm serve --tensor-parallel-size 2".',
     )
@@ -63,6 +80,7 @@ class SamplingOptions:
 
     def __post_init__(self):
         check_options(self)
+        check_engine(self.engine)
 
     @property
     def sampled_by(self) -> str:

@@ -1,7 +1,9 @@
 """A server that is asked for JSON over HTTP: attempts that fail are repeated, and what fails for good says why."""
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -11,11 +13,30 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 ATTEMPTS, PAUSE = 7, 0.5  # of one request: 0, 1, 2, 4, 8 and 16 seconds lie between them
+TELLING = 5.0  # seconds between two warnings
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may pass: too many requests, overload, a restart
 
 
+logger = logging.getLogger(__name__)
+
+
 class ServerError(OSError):
-    """A server cannot be reached, refuses a request or gives half an answer."""
+    """A server cannot be reached, refuses a request (then with its `status`) or gives half an answer."""
+
+    status: int | None = None
+
+
+class Told(Retry):
+    """Says that it asks again, once in a while: urllib3 itself is silent."""
+
+    last = 0.0
+
+    def increment(self, method=None, url=None, response=None, error=None, *more, **keywords):
+        again = super().increment(method, url, response, error, *more, **keywords)
+        if time.monotonic() - Told.last > TELLING:
+            Told.last = time.monotonic()
+            logger.warning("%s is asked again: %s", url, error if response is None else f"status {response.status}")
+        return again
 
 
 class Server:
@@ -31,8 +52,8 @@ class Server:
     def __init__(self, url: str, *, timeout: float = 600.0, attempts: int = ATTEMPTS, key: str = "OPENAI_API_KEY"):
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.repeated = 0  # attempts that failed and were made again
-        retry = Retry(attempts - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
-                      raise_on_status=False)  # fmt: skip
+        retry = Told(attempts - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
+                     raise_on_status=False)  # fmt: skip
         self._session = requests.Session()
         self._session.mount(self.url, HTTPAdapter(pool_maxsize=256, max_retries=retry))
         self._key = "".join(os.environ.get(key, "").split())  # requests would show one with a line end in its error
@@ -70,7 +91,9 @@ class Server:
             raise ServerError(f"{url} cannot be reached: {error}") from error
         self.repeated += len(answer.raw.retries.history)  # type: ignore[union-attr]
         if not answer.ok:
-            raise ServerError(f"{url} refused a request ({answer.status_code}): {self._shown(answer.text):.1000}")
+            refusal = ServerError(f"{url} refused a request ({answer.status_code}): {self._shown(answer.text):.1000}")
+            refusal.status = answer.status_code
+            raise refusal
         return answer.text
 
     def _shown(self, text: str) -> str:

@@ -20,13 +20,14 @@ class VLLMServer:
     Args:
         model: the name under which the server offers the model.
         ends: ids that end a response.
+        context: most tokens of a prompt with its response, None where the server says none.
     """
 
     server: Server
     model: str
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]
-    context = None  # the server knows
+    context: int | None = None
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
         """Raises ServerError where it cannot be reached, refuses a request, or gives half an answer."""
