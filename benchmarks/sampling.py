@@ -60,13 +60,13 @@ def measure(path: str, engines: list[str], folder: Path) -> None:
                 first = first or made
                 alike = sum(made[at].token_ids == first[at].token_ids for at in made)
                 print(
-                    f"{name:20}{speeds[name][-1]:8.1f} tokens/s, {alike} of {len(made)} samples as the first",
+                    f"{name:20} {speeds[name][-1]:8.1f} tokens/s, {alike} of {len(made)} samples as the first",
                     flush=True,
                 )
     for name, own in speeds.items():
         ratios = [new / old for new, old in zip(own, speeds["generate"], strict=True)]
         shown = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (own, ratios)]
-        print(f"{name:20}{shown[0]} tokens/s, {shown[1]} times generate's")
+        print(f"{name:20} {shown[0]} tokens/s, {shown[1]} times generate's")
 
 
 if __name__ == "__main__":
