@@ -188,6 +188,7 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
         ({"options": {"rounds": 1}}, "rounds=1, but .* holds more"),
         ({"options": {"scorer": "no_such_lab.kindness"}}, "no_such_lab"),
         ({"options": {"top_p": 2}}, "self_enhance: top_p=2 must be"),
+        ({"self_enhance": '{"rounds": 2}'}, "self_enhance needs the key 'scorer'"),
         ({"options": {"scorrer": "x"}}, "self_enhance: unknown key 'scorrer': did you mean scorer"),
         ({"self_enhance": None}, "holds a run with self_enhance: choose another output_dir"),
     ],

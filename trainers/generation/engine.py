@@ -92,18 +92,19 @@ def opened(engine: str, weights: Weights, folder: Path | None) -> Iterator[Backe
         return
     processes = Processes()
     with ExitStack() as stack:
-        if engine.startswith(("http://", "https://")):
+        given = engine.startswith(("http://", "https://"))
+        if given:
             server = Server(engine)
-            model = _find(server, weights, processes, stack)
         else:
             url = None
             if processes.is_local_main_process:
                 log = (folder or Path(".")) / f"engine-{processes.process_index:05d}.log"
                 url = stack.enter_context(started(shlex.split(engine), weights, log))
             urls = gather_object([url]) if processes.num_processes > 1 else [url]
-            server, model = Server(urls[processes.first_of_node]), weights.name
-        sizes = [entry.get("max_model_len") for entry in server.ask("/v1/models").get("data", [])]
-        context = next((size for size in sizes if size), None)
+            server = Server(urls[processes.first_of_node])
+        offered = {entry["id"]: entry for entry in server.ask("/v1/models").get("data", [])}
+        model = _find(server, offered, weights, processes, stack) if given else weights.name
+        context = next((size for entry in offered.values() if (size := entry.get("max_model_len"))), None)
         backend = VLLMServer(server, model, weights.tokenizer, _ends(weights), context)
         if processes.is_local_main_process:
             check(backend, weights)
@@ -119,9 +120,8 @@ def _ends(weights: Weights) -> list[int]:
     return end_ids(config, weights.tokenizer)
 
 
-def _find(server: Server, weights: Weights, processes: Processes, stack: ExitStack) -> str:
+def _find(server: Server, offered: dict, weights: Weights, processes: Processes, stack: ExitStack) -> str:
     """The name under which a given server offers the weights. An adapter that it lacks is loaded for a while."""
-    offered = {entry["id"]: entry for entry in server.ask("/v1/models").get("data", [])}
     if weights.adapter:
         if weights.name not in offered and processes.is_main_process:
             adapter = {"lora_name": weights.name, "lora_path": str(Path(str(weights.start)).resolve())}

@@ -37,8 +37,12 @@ def read_mapping(option: str, value: dict[str, Any] | str, known: list[str] | No
 
 
 def read_options(option: str, value: dict[str, Any] | str, kind: type[Options]) -> Options:
-    """The dataclass `kind` from the mapping of an option. Raises ValueError for a key or a value that is wrong."""
-    value = read_mapping(option, value, [field.name for field in fields(kind)])  # type: ignore[arg-type]
+    """The dataclass `kind` from the mapping of an option. Raises ValueError for a key or value that is wrong."""
+    known = fields(kind)  # type: ignore[arg-type]
+    value = read_mapping(option, value, [field.name for field in known])
+    needed = [field.name for field in known if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [name for name in needed if name not in value]:
+        raise ValueError(f"{option} needs the key {missing[0]!r}.")
     try:
         return kind(**value)
     except (TypeError, ValueError) as error:
