@@ -6,7 +6,6 @@ reward divided by beta. The expectations are means over samples at temperature 1
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..generation.collect import collect_samples
 from ..generation.engine import Weights, opened
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
-from ..runs.processes import Processes, free_memory, whole_weights
+from ..runs.processes import Processes, free_memory
 from ..runs.settings import digest, model_fingerprint
 from ..runs.stage import Stage
 from ..statistics import FEWEST
@@ -72,6 +71,14 @@ class Arena:
         kwargs = (self.mixture["model_init_kwargs"] or {}) | ({} if dtype is None else {"dtype": dtype})
         return load_start(self.mixture["base"], player.start, init_kwargs=kwargs)
 
+    def weights(self, player: Player) -> Weights:
+        """What answers and scores: the whole policy of a player."""
+
+        def load(dtype: str | None, device):
+            return self.load(player, dtype).to(device).eval()
+
+        return Weights(self.mixture["base"], player.start, load, self.tokenizer)
+
     def samples_of(self, player: Player) -> Path:
         """The folder of a player's answers."""
         return self.folder / f"samples-{player.name}"
@@ -91,12 +98,8 @@ class Arena:
         ways_out = f"name another folder with --output, or remove {self.folder} to sample anew"
         folder = Stage(self.samples_of(player), settings, ways_out=ways_out).open()
 
-        def load(dtype: str | None, device):
-            return self.load(player, dtype).to(device).eval()
-
-        weights = Weights(self.mixture["base"], player.start, load, self.tokenizer)
         made = collect_samples(
-            folder, lambda: opened(self.config.engine, weights, folder), self.prompts, self.config
+            folder, lambda: opened(self.config.engine, self.weights(player), folder), self.prompts, self.config
         )  # fmt: skip
         free_memory()
         return made
@@ -108,14 +111,11 @@ class Arena:
         answers = [[[sample.token_ids for sample in row] for row in own] for own in samples]
         datasets = [Dataset.from_dict({"prompt_ids": prompt_ids, "response_ids": own}) for own in answers]
 
-        def whole(player: Player):
-            with whole_weights():
-                return self.load(player)
-
         def logps(player: Player) -> np.ndarray:
             scores = score_rows(
-                partial(whole, player), datasets, self.folder / f"scores-{player.name}", accelerator=self.processes,
-                pad_token_id=self.tokenizer.pad_token_id, budget=TOKENS_PER_BATCH, title=f"scores by {player.name}",
+                self.weights(player).whole, datasets, self.folder / f"scores-{player.name}",
+                accelerator=self.processes, pad_token_id=self.tokenizer.pad_token_id, budget=TOKENS_PER_BATCH,
+                title=f"scores by {player.name}",
             )  # fmt: skip
             free_memory()
             return np.array(scores)

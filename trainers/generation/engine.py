@@ -23,8 +23,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from ..runs.processes import Processes, whole_weights
 from ..runs.settings import digest, model_fingerprint
 from .backends import Backend, HuggingFace, end_ids
-from .sampler import TRANSFORMERS, encode_prompt
-from .server import Server, ServerError
+from .sampler import TRANSFORMERS, encode_prompt, is_address
+from .server import KEY_VARIABLE, Server, ServerError
 from .vllm import VLLMServer
 
 # Variables of a launcher, which are about the processes of the training.
@@ -92,7 +92,7 @@ def opened(engine: str, weights: Weights, folder: Path | None) -> Iterator[Backe
         return
     processes = Processes()
     with ExitStack() as stack:
-        given = engine.startswith(("http://", "https://"))
+        given = is_address(engine)
         if given:
             server = Server(engine)
         else:
@@ -212,7 +212,7 @@ def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
             return
         except ServerError as error:
             if error.status == 401:
-                raise ServerError(f"{error}. Its key is read from OPENAI_API_KEY: set that to the same.") from error
+                raise ServerError(f"{error}. Its key is read from {KEY_VARIABLE}: set that to the same.") from error
             if process.poll() is not None:
                 raise
             if time.monotonic() > limit:

@@ -26,9 +26,8 @@ from ..runs.settings import digest, model_fingerprint
 from .options import read_mapping, read_options
 from .reward_model import RewardText
 from .rewards import completion_text
-from .server import Server, ServerError, in_flight
+from .server import KEY_VARIABLE, Server, ServerError, in_flight
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 KINDS = ("judge", "reward_server")  # the key of a mapping that holds the address, and says which kind it is
 TEMPLATE = """\
 Judge how good an answer to a request is.

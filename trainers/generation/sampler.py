@@ -40,9 +40,14 @@ class Sample(NamedTuple):
     truncated: bool
 
 
+def is_address(engine: str) -> bool:
+    """Whether it is a server that is given, and not a command."""
+    return engine.startswith(("http://", "https://"))
+
+
 def check_engine(engine: str) -> None:
     """Raises ValueError for what is neither `transformers`, nor an address, nor a command that can be started."""
-    if engine == TRANSFORMERS or engine.startswith(("http://", "https://")):
+    if engine == TRANSFORMERS or is_address(engine):
         return
     try:
         words = shlex.split(engine)

@@ -12,10 +12,10 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+KEY_VARIABLE = "OPENAI_API_KEY"  # of the environment
 ATTEMPTS, PAUSE = 7, 0.5  # of one request: 0, 1, 2, 4, 8 and 16 seconds lie between them
 TELLING = 5.0  # seconds between two warnings
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may pass: too many requests, overload, a restart
-
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Server:
         key: name of the environment variable with the key, sent as a bearer token where it is set.
     """
 
-    def __init__(self, url: str, *, timeout: float = 600.0, attempts: int = ATTEMPTS, key: str = "OPENAI_API_KEY"):
+    def __init__(self, url: str, *, timeout: float = 600.0, attempts: int = ATTEMPTS, key: str = KEY_VARIABLE):
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.repeated = 0  # attempts that failed and were made again
         retry = Told(attempts - 1, backoff_factor=PAUSE, status_forcelist=PASSING, allowed_methods=None,
