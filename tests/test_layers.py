@@ -16,6 +16,7 @@ ROOMS = (
     ("generation", "pages"),
     ("rounds",),
     ("running",),
+    ("measuring",),
     ("base",),
     ("dpo", "swepo", "lire", "infonca", "rrhf", "plackett_luce"),
     ("sparsepo", "emdpo", "sgpo"),

@@ -25,16 +25,16 @@ from .forward.layout import token_counts
 from .forward.parts import PartedPass
 from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
-from .inputs import REPEATED, Batch, check_ranges, mark_repeated, parts, prepare_rows
+from .inputs import Batch, check_ranges, mark_repeated, parts, prepare_rows
 from .likelihood import sft_loss
-from .metrics import MetricMeter, best_and_worst, ranking_metrics, scores_differ, take
+from .measuring import MeasuringTrainer
+from .metrics import best_and_worst, ranking_metrics, scores_differ, take
 from .precision import warn_if_emulated
-from .running import RunningTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(RunningTrainer):
+class PreferenceTrainer(MeasuringTrainer):
     """Fine-tunes a causal language model on prompts with K scored responses.
 
     Args:
@@ -135,7 +135,6 @@ class PreferenceTrainer(RunningTrainer):
         self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-        self._meters = {"train": MetricMeter(), "eval": MetricMeter()}
 
     @staticmethod
     def _start_of_reference(model, ref_model, peft_config: PeftConfig | None) -> tuple[nn.Module, str | None]:
@@ -241,6 +240,15 @@ class PreferenceTrainer(RunningTrainer):
         self._record(batch, losses, weights, metrics | self._common_metrics(batch, policy))
         return losses, weights
 
+    def _common_metrics(self, batch: Batch, policy: Forward) -> dict[str, Tensor]:
+        logps, lengths = policy.logps.detach().sum(-1), batch["response_mask"].sum(-1).float()
+        best, worst = best_and_worst(batch["scores"], batch["mask"])
+        metrics = {"prompts/without_signal": 1 - self.signal(batch).float()}
+        for name, values in (("logps", logps), ("length", lengths)):
+            for side, index in (("chosen", best), ("rejected", worst)):
+                metrics[f"{name}/{side}"] = take(values, index)
+        return metrics
+
     def _reference_forward(self, model: nn.Module, batch: Batch) -> Forward:
         cached = None if self.table is None else self.table.lookup(batch)
         return self._ask_reference(model, batch) if cached is None else Forward(cached)
@@ -345,64 +353,3 @@ class PreferenceTrainer(RunningTrainer):
         rows = prepare_rows(dataset, self.processing_class, self.args, columns=self.columns, several=several)
         check_ranges(parts(rows), [policies.base_model(self.model)])
         return rows
-
-    # Metrics and evaluation.
-
-    def _common_metrics(self, batch: Batch, policy: Forward) -> dict[str, Tensor]:
-        logps, lengths = policy.logps.detach().sum(-1), batch["response_mask"].sum(-1).float()
-        best, worst = best_and_worst(batch["scores"], batch["mask"])
-        metrics = {"prompts/without_signal": 1 - self.signal(batch).float()}
-        for name, values in (("logps", logps), ("length", lengths)):
-            for side, index in (("chosen", best), ("rejected", worst)):
-                metrics[f"{name}/{side}"] = take(values, index)
-        return metrics
-
-    def _record(self, batch: Batch, losses: Tensor, weights: Tensor, metrics: dict[str, Tensor]) -> None:
-        if self.model.training:
-            repeated = batch.get(REPEATED, torch.zeros_like(losses, dtype=torch.bool))
-            own = {n: v.masked_fill(repeated, torch.nan) if torch.is_tensor(v) and v.dim() else v
-                   for n, v in metrics.items()}  # fmt: skip
-            self._meters["train"].update(own)
-            return
-        # Per-prompt values are gathered so that accelerate can remove the rows it repeats to fill the last batch.
-        size = len(losses)
-        columns = {"loss": losses.detach() * weights, "weight": weights, **metrics}
-        table = torch.stack([torch.as_tensor(v).to(losses).expand(size) for v in columns.values()], 1)
-        table = self.accelerator.gather_for_metrics(table)
-        self._meters["eval"].update(dict(zip(columns, table.unbind(1), strict=True)))
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        forwards = [f for f in (outputs["policy"], outputs["reference"]) if f is not None]
-        sums = tuple(f.logps.sum(-1) for f in forwards)
-        return loss, sums if len(sums) > 1 else sums[0], (inputs["scores"], inputs["mask"].long())
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """The Trainer's loop averages batch means, which depends on the number of processes; prompts do not."""
-        self._meters["eval"].reset()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = self._meters["eval"].compute()
-        weight = metrics.pop("weight", 0)
-        if "loss" in metrics and weight:
-            metrics["loss"] /= weight
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def log(self, logs, start_time=None):
-        # What training logs; the mode of the model does not tell, because a callback may leave it in another one.
-        if "loss" in logs or "total_flos" in logs:
-            metrics = self._meters["train"].compute(self.accelerator)
-            self._meters["train"].reset()
-            if metrics.get("prompts/without_signal") == 1:
-                logger.warning(
-                    "No prompt since the last log carries a signal, so nothing was learned: the scores of each prompt "
-                    "are all equal, or the method's options leave no response to contrast."
-                )
-            logs = logs | {name: value for name, value in metrics.items() if value == value}
-        super().log(logs, start_time)
