@@ -291,6 +291,20 @@ CASES = {
         {"fewer than 2 usable responses left": 1},
         {"empty text": 1},
     ),
+    "argilla_cleaned": (
+        [
+            {"source": "s", "prompt": "Quick?", "chosen": [user("Quick?"), assistant("Swift.")],
+             "rejected": [user("Quick?"), assistant("Slow.")], "chosen-rating": 5.0, "rejected-rating": 1.25,
+             "chosen-model": "m", "rejected-model": "n"},
+            {"source": "t", "prompt": "Été?", "chosen": [user("Été?"), assistant("Été.")],
+             "rejected": [user("Été?"), assistant("")], "chosen-rating": 4.5, "rejected-rating": 1.0,
+             "chosen-model": "m", "rejected-model": "n"},
+        ],
+        [{"prompt": [user("Quick?")], "responses": answers("Swift.", "Slow."), "scores": [5.0, 1.25], "source": "s",
+          "chosen-model": "m", "rejected-model": "n"}],
+        {"fewer than 2 usable responses left": 1},
+        {"empty text": 1},
+    ),
     "numbered": (
         [
             chats("a", "b", "c", "d", scores=[9.0, 9.0, 4.0, 1.0]),

@@ -12,6 +12,7 @@ from ..rows import Row, pair_to_row
 from .by_group import helpsteer2, oasst1, prism
 from .by_row import (
     argilla,
+    argilla_cleaned,
     armorm,
     has_markers,
     hh_rlhf,
@@ -44,10 +45,12 @@ class Format(NamedTuple):
 FORMATS = {
     "rows": Format(rows, "canonical rows", "prompt responses scores"),
     "pairs": Format(pair_to_row, "TRL pairs, scores 1 and 0", "chosen rejected"),
-    "scored_pairs": Format(scored_pairs, "trl-lib/ultrafeedback_binarized",
+    "scored_pairs": Format(scored_pairs, "trl-lib/ultrafeedback_binarized and HuggingFaceH4's",
                            "chosen rejected score_chosen score_rejected"),
     "argilla": Format(argilla, "argilla/ultrafeedback-binarized-preferences",
                       "instruction chosen_response rejected_response chosen_avg_rating rejected_avg_rating"),
+    "argilla_cleaned": Format(argilla_cleaned, "argilla/ultrafeedback-binarized-preferences-cleaned",
+                              "chosen rejected chosen-rating rejected-rating"),
     "hh_rlhf": Format(hh_rlhf, "Anthropic/hh-rlhf", "chosen rejected", looks=has_markers),
     "ultrafeedback": Format(ultrafeedback, "openbmb/UltraFeedback, overall scores", "instruction completions"),
     "ultrafeedback_fine_grained": Format(ultrafeedback_fine_grained,

@@ -37,9 +37,17 @@ def rows(row: Row) -> Row:
 
 def scored_pairs(row: Row) -> Row:
     """TRL preference pairs with `score_chosen` and `score_rejected` as the scores, which may tie."""
-    scores = [row["score_chosen"], row["score_rejected"]]
-    pair = pair_to_row({name: value for name, value in row.items() if name not in ("score_chosen", "score_rejected")})
-    return {**pair, "scores": scores}
+    return _scored(row, "score_chosen", "score_rejected")
+
+
+def argilla_cleaned(row: Row) -> Row:
+    """argilla/ultrafeedback-binarized-preferences-cleaned: pairs with the means of their aspect ratings (1 to 5)."""
+    return _scored(row, "chosen-rating", "rejected-rating")
+
+
+def _scored(row: Row, *names: str) -> Row:
+    pair = pair_to_row({name: value for name, value in row.items() if name not in names})
+    return {**pair, "scores": [row[name] for name in names]}
 
 
 def argilla(row: Row) -> Row:
