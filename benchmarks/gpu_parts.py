@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, set_seed
 
-from benchmarks import ratios, step
+from benchmarks import machine, ratios, step
 from benchmarks.run import write_synthetic
 from trainers import SWEPOTrainer
 from trainers.cli.arguments import ModelArguments
@@ -50,8 +50,7 @@ def product(job: dict) -> tuple[dict, dict]:
 
 def product_speed(dtype: str, job: dict) -> float:
     size = 1024 if job["device"] == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=job["device"]).to(getattr(torch, dtype)) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, job, 10) / 1e12
+    return machine.product_speed(size, size, size, getattr(torch, dtype), job["device"]) / 1e12
 
 
 def seconds(function, job: dict, count: int) -> float:
@@ -167,7 +166,7 @@ def lora(job: dict) -> tuple[dict, dict]:
             "prompts": prompts, "micro": prompts, "micro_trl": 1, "warm_up": 2, "rows": rows,
             "options": arguments,
         }  # fmt: skip
-        result, trainer = measure(setting)
+        result, trainer = step.measure(setting)
     found = ratios.figures(setting | result)
     figures = {name: found[name] for name in ("s per step", "prompts/s", "TFLOP/s", "peak, GiB")}
     figures["tokens/s, each once"] = figures["prompts/s"] * (PROMPT + RESPONSE * k)
@@ -186,18 +185,6 @@ def lora(job: dict) -> tuple[dict, dict]:
         if cuda:  # on a CPU the peak is that of the whole process
             figures["peak over estimate"] = figures["peak, GiB"] / figures["estimate, GiB"]
     return figures, {"first loss, off by": 1e-3}
-
-
-def measure(setting: dict) -> tuple:
-    """The trainer of a job of benchmarks.step, and what was measured of it."""
-    build, built = step.build, []
-
-    def build_and_keep(*given):
-        built.append(build(*given))
-        return built[0]
-
-    step.build = build_and_keep  # this process measures nothing else
-    return step.measure(setting), built[0]
 
 
 def quantised_model(folder: str, random_model: Callable, dtype: str, device: str) -> tuple:

@@ -53,10 +53,11 @@ def product_speeds(config: PretrainedConfig, tokens: int, dtype: torch.dtype, de
     text = config.get_text_config()
     hidden, wide = text.hidden_size, text.intermediate_size
     sizes = [(tokens, hidden, wide), (wide, tokens, hidden), (SQUARE, SQUARE, SQUARE)]
-    return {" x ".join(map(str, size)): _product_speed(*size, dtype, device) for size in sizes}
+    return {" x ".join(map(str, size)): product_speed(*size, dtype, device) for size in sizes}
 
 
-def _product_speed(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> float:
+def product_speed(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> float:
+    """Operations per second of (rows, inner) times (inner, columns)."""
     left, right = (torch.ones(size, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
     begin, seconds = time.perf_counter(), []
     while len(seconds) < REPEATS or time.perf_counter() - begin < 0.2:

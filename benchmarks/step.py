@@ -230,8 +230,9 @@ class Profiler(TrainerCallback):
             self.profile.stop()
 
 
-def measure(job: dict) -> dict:
-    """Train on the rows of a job; the first `warm_up` steps are not timed, nor a last one that is profiled."""
+def measure(job: dict) -> tuple[dict, SWEPOTrainer | Pairs]:
+    """Train on the rows of a job: figures and the trainer. The first `warm_up` steps are not timed, nor a last one
+    that is profiled."""
     rows = json.loads(Path(job["rows"]).read_text())
     if job["variant"] == "trunk":  # no response begins as the one before it
         for row in rows:
@@ -251,7 +252,7 @@ def measure(job: dict) -> dict:
         trainer.train()
     is_trl = isinstance(trainer, Pairs)
     pairs = len(expand_pairs(used[0], job["variant"].removeprefix("trl_").removesuffix("_cached"))) if is_trl else 1
-    return {
+    figures = {
         "steps": clock.steps[warm_up : len(rows) // prompts],
         "filling": trainer.filled if is_trl else clock.filling,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -264,6 +265,7 @@ def measure(job: dict) -> dict:
         "shape": shape(trainer.model),
         "kinds": by_kind(profiler.profile.events(), PARTS) if job.get("profiled") else None,
     }
+    return figures, trainer
 
 
 def shape(model) -> dict:
@@ -295,7 +297,7 @@ def main(job: dict) -> None:
     products()
     for wanted in job["measurements"]:
         begin = time.perf_counter()
-        found = measure({**job, **wanted})
+        found = measure({**job, **wanted})[0]  # the trainer goes
         free_memory()
         told = {name: wanted[name] for name in ("setting", "variant")}
         print(json.dumps({**told, **found, "whole": time.perf_counter() - begin}), flush=True)

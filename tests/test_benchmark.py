@@ -110,7 +110,7 @@ VARIANTS = [name for name in ratios.NAMES if name != "trunk"]
 @pytest.fixture(scope="module")
 def measured(job):
     options = {"parts": {"options": {"tokens_per_backward": 120}}, "shared": {"profiled": True}}
-    return {name: benchmark_step.measure({**job, "variant": name, **options.get(name, {})}) for name in VARIANTS}
+    return {name: benchmark_step.measure({**job, "variant": name, **options.get(name, {})})[0] for name in VARIANTS}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -138,7 +138,7 @@ def test_tokens_fed_are_counted(job, measured):
     lengths = [len(ids) for ids in row["response_ids"]]
     fed = {name: result["steps"][0]["fed"] for name, result in measured.items()}
     assert fed["rows"] == fed["rows_full_logits"] == 4 * (40 + max(lengths) - 1)
-    trunk = benchmark_step.measure({**job, "variant": "trunk"})
+    trunk = benchmark_step.measure({**job, "variant": "trunk"})[0]
     assert trunk["steps"][0]["fed"] == 40 + sum(n - 1 for n in lengths)
     assert trunk["lengths"] == measured["shared"]["lengths"]
     assert fed["cached"] == fed["shared"] == trunk["steps"][0]["fed"] - 18 - 24  # what two drafts have in common
