@@ -1,28 +1,20 @@
 """Scorers on a server: what is asked, read, kept and counted, and what of it a run's settings say."""
 
 import json
-import os
 import re
-import shlex
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-import requests
-import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
 
 import processes
 from helpers import family_tokenizer, flags, save_start
 from servers import serving
-from test_scorer import PROMPTS, TEXTS, save_reward_model
+from test_scorer import PROMPTS, TEXTS
 from trainers import LIREConfig, LIRETrainer
 from trainers.cli import generate
-from trainers.generation import leash, server
+from trainers.generation import server
 from trainers.generation.judge import AGAIN, TEMPLATE
 from trainers.generation.scorer import check_scorer, compared_scorer, load_scorer
 from trainers.generation.server import ServerError
@@ -376,127 +368,3 @@ def test_rounds_bind_to_the_model_and_the_template_of_a_judge_alone(tmp_path, mo
     (tmp_path / "template").write_text("{theme} {prompt} {completion}")
     with pytest.raises(ValueError, match="names 'theme', but rows have"):
         settings()
-
-
-# A reward model on a server.
-
-
-@pytest.fixture(scope="module", params=["pad", "eos as pad", "no pad"])
-def reward_model(request, tmp_path_factory):
-    """A folder; with the end of a turn as pad token, which transformers does not read a score at."""
-    folder, tokenizer = tmp_path_factory.mktemp("reward"), family_tokenizer("llama3")
-    pads = {"pad": "<pad>", "eos as pad": tokenizer.eos_token, "no pad": None}
-    pad = pads[request.param] and tokenizer.convert_tokens_to_ids(pads[request.param])
-    save_reward_model(folder, tokenizer, pad_token_id=pad, max_position_embeddings=64)
-    return folder
-
-
-LONG = "the lazy dog had a bad day " * 20
-
-
-def classify(folder):
-    """What vLLM answers: the output at the last token, without an activation."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model.config.pad_token_id = None
-    lock = threading.Lock()
-
-    def answer(path, content, count):
-        assert path == "/classify" and content["use_activation"] is False
-        with lock, torch.no_grad():
-            data = [
-                {"index": i, "label": "LABEL_0", "num_classes": 1,
-                 "probs": model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).tolist()}
-                for i, ids in enumerate(content["input"])
-            ]  # fmt: skip
-        tokens = sum(map(len, content["input"]))
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": None}
-        return 200, {"model": content["model"], "data": data[::-1], "usage": usage}
-
-    return answer
-
-
-def test_a_reward_model_on_a_server_gives_the_scores_of_the_local_one(reward_model, tmp_path):
-    prompts, texts = [*PROMPTS, LONG], [*TEXTS, "jumps"]
-    local = load_scorer(str(reward_model), device="cpu")
-    with serving(classify(reward_model)) as served:
-        spec = {"reward_server": served.url, "model": str(reward_model), "served_model_name": "rm",
-                "cache": str(tmp_path), "prices": [1e6, 5]}  # fmt: skip
-        counts = {}
-        scores = load_scorer(spec, batch_size=2, counts=counts)(prompts, texts)
-        assert scores == pytest.approx(local(prompts, texts), abs=1e-5)
-        assert max(scores) - min(scores) > 0.1
-        assert sorted(len(content["input"]) for _, content in served.requests) == [1, 2, 2]
-        assert {content["model"] for _, content in served.requests} == {"rm"}
-        tokens = sum(len(ids) for _, content in served.requests for ids in content["input"])
-        assert counts == NONE | {"scorer_calls": 3, "scorer_prompt_tokens": tokens, "scorer_completion_tokens": 0,
-                                 "scorer_cost": tokens}  # fmt: skip
-        assert load_scorer(spec)(prompts, texts) == scores and len(served.requests) == 3
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        [{"index": 0, "probs": [0.5]}], [{"index": 0, "probs": [0.5, 0.5]}, {"index": 1, "probs": [0.5, 0.5]}],
-        [{"index": 0, "probs": [0.5]}, {"index": 1, "probs": [float("nan")]}], [{"index": 0}, {"index": 1}], None,
-    ],
-)  # fmt: skip
-def test_what_is_not_one_score_per_text_is_refused_and_not_kept(tmp_path, data):
-    save_reward_model(tmp_path / "model", family_tokenizer("llama3"))
-    with serving(lambda *asked: (200, {"data": data})) as served:
-        spec = {"reward_server": served.url, "model": str(tmp_path / "model"), "cache": str(tmp_path / "cache")}
-        with pytest.raises(ServerError, match="gave other than a score for 2 texts"):
-            load_scorer(spec)(PROMPTS[:2], TEXTS[:2])
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_served_reward_model_must_have_one_output(tmp_path):
-    save_reward_model(tmp_path, family_tokenizer("llama3"), num_labels=2)
-    with pytest.raises(ValueError, match="has 2 outputs"):
-        load_scorer({"reward_server": "http://localhost:1", "model": str(tmp_path)})
-
-
-ENGINE = os.environ.get("POLYPO_VLLM")
-
-
-@pytest.mark.skipif(not ENGINE, reason="needs a real engine: POLYPO_VLLM='/path/bin/vllm serve'")
-def test_the_real_engine_gives_the_scores_of_the_local_model(tmp_path):
-    tokenizer = family_tokenizer("llama3")  # its chats end with the pad token
-    shape = {"max_position_embeddings": 1024, "head_dim": 32}  # the CPU's attention knows no heads of 8
-    save_reward_model(tmp_path / "rm", tokenizer, pad_token_id=tokenizer.eos_token_id, **shape)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(ENGINE)
-    place = words.index("serve") + 1  # where vLLM wants the model
-    options = f"--dtype float32 --host 127.0.0.1 --port {port} --served-model-name rm"
-    with open(tmp_path / "log", "wb") as log:
-        engine = subprocess.Popen(
-            [sys.executable, leash.__file__, *words[:place], str(tmp_path / "rm"), *words[place:], *options.split()],
-            stdin=subprocess.PIPE, stdout=log, stderr=log,
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        )  # fmt: skip
-    try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
-        while not answers(url):
-            assert engine.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(1)
-        spec = {"reward_server": url, "model": str(tmp_path / "rm"), "served_model_name": "rm", "cache": str(tmp_path)}
-        prompts, texts = [*PROMPTS, LONG * 20], [*TEXTS, "jumps"]
-        counts = {}
-        scores = load_scorer(spec, batch_size=2, counts=counts)(prompts, texts)
-        with pytest.raises(ServerError, match="does not exist"):
-            load_scorer(spec | {"served_model_name": "other", "cache": str(tmp_path / "none")})(prompts, texts)
-    finally:
-        engine.stdin.close()
-        engine.wait(60)
-    expected = load_scorer(str(tmp_path / "rm"), device="cpu")(prompts, texts)
-    assert scores == pytest.approx(expected, abs=1e-4)
-    assert max(expected) - min(expected) > 0.1 and max(map(abs, expected)) > 1  # no probabilities
-    assert counts["scorer_calls"] == 3 and counts["scorer_prompt_tokens"] > 100
-
-
-def answers(url) -> bool:
-    try:
-        return requests.get(f"{url}/health", timeout=5).ok
-    except requests.ConnectionError:
-        return False

@@ -33,11 +33,11 @@ from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.collect import MADE, columns_of
 from .generation.engine import opened
-from .generation.judge import Counts
 from .generation.options import EnhanceOptions
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer, compared_scorer
+from .generation.served import Counts
 from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import last_checkpoint

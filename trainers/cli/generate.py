@@ -29,10 +29,10 @@ from ..forward import policy as policies
 from ..generation import SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from ..generation.collect import MADE, columns_of
 from ..generation.engine import Weights, opened
-from ..generation.judge import Counts
 from ..generation.options import DTYPES
 from ..generation.sampler import encode_prompts
 from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
+from ..generation.served import Counts
 from ..generation.start import dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory, join_launcher

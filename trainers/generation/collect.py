@@ -18,10 +18,10 @@ from ..data.tokenization import UNFINISHED
 from ..runs.files import Journal
 from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request
-from .judge import Counts, add_counts
 from .rewards import as_completion
 from .sampler import TRANSFORMERS, Key, Prompt, Sample, SamplingConfig, encode_prompts, sample_seed
 from .scorer import Scorer
+from .served import Counts, add_counts
 
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
 MADE = ("prompt", "responses", "scores", UNFINISHED)  # columns of a row that sampling and scoring make

@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 
-from .judge import KINDS, Counts, ServedOptions, forecast, load_served, read_served
-from .options import Spec, read_mapping
+from .judge import JudgeOptions
+from .options import Spec, read_mapping, read_options
 from .reward_model import RewardModelScorer
+from .reward_server import RewardServerOptions
+from .served import Counts, ServedOptions
 
 Scorer = Callable[..., list[float]]
+KINDS: dict[str, Any] = {
+    "judge": JudgeOptions,
+    "reward_server": RewardServerOptions,
+}  # by the key that holds the address
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -48,7 +54,7 @@ def load_scorer(
     def load(name: str, found: Callable | ServedOptions | None) -> Callable:
         if found is None:
             return RewardModelScorer(name, batch_size=batch_size, dtype=dtype, device=device)
-        return load_served(found, batch_size, counts) if isinstance(found, ServedOptions) else found
+        return found.scorer(batch_size, counts) if isinstance(found, ServedOptions) else found
 
     parts = [(weight, name, load(name, found)) for weight, name, found in check_scorer(spec)]
 
@@ -85,9 +91,9 @@ def check_scorer(
 
 
 def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -> list[str]:
-    """`forecast` of each part that is on a server."""
+    """The forecast of each part that is on a server."""
     found = [served for _, _, served in check_scorer(spec) if isinstance(served, ServedOptions)]
-    return [forecast(served, responses, tokens, batch_size) for served in found]
+    return [served.forecast(responses, tokens, batch_size) for served in found]
 
 
 def compared_scorer(spec: Spec | None) -> Spec | None:
@@ -97,7 +103,7 @@ def compared_scorer(spec: Spec | None) -> Spec | None:
     if not asks_server(spec):
         return spec
     weight, own = _split(as_mapping(spec))
-    return read_served(own).compared | {"weight": weight}
+    return _served(own).compared | {"weight": weight}
 
 
 def asks_server(spec: Spec | None) -> bool:
@@ -118,12 +124,17 @@ def _split(part: dict) -> tuple[float, dict]:
     return part.get("weight", 1.0), {name: value for name, value in part.items() if name != "weight"}
 
 
+def _served(own: dict) -> ServedOptions:
+    kind = next(kind for key, kind in KINDS.items() if key in own)
+    return read_options("scorer", own, kind)
+
+
 def _part(part: dict) -> tuple[float, str, Callable | ServedOptions | None]:
     weight, own = _split(part)
     name: Any
     found: Callable | ServedOptions | None
     if asks_server(own):
-        found = read_served(own)
+        found = _served(own)
         name = f"{found.model} at {found.url}"
     else:
         spec = read_mapping("scorer", own, ["spec", "weight", *KINDS]).get("spec")

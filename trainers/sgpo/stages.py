@@ -29,9 +29,9 @@ from transformers import AutoTokenizer
 
 from ..forward.policy import set_pad_token
 from ..generation.collect import collect_scores
-from ..generation.judge import Counts
 from ..generation.rewards import as_completion
 from ..generation.scorer import compared_scorer, load_scorer
+from ..generation.served import Counts
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_rows, write_rows
