@@ -70,6 +70,13 @@ def fault(
     return COPY if before is not None and text.split() == before.split() else None
 
 
+def column_fault(row: dict, name: str, before: str | None = None) -> str | None:
+    """`fault` of the text in a column, which it names; it must differ from the text in the column `before`."""
+    option = "sampling" if before is None else "revision"
+    reason = fault(row[name], truncated=row[f"{name}_truncated"], before=before and row[before], option=option)
+    return reason and f"{name}: {reason}"
+
+
 class Fences(NamedTuple):
     """Result of the IQR filter. Without `applied` all finite values are kept, for `reason`."""
 

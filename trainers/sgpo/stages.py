@@ -218,7 +218,7 @@ class Run:
 
     def _improver(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("filter", index) / ROWS)
-        examples = [improvement(row) for row in rows]
+        examples = [(text.improver_prompt(row["prompt"], row["current"]), row["target"]) for row in rows]
         policy = [(row["prompt"], row["reference"]) for row in rows]
         trained = self._train("improver", index, folder, self.start(index), examples, policy_examples=policy,
                               policy_weight=self.args.policy_weight)  # fmt: skip
@@ -270,7 +270,7 @@ class Run:
     def _targets(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("current", index) / ROWS)
         # A draft that cannot be used is kept in the rows, so that the filter counts it with its reason.
-        at = [i for i, row in enumerate(rows) if column_fault(row, "current") is None]
+        at = [i for i, row in enumerate(rows) if filters.column_fault(row, "current") is None]
         usable = self.sampler.revise(folder / "samples", [rows[i] for i in at], self.start(index), index)
         for i, row in zip(at, usable, strict=True):
             rows[i] = row
@@ -286,7 +286,9 @@ class Run:
 
     def _filter(self, index: int, folder: Path) -> dict:
         args, rows = self.args, read_rows(self.at("targets", index) / ROWS)
-        reasons = [column_fault(row, "current") or column_fault(row, "target", "current") for row in rows]
+        reasons = [
+            filters.column_fault(row, "current") or filters.column_fault(row, "target", "current") for row in rows
+        ]
         self._mark_long(rows, reasons, "improver.max_length", improvement)
         self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["target"]))
         if args.policy_weight:
@@ -314,7 +316,9 @@ class Run:
 
     def _pairs(self, index: int, folder: Path) -> dict:
         rows = self._rewrite(folder, self.at("improver", index) / MODEL, self.rows.preferences, index)
-        reasons = [column_fault(row, "rejected") or column_fault(row, "chosen", "rejected") for row in rows]
+        reasons = [
+            filters.column_fault(row, "rejected") or filters.column_fault(row, "chosen", "rejected") for row in rows
+        ]
         self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["chosen"]))
         self._mark_long(rows, reasons, "max_length", lambda row: (row["prompt"], row["rejected"]))
         return self._write_kept(folder, rows, reasons) | rewrite_metrics(rows, "rejected", "chosen")
@@ -392,18 +396,6 @@ def pair(row: dict) -> dict:
     """A canonical row: chosen over rejected, both under the plain prompt."""
     responses = [as_completion(row["prompt"], row[name]) for name in ("chosen", "rejected")]
     return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
-
-
-def improvement(row: dict) -> Example:
-    """What the improver learns of a row: m(x, y) and the target."""
-    return text.improver_prompt(row["prompt"], row["current"]), row["target"]
-
-
-def column_fault(row: dict, name: str, before: str | None = None) -> str | None:
-    """Why the text in a column cannot be used, or None; it must differ from the text in the column `before`."""
-    option = "sampling" if before is None else "revision"
-    reason = filters.fault(row[name], truncated=row[f"{name}_truncated"], before=before and row[before], option=option)
-    return reason and f"{name}: {reason}"
 
 
 def trainer_state(folder: Path) -> dict:
