@@ -6,6 +6,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 
 import logging
 import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import groupby
 from os.path import commonprefix  # of any sequences
@@ -122,35 +123,49 @@ def tokenize_dataset(
             naming the row.
     """
     dataset = without_format(dataset)
-    features = {name: dataset.features[name] for name in ("weight", "annotator", *columns) if name in dataset.features}
-    # The prompt's text stays for callbacks that sample answers to it.
-    text = {"prompt": Json()} if "prompt" in dataset.features or "prompt_ids" not in dataset.features else {}
-    features |= text | IDS
+    options = {"max_length": max_length, "invalid": invalid, "as_chat": as_chat}
+    how = how_to_tokenize(dataset.features, tokenizer, columns, chat_template_kwargs, **options)
     mapped = dataset.map(
-        _counted_batch,
+        counted_batch,
         with_indices=True,
         batched=True,
         batch_size=BATCH,
         remove_columns=dataset.column_names,
-        features=Features({**features, **COUNTED, CUT: Value("string")}),
+        features=Features({**how["columns"], **COUNTED, CUT: Value("string")}),
         num_proc=num_proc,
-        fn_kwargs={
-            "invalid": invalid,
-            "as_chat": as_chat,
-            "source": dict(dataset.features),
-            "columns": features,
-            "code": source_digest(),
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "template_kwargs": chat_template_kwargs or {},
-            "control": _control_tokens(tokenizer),
-        },
+        fn_kwargs=how,
         desc="Tokenising",
     )
-    cut = next((text for text in mapped[CUT][:] if text is not None), None)
+    warn_of_cut(mapped[CUT][:])
+    return split_off_drops(mapped.remove_columns(CUT))
+
+
+def how_to_tokenize(
+    source: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str, ...],
+    chat_template_kwargs: dict[str, Any] | None,
+    **options,
+) -> dict[str, Any]:
+    """Keywords of `counted_batch` for rows with the columns of `source`; "columns" are the features that it gives."""
+    features = {name: source[name] for name in ("weight", "annotator", *columns) if name in source}
+    # The prompt's text stays for callbacks that sample answers to it.
+    text = {"prompt": Json()} if "prompt" in source or "prompt_ids" not in source else {}
+    return options | {
+        "source": dict(source),
+        "columns": features | text | IDS,
+        "code": source_digest(),
+        "tokenizer": tokenizer,
+        "template_kwargs": chat_template_kwargs or {},
+        "control": _control_tokens(tokenizer),
+    }
+
+
+def warn_of_cut(ends: Iterable[str | None]) -> None:
+    """Show the first end of a prompt that was cut off, in the first process."""
+    cut = next((end for end in ends if end is not None), None)
     if cut is not None and is_first_process():
         _warn_of_cut(cut)
-    return split_off_drops(mapped.remove_columns(CUT))
 
 
 @cache
@@ -166,7 +181,8 @@ def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **opti
     return dataset
 
 
-def _counted_batch(batch: dict[str, list], indices: list[int], **how) -> dict[str, list]:
+def counted_batch(batch: Mapping[str, list], indices: list[int], **how) -> dict[str, list]:
+    """Columns of tokenised rows, one for each row of `batch`; those of `COUNTED` and `CUT` say what became of it."""
     rows = list(rows_in(batch))
     try:
         counted = _counted_rows(rows, indices, **how)
