@@ -20,6 +20,7 @@ from ..generation.rewards import as_completion
 from ..generation.sampler import Prompt
 from ..runs.checkpoints import last_checkpoint
 from ..runs.processes import refuse_partial_weights, share_engine
+from .text import improver_prompt
 
 POLICY = "policy_"  # prefix of the columns with the plain prompt and the reference
 
@@ -43,6 +44,11 @@ def sft_config(args: TrainingArguments, options: dict, folder: Path, seed: int) 
         raise ValueError(f"{', '.join(sorted(taken))} cannot be set for one stage alone: leave it out.")
     options = {name: _number(value) for name, value in options.items()}
     return SFTConfig(**{name: getattr(args, name) for name in shared} | {"max_length": None} | options | own)
+
+
+def improvement(row: dict) -> Example:
+    """What the improver learns of a row: m(x, y) and the target."""
+    return improver_prompt(row["prompt"], row["current"]), row["target"]
 
 
 def tokenize_texts(tokenizer, prompts: list[Prompt], responses: list[list[str]]) -> Dataset:

@@ -42,7 +42,7 @@ from ..statistics import bootstrap_interval
 from . import filters, text
 from .config import SFT_DATA, SGPOConfig
 from .data import Rows, count_drops
-from .improver import Example, fits, sft_config, train_sft
+from .improver import Example, fits, improvement, sft_config, train_sft
 from .monitor import alarms, dpo_metrics, edit_metrics, rewrite_metrics
 from .sampling import Sampler
 
@@ -218,7 +218,7 @@ class Run:
 
     def _improver(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("filter", index) / ROWS)
-        examples = [(text.improver_prompt(row["prompt"], row["current"]), row["target"]) for row in rows]
+        examples = [improvement(row) for row in rows]
         policy = [(row["prompt"], row["reference"]) for row in rows]
         trained = self._train("improver", index, folder, self.start(index), examples, policy_examples=policy,
                               policy_weight=self.args.policy_weight)  # fmt: skip
