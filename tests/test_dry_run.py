@@ -113,6 +113,8 @@ def test_the_report(folder, report):
     paths = [folder / f"{name}.jsonl" for name in ("rows", "more")]
     text = report(dataset_name=paths)
     assert all(f"train, {path}: 120 rows in, 119 kept, 1 dropped" in text for path in paths)
+    text = report(dataset_name=paths, dataset_max_rows=[30, 70])
+    assert f"train, mixture: 100 rows\n    30 rows (30.0%) from the 119 of {paths[0]}\n    70 rows (70.0%)" in text
 
 
 def test_what_rounds_will_ask_of_servers(report):

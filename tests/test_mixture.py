@@ -53,6 +53,27 @@ def test_shares_of_the_training_rows(tmp_path):
     assert len(read(tmp_path, "--dataset_name", names[0], "--dataset_weights", "0.25")) == 2
 
 
+def test_a_limit_for_each_data_set(tmp_path, caplog):
+    names = [
+        write_rows(tmp_path / f"{name}.jsonl", rows(name, count)) for name, count in (("a", 8), ("b", 2), ("c", 5))
+    ]
+    keys = {"dataset_name": names, "dataset_max_rows": [3, None, 4]}
+    found = Counter(text[0] for text in read(tmp_path, **keys))
+    assert found == {"a": 3, "b": 2, "c": 4}
+    assert f"  3 rows (33.3%) from the 8 of {names[0]}\n" in caplog.text
+    assert f"  2 rows (22.2%) from the 2 of {names[1]}\n" in caplog.text
+    weighed = Counter(text[0] for text in read(tmp_path, **keys, dataset_weights=[0.25, 2, 1]))
+    assert weighed == {"a": 2, "b": 4, "c": 4}  # a limit holds for what the share is
+    drawn = [read(tmp_path, "--dataset_max_rows", "4", "--seed", str(seed), **keys | {"dataset_max_rows": 9})
+             for seed in (0, 0, 1)]  # fmt: skip
+    assert len(drawn[0]) == 4 + 2 + 4 and drawn[0] == drawn[1] != drawn[2]
+    assert len(read(tmp_path, dataset_name=names[0], dataset_max_rows=[2])) == 2
+    assert len(read(tmp_path, **keys, dataset_test_split="train", split="test")) == 15
+    caplog.clear()
+    cut = Counter(text[0] for text in read(tmp_path, **keys, max_train_rows=5))
+    assert sum(cut.values()) == 5 and f"  {cut['c']} rows ({cut['c'] / 5:.1%}) from the 5 of {names[2]}" in caplog.text
+
+
 def test_a_configuration_of_a_data_set(tmp_path):
     for name in ("easy", "hard"):
         Dataset.from_list(rows(name, 2)).to_parquet(tmp_path / f"hub/{name}/train-0.parquet")
@@ -102,9 +123,11 @@ def test_columns_of_a_mixture(tmp_path):
     [
         ({"dataset_weights": [1]}, "dataset_weights has 1 items for 2 data sets"),
         ({"dataset_weights": [1, 0]}, r"dataset_weights=\[1, 0\]: give positive numbers"),
+        ({"dataset_max_rows": [5, 0]}, r"dataset_max_rows=\[5, 0\]: give positive whole numbers, or null"),
+        ({"dataset_max_rows": [5, 1.5]}, r"dataset_max_rows=\[5, 1.5\]: give positive whole numbers"),
+        ({"dataset_max_rows": [5, 5, 5]}, "dataset_max_rows has 3 items for 2 data sets"),
         ({"dataset_config": ["x", "y", "z"]}, "dataset_config has 3 items for 2 data sets"),
     ],
-    ids=["few", "zero", "many"],
 )
 def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -114,4 +137,7 @@ def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):
 def test_a_method_that_reads_one_data_set_says_so(tmp_path):
     data, args = arguments(tmp_path, "--trainer", "SGPOTrainer", dataset_name=["a", "b"])
     with pytest.raises(ValueError, match="SGPO reads one data set"):
+        read_data(args, data)
+    data, args = arguments(tmp_path, "--trainer", "SGPOTrainer", dataset_name="a", dataset_max_rows=3)
+    with pytest.raises(ValueError, match="without dataset_weights and dataset_max_rows"):
         read_data(args, data)

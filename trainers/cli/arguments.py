@@ -15,7 +15,7 @@ from ..config import check_options, option
 from ..data.mixture import mix
 from ..precision import FAST, settle_dtype
 
-PER_DATA_SET = ("dataset_config", "dataset_train_split", "dataset_test_split", "data_format")
+PER_DATA_SET = ("dataset_max_rows", "dataset_config", "dataset_train_split", "dataset_test_split", "data_format")
 
 
 @dataclass
@@ -28,9 +28,11 @@ class DataArguments:
     dataset_weights: list[float] | None = option(
         None, "Which share of the training rows of each data set is taken: 0.5 half, 2 each row twice."
     )
-    dataset_config: list[str] | None = option(
-        None, "Configuration of a data set with several. This and what follows: one for all, or each."
+    dataset_max_rows: list[int] | None = option(
+        None,
+        "Take at most so many training rows of each, at random. This and what follows: one for all, or each.",
     )
+    dataset_config: list[str] | None = option(None, "Configuration of a data set with several.")
     dataset_train_split: list[str] = field(
         default_factory=lambda: ["train"], metadata={"help": "Split to train on, slices included."}
     )
@@ -66,6 +68,9 @@ class DataArguments:
                 raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
         if not all(0 < weight < math.inf for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights={self.dataset_weights}: give positive numbers.")
+        for limit in self.each("dataset_max_rows"):
+            if limit is not None and not (isinstance(limit, int) and limit > 0):
+                raise ValueError(f"dataset_max_rows={self.dataset_max_rows}: give positive whole numbers, or null.")
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +90,8 @@ class DataArguments:
         weights = self.dataset_weights if training else None
         limit = self.max_train_rows if training else None
         chosen = [i for i, split in enumerate(splits) if split]
-        alone = len(chosen) == 1 and weights is None
+        limits = [self.each("dataset_max_rows")[i] if training else None for i in chosen]
+        alone = len(chosen) == 1 and weights is None and limits == [None]
         with args.main_process_first(desc=f"reading {self.dataset_name}"):
             parts = [
                 load_preferences(
@@ -103,7 +109,7 @@ class DataArguments:
             if alone or not parts:
                 return parts[0] if parts else None
             names, shares = [self.names[i] for i in chosen], [weights[i] for i in chosen] if weights else None
-            return mix(parts, names, shares, seed=args.seed, max_rows=limit)
+            return mix(parts, names, shares, limits, seed=args.seed, max_rows=limit)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, List, Value
 
@@ -69,17 +70,25 @@ class DropReport:
 
     def log(self, logger: logging.Logger, title: str) -> None:
         """Print the report once: on the first process only, as a warning if anything was dropped or changed."""
-        if (reports := _collected.get()) is not None:
-            reports.append((title, self))
-        elif is_first_process():
-            level = logging.WARNING if self.reasons or self.responses_dropped or self.notes else logging.INFO
-            logger.log(level, "%s: %s", title, self)
+        changed = self.reasons or self.responses_dropped or self.notes
+        log_report(logger, title, self, logging.WARNING if changed else logging.INFO)
+
+
+def log_report(logger: logging.Logger, title: str, report: Any, level: int = logging.WARNING) -> None:
+    """Print what became of rows, on the first process only; `collected_reports` may take it instead."""
+    if (reports := _collected.get()) is not None:
+        reports.append((title, report))
+    elif is_first_process():
+        logger.log(level, "%s: %s", title, report)
 
 
 @contextmanager
-def collected_reports() -> Iterator[list[tuple[str, DropReport]]]:
-    """Gives the list of (title, DropReport) that the data path logs inside the block, and keeps them off the log."""
-    reports: list[tuple[str, DropReport]] = []
+def collected_reports() -> Iterator[list[tuple[str, Any]]]:
+    """Gives the list of (title, report) that the data path logs inside the block, and keeps them off the log.
+
+    A report is a `DropReport`, or the `Shares` of a mixture.
+    """
+    reports: list[tuple[str, Any]] = []
     token = _collected.set(reports)
     try:
         yield reports

@@ -21,24 +21,25 @@ from datasets import (
     load_from_disk,
 )
 
+from . import csv_rows
 from .drops import is_first_process, without_format
 from .json_rows import explained, file_digest, json_stream, json_table
 
 logger = logging.getLogger(__name__)
 
 OF_FOLDERS = {"name", "data_files", "data_dir"}  # options of `load_dataset` that say which files are read
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"} | dict.fromkeys(csv_rows.SUFFIXES, "csv")
 
 
 def read_local(path: Path, split: str, streaming: bool = False, **options) -> Dataset | IterableDataset:
     """The rows of a file or folder; `options` are those of `load_dataset` that say what is read of a folder.
 
-    A file ends in .jsonl, .json or .parquet, each also with .gz. A folder is one that `save_to_disk` wrote, or holds
-    such files of one kind, whose splits are those that `datasets` finds.
+    A file ends in one of `SUFFIXES`, each also with .gz. A folder is one that `save_to_disk` wrote, or holds such
+    files of one kind, whose splits are those that `datasets` finds.
 
     Raises:
-        ValueError: naming the file, and for JSON the row, if there is nothing to read or it cannot be read. A stream
-            of JSON raises it on its way.
+        ValueError: naming the file, and for JSON and CSV the row, if there is nothing to read or it cannot be read. A
+            stream of them raises it on its way.
     """
     with explained(path):
         is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -56,7 +57,7 @@ def read_local(path: Path, split: str, streaming: bool = False, **options) -> Da
         kinds = {kind_of(file) for some in files.values() for file in some}
         if len(kinds) != 1 or None in kinds:
             raise ValueError(f"cannot read {path.name!r}; give files of one kind, ending in {', '.join(SUFFIXES)}.")
-        return (_read_json if kinds == {"json"} else _read_parquet)(files, path, split, streaming)
+        return (_read_parquet if kinds == {"parquet"} else _read_text)(files, path, split, streaming)
 
 
 def kind_of(path: Path) -> str | None:
@@ -101,7 +102,7 @@ def _is_no_data(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts) or name.name.endswith((".md", ".manifest.yaml", "LICENSE"))
 
 
-def _read_json(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _read_text(files: dict[str, list[Path]], path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     if not streaming:
         wanted = [name for name in files if name in split]
         return in_split({name: json_table(files[name]) for name in wanted or files}, split, path)

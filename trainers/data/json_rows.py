@@ -1,4 +1,4 @@
-"""Rows of local JSON files with exactly the values that stand there.
+"""Rows of local JSON files with exactly the values that stand there; those of CSV files go the same way.
 
 The reader of `datasets` works block by block and casts later blocks to the types of the first, and it reads dates and
 mixed columns into other values: the text "007" may come back as 7, a list of messages as text. Here Python's own
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 from datasets import Dataset, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
+
+from . import csv_rows
 
 TEXT = "_json"  # the one column of a table of JSON rows, which are decoded as they are read
 EXACT = 2**53  # integers beyond it are rounded among floats
@@ -156,12 +158,17 @@ def _all_rows(paths: Sequence[str]) -> Iterator[tuple[dict[str, Any], bytes]]:
     for path in map(Path, paths):
         index = -1
         with explained(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for index, (row, line) in enumerate(_values(file, path.name)):
+            is_csv = path.name.removesuffix(".gz").endswith(csv_rows.SUFFIXES)
+            for index, (row, line) in enumerate((_csv_values if is_csv else _values)(file, path.name)):
                 if not isinstance(row, dict):
                     raise ValueError(f"row {index} of {path.name!r} is no JSON object; give one per row.")
                 yield row, line
             if index < 0:
                 raise ValueError(f"{path.name!r} is empty: give a file with at least one row.")
+
+
+def _csv_values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[tuple[Any, bytes]]:
+    return ((row, b"") for row in csv_rows.csv_rows(file, name))
 
 
 def _values(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[tuple[Any, bytes]]:

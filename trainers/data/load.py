@@ -58,7 +58,7 @@ def load_preferences(
     """Load preference data as canonical rows; what is dropped is counted by reason and logged.
 
     Args:
-        name_or_path: hub id, local folder, or a .jsonl, .json or .parquet file (each also with .gz).
+        name_or_path: hub id, local folder, or a .jsonl, .json, .parquet, .csv or .tsv file (each also with .gz).
         split: split to read, in the syntax of `datasets` (`"train[:100]"` works). Default: `"train"`.
         data_format: name of a format (`trainers.data.formats.FORMATS`), or the dotted import path of any function
             `row -> row or None` or generator function `rows -> rows`. `"auto"` goes by the columns and logs its

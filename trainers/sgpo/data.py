@@ -70,8 +70,10 @@ def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     if isinstance(data, Mapping):
         dataset = data.get(split)
     else:
-        if len(data.names) > 1 or data.dataset_weights is not None:
-            raise ValueError("SGPO reads one data set: name one in dataset_name, without dataset_weights.")
+        if len(data.names) > 1 or (data.dataset_weights, data.dataset_max_rows) != (None, None):
+            raise ValueError(
+                "SGPO reads one data set: name one in dataset_name, without dataset_weights and dataset_max_rows."
+            )
         limits["train"], own, plain_rows = data.max_train_rows, (data.data_format, data.dataset_config), (None, None)
         name, part, data_format, config = {
             "train": (data.dataset_name, data.dataset_train_split, *own),
