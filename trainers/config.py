@@ -30,6 +30,10 @@ REFUSED = {
     "neftune_noise_alpha": "would add noise to the policy and not to the reference: leave it out.",
     "parallelism_config": "splits rows or layers in ways that were not tried: use DDP, ZeRO or FSDP2.",
 }
+CUT_SAMPLES = (
+    "truncate_prompts='left' would train answers behind a part of the prompts that {} samples them from: set it to "
+    "'drop', or shorten the prompts of the data set."
+)
 # Liger's kernels in the place of the LM head, which gives log-probabilities without logits and without a loss.
 LIGER_LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
 
@@ -92,7 +96,49 @@ class Demands(NamedTuple):
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
+class Truncation:
+    """How long a row may be, and what is cut where it is longer.
+
+    A prompt is made to fit `max_prompt_length` first; its responses get the room that `max_length` then leaves.
+
+    Raises:
+        ValueError: a field outside its choices or bounds, or one that has no effect beside the others.
+    """
+
+    max_length: int | None = option(
+        1024, "Longest prompt plus one response, in tokens; longer responses are cut. None for no limit.", at_least=2
+    )
+    max_prompt_length: int | None = option(
+        None, "Longest prompt, in tokens. None: one that leaves room for a token of a response.", at_least=1
+    )
+    truncate_prompts: str = option(
+        "drop",
+        "Prompts longer than max_prompt_length: drop their rows, or cut their left end (behind BOS).",
+        choices=["drop", "left"],
+    )
+    keep_system: bool = option(False, "Keep the system turn of a prompt whose left end is cut.")
+    truncate_responses: str = option(
+        "right",
+        "Responses longer than the room that max_length leaves: cut their right end, or drop them.",
+        choices=["right", "drop"],
+    )
+
+    def __post_init__(self):
+        check_options(self)
+        longest, left = self.max_prompt_length, self.truncate_prompts == "left"
+        if longest is not None and self.max_length is not None and longest >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={longest} leaves no room for a response in max_length={self.max_length}: lower "
+                "it, or raise max_length."
+            )
+        if left and longest is None:
+            raise ValueError("truncate_prompts='left' needs max_prompt_length: set it to the tokens that stay.")
+        if self.keep_system and not left:
+            raise ValueError("keep_system has no effect on prompts that are not cut: set truncate_prompts='left'.")
+
+
+@dataclass
+class PreferenceConfig(Truncation, TrainingArguments):
     """`transformers.TrainingArguments` plus the data path, the layout of a batch and the reference.
 
     Raises:
@@ -106,12 +152,9 @@ class PreferenceConfig(TrainingArguments):
     )
     remove_unused_columns: bool = option(False, "Must stay false: the collator decides which columns become tensors.")
     pad_token: str | None = option(None, "Token to pad with, for a tokenizer that has none. Any known token will do.")
-    max_length: int | None = option(
-        1024, "Longest prompt plus one response, in tokens; longer responses are cut. None for no limit.", at_least=2
-    )
     invalid_rows: str = option(
         "drop",
-        "Rows or responses that cannot be trained on (empty response, missing score, prompt longer than max_length): "
+        "Rows or responses that cannot be trained on (empty response, missing score, prompt that is too long): "
         "drop and count them, or stop with an error.",
         choices=["drop", "error"],
     )
@@ -166,7 +209,9 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self):
         self.model_init_kwargs = _keywords("model_init_kwargs", self.model_init_kwargs)
         self.chat_template_kwargs = _keywords("chat_template_kwargs", self.chat_template_kwargs)
-        check_options(self)
+        Truncation.__post_init__(self)  # which checks all options
+        if self.truncate_prompts == "left" and self.self_enhance is not None:
+            raise ValueError(CUT_SAMPLES.format("self_enhance"))
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
@@ -186,7 +231,7 @@ class PreferenceConfig(TrainingArguments):
             )
         if self.ref_cache_dir is None:
             self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")
-        super().__post_init__()
+        TrainingArguments.__post_init__(self)
 
     @property
     def demands(self) -> Demands:

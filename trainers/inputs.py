@@ -1,5 +1,7 @@
 """The data sets that a trainer is given, as tokenised rows, and which rows of a batch count."""
 
+from dataclasses import fields
+
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
@@ -7,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import PreferenceConfig
+from .config import PreferenceConfig, Truncation
 from .data.budget import token_lengths
 from .data.tokenization import prepare_dataset
 from .forward.policy import table_sizes
@@ -45,7 +47,7 @@ def prepare_rows(
         return prepare_dataset(
             dataset,
             tokenizer,
-            max_length=args.max_length,
+            **{f.name: getattr(args, f.name) for f in fields(Truncation)},
             invalid=args.invalid_rows,
             as_chat=args.as_chat,
             num_proc=args.dataset_num_proc,

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
-from ..config import JSON, check_options, option
+from ..config import JSON, Truncation, check_options, option
 from ..data.budget import packed_tokens, token_lengths
 from ..data.rows import refuse_template_options
 from ..data.tokenization import prepare_dataset
@@ -44,7 +44,8 @@ from .train import parse
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
 # What makes methods comparable; a method that set it for itself would have another model or another budget.
-SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "num_train_epochs", "per_device_", "gradient_accumulation")
+SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "truncate_", "keep_system", "num_train_epochs",
+          "per_device_", "gradient_accumulation")  # fmt: skip
 
 
 @dataclass
@@ -159,9 +160,10 @@ class Data:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "train.jsonl.gz", train)
         write_rows(self.folder / "test.jsonl.gz", test)
+        limits = {f.name: base[f.name] for f in dataclasses.fields(Truncation) if f.name in base}
         self.prompts = [plain_prompt(row["prompt"]) for row in test]
         self.train, self.test = (
-            prepare_dataset(Dataset.from_list(part), self.tokenizer, max_length=base.get("max_length", 1024))
+            prepare_dataset(Dataset.from_list(part), self.tokenizer, **{"max_length": 1024, **limits})
             for part in (train, test)
         )
         if len(self.train) < len(train) or len(self.test) < len(test):

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 TEXT = {"role", "content"}  # of a message
 TEMPLATE = ("tools", "chat_template_kwargs")  # columns for the chat template
 UNFINISHED = "unfinished_responses"  # column: which of the K responses stopped at a limit, and not at their end
+TRAINED = "assistant_masks"  # column of tokenised rows: which response tokens are trained on, None for all
 MIN_RESPONSES = 2
 NO_WEIGHT = "weight is missing or not finite"
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")

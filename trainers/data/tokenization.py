@@ -7,7 +7,7 @@ the other. The prompt ends where the first of the K sequences departs from the p
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from os.path import commonprefix  # of any sequences
 from typing import Any
@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Json, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..config import Truncation
 from .canonical import as_json
 from .drops import (
     COUNTED,
@@ -34,12 +35,10 @@ from .rows import (
     UNFINISHED,
     Row,
     checked_row,
-    is_per_token,
-    score_fault,
     unfinished,
     unpadded,
-    without_responses,
 )
+from .truncation import fit, head_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,7 @@ def tokenize_row(
     *,
     max_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    **truncation,
 ) -> Row:
     """Tokenise one canonical row; see `tokenize_dataset`.
 
@@ -78,9 +78,10 @@ def tokenize_row(
     Raises:
         ValueError: if the row has no room or tokens for two responses.
     """
-    control = _control_tokens(tokenizer)
-    [encoded] = [None] if "response_ids" in row else _encode([row], "row 0", tokenizer, chat_template_kwargs or {})
-    out, reasons, cut = _tokenize(row, encoded, "row 0", tokenizer, max_length, control)
+    control, limits = _control_tokens(tokenizer), Truncation(max_length, **truncation)
+    options = chat_template_kwargs or {}
+    [encoded] = [None] if "response_ids" in row else _encode([row], "row 0", tokenizer, options)
+    out, reasons, cut = _tokenize(row, encoded, "row 0", tokenizer, options, limits, control)
     if cut is not None:
         _warn_of_cut(cut)
     if out is None:
@@ -98,6 +99,7 @@ def tokenize_dataset(
     num_proc: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     columns: tuple[str, ...] = (),
+    **truncation,
 ) -> tuple[Dataset, DropReport]:
     """Tokenise canonical rows or TRL pairs, and count what is dropped or truncated.
 
@@ -106,8 +108,9 @@ def tokenize_dataset(
     inside the text of a message become what they say, as at inference; such rows are counted.
     Text is tokenised as it is, and EOS is added unless the response ends with it. Responses which the column
     `unfinished_responses` (K bools) marks get neither EOS nor the end of a turn. Each response is truncated to
-    `max_length` minus the length of its prompt. Rows that hold `prompt_ids`, `response_ids` and `scores` are taken as
-    tokenised and only truncated, together with their per-token columns (K lists as long as the responses).
+    `max_length` minus the length of its prompt, unless `truncation` says otherwise. Rows that hold `prompt_ids`,
+    `response_ids` and `scores` are taken as tokenised and only truncated, together with their per-token columns (K
+    lists as long as the responses).
 
     Args:
         max_length: largest number of tokens of prompt plus response. None: no limit.
@@ -116,6 +119,7 @@ def tokenize_dataset(
         as_chat: wrap text prompts and responses in user and assistant messages.
         chat_template_kwargs: further arguments of the chat template.
         columns: columns to carry along beside the prompt's text, `weight` and `annotator`.
+        truncation: the other fields of `Truncation` (config.py), such as `max_prompt_length`.
 
     Raises:
         ValueError: if messages are given and the tokenizer has no chat template, or one that writes no tools where a
@@ -123,7 +127,7 @@ def tokenize_dataset(
             naming the row.
     """
     dataset = without_format(dataset)
-    options = {"max_length": max_length, "invalid": invalid, "as_chat": as_chat}
+    options = {"invalid": invalid, "as_chat": as_chat, "max_length": max_length, **truncation}
     how = how_to_tokenize(dataset.features, tokenizer, columns, chat_template_kwargs, **options)
     mapped = dataset.map(
         counted_batch,
@@ -145,13 +149,19 @@ def how_to_tokenize(
     tokenizer: PreTrainedTokenizerBase,
     columns: tuple[str, ...],
     chat_template_kwargs: dict[str, Any] | None,
-    **options,
+    *,
+    invalid: str,
+    as_chat: bool,
+    **truncation,
 ) -> dict[str, Any]:
     """Keywords of `counted_batch` for rows with the columns of `source`; "columns" are the features that it gives."""
     features = {name: source[name] for name in ("weight", "annotator", *columns) if name in source}
     # The prompt's text stays for callbacks that sample answers to it.
     text = {"prompt": Json()} if "prompt" in source or "prompt_ids" not in source else {}
-    return options | {
+    return {
+        "invalid": invalid,
+        "as_chat": as_chat,
+        "limits": Truncation(**truncation),
         "source": dict(source),
         "columns": features | text | IDS,
         "code": source_digest(),
@@ -217,7 +227,7 @@ def _counted_rows(
         result: Result = None, [], None
         if row is not None:
             ids = None if "response_ids" in row else next(encoded)
-            result = _tokenize(row, ids, where, tokenizer, **how)
+            result = _tokenize(row, ids, where, tokenizer, template_kwargs, **how)
         out, more, cut = result
         reasons = reasons + more
         faults = [reason for reason in reasons if not reason.startswith("note: ")]
@@ -229,15 +239,21 @@ def _counted_rows(
 
 
 def _tokenize(
-    row: Row, encoded: Encoded | None, where: str, tokenizer, max_length: int | None, control: re.Pattern | None
-) -> Result:
+    row: Row, encoded: Encoded | None, where: str, tokenizer, template_kwargs: dict[str, Any], limits: Truncation,
+    control: re.Pattern | None,
+) -> Result:  # fmt: skip
     """The tokenised row or None, the reasons, and the end cut off the prompt or None; `encoded` unless it has ids."""
+    prompt = None if encoded is None else row["prompt"]
+    head = partial(
+        head_of, prompt=_without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
+        tokenizer=tokenizer, options=_chat_options(row, template_kwargs), keep_system=limits.keep_system,
+    )  # fmt: skip
     if encoded is None:
-        return *_fit(row, max_length, where), None
+        return *fit(row, limits, where, head), None
     prompt_ids, full_ids = encoded
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
-    out, reasons = _fit(tokenised, max_length, where)
+    out, reasons = fit(tokenised, limits, where, head)
     # Some decoders drop a space at the beginning, so both are decoded from there.
     cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :] if n < len(prompt_ids) else None
     reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
@@ -260,8 +276,7 @@ def _encode(rows: list[Row], where: str, tokenizer, template_kwargs: dict[str, A
         same = list(alike)
         options = {name: same[0][name] for name in TEMPLATE if same[0].get(name)}
         if isinstance(same[0]["prompt"], list):
-            own = options.pop("chat_template_kwargs", {})
-            encoded += _encode_chat(same, where, tokenizer, template_kwargs | options | own)
+            encoded += _encode_chat(same, where, tokenizer, _chat_options(same[0], template_kwargs))
         elif options:
             raise ValueError(
                 f"{where}: {next(iter(options))!r} is for the chat template, and the prompt is text: give messages, "
@@ -270,6 +285,12 @@ def _encode(rows: list[Row], where: str, tokenizer, template_kwargs: dict[str, A
         else:
             encoded += _encode_text(same, tokenizer)
     return encoded
+
+
+def _chat_options(row: Row, template_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template is given beside the messages; what the row says wins."""
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return template_kwargs | tools | (row.get("chat_template_kwargs") or {})
 
 
 def _encode_text(rows: list[Row], tokenizer) -> list[Encoded]:
@@ -344,27 +365,3 @@ def _without_none(messages: list[dict]) -> list[dict]:
 def _single_bos(ids: list[int], bos: int | None) -> list[int]:
     """A text that was written with a template may begin with BOS, and the tokenizer adds another."""
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
-def _fit(row: Row, max_length: int | None, where: str) -> tuple[Row | None, list[str]]:
-    """Fit a tokenised row into `max_length` tokens per response."""
-    prompt_ids, response_ids, scores = (row[name] or [] for name in IDS)
-    if len(response_ids) != len(scores):
-        raise ValueError(
-            f"{where}: 'response_ids' has {len(response_ids)} items but 'scores' has {len(scores)}; give one score "
-            "per response."
-        )
-    if not prompt_ids:
-        return None, ["row: prompt has no tokens, so the first response token would have no context"]
-    room = None if max_length is None else max_length - len(prompt_ids)
-    if room is not None and room < 1:
-        return None, ["row: prompt fills max_length and leaves no room for a response"]
-    faults = [score_fault(score) if ids else "no tokens" for ids, score in zip(response_ids, scores, strict=True)]
-    lengths, notes = [len(ids) for ids in response_ids], []
-    if room is not None and any(length > room for length in lengths):
-        cut = sum(length > room and not fault for length, fault in zip(lengths, faults, strict=True))
-        notes = ["note: responses truncated to fit max_length"] * cut
-        per_token = [n for n, v in row.items() if n not in ("prompt", "responses") and is_per_token(v, lengths)]
-        row = row | {name: [item[:room] for item in row[name]] for name in per_token}
-    kept, reasons = without_responses(row, faults)
-    return kept, reasons + notes

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..config import JSON, option
+from ..config import CUT_SAMPLES, JSON, option
 from ..dpo import DPOConfig
 from ..generation.options import read_mapping
 from ..generation.sampler import TRANSFORMERS, SamplingConfig
@@ -98,6 +98,8 @@ class SGPOConfig(DPOConfig):
         super().__post_init__()
         if self.self_enhance is not None:
             raise ValueError("self_enhance has no effect on SGPO, which has rounds of its own: leave it out.")
+        if self.truncate_prompts == "left":
+            raise ValueError(CUT_SAMPLES.format("SGPO"))
         self.sampling = SAMPLING | read_mapping("sampling", self.sampling or {}, list(SAMPLING))
         revision = read_mapping("revision", self.revision or {}, list(SAMPLING))
         self.revision = self.sampling | {"temperature": 0.7} | revision
