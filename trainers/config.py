@@ -200,6 +200,12 @@ class PreferenceConfig(Truncation, TrainingArguments):
         16384, "Tokens per batch and process while the reference scores the rows.", at_least=1
     )
     model_init_kwargs: JSON | None = option(None, "Keywords for from_pretrained when the model is given as a path.")
+    early_stopping_patience: int | None = option(
+        None,
+        "End the training when metric_for_best_model has not become better in so many evaluations; needs "
+        "load_best_model_at_end.",
+        at_least=1,
+    )
     self_enhance: dict[str, Any] | str | None = option(
         None,
         "Train in rounds on samples of the policy itself: {rounds, iterations, num_generations, scorer, ...} "
@@ -219,6 +225,11 @@ class PreferenceConfig(Truncation, TrainingArguments):
             self.liger_kernel_config = _without_losses(self.liger_kernel_config or {})
         if self.gradient_accumulation_steps < 1:  # the Trainer would end without a step
             raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1.")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience would keep the last weights and not the best: set load_best_model_at_end to "
+                "true, with eval_strategy and save_strategy alike."
+            )
         if self.max_tokens_per_batch is not None and self.train_sampling_strategy == "sequential":
             raise ValueError(
                 "train_sampling_strategy='sequential' has no effect on batches by token budget, whose order is "

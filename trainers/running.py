@@ -9,13 +9,15 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from . import rounds
 from .config import PreferenceConfig
 from .data.load import load_split, name_of
 from .forward import policy as policies
 from .runs.checkpoints import (
+    EARLY_STOPPING,
+    STATE,
     begin_checkpoint,
     check_checkpoint,
     checkpoint_to_resume,
@@ -24,6 +26,7 @@ from .runs.checkpoints import (
     lost_weights,
     refuse_other_run,
 )
+from .runs.files import read_json
 from .runs.settings import rows_digest, run_settings
 
 DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
@@ -142,12 +145,23 @@ class RunningTrainer(Trainer):
             if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
                 # The Trainer of older releases passes over this one of several adapters.
                 self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
-        callback = _Beginning(self)
-        self.add_callback(callback)
+        callbacks: list[TrainerCallback] = [_Beginning(self)]
+        if self.args.early_stopping_patience is not None:
+            callbacks.append(EarlyStopping.at(resume_from_checkpoint, self.args.early_stopping_patience))
+        for callback in callbacks:
+            self.add_callback(callback)
         try:
             return super().train(resume_from_checkpoint or None, *arguments, **keywords)
         finally:
-            self.remove_callback(callback)
+            for callback in callbacks:
+                self.remove_callback(callback)
+
+    def hyperparameter_search(self, *arguments, **keywords):
+        """Raises ValueError: transformers would exchange the model, and not what was made of it and the arguments."""
+        raise ValueError(
+            "hyperparameter_search trains a new model with the old reference, rows and checks, whose arguments may be "
+            "others by then: make a trainer for each trial (docs/sweeps.md), or use polypo sweep."
+        )
 
     def _check_finite(self, loss: Tensor, losses: Tensor, batch: dict[str, Tensor]) -> None:
         """Raises FloatingPointError for a loss that the Trainer would show as 0 and train on with."""
@@ -205,6 +219,20 @@ class RunningTrainer(Trainer):
         text = card.text.replace("trained from scratch", f"trained from `{self.model.config._name_or_path}`")
         card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{text}"
         card.save(path)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Goes on counting where a checkpoint was; one that was enough to stop at ends the training again."""
+
+    @classmethod
+    def at(cls, checkpoint: str | bool | None, patience: int) -> "EarlyStopping":
+        if not checkpoint:
+            return cls(patience)
+        return cls.from_state(read_json(Path(str(checkpoint)) / STATE)["stateful_callbacks"][EARLY_STOPPING])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class _Beginning(TrainerCallback):

@@ -125,7 +125,7 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
         args.logging_strategy, args.logging_first_step = IntervalStrategy.NO, False
         args.push_to_hub = args.load_best_model_at_end = args.eval_on_start = False
-        args.self_enhance = None
+        args.self_enhance = args.early_stopping_patience = None
         clock = Clock(args.device)
         trainer = Probing(
             model_args.model_name_or_path, args=args, train_dataset=rows, processing_class=tokenizer,

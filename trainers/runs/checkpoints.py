@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from .settings import refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
+EARLY_STOPPING = "EarlyStopping"  # the callback whose count a checkpoint keeps
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -78,6 +79,8 @@ def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
         trained = state["global_step"] >= args.max_steps
     else:
         trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+    if early := state.get("stateful_callbacks", {}).get(EARLY_STOPPING):
+        trained |= early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
     card = Path(args.output_dir) / "README.md"  # an older one is that of a run that was prolonged
     return trained and card.is_file() and card.stat().st_mtime >= (Path(checkpoint) / STATE).stat().st_mtime
 

@@ -98,6 +98,8 @@ class SGPOConfig(DPOConfig):
         super().__post_init__()
         if self.self_enhance is not None:
             raise ValueError("self_enhance has no effect on SGPO, which has rounds of its own: leave it out.")
+        if self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience: SGPO's trainings are not evaluated, leave it out.")
         if self.truncate_prompts == "left":
             raise ValueError(CUT_SAMPLES.format("SGPO"))
         self.sampling = SAMPLING | read_mapping("sampling", self.sampling or {}, list(SAMPLING))

@@ -1,0 +1,85 @@
+"""A training that no longer gets better ends, its best weights are what is kept, and a resumed one counts on."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from helpers import flags, write_rows
+from test_trainer import LORA, rows, trainer
+from trainers import SGPOConfig, SWEPOConfig
+from trainers.cli import train
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+BEST = {**EVERY_STEP, "load_best_model_at_end": True, "early_stopping_patience": 2}
+# The length of the data never changes, so the first evaluation is the best one.
+CONSTANT = {**BEST, "metric_for_best_model": "eval_length/chosen"}
+
+
+@pytest.mark.parametrize("peft, file", [(None, "model.safetensors"), (LORA, "adapter_model.safetensors")])
+def test_training_stops_and_the_best_weights_are_saved(tmp_path, tokenizer, peft, file):
+    values = iter([1.0, 3.0, 2.0, 2.5, *[9.0] * 8])
+    t = trainer(
+        tmp_path, tokenizer, eval_data=rows(4, seed=2), peft_config=peft and LoraConfig(**peft),
+        compute_metrics=lambda _: {"told": next(values)}, metric_for_best_model="eval_told", **BEST,
+    )  # fmt: skip
+    t.train_and_save()
+    assert t.state.global_step == 4 and t.state.best_metric == 3.0
+    saved, best, last = (load_file(tmp_path / folder / file) for folder in ("", "checkpoint-2", "checkpoint-4"))
+    assert all(saved[name].equal(best[name]) for name in best)
+    assert not all(last[name].equal(best[name]) for name in best)
+
+
+def test_a_resumed_training_counts_on_and_one_that_had_stopped_keeps_its_best(tmp_path, tokenizer):
+    def make():
+        return trainer(tmp_path, tokenizer, eval_data=rows(4, seed=2), **CONSTANT)
+
+    whole = make()
+    whole.train()
+    assert whole.state.global_step == 3
+    best = load_file(tmp_path / "checkpoint-1/model.safetensors")
+    for start, end in ((2, 3), (3, 4)):  # after one evaluation without a gain, and after the second
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
+        assert resumed.state.global_step == end
+        weights = resumed.model.state_dict()
+        assert all(weights[name].equal(value) for name, value in best.items())
+
+
+def test_the_launcher_stops_and_leaves_a_stopped_run_as_it_is(tmp_path, start, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", rows())
+    options = {
+        "trainer": "DPOTrainer", "model_name_or_path": start, "dataset_name": data, "dataset_test_split": "train[:4]",
+        "output_dir": tmp_path / "out", "use_cpu": "true", "report_to": "none", "resume_from_checkpoint": "true",
+    }  # fmt: skip
+    for told in ("training begins at step 0", "is finished: nothing is trained"):
+        train.main(flags(**options, **CONSTANT))
+        assert told in capsys.readouterr().out
+        assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    (tmp_path / "out/README.md").unlink()
+    train.main(flags(**options, **CONSTANT))
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_where_it_has_no_best_weights_it_is_refused():
+    with pytest.raises(ValueError, match="early_stopping_patience would keep the last weights"):
+        SWEPOConfig(use_cpu=True, early_stopping_patience=2)
+    with pytest.raises(ValueError, match="early_stopping_patience=0 must be a finite number, at least 1"):
+        SWEPOConfig(use_cpu=True, **BEST | {"early_stopping_patience": 0})
+    with pytest.raises(ValueError, match="early_stopping_patience: SGPO's trainings are not evaluated"):
+        SGPOConfig(use_cpu=True, **BEST)
+
+
+def test_a_probe_measures_such_a_run(tmp_path, start, capsys):
+    options = {"model_name_or_path": start, "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()),
+               "dataset_test_split": "train[:4]", "output_dir": tmp_path / "out", "use_cpu": "true"}  # fmt: skip
+    train.main([*flags(**options, **BEST), "--probe"])
+    assert "steps" in capsys.readouterr().out
+
+
+def test_a_search_that_would_keep_the_old_reference_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="old reference, rows and checks.* make a trainer for each trial"):
+        trainer(tmp_path, tokenizer).hyperparameter_search(n_trials=2)
