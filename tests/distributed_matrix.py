@@ -69,6 +69,7 @@ MORE = {
     "SWEPO, reference cache": {"precompute": True},
     "SWEPO, LoRA, reference cache": {"peft": True, "precompute": True},
     "SWEPO, token budget": {"budget": 120, "rows": 12, "settings": {"sft_weight": 0.3}},
+    "SWEPO, stream": {"stream": True, "settings": {"stream_buffer": 5}},
     "SparsePO, two masks": {"settings": {**MASKS, "independent": True}},
     "SparsePO, padded rows, checkpointing": {"checkpointing": True, "layout": "rows", "settings": MASKS},
     "SparsePO, activations": {"settings": {"mask": "activations"}},
@@ -93,7 +94,7 @@ def resume_cells() -> dict[str, dict]:
     """Runs that go on from a checkpoint amid the second epoch, by the name of their row."""
     tunings = {"full": {}, "LoRA": {"peft": True}}
     cells = {f"{t}, {u}": {**TRAINERS[t], **tunings[u]} for t in TRAINERS if t != "EMDPO" for u in tunings}
-    cells |= {name: MORE[name] for name in ("SWEPO, token budget", "SWEPO, reference cache")}
+    cells |= {name: MORE[name] for name in ("SWEPO, token budget", "SWEPO, reference cache", "SWEPO, stream")}
     cells["SWEPO, pretrained LoRA"] = {"pretrained": True}
     return {f"{name}, gone on": {"cut": True, **cell} for name, cell in cells.items()}
 

@@ -131,8 +131,9 @@ def arguments(cell: dict, engine: str, folder: Path, **changes):
     """The config of a cell, whose output goes to the folder of its name, or to `out`.
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `whole` (layers that train whole
-    beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `batch` of all processes
-    together, `accumulation`, `budget`, `tower` (a model with one for images) and `settings` (of the config).
+    beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `stream` (of the rows),
+    `batch` of all processes together, `accumulation`, `budget`, `tower` (a model with one for images) and `settings`
+    (of the config).
     """
     fields = dict(
         output_dir=str(folder / cell.get("out", cell["name"])), use_cpu=True, report_to="none", learning_rate=0.01,
@@ -164,10 +165,12 @@ def build(cell: dict, engine: str, folder: Path, **changes):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
         torch.manual_seed(7)
         model = get_peft_model(model, adapter(cell["pretrained"], init_lora_weights=False))
+    data = Dataset.from_list(rows(cell.get("rows", 11)))
     return getattr(trainers, cell["trainer"])(
         model, args=args, processing_class=tokenizer, callbacks=[Numbers()],
         peft_config=adapter(cell.get("peft"), modules_to_save=cell.get("whole")),
-        train_dataset=Dataset.from_list(rows(cell.get("rows", 11))), eval_dataset=Dataset.from_list(rows(7, seed=2)),
+        train_dataset=data.to_iterable_dataset(num_shards=3) if cell.get("stream") else data,
+        eval_dataset=Dataset.from_list(rows(7, seed=2)),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ CHOSEN = {
         "PlackettLuce, LoRA",
         "EMDPO, halves",
         "SWEPO, full, gone on",
+        "SWEPO, stream, gone on",
     ],
     "zero2": ["SWEPO, probe", "SWEPO, LoRA, reference cache", "DPO, full, checkpointing", "NCA, LoRA"],
     "zero3": [
@@ -40,7 +41,7 @@ CHOSEN = {
 }
 # Not with older releases of transformers: their Trainer cannot go on in several processes on CPUs, and they lack a
 # name that PEFT wants of them when an adapter is loaded in several processes.
-NEWER = {("ddp", "SWEPO, full, gone on"), ("zero3", "EMDPO, LoRA")}
+NEWER = {("ddp", "SWEPO, full, gone on"), ("ddp", "SWEPO, stream, gone on"), ("zero3", "EMDPO, LoRA")}
 CASES = [(engine, name) for engine, names in CHOSEN.items() for name in names]
 
 

@@ -15,6 +15,7 @@ ROOMS = (
     ("metrics", "inputs", "runs"),
     ("generation", "pages"),
     ("rounds",),
+    ("streaming",),
     ("running",),
     ("measuring",),
     ("base",),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
+from .data.stream import TokenStream
 from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
@@ -25,7 +26,7 @@ from .forward.layout import token_counts
 from .forward.parts import PartedPass
 from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
 from .forward.run import Forward, Runner
-from .inputs import Batch, check_ranges, mark_repeated, parts, prepare_rows
+from .inputs import Batch, check_ranges, mark_repeated, parts, prepare_rows, prepare_training_rows
 from .likelihood import sft_loss
 from .measuring import MeasuringTrainer
 from .metrics import best_and_worst, ranking_metrics, scores_differ, take
@@ -43,7 +44,8 @@ class PreferenceTrainer(MeasuringTrainer):
         ref_model: the reference policy, a path or a model; by default the policy as it is now (a frozen copy, or the
             adapter off), or the adapter called "reference" of a PeftModel that trains another.
         args: the method's config (`config_class`).
-        train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict.
+        train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict, and
+            `train_dataset` a stream (`datasets.IterableDataset`), with `max_steps`.
         processing_class: tokenizer, or processor whose tokenizer is taken; by default the one beside the model.
         peft_config, quantization_config: train a fresh adapter, on a quantised base if both are given.
         compute_metrics: called with predictions (policy logps, reference logps), each (prompts,K) sums over tokens,
@@ -63,7 +65,7 @@ class PreferenceTrainer(MeasuringTrainer):
         model: str | PreTrainedModel | PeftModel,
         ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: PreferenceConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
@@ -91,7 +93,7 @@ class PreferenceTrainer(MeasuringTrainer):
         policies.set_pad_token(processing_class, args.pad_token)
         source, adapter = self._start_of_reference(model, ref_model, peft_config)
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
-        train_dataset = prepare_rows(train_dataset, processing_class, args, columns=self.columns)
+        train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
         eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
         for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
@@ -114,6 +116,8 @@ class PreferenceTrainer(MeasuringTrainer):
         policies.apply_kernels(models, args)
         self.runner = Runner(models, args.layout)
         check_ranges(rows, models)
+        if isinstance(train_dataset, TokenStream):
+            train_dataset.check = partial(self._check_streamed, args, models)
 
         super().__init__(
             model=model,
@@ -264,6 +268,11 @@ class PreferenceTrainer(MeasuringTrainer):
         if self.table is not None:
             self.precompute_reference()
 
+    def _check_streamed(self, args: PreferenceConfig, models: list[PreTrainedModel], rows: Dataset) -> None:
+        """What is asked of all rows before the first step, of the next ones of a stream."""
+        self.check_rows(rows, args, training=True)
+        check_ranges([rows], models)
+
     def release(self) -> None:
         """Ends the engines of policy and reference: another training can follow in this process."""
         if self.reference is not None:
@@ -331,7 +340,7 @@ class PreferenceTrainer(MeasuringTrainer):
         if budget is not None and self.train_dataset is not None:
             return budget_loader(self.train_dataset, self.data_collator, self.args, budget=budget)
         loader = super().get_train_dataloader()
-        if not len(loader):
+        if not isinstance(self.train_dataset, TokenStream) and not len(loader):
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of the {len(self.train_dataset)} rows to train on: set it to "
                 "false, or lower per_device_train_batch_size."

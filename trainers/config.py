@@ -162,6 +162,9 @@ class PreferenceConfig(Truncation, TrainingArguments):
     chat_template_kwargs: JSON | None = option(
         None, "Further arguments of the chat template, such as {enable_thinking: false}."
     )
+    stream_buffer: int = option(
+        1024, "Rows of a stream (an IterableDataset) that are mixed with each other.", at_least=1
+    )
     dataset_num_proc: int | None = option(None, "Processes for preprocessing.", at_least=1)
     pad_to_multiple_of: int | None = option(None, "Pad prompts and responses to a multiple.", at_least=1)
     disable_dropout: bool = option(True, "Switch dropout off in policy and reference, so that log-ratios start at 0.")

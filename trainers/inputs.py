@@ -1,16 +1,18 @@
 """The data sets that a trainer is given, as tokenised rows, and which rows of a batch count."""
 
 from dataclasses import fields
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig, Truncation
 from .data.budget import token_lengths
+from .data.stream import TokenStream, refuse_stream, token_stream
 from .data.tokenization import prepare_dataset
 from .forward.policy import table_sizes
 
@@ -38,28 +40,43 @@ def prepare_rows(
         return None
     if isinstance(dataset, dict) and several:
         return {name: prepare_rows(part, tokenizer, args, columns=columns) for name, part in dataset.items()}
+    refuse_stream(dataset, "Anything but training")
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"A {type(dataset).__name__} is no data set of rows, which are counted before the first step: give a "
-            "datasets.Dataset, such as one split of several (data['train']), or Dataset.from_list(rows)."
+            f"A {type(dataset).__name__} is no data set of rows: give a datasets.Dataset, such as one split of "
+            "several (data['train']), or Dataset.from_list(rows); to train on also a datasets.IterableDataset."
         )
     with args.main_process_first(desc="preparing the data set"):
-        return prepare_dataset(
-            dataset,
-            tokenizer,
-            **{f.name: getattr(args, f.name) for f in fields(Truncation)},
-            invalid=args.invalid_rows,
-            as_chat=args.as_chat,
-            num_proc=args.dataset_num_proc,
-            chat_template_kwargs=args.chat_template_kwargs,
-            columns=columns,
-        )
+        return prepare_dataset(dataset, tokenizer, num_proc=args.dataset_num_proc, columns=columns, **_options(args))
 
 
-def parts(*datasets: Dataset | dict[str, Dataset] | None) -> list[Dataset]:
-    """Each data set once, those of a dict one by one."""
+def prepare_training_rows(
+    dataset: Dataset | IterableDataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferenceConfig,
+    *,
+    columns: tuple[str, ...] = (),
+) -> Dataset | TokenStream | None:
+    """As `prepare_rows`; a stream becomes one of tokenised rows."""
+    if isinstance(dataset, IterableDataset):
+        return token_stream(dataset, tokenizer, args, columns, **_options(args))
+    return prepare_rows(dataset, tokenizer, args, columns=columns)
+
+
+def _options(args: PreferenceConfig) -> dict[str, Any]:
+    """How rows are tokenised."""
+    return {
+        **{field.name: getattr(args, field.name) for field in fields(Truncation)},
+        "invalid": args.invalid_rows,
+        "as_chat": args.as_chat,
+        "chat_template_kwargs": args.chat_template_kwargs,
+    }
+
+
+def parts(*datasets: Dataset | TokenStream | dict[str, Dataset] | None) -> list[Dataset]:
+    """Each data set once, those of a dict one by one; of a stream its first rows."""
     several = [d.values() if isinstance(d, dict) else [d] for d in datasets if d is not None]
-    return [dataset for one in several for dataset in one]
+    return [rows.head if isinstance(rows, TokenStream) else rows for one in several for rows in one]
 
 
 def mark_repeated(batch: Batch, accelerator: Accelerator, rows: int, batch_size: int) -> None:

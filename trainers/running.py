@@ -9,11 +9,12 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from . import rounds
 from .config import PreferenceConfig
 from .data.load import load_split, name_of
+from .data.stream import refuse_stream
 from .forward import policy as policies
 from .runs.checkpoints import (
     EARLY_STOPPING,
@@ -27,12 +28,13 @@ from .runs.checkpoints import (
     refuse_other_run,
 )
 from .runs.files import read_json
-from .runs.settings import rows_digest, run_settings
+from .runs.settings import run_settings
+from .streaming import StreamingTrainer
 
 DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
 
 
-class RunningTrainer(Trainer):
+class RunningTrainer(StreamingTrainer):
     """A `transformers.Trainer` whose checkpoints are whole and of the same run, or refused.
 
     A subclass sets `start`, what its run starts from (`start_of_run`).
@@ -45,7 +47,6 @@ class RunningTrainer(Trainer):
     args: PreferenceConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
-    train_dataset: Dataset | None
     eval_dataset: Dataset | dict[str, Dataset] | None
     untouched = True  # whether the policy is as it was given
 
@@ -78,6 +79,7 @@ class RunningTrainer(Trainer):
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
         if args.self_enhance is not None:
+            refuse_stream(splits["train_dataset"], "self_enhance")
             if isinstance(data, Mapping):  # data arguments have read rows as the args want them
                 splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
             rounds.Rounds(cls, args, model, dataset=name_of(data), **splits, **loading).run()
@@ -179,14 +181,15 @@ class RunningTrainer(Trainer):
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""
         adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
-        rows = None if self.train_dataset is None else rows_digest(self.train_dataset)
-        own = {"trainer": type(self).__name__, "training rows": rows, **broadcast_object_list([self.start])[0]}
+        start = broadcast_object_list([self.start])[0]
+        own = {"trainer": type(self).__name__, **self.rows_settings(), **start}
         return run_settings(self.args, length=False, adapter=adapter, **own)
 
     def check_checkpoint(self, checkpoint: str) -> None:
         """Raises ValueError for a checkpoint that this run cannot go on from as it was."""
         engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else None
         check_checkpoint(checkpoint, self.model, self._settings, engine=engine)
+        self.check_place(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import ModelConfig
 
 from polypo.recipes import accelerate_file, shipped
@@ -40,6 +40,9 @@ class DataArguments:
     data_format: list[str] | None = option(
         None, "Format of the rows, auto, or an adapter's dotted path; left out: canonical rows and pairs."
     )
+    streaming: bool = option(
+        False, "Read the training rows one by one, without a copy of their source: of one data set, with max_steps."
+    )
     max_train_rows: int | None = option(None, "Use only so many training rows.", at_least=1)
     dry_run: bool = option(False, "Describe the run and its memory without any weights.")
     accelerate_config: str | None = option(
@@ -66,6 +69,11 @@ class DataArguments:
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(names):
                 raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
+        if self.streaming and (len(names) > 1 or (self.dataset_weights, self.dataset_max_rows) != (None, None)):
+            raise ValueError(
+                "streaming reads one data set: name one in dataset_name, without dataset_weights and dataset_max_rows "
+                "(max_train_rows works). From Python, datasets.interleave_datasets makes one stream of several."
+            )
         if not all(0 < weight < math.inf for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights={self.dataset_weights}: give positive numbers.")
         for limit in self.each("dataset_max_rows"):
@@ -82,7 +90,7 @@ class DataArguments:
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * len(self.names)
 
-    def load(self, args, name: str) -> Dataset | None:
+    def load(self, args, name: str) -> Dataset | IterableDataset | None:
         """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
         training = name == "train"
         splits = self.each("dataset_train_split" if training else "dataset_test_split")
@@ -102,6 +110,7 @@ class DataArguments:
                     invalid_rows=args.invalid_rows,
                     num_proc=args.dataset_num_proc,
                     max_rows=limit if alone else None,
+                    streaming=self.streaming and training,
                     **({"name": configs[i]} if configs[i] else {}),
                 )
                 for i in chosen

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
 from ..data.drops import collected_reports
 from ..data.load import load_split
+from ..data.stream import check_stream_options
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
 from ..forward.attention import FLEX
@@ -83,6 +84,10 @@ def read_splits(trainer_class, data, args: PreferenceConfig, model_args: ModelAr
     for name in names:
         with collected_reports() as passes:
             rows = load_split(data, args, name) if planned is None else planned if name == "train" else None
+            if isinstance(rows, IterableDataset):
+                check_stream_options(args)
+                rows = Dataset.from_list(list(rows.take(args.stream_buffer)), features=rows.features)
+                notes = [*notes, f"of the stream the first {len(rows):,} rows are shown and stand for all."]
             splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
         reports += [f"{name}, {title}: {report}" for title, report in passes]
         if splits[name] is not None:

@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import TrainingArguments
@@ -18,6 +18,7 @@ from .json_rows import columns_of
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class Splits(Protocol):
@@ -25,10 +26,10 @@ class Splits(Protocol):
 
     dataset_name: str | list[str] | None
 
-    def load(self, args: TrainingArguments, name: str) -> Dataset | None: ...
+    def load(self, args: TrainingArguments, name: str) -> Rows | None: ...
 
 
-def load_split(data: Mapping[str, Dataset] | Splits, args: TrainingArguments, name: str) -> Dataset | None:
+def load_split(data: Mapping[str, Rows] | Splits, args: TrainingArguments, name: str) -> Rows | None:
     """The rows of a split, such as "train" or "test"; None where there are none.
 
     Args:
@@ -38,7 +39,7 @@ def load_split(data: Mapping[str, Dataset] | Splits, args: TrainingArguments, na
     return data.get(name) if isinstance(data, Mapping) else data.load(args, name)
 
 
-def name_of(data: Mapping[str, Dataset] | Splits) -> str | list[str] | None:
+def name_of(data: Mapping[str, Rows] | Splits) -> str | list[str] | None:
     """What a model card calls the `data` of `load_split`; a mapping has no name."""
     return None if isinstance(data, Mapping) else data.dataset_name
 

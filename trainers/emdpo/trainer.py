@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ..config import PreferenceConfig
+from ..data.stream import refuse_stream
 from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
 from ..generation.start import load_start
@@ -69,6 +70,7 @@ class EMDPOTrainer(TypePolicyTrainer):
                  processing_class=None, callbacks=None, quantization_config=None, peft_config=None):  # fmt: skip
         if isinstance(eval_dataset, dict):
             raise ValueError("eval_dataset must be one data set of held-out annotators, not a dict.")
+        refuse_stream(train_dataset, "EM-DPO")
         super().__init__(
             model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
             processing_class=processing_class, quantization_config=quantization_config, peft_config=peft_config,

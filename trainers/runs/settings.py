@@ -27,6 +27,7 @@ LENGTH = ("num_train_epochs", "max_steps")
 FREE = (
     "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
     "ref_tokens_per_batch", "tokens_per_backward", "model_init_kwargs", "self_enhance",
+    "stream_buffer",
 )  # fmt: skip
 # Fields of an adapter's config that change no weight.
 FREE_OF_ADAPTER = (

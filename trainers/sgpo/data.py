@@ -14,6 +14,7 @@ from ..data.drops import DropReport, refuse
 from ..data.json_rows import columns_of
 from ..data.load import load_preferences, read_dataset
 from ..data.rows import refuse_template_options
+from ..data.stream import refuse_stream
 from ..data.tokenization import unfinished
 from ..generation.sampler import Prompt, plain_prompt
 from .config import SGPOConfig
@@ -68,11 +69,13 @@ def _load(args: SGPOConfig, data, split: str) -> Dataset | None:
     sft, other = args.sft or {}, args.preference_dataset
     limits = {"preferences": args.max_preference_rows, "sft": sft.get("max_rows")}
     if isinstance(data, Mapping):
-        dataset = data.get(split)
+        refuse_stream(dataset := data.get(split), "SGPO")
     else:
-        if len(data.names) > 1 or (data.dataset_weights, data.dataset_max_rows) != (None, None):
+        alone = (data.dataset_weights, data.dataset_max_rows, data.streaming) == (None, None, False)
+        if len(data.names) > 1 or not alone:
             raise ValueError(
-                "SGPO reads one data set: name one in dataset_name, without dataset_weights and dataset_max_rows."
+                "SGPO reads one data set, whole: name one in dataset_name, without dataset_weights, dataset_max_rows "
+                "and streaming."
             )
         limits["train"], own, plain_rows = data.max_train_rows, (data.data_format, data.dataset_config), (None, None)
         name, part, data_format, config = {
