@@ -29,9 +29,9 @@ from transformers.utils import logging
 from trainers.cli import train
 from trainers.cli.answers import Answer, compare_answers, matched_gain
 from trainers.cli.compare_samples import SampleOptions, sample_and_measure, score
-from trainers.cli.demo_report import write_report
 from trainers.cli.dry_run import read_splits
 from trainers.cli.probe import measure
+from trainers.cli.report import write_report
 from trainers.data.tokenization import UNFINISHED, prepare_dataset
 from trainers.generation import sample_responses
 from trainers.generation.scorer import load_scorer

@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 
 from emdpo_runs import em, em_config, groups, opposed_rows, quick_collection, round_folder, same, trained, weights  # noqa: F401
 from helpers import build_tokenizer
+from test_pages import check_page
 from trainers import PlackettLuceConfig, PlackettLuceTrainer
+from trainers.cli.report import write_report
 from trainers.emdpo.annotators import halves
 from trainers.emdpo.mixture import match_types
 from trainers.emdpo.tables import read_annotators
@@ -23,6 +25,17 @@ def finished(tmp_path_factory, start):
     new = [row | {"annotator": "b" + row["annotator"]} for row in opposed_rows(annotators=3, seed=1)]
     trainer = trained(folder, start, eval_rows=[*opposed_rows(seed=1), *new], rounds=3)
     return trainer
+
+
+def test_the_page_shows_types_rounds_and_the_training_of_each_type(finished, tmp_path):
+    page = check_page(write_report(Path(finished.args.output_dir)).read_text())
+    assert "3 round(s) of the likeliest of 1 restart(s)" in page.text and f"{len(opposed_rows())}" in page.text
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    assert "Loss" in labels and "num_types" in page.text
+    assert "type-0" in page.text and "type-1" in page.text and "No setting differs." in page.text
+    (tmp_path / "restart-0").mkdir()
+    with pytest.raises(ValueError, match="no finished round of EM-DPO"):
+        write_report(tmp_path)
 
 
 def test_opposed_annotators_are_told_apart_and_the_files_say_so(finished):

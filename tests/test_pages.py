@@ -41,7 +41,7 @@ def check_page(html: str) -> Page:
     assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in parsed.tags}
     for _, attributes in parsed.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
-            assert attributes.get(name, "#").startswith("#")
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
     assert not re.search(r"url\((?!#)|@import", html)
     return parsed
 
@@ -72,6 +72,8 @@ def test_every_block_escapes_what_it_is_given(tmp_path):
 def test_pictures_are_the_same_for_the_same_figures_and_draw_intervals():
     points = [{"mean": 1.0, "low": 0.5, "high": 2.5}, {"mean": 2.0, "low": None, "high": None}, 3]
     first, second = (plots.chart("t", "x", [plots.Series("a", [0, 1, 2], points)]) for _ in range(2))
+    assert "#ffffff" in first and "#000000" in first  # as a file it has paper and ink, on a page those of the page
+    assert not re.search(r": #(ffffff|000000|1c2430|e3e7ee)", blocks.figures([first]))
     assert first == second and first.startswith("<svg") and "2.5" in first
     assert plots._spread(points)[1].tolist() == [[0.5, 0, 0], [1.5, 0, 0]]
     assert plots.chart("t", "x", [plots.Series("a", [], [])]) == ""

@@ -53,7 +53,8 @@ def history():
         {"step": s, "loss": 0.7 / s, "rewards/margins": 0.1 * s, "ranking/pairwise_accuracy": 0.5 + s / 100}
         for s in (2, 4, 6)
     ]
-    return [*training, {"step": 6, "eval_loss": 0.5, "eval_rewards/margins": 0.2}, {"step": 6, "train_runtime": 9.0}]
+    evaluation = {"step": 6, "eval_loss": 0.5, "eval_rewards/margins": 0.2, "eval_runtime": 1.0}
+    return [*training, evaluation, {"step": 6, "train_runtime": 9.0}]
 
 
 def test_interval_of_zeros_and_ones_is_that_of_the_binomial_and_leaves_undefined_values_out():
@@ -102,16 +103,13 @@ def test_repetition(text, share):
 
 
 def test_the_page_of_the_demo_is_whole_and_escaped(tmp_path):
-    for folder, told in ((tmp_path, "no folder of the demo"), (tmp_path / "nowhere", "nowhere does not exist")):
-        with pytest.raises(ValueError, match=told):
-            write_report(folder, [])
     (tmp_path / "results.json").write_text(json.dumps(results()))
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history()}))
-    page = check_page(write_report(tmp_path, []).read_text(encoding="utf-8"))
+    page = check_page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert page.text.count("prompt 2: " + HOSTILE) == 1 and "before, reward -0.40, 7 tokens" + HOSTILE in page.text
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert len(labels) == 8 and {"Reward against distance from the base model", "Loss"} < {*labels}
-    for shown in ("-0.08 → 0.17", "0.610 [0.550, 0.670]", "+3.00 [+0.00, +4.00]", "1.2.3", "held-out", "12 s"):
+    for shown in ("-0.08 → 0.17", "0.610 [0.550, 0.670]", "+3.00 [+0.00, +4.00]", "1.2.3", "evaluation", "12 s"):
         assert shown in page.text.replace("\xa0", " "), shown
     assert "+0.250 [+0.250, +0.250]" in summary(results())
 
@@ -145,12 +143,16 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
     write_round(tmp_path, [["good", "no"], ["no", "no"], ["bad", "so"]], name="before")
     with pytest.raises(ValueError, match="held_out_generations"):
-        write_report(tmp_path, [])
+        write_report(tmp_path)
     write_round(tmp_path / "round-00", [["good", "no"], ["good", "no"], ["bad", "so"]])
     # the second good of a text is beyond the length of what it is compared with
     write_round(tmp_path / "round-01", [["good good", "good"], ["good good", "no"], ["bad", "so good"]])
     (tmp_path / "round-02").mkdir()  # not finished: no manifest
-    page = check_page(write_report(tmp_path, []).read_text())
+    for number, loss in enumerate((0.5, 0.25)):
+        log = [{"step": 1, "loss": loss}]
+        (tmp_path / f"round-0{number}/checkpoint").mkdir()
+        write_json(tmp_path / f"round-0{number}/checkpoint/trainer_state.json", {"log_history": log})
+    page = check_page(write_report(tmp_path).read_text())
     text = (tmp_path / "rounds.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     assert [row[0] for row in rows] == ["start", "round 1", "round 2"]
@@ -160,6 +162,7 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     assert [row[4].split()[0] for row in rows[1:]] == ["+0.167", "+0.333"]
     assert [row[5] for row in rows] == ["1", "1", "1.5"] and [row[-1] for row in rows] == ["", "7", "7"]
     assert "round 2" in page.text and "round 2" in (tmp_path / "rounds.svg").read_text()
+    assert "Metricround 1round 2" in page.text.replace("\n", "") and "loss0.50.25" in page.text.replace("\n", "")
 
 
 def test_a_report_of_rounds_asks_no_server(tmp_path):
@@ -167,7 +170,7 @@ def test_a_report_of_rounds_asks_no_server(tmp_path):
     (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
     write_round(tmp_path, [["good", "no"]], name="before")
     write_round(tmp_path / "round-00", [["good", "good"]])
-    write_report(tmp_path, [])
+    write_report(tmp_path)
     [line] = [line for line in (tmp_path / "rounds.md").read_text().splitlines() if "round 1" in line]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[3].split()[0] == "+0.500" and cells[4] == "not asked"

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from helpers import family_tokenizer
 from trainers.cli.arguments import DataArguments
-from trainers.cli.sgpo_report import word_diff, write_report
+from trainers.cli.sgpo_report import read, word_diff
 from trainers.data.load import read_dataset
 from trainers.runs.files import write_rows
 from trainers.runs.stage import Stage
@@ -195,4 +195,4 @@ def test_a_diff_is_the_two_texts_with_what_changed_marked():
     assert [text for tag, text in left if tag] == ["cat  ", "it"] and left[1][0] == "del"
     assert [text for tag, text in right if tag] == ["dog ", "the mat"] and right[1][0] == "ins"
     with pytest.raises(ValueError, match="holds no finished stage"):
-        write_report(Path(__file__).parent)
+        read(Path(__file__).parent)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
+from .data.drops import collected_reports
 from .data.stream import TokenStream
 from .forward import policy as policies
 from .forward.cache import LogpsCache
@@ -93,8 +94,9 @@ class PreferenceTrainer(MeasuringTrainer):
         policies.set_pad_token(processing_class, args.pad_token)
         source, adapter = self._start_of_reference(model, ref_model, peft_config)
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
-        train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
-        eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
+        with collected_reports(logged=True) as self.left_out:
+            train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
+            eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
         for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in parts(eval_dataset):

@@ -86,6 +86,7 @@ class Rounds:
         train_dataset: canonical rows; columns other than prompt, responses and scores go to the scorer.
         eval_dataset: canonical rows; their prompts measure the policy.
         dataset: name of the data for the model cards.
+        left_out: what reading the data left out, for the record of each round.
 
     Raises:
         ValueError: something cannot be done in rounds.
@@ -93,7 +94,7 @@ class Rounds:
 
     def __init__(
         self, trainer_class, args, model: str, train_dataset: Dataset, eval_dataset: Dataset | None = None, *,
-        dataset=None, quantization_config=None, peft_config=None,
+        dataset=None, left_out=(), quantization_config=None, peft_config=None,
     ):  # fmt: skip
         refuse_unsupported(args, "self_enhance")
         options = EnhanceOptions.parse(args.self_enhance)
@@ -101,7 +102,7 @@ class Rounds:
             options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
         self.trainer_class, self.args, self.model, self.options = trainer_class, args, model, options
         self.eval_dataset, self.dataset, self.peft_config = eval_dataset, dataset, peft_config
-        self.quantization_config, self.processes = quantization_config, Processes()
+        self.quantization_config, self.left_out, self.processes = quantization_config, left_out, Processes()
         self.rows, self.held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
         check_scorer(options.scorer, columns_of(self.rows))  # before anything is sampled for it
         own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
@@ -146,6 +147,7 @@ class Rounds:
             peft_config=self.peft_config if start is None else None,
             processing_class=load_tokenizer(policy),
         )
+        trainer.left_out[:0] = self.left_out
         refuse_partial_weights(trainer.accelerator, "the next round")
         trainer.train_and_save(last_checkpoint(folder), self.dataset)
         trainer.release()

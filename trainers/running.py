@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from . import rounds
 from .config import PreferenceConfig
+from .data.drops import collected_reports
 from .data.load import load_split, name_of
 from .data.stream import refuse_stream
 from .forward import policy as policies
@@ -28,6 +29,7 @@ from .runs.checkpoints import (
     refuse_other_run,
 )
 from .runs.files import read_json
+from .runs.record import write_record
 from .runs.settings import run_settings
 from .streaming import StreamingTrainer
 
@@ -49,6 +51,8 @@ class RunningTrainer(StreamingTrainer):
     processing_class: PreTrainedTokenizerBase
     eval_dataset: Dataset | dict[str, Dataset] | None
     untouched = True  # whether the policy is as it was given
+    left_out: list[tuple]  # of the data, by each pass over it: title and report
+    data: dict = {}  # the launcher's data arguments
 
     @classmethod
     def run(
@@ -77,17 +81,20 @@ class RunningTrainer(StreamingTrainer):
             ValueError: `output_dir` holds a run with other settings; the message names them.
         """
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
-        splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
+        with collected_reports(logged=True) as left_out:
+            splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
         if args.self_enhance is not None:
             refuse_stream(splits["train_dataset"], "self_enhance")
             if isinstance(data, Mapping):  # data arguments have read rows as the args want them
                 splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
-            rounds.Rounds(cls, args, model, dataset=name_of(data), **splits, **loading).run()
+            rounds.Rounds(cls, args, model, dataset=name_of(data), left_out=left_out, **splits, **loading).run()
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)
         checkpoint = checkpoint_to_resume(args)
         make: Callable[..., RunningTrainer] = cls  # that of a method takes a path
         trainer = make(model, args=args, **splits, **loading)
+        trainer.left_out[:0] = left_out
+        trainer.data = {} if isinstance(data, Mapping) else vars(data)
         if checkpoint is not None and has_ended(args, checkpoint):
             refuse_other_run(checkpoint, trainer.run_settings())
             if args.process_index == 0:
@@ -147,6 +154,7 @@ class RunningTrainer(StreamingTrainer):
             if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
                 # The Trainer of older releases passes over this one of several adapters.
                 self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
+        self.write_record()
         callbacks: list[TrainerCallback] = [_Beginning(self)]
         if self.args.early_stopping_patience is not None:
             callbacks.append(EarlyStopping.at(resume_from_checkpoint, self.args.early_stopping_patience))
@@ -177,6 +185,14 @@ class RunningTrainer(StreamingTrainer):
             f"finite, of those that end with {', '.join(map(repr, ends))}. The weights are those of step {step}: look "
             "at these rows, lower learning_rate or set max_grad_norm, and go on from the last checkpoint."
         )
+
+    def write_record(self) -> None:
+        """run.json in `output_dir`: what `polypo report` says of this run beside its log."""
+        adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        facts = {"trainer": type(self).__name__, "method": self.method, "data": self.data}
+        facts |= {"model": policies.base_model(self.model).config._name_or_path}
+        if self.is_world_process_zero():
+            write_record(self.args, self.left_out, **facts, adapter=adapter and adapter.to_dict())
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""

@@ -4,8 +4,8 @@
 
 The YAML has the settings that all methods share (`base`), the methods with their own options (`methods`), and what
 data and samples they are judged on (`CompareArguments`). Every run is a stage, whose manifest is written last, so
-a killed comparison goes on where it stopped; methods and seeds may be added later. At the end compare_report.py
-writes the report. One process; the runs follow each other.
+a killed comparison goes on where it stopped; methods and seeds may be added later. At the end report.py
+writes the page. One process; the runs follow each other.
 """
 
 import dataclasses
@@ -38,8 +38,9 @@ from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments
 from .compare_data import RowOptions, cut_rows
-from .compare_report import BASE, write_report
+from .compare_report import BASE
 from .compare_samples import SampleOptions, sample_and_measure
+from .report import write_report
 from .train import parse
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")

@@ -1,4 +1,4 @@
-"""The figures of a comparison, from the runs.json of its folder: results.json, table.md, plot.svg and report.html."""
+"""The figures of a comparison, from runs.json of its folder: results.json, table.md, plot.svg, parts of its page."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import torch
 
 from ..metrics import ndcg, pairwise_accuracy
 from ..pages import plots
-from ..pages.page import blocks, write
+from ..pages.page import Sections, blocks
 from ..pages.plots import Series
 from ..pages.text import interval, markdown
 from ..runs.files import write_atomic, write_json
+from ..runs.record import Run
 from ..statistics import bootstrap_interval, t_interval
 
 LONGER, BASE = "longer response first", "base model"
@@ -30,9 +31,14 @@ COLUMNS = {  # name: title and form
 SAMPLED = {"kl": "logratios", "tokens": "tokens", "reward": "rewards"}
 
 
-def write_report(folder: Path) -> Path:
-    """Aggregates the runs in `folder`/runs.json, writes the files beside it and returns the page's path."""
-    figures = aggregate(json.loads((folder / "runs.json").read_text()))
+def read(folder: Path) -> tuple[str, Sections, list[Run]]:
+    """Aggregates the runs in `folder`/runs.json and writes the files beside it.
+
+    Returns:
+        title and parts of the page, and of each method the training with the first seed.
+    """
+    report = json.loads((folder / "runs.json").read_text())
+    figures = aggregate(report)
     write_json(folder / "results.json", figures)
     head, rows, remarks = *table(figures), notes(figures)
     write_atomic(folder / "table.md", (markdown(head, rows) + "\n" + "".join(f"- {n}\n" for n in remarks)).encode())
@@ -40,7 +46,9 @@ def write_report(folder: Path) -> Path:
     if picture:
         write_atomic(folder / "plot.svg", picture.encode())
     parts = [blocks.table(head, rows), blocks.figures([picture]), *remarks]
-    return write(folder / "report.html", f"Comparison: {', '.join(figures['methods'])}", {"": parts})
+    logs = {run["name"]: run.get("log_history", []) for run in reversed(report["runs"]) if run["name"] != BASE}
+    runs = [Run(name, {}, logs[name]) for name in figures["methods"]]
+    return f"Comparison: {', '.join(figures['methods'])}", {"": parts}, runs
 
 
 def aggregate(report: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The page that `make demo` ends with, from results.json and trainer_state.json of its folder."""
+"""What the page shows that `make demo` ends with, from results.json of its folder."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from ..pages import plots
-from ..pages.page import blocks, write
-from ..pages.plots import AFTER, BEFORE, INK, Series
+from ..pages.page import Sections, blocks
+from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval
+from ..runs.record import Run, read_run
 from .answers import MEASURES, per_prompt
 
-CURVES = (  # logged name, title, value that means nothing was learned
-    ("loss", "Loss", None),
-    ("rewards/margins", "Reward margin, best minus worst answer", 0),
-    ("ranking/pairwise_accuracy", "Pairwise ranking accuracy", 0.5),
-)
 RANKINGS = {
     "after": "Trained policy: log-ratio to the base model",
     "before": "The same before training: all log-ratios are 0, so chance by construction",
@@ -31,19 +27,18 @@ SAMPLES_PER_GROUP = 3
 SIDES = ("before", "after")
 
 
-def write_report(folder: Path) -> Path:
-    """Renders `folder`/report.html and returns its path."""
-    results, state = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "trainer_state"))
+def read(folder: Path) -> tuple[str, Sections, list[Run]]:
+    """Title and parts of the page, and the training."""
+    results = json.loads((folder / "results.json").read_text())
     sections = {
         "": headline(results),
         "Is there a trivial explanation?": explanations(results),
         "Answers to prompts that were not trained on": [blocks.figures(pictures(results))],
         "When to stop": course(results["course"]),
-        "Training": [blocks.figures([training_curve(state["log_history"], *curve) for curve in CURVES])],
         "Side by side": side_by_side(results["answers"]),
         "Settings": settings(results),
     }
-    return write(folder / "report.html", "What SWEPO taught a small language model", sections)
+    return "What SWEPO taught a small language model", sections, [read_run(folder)]
 
 
 def headline(results: dict) -> list[str]:
@@ -107,15 +102,6 @@ def course(points: list[dict]) -> list[str]:
         blocks.figures(drawn),
         blocks.table(["Step", *(title for title, _ in COURSE.values())], rows),
     ]
-
-
-def training_curve(history: list[dict], name: str, title: str, nothing: float | None) -> str:
-    """A logged training metric, and its held-out value where it was evaluated."""
-    series = [
-        plots.logged(history, name, "training", "-", AFTER),
-        plots.logged(history, f"eval_{name}", "held-out", "o", INK),
-    ]
-    return plots.chart(title, "step", series, level=None if nothing is None else (nothing, "nothing learned"))
 
 
 def pictures(results: dict) -> list[str]:

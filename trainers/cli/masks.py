@@ -1,4 +1,4 @@
-"""Shows what the masks of a SparsePO run say: token heat-maps of some rows, and sparsity over training.
+"""Shows what the masks of a SparsePO run say: token heat-maps of some rows, above what every run's page has.
 
     polypo masks --checkpoint runs/sparsepo-demo --config configs/sparsepo/demo.yaml --rows 0 3
 
@@ -8,7 +8,6 @@
 the same.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
@@ -20,9 +19,10 @@ from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
 from ..forward import policy as policies
 from ..generation.start import load_start
-from ..pages import plots
 from ..pages.page import blocks, write
-from ..runs.checkpoints import last_checkpoint
+from ..pages.training import sections
+from ..runs.checkpoints import STATE
+from ..runs.record import RECORD, read_run
 from . import config_files
 from .arguments import DataArguments, ModelArguments, set_model_options
 
@@ -32,14 +32,6 @@ MAPS: dict[str, Callable[[dict], list[float]]] = {  # title: the values of the t
     "m_u × log-ratio": lambda v: [m * x for m, x in zip(v["reward_mask"], v["logratios"], strict=True)],
     "m_d × KL": lambda v: [m * x for m, x in zip(v["kl_mask"], v["kls"], strict=True)],
 }
-CURVES = {
-    "mask_sparsity": "Exact zeros among response tokens, %",
-    "mask_mean": "Mean mask value",
-    "kl": "KL of a response, nats",
-    "masked_kl": "Masked KL of a response, nats",
-}
-LINES = {"reward_chosen": ("-", plots.AFTER), "reward_rejected": ("--", plots.AFTER), "kl_chosen": ("-", "#d1242f"),
-         "kl_rejected": ("--", "#d1242f"), "chosen": ("-", plots.INK), "rejected": ("--", plots.INK)}  # fmt: skip
 
 
 @dataclass
@@ -78,7 +70,8 @@ def write_report(argv: list[str]) -> Path:
     title = f"{args.mask} masks, {'independent' if args.independent else 'common'}: {folder.name}"
     target = Path(show.page) if show.page else folder / "masks.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    return write(target, title, {"Over training": [blocks.figures(curves(folder))], **shown})
+    logged = any((folder / name).is_file() for name in (STATE, RECORD))  # not of a policy that was saved elsewhere
+    return write(target, title, shown | (sections([read_run(folder)]) if logged else {}))
 
 
 def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows) -> SparsePOTrainer:
@@ -145,17 +138,3 @@ def token_texts(ids: list[int], decode) -> list[str]:
         texts.append(text[len(done) :] if whole else "")
         done = text if whole else done
     return texts
-
-
-def curves(folder: Path) -> list[str]:
-    """What was logged of the masks, in the folder's log or in that of its newest checkpoint."""
-    states = [Path(path) / "trainer_state.json" for path in (folder, last_checkpoint(folder)) if path]
-    state = next((path for path in states if path.is_file()), None)
-    logs = json.loads(state.read_text())["log_history"] if state else []
-    charts = []
-    for prefix, title in CURVES.items():
-        series = [
-            plots.logged(logs, f"{prefix}/{name}", name.replace("_", ", "), *look) for name, look in LINES.items()
-        ]
-        charts.append(plots.chart(title, "step", series, ylim=(0, None)))
-    return charts

@@ -1,45 +1,111 @@
-"""Writes the page of a finished run: polypo report FOLDER
+"""Writes the page of a run, or of several beside each other: polypo report FOLDER [FOLDER ...]
 
-What the folder is of shows in what lies in it: the demo, a self-enhancement in rounds, SGPO, or a comparison of
-methods. The masks of a SparsePO run need its recipe and take any of its fields:
+The folder is that of any run, finished or not, or a checkpoint: the page has its curves, warning signs, settings and
+the data that was left out, and what the demo, rounds, SGPO, EM-DPO and comparisons have to show beyond that. With
+`--samples` the policy answers held-out prompts, beside the model that the run started from. The masks of a SparsePO
+run need its recipe and take any of its fields; their page is masks.html, all others are report.html:
 
     polypo report runs/sparsepo-demo --config configs/sparsepo/demo.yaml --rows 0 3
+
+The page of several runs is written into the first folder.
 """
 
 import importlib
+import os
 import sys
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-PAGES = {  # what a run leaves -> the module of its page; each loads what it needs, which takes seconds
+from polypo.recipes import take
+
+from ..config import check_options, option
+from ..pages.page import Sections, write
+from ..pages.training import sections
+from ..runs.record import Run, read_run
+
+KINDS = {  # what a run leaves -> the module that makes its own parts; each loads what it needs, which takes seconds
     "runs.json": "compare_report",
     "self_enhance.json": "rounds_report",
     "round-*/current": "sgpo_report",
+    "restart-*": "emdpo_report",
     "results.json": "demo_report",
 }
 
 
+@dataclass
+class ReportArguments:
+    """What to add to the page."""
+
+    samples: int = option(0, "Answer so many held-out prompts of the run, before and after the training.", at_least=0)
+    max_new_tokens: int = option(128, "Longest of these answers, in tokens.", at_least=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+
 def main(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
+    folders = [*map(Path, argv[: next((i for i, part in enumerate(argv) if part.startswith("-")), len(argv))])]
+    if not folders:
         sys.exit(__doc__)
-    print(f"{write_report(Path(argv[0]), argv[1:])} is ready.")
+    print(f"{write_report(folders, argv[len(folders) :])} is ready.")
 
 
-def write_report(folder: Path, flags: list[str]) -> Path:
-    """Writes the page of what `folder` holds and returns its path; `flags` are those of the masks' page.
+def write_report(folders: Path | Sequence[Path], flags: Sequence[str] = ()) -> Path:
+    """Writes the page of what lies in the folders and returns its path.
+
+    Args:
+        flags: those of `ReportArguments`; with samples, which rows to take the prompts of; and those of the masks.
 
     Raises:
-        ValueError: there is no such folder, or it holds nothing that there is a page for.
+        ValueError: a folder is missing or holds no run, or its files cannot be read; there is nothing to sample with.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: name the output folder of a run.")
-    if flags:
+    folders = [folders] if isinstance(folders, Path) else folders
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} does not exist: name the output folder of a run.")
+    asked, rest = _asked(flags)
+    if rest and not asked.samples:
+        if len(folders) > 1:
+            raise ValueError(f"{rest[0]}: masks are shown of one run, so name one folder.")
         from . import masks
 
-        return masks.write_report(["--checkpoint", str(folder), *flags])
-    for left, name in PAGES.items():
-        if any(folder.glob(left)):
-            return importlib.import_module(f"trainers.cli.{name}").write_report(folder)
-    raise ValueError(
-        f"{folder} is no folder of the demo, of a run in rounds, of SGPO or of a comparison. For the masks of "
-        "SparsePO add --config with the recipe of the run."
-    )
+        return masks.write_report(["--checkpoint", str(folders[0]), *rest])
+    title, own, runs = folders[0].name, Sections(), list[Run]()
+    if len(folders) > 1:
+        title = f"{len(folders)} runs side by side"
+    elif kind := next((kind for kind in KINDS if any(folders[0].glob(kind))), None):
+        title, own, runs = importlib.import_module(f"trainers.cli.{KINDS[kind]}").read(folders[0])
+    if not own:
+        runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    samples = []
+    if asked.samples:
+        from .report_samples import sample_parts
+
+        samples = sample_parts(folders, runs, asked, rest)
+    shared = sections(runs, samples) if runs else Sections()  # a run in stages may not have trained yet
+    return write(folders[0] / "report.html", title, _merged(own, shared))
+
+
+def _merged(own: Sections, shared: Sections) -> Sections:
+    """The parts that a kind of run has of its own, then those that every run has."""
+    if own and shared:
+        shared["Training"][:0] = shared.pop("")
+    return {name: [*own.get(name, []), *shared.get(name, [])] for name in {**own, **shared}}
+
+
+def _asked(flags: Sequence[str]) -> tuple[ReportArguments, list[str]]:
+    """The options of the page, and all other flags."""
+    names = [field.name for field in fields(ReportArguments)]
+    options, rest = take([*flags], *names, type=int, default=SUPPRESS)
+    return ReportArguments(**vars(options)), rest
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What tells the folders apart: their paths below the folder that they have in common."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ValueError("a folder is named twice: a run is compared with others.")
+    above = Path(os.path.commonpath(paths))
+    return [str(path.relative_to(above if above not in paths else above.parent)) for path in paths]

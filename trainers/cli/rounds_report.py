@@ -1,4 +1,4 @@
-"""What the rounds of a self-enhancement run gave on held-out prompts: report.html, rounds.md and rounds.svg.
+"""What the rounds of a self-enhancement run gave on held-out prompts: rounds.md, rounds.svg and parts of its page.
 
 Every policy answered the same prompts with the same random streams. Intervals are 95 % bootstrap over prompts.
 """
@@ -11,10 +11,11 @@ import numpy as np
 
 from ..generation.scorer import asks_server, load_scorer
 from ..pages import plots
-from ..pages.page import blocks, write
+from ..pages.page import Sections, blocks
 from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval, markdown
 from ..runs.files import read_journal, write_atomic
+from ..runs.record import Run, read_run
 from ..statistics import bootstrap_interval
 from .answers import MEASURES, Answer, matched_gain, per_prompt
 
@@ -23,8 +24,8 @@ HEAD = ["policy", REWARD, "gain of the round", "gain since the start", "the same
         "training steps"]  # fmt: skip
 
 
-def write_report(folder: Path) -> Path:
-    """Writes the three files and returns the page's path.
+def read(folder: Path) -> tuple[str, Sections, list[Run]]:
+    """Title and parts of the page, and the trainings of the rounds; writes rounds.md and rounds.svg.
 
     Raises:
         ValueError: the folder holds no finished round that was measured on held-out prompts.
@@ -58,7 +59,9 @@ def write_report(folder: Path) -> Path:
         "first round and after each. Intervals are 95 % bootstrap intervals over these prompts; gains are paired."
     )
     parts = [about, blocks.table(HEAD, rows), blocks.figures(pictures)]
-    return write(folder / "report.html", f"Self-enhancement: {folder.name}", {"": parts})
+    trained = zip((path / "checkpoint" for path in rounds), names[1:], strict=True)
+    runs = [read_run(path, name) for path, name in trained if path.is_dir()]
+    return f"Self-enhancement: {folder.name}", {"": parts}, runs
 
 
 def read_answers(folder: Path) -> list[list[Answer]]:

@@ -1,4 +1,4 @@
-"""A page about a run of SGPO: what each stage kept, what the monitor found, curves, and edits word by word."""
+"""What the page of an SGPO run shows: what each stage kept, what the monitor found, curves, edits word by word."""
 
 import json
 import re
@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..pages import plots
-from ..pages.page import blocks, write
-from ..pages.plots import COLOURS, Series
+from ..pages.page import Sections, blocks
+from ..pages.plots import Series
 from ..runs.files import read_rows
+from ..runs.record import Run, read_run
 from ..runs.stage import MANIFEST, SETTINGS
 from ..sgpo.filters import OUTLIER
 from ..sgpo.monitor import RULES, alarms
@@ -25,8 +26,8 @@ TEXTS = (
 )
 
 
-def write_report(folder: Path) -> Path:
-    """Writes `folder`/report.html, also of a run that is not finished, and returns its path.
+def read(folder: Path) -> tuple[str, Sections, list[Run]]:
+    """Title and parts of the page, also of a run that is not finished, and the DPO stages of its rounds.
 
     Raises:
         ValueError: no stage of the folder is finished.
@@ -52,9 +53,11 @@ def write_report(folder: Path) -> Path:
             blocks.table(["Metric", *(f"round {i}" for i, _ in enumerate(rounds, 1))], figures),
             blocks.figures(curves(metrics) if len(rounds) > 1 else []),
         ],
-        "The last round": [blocks.figures([histogram(last), training(last, "improver"), training(last, "dpo")])],
+        "The last round": [blocks.figures([histogram(last), improver(last)])],
     }
-    return write(folder / "report.html", f"SGPO: {folder.name}", sections | samples(last))
+    trained = {f"round {i}": path / "dpo/model" for i, path in enumerate(paths, 1) if (path / "dpo/model").is_dir()}
+    runs = [read_run(path, name) for name, path in trained.items()]
+    return f"SGPO: {folder.name}", sections | samples(last), runs
 
 
 def warnings(paths: list[Path], rounds: list[dict]) -> list[str]:
@@ -114,14 +117,11 @@ def histogram(last: Path) -> str:
     return plots.histogram("Filtered statistic, fences dashed", groups, bins, marks=marks, **labels)
 
 
-def training(last: Path, name: str) -> str:
-    path = last / name / "model/trainer_state.json"
-    logs = json.loads(path.read_text())["log_history"] if path.exists() else []
-    series = [plots.logged(logs, "loss", "loss", ".-")]
-    if name == "improver":
-        return plots.chart("Improver: loss per token", "step", series)
-    series.append(plots.logged(logs, "rewards/margins", "reward margin", ".-", COLOURS[2]))
-    return plots.chart("DPO: loss and reward margin", "step", series, level=(float(np.log(2)), "ln 2"))
+def improver(last: Path) -> str:
+    if not (last / "improver/model").is_dir():
+        return ""
+    history = read_run(last / "improver/model").history
+    return plots.chart("Improver: loss per token", "step", [plots.logged(history, "loss", "loss", ".-")])
 
 
 def samples(last: Path) -> dict[str, list[str]]:

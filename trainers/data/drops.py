@@ -20,7 +20,7 @@ from datasets import Dataset, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
 COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
-_collected: ContextVar[list | None] = ContextVar("collected", default=None)
+_collected: ContextVar[tuple[list, bool] | None] = ContextVar("collected", default=None)  # and whether to log, too
 
 
 class Drop(Exception):
@@ -75,21 +75,21 @@ class DropReport:
 
 
 def log_report(logger: logging.Logger, title: str, report: Any, level: int = logging.WARNING) -> None:
-    """Print what became of rows, on the first process only; `collected_reports` may take it instead."""
-    if (reports := _collected.get()) is not None:
-        reports.append((title, report))
-    elif is_first_process():
+    """Print what became of rows, on the first process only; `collected_reports` takes it too, or instead."""
+    reports, logged = _collected.get() or ([], True)
+    reports.append((title, report))
+    if logged and is_first_process():
         logger.log(level, "%s: %s", title, report)
 
 
 @contextmanager
-def collected_reports() -> Iterator[list[tuple[str, Any]]]:
-    """Gives the list of (title, report) that the data path logs inside the block, and keeps them off the log.
+def collected_reports(*, logged: bool = False) -> Iterator[list[tuple[str, Any]]]:
+    """Gives the list of (title, report) of the data path inside the block; off the log, unless `logged`.
 
     A report is a `DropReport`, or the `Shares` of a mixture.
     """
     reports: list[tuple[str, Any]] = []
-    token = _collected.set(reports)
+    token = _collected.set((reports, logged))
     try:
         yield reports
     finally:

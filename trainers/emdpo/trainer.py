@@ -120,9 +120,10 @@ class EMDPOTrainer(TypePolicyTrainer):
         first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {kind_of_guess(self.args, self.judged)}.")
         self._save_start(folder / tables.START)
+        Stage(folder, self._whole_settings(), settings_name="emdpo.json").open()
+        self.write_record()
         self.model = self.model_wrapped = self.callback_handler.model = None  # type: ignore[assignment]
         free_memory()  # each policy that is read from disk is alone in memory
-        Stage(folder, self._whole_settings(), settings_name="emdpo.json").open()
         parts = [*self.parts.values()]
         reference = self.score(folder / "reference", parts, "Reference log-probabilities", self._load_reference)
         for judged, logps in zip(parts, reference, strict=True):

@@ -13,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..runs.files import write_atomic
 
+Sections = dict[str, list[str]]  # parts of a page by their headings
+
 blocks: Any = (  # the template's macros are its attributes: heading, table, settings, cards, figures, ...
     Environment(
         loader=FileSystemLoader(Path(__file__).parent),

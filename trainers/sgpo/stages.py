@@ -18,7 +18,7 @@ of its own, seeded by (seed, round, prompt), and every training starts from weig
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class Run:
     quantization_config: object = None
     peft_config: PeftConfig | None = None
     dataset: str | list[str] | None = None
+    left_out: Sequence = ()  # what reading the data left out, for the record of the DPO stage
 
     def __post_init__(self):
         self.processes = Processes()
@@ -248,6 +249,7 @@ class Run:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
             )
+            trainer.left_out[:0] = self.left_out
             refuse_partial_weights(trainer.accelerator, "the next stage")
             trainer.train_and_save(last_checkpoint(training), self.dataset)
             trainer.release()

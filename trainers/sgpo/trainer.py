@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..config import PreferenceConfig
+from ..data.drops import collected_reports
 from ..data.load import name_of
 from ..dpo import DPOTrainer, dpo_loss
 from ..forward.run import agreement
@@ -121,7 +122,9 @@ class SGPOTrainer(DPOTrainer):
             check_scorer(args.scorer, ["reference"])
         if args.reviser_function is not None:
             load_reviser(args.reviser_function)
-        Run(cls, args, model, read_data(args, data), quantization_config, peft_config, name_of(data)).run()
+        with collected_reports(logged=True) as left_out:
+            rows = read_data(args, data)
+        Run(cls, args, model, rows, quantization_config, peft_config, name_of(data), left_out).run()
 
     @classmethod
     def probed(cls, args: PreferenceConfig, rows: Dataset):

@@ -1,0 +1,174 @@
+"""The page of any run: what a training leaves for it, and what it shows of one that is done, amid, broken, of two."""
+
+import json
+import shutil
+
+import pytest
+from datasets import Dataset
+
+from helpers import flags
+from test_pages import HOSTILE, check_page
+from test_trainer import config, rows
+from trainers import SWEPOTrainer
+from trainers.cli import train
+from trainers.cli.report import main, write_report
+from trainers.runs.files import write_rows
+from trainers.runs.record import read_run
+
+LEFT = "fewer than 2 usable responses left"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of rows to train on, of which one lacks a score and one has no text, and of held-out rows."""
+    folder = tmp_path_factory.mktemp("data")
+    given = rows(10)
+    given[1]["scores"][0], given[5]["responses"] = None, ["", "", ""]
+    write_rows(folder / "train.jsonl", given)
+    write_rows(folder / "test.jsonl", rows(6, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, start, data):
+    """Two runs of the launcher that differ in their learning rate: 0, which changes nothing, and a large one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rate in (("still", 0.0), ("fast", 0.5)):
+        options = {
+            "model_name_or_path": start, "use_cpu": True, "report_to": "none", "max_steps": 6, "logging_steps": 1,
+            "eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "per_device_train_batch_size": 4,
+            "learning_rate": rate, "optim": "sgd", "lr_scheduler_type": "constant", "output_dir": folder / name,
+            "max_length": 40, "disable_tqdm": True,
+        }  # fmt: skip
+        files = ["--dataset_name", str(data / "train.jsonl"), str(data / "test.jsonl")]
+        train.main(
+            [*flags(**options), *files, "--dataset_train_split", "train", "", "--dataset_test_split", "", "train"]
+        )
+    return folder
+
+
+def page_of(*folders, given=()):
+    path = write_report(folders, given)
+    return check_page(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_keeps_what_its_page_says(runs, start):
+    record = read_run(runs / "fast").record
+    assert (record["trainer"], record["method"], record["model"]) == ("SWEPOTrainer", "SWEPO", str(start))
+    assert {"learning_rate", "max_steps", "save_steps"} <= {*record["changed"]}
+    assert not {"output_dir", "report_to", "weight_decay", "gradient_checkpointing"} & {*record["changed"]}
+    assert record["settings"]["learning_rate"] == 0.5 and record["settings"]["pad_token"] is None
+    reading, test, tokens, _ = record["left_out"]
+    assert (reading["rows_in"], reading["rows_out"], reading["reasons"]) == (10, 9, {LEFT: 1})
+    assert reading["responses_dropped"] == {"missing score": 1, "empty text": 3}
+    assert test["rows_in"] == 6 and tokens["rows_in"] == 9
+
+
+def test_the_page_of_a_run(runs, data):
+    page = page_of(runs / "fast")
+    assert f"SWEPO from {read_run(runs / 'fast').record['model']} on {data}/train.jsonl" in page.text
+    assert "step 6 of 6." in page.text
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    wanted = ("Loss", "Pairwise ranking accuracy", "Log-probability of a response, nats", "Tokens of a response")
+    assert {*wanted, "Learning rate", "Gradient norm", "swepo/positives"} <= {*labels}
+    assert f"1 row(s): {LEFT}; 1 response(s): missing score; 3 response(s): empty text" in page.text
+    # Its own settings stand before those that are the defaults.
+    assert (
+        page.text.index("learning_rate0.5") < page.text.index("All other settings") < page.text.index("weight_decay")
+    )
+    assert "evaluation" in page.text and "Nothing is learned" in page.text
+
+
+def test_runs_side_by_side_show_what_differs(runs):
+    page = page_of(runs / "still", runs / "fast")
+    text = page.text
+    settings = text[text.index("Settingstillfast") :].partition("SettingValue")[0]
+    assert settings.split() == ["Settingstillfast", "learning_rate0.00.5"]
+    state = read_run(runs / "fast").history
+    last = next(log for log in reversed(state) if "eval_loss" in log)["eval_loss"]
+    first = next(log for log in reversed(read_run(runs / "still").history) if "eval_loss" in log)["eval_loss"]
+    assert f"eval_loss{first:.4g}{last:.4g}" in text
+    assert "still: Nothing is learned." in text and (runs / "still/report.html").is_file()
+    with pytest.raises(ValueError, match="named twice"):
+        write_report([runs / "fast", runs / "still/../fast"])
+    with pytest.raises(ValueError, match="--rows: masks are shown of one run"):
+        write_report([runs / "fast", runs / "still"], ["--rows", "1"])
+
+
+def test_samples_are_those_of_the_start_and_of_the_policy(runs, data, capsys):
+    page = page_of(runs / "still", runs / "fast", given=["--samples", "2", "--max_new_tokens", "6"])
+    still, fast = (page.text.partition(f"\n{name}6.0100%")[2].partition("\n")[0] for name in ("still", "fast"))
+    assert float(still) == 0 and float(fast) != 0  # nats from the start, which the first has not left
+    assert f"{rows(6, seed=1)[0]['prompt']}" in page.text
+    answers = page.text.partition("before, 6 tokens, cut off")[2]
+    before, _, answers = answers.partition("still, 6 tokens, cut off")
+    after, _, moved = answers.partition("fast, 6 tokens, cut off")
+    assert before.strip() and before.strip() == after.strip() and moved.partition("\n")[0].strip() != after.strip()
+    main([str(runs / "fast"), "--samples", "1", "--max_new_tokens=2", "--dataset_name", str(data / "train.jsonl"),
+          "--dataset_test_split", "train"])  # fmt: skip
+    assert (
+        "report.html is ready" in capsys.readouterr().out
+        and "after, 2 tokens" in (runs / "fast/report.html").read_text()
+    )
+    with pytest.raises(ValueError, match="samples=-1 must be"):
+        write_report(runs / "fast", ["--samples", "-1"])
+
+
+def test_a_run_amid_its_training(runs, tmp_path):
+    shutil.copytree(runs / "fast", tmp_path / "amid")
+    (tmp_path / "amid/trainer_state.json").unlink()
+    shutil.rmtree(tmp_path / "amid/checkpoint-6")
+    (tmp_path / "amid/checkpoint-8").mkdir()  # a kill cut it short
+    (tmp_path / "amid/checkpoint-8/trainer_state.json").write_text('{"global_step": 8, ')
+    page = page_of(tmp_path / "amid")
+    assert "step 4 of 6; the log is that of checkpoint-4, the newest checkpoint." in page.text
+    assert "too few logs" in page.text  # no sign is said to be absent that cannot be told yet
+    assert page_of(tmp_path / "amid/checkpoint-4").text.count("learning_rate") == page.text.count("learning_rate")
+    shutil.rmtree(tmp_path / "amid/checkpoint-4")
+    shutil.rmtree(tmp_path / "amid/checkpoint-8")
+    page = page_of(tmp_path / "amid")
+    assert "Nothing is logged yet" in page.text and "learning_rate" in page.text and "<svg" not in page.text
+    (tmp_path / "amid/run.json").unlink()
+    with pytest.raises(ValueError, match=r"no log of a training: neither trainer_state.json.*nor run.json"):
+        write_report(tmp_path / "amid")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_what_is_no_number_of_a_step_is_passed_over(tmp_path):
+    logs = [{"step": 1, "loss": "0.5"}, {"loss": 0.5}, "loss", {"step": 2, "loss": None}, {"step": 3, "loss": 0.25}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    assert read_run(tmp_path).history == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.25}]
+    assert "Loss, last third0.25" in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [('{"log_history": [', "is not JSON"), ("[1]", "no JSON object"), ("{}", "has no log_history")],
+)
+def test_a_broken_log_is_named(tmp_path, content, told):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match=f"trainer_state.json.*{told}"):
+        write_report(tmp_path)
+
+
+def test_a_run_of_an_older_version_has_its_curves_and_says_what_is_missing(runs, tmp_path):
+    shutil.copytree(runs / "fast", tmp_path / HOSTILE.partition("/")[0])
+    (folder,) = tmp_path.iterdir()
+    (folder / "run.json").unlink()
+    page = page_of(folder)
+    assert "There is no run.json" in page.text and page.text.count("<script>alert('x')<") >= 1
+    with pytest.raises(ValueError, match="--samples: no run.json names the model"):
+        write_report(folder, ["--samples", "1"])
+
+
+def test_trainers_from_python_keep_a_record_and_no_secret(tmp_path, tokenizer, start):
+    keywords = {"dtype": "float32", "token": "hf_secret"}
+    args = config(tmp_path / "out", model_init_kwargs=keywords, hub_token="hf_other")
+    SWEPOTrainer(str(start), args=args, train_dataset=Dataset.from_list(rows())).train()
+    text = (tmp_path / "out/run.json").read_text()
+    assert "hf_" not in text and json.loads(text)["settings"]["model_init_kwargs"]["dtype"] == "float32"
+    page = page_of(tmp_path / "out")  # nothing was saved
+    assert "Nothing is logged yet" in page.text
+    with pytest.raises(ValueError, match="--samples: the run names no held-out rows"):
+        write_report(tmp_path / "out", ["--samples", "1"])

@@ -1,0 +1,237 @@
+"""What a page says of any training: curves, warning signs, data that was left out, settings; of several, compared."""
+
+from collections.abc import Sequence
+
+from ..runs.record import Run
+from . import plots
+from .page import Sections, blocks
+from .plots import AFTER, COLOURS, Series
+from .signs import Sign, evaluations, last_third, points, signs
+
+SIDES = ("chosen", "rejected")
+CURVES: tuple[tuple[str, tuple[str, ...], tuple[float, str] | None], ...] = (  # title, metrics, level
+    ("Loss", ("loss",), None),
+    ("Reward margin, best minus worst response", ("rewards/margins",), (0, "nothing learned")),
+    ("Pairwise ranking accuracy", ("ranking/pairwise_accuracy",), (0.5, "chance")),
+    ("Implicit rewards", ("rewards/chosen", "rewards/rejected"), None),
+    ("Log-probability of a response, nats", ("logps/chosen", "logps/rejected"), None),
+    ("Tokens of a response", ("length/chosen", "length/rejected"), None),
+    ("Learning rate", ("learning_rate",), None),
+    ("Gradient norm", ("grad_norm",), None),
+)
+SHOWN = [name for _, names, _ in CURVES for name in names]
+OTHERS = ("rewards/accuracies", "ranking/ndcg", "ranking/kendall_tau", "prompts/without_signal")  # in the table alone
+PAIRS = {f"{kind}{side}" for kind in ("", "reward_", "kl_") for side in SIDES}  # ends of names that share a picture
+CARDS = {"loss": "Loss", "ranking/pairwise_accuracy": "Ranking accuracy", "rewards/margins": "Reward margin"}
+MARKS = ("o:", "s:", "^:", "D:")  # of several data sets to evaluate on
+TITLES = {  # of pictures with chosen and rejected
+    "mask_sparsity": "Exact zeros among the masks of response tokens, %",
+    "mask_mean": "Mean mask value",
+    "kl": "KL of a response, nats",
+    "masked_kl": "Masked KL of a response, nats",
+}
+PLACES = ("output_dir", "run_name", "logging_dir")  # which tell two runs apart, and not what they do
+
+
+def sections(runs: Sequence[Run], samples: Sequence[str] = ()) -> Sections:
+    """The parts of a page on one training, or on several of them beside each other; `samples` are parts of it."""
+    one = len(runs) == 1
+    own = [name for name in metrics(runs) if name not in SHOWN and name not in OTHERS and not bookkeeping(name)]
+    told = {run.name: signs(run.history) for run in runs}
+    return {
+        "": [*(about(run, named=not one) for run in runs), cards(runs[0]) if one else ""],
+        "Warning signs": warnings(told),
+        "Training": [blocks.figures(curves(runs))],
+        "What the method logs": [blocks.figures(own_curves(runs, own))],
+        "Figures at the end": final(runs),
+        "Samples on held-out prompts": [*samples],
+        "Data that was left out": data(runs),
+        "Settings": settings(runs[0]) if one else differences(runs),
+    }
+
+
+def about(run: Run, named: bool) -> str:
+    """What was trained, and how far it got."""
+    data, name = run.record.get("data", {}).get("dataset_name"), f"{run.name}: " if named else ""
+    how = f"{run.record.get('method', 'A training')} from {run.record.get('model') or 'a model without a path'}"
+    what = how if run.record.get("method") else "A training"
+    on = f" on {data if isinstance(data, str) else ', '.join(data)}" if data else ""
+    if not run.history:
+        return f"{name}{what}{on}. Nothing is logged yet: a log is written with every checkpoint (save_steps)."
+    far = f", step {run.step} of {run.steps}" if run.steps else ""
+    left = f"; the log is that of {run.checkpoint}, the newest checkpoint" if run.checkpoint else ""
+    return f"{name}{what}{on}{far}{left}."
+
+
+def cards(run: Run) -> str:
+    """What counts most, as means over the last third of the logs, with the first third and the last evaluation."""
+    rows = []
+    for name, title in CARDS.items():
+        values = points(run.history, name)[1]
+        if len(values):
+            held_out = {prefix: points(run.history, f"{prefix}_{name}")[1] for prefix in evaluations(run.history)}
+            remarks = [f"in the first third {last_third(values[::-1]):.3g}"]
+            remarks += [f"{prefix} {found[-1]:.3g}" for prefix, found in held_out.items() if len(found)]
+            rows.append((f"{title}, last third", f"{last_third(values):.3g}", "; ".join(remarks)))
+    return blocks.cards(rows) if rows else ""
+
+
+# Warning signs.
+
+
+def warnings(told: dict[str, list[Sign]]) -> list[str]:
+    """A sentence for each sign that holds, and all rules with what was found in each run."""
+    one = len(told) == 1
+    alarms = [
+        blocks.alarm(f"{'' if one else f'{run}: '}{sign.name}. {sign.found} {sign.advice}")
+        for run, found in told.items() for sign in found if sign.found
+    ]  # fmt: skip
+    all_signs = list(zip(*told.values(), strict=True))
+    cells = [[sign[0].name, *map(state, sign), sign[0].rule] for sign in all_signs]
+    rules = blocks.table(["Sign", *(["Here"] if one else told), "Rule"], cells, numbers=False)
+    none = "None of the signs below holds in what is logged so far."
+    return [*(alarms or [none]), blocks.details("All signs and their rules", rules)]
+
+
+def state(sign: Sign) -> str:
+    return "too few logs" if sign.found is None else "holds" if sign.found else "no"
+
+
+# Curves.
+
+
+def metrics(runs: Sequence[Run]) -> list[str]:
+    """Names of what the steps of the trainings logged, in their order."""
+    logs = [log for run in runs for log in run.history if "loss" in log]
+    return list(dict.fromkeys(name for log in logs for name in log))
+
+
+def bookkeeping(name: str) -> bool:
+    return "/" not in name and not name.endswith("_loss")
+
+
+def curves(runs: Sequence[Run]) -> list[str]:
+    """The pictures that every training has; of several trainings each metric has one of its own."""
+    drawn = []
+    for title, names, level in CURVES:
+        if len(runs) == 1 or len(names) == 1:
+            drawn.append(curve(title, runs, names, level))
+        else:
+            drawn += [curve(f"{title}: {end(name)}", runs, (name,), level) for name in names]
+    return drawn
+
+
+def own_curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """A picture for each further metric; those of chosen and rejected share one."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = name.rpartition("/")[0] if len(runs) == 1 and end(name) in PAIRS else name
+        groups.setdefault(group, []).append(name)
+    return [curve(TITLES.get(title, title), runs, group) for title, group in groups.items()]
+
+
+def curve(title: str, runs: Sequence[Run], names: Sequence[str], level: tuple[float, str] | None = None) -> str:
+    """Metrics over the steps of the training, and where they were evaluated."""
+    series, one = [], len(runs) == 1
+    for number, run in enumerate(runs):
+        for place, name in enumerate(names):
+            own = [*([] if one else [run.name]), *([end(name)] if len(names) > 1 else [])]
+            colour = colours(len(names))[place] if one else COLOURS[number % len(COLOURS)]
+            series.append(line(run, name, ", ".join(own) or "training", "-", colour))
+            for prefix, mark in zip(evaluations(run.history), MARKS, strict=False):
+                label = ", ".join([*own, "evaluation" if prefix == "eval" else prefix])
+                series.append(line(run, f"{prefix}_{name}", label, mark, colour))
+    return plots.chart(title, "step", series, level=level)
+
+
+def colours(count: int) -> Sequence[str]:
+    return (AFTER,) if count == 1 else COLOURS * count
+
+
+def line(run: Run, name: str, label: str, style: str, colour: str) -> Series:
+    steps, values = points(run.history, name)
+    alone = len(steps) == 1 and style == "-"  # a line of one point would not be seen
+    return Series(label, steps.tolist(), values.tolist(), "." if alone else style, colour)
+
+
+def end(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+# Tables.
+
+
+def final(runs: Sequence[Run]) -> list[str]:
+    """The last values of all metrics, side by side."""
+    names = [*SHOWN, *(name for name in metrics(runs) if name not in SHOWN and not bookkeeping(name))]
+    prefixes = dict.fromkeys(prefix for run in runs for prefix in evaluations(run.history))
+    rows = []
+    for prefix in ("", *(f"{prefix}_" for prefix in prefixes)):
+        for name in names:
+            values = [points(run.history, f"{prefix}{name}")[1] for run in runs]
+            shown = [f"{last_third(v) if not prefix else v[-1]:.4g}" if len(v) else "" for v in values]
+            if any(shown):
+                rows.append([f"{prefix}{name}", *shown])
+    if not rows:
+        return []
+    head = ["Metric", *(run.name if len(runs) > 1 else "Value" for run in runs)]
+    told = (
+        "Means over the last third of the training logs, and the last evaluation. docs/metrics.md says what each is."
+    )
+    table = blocks.table(head, rows)
+    return [told, table if len(runs) > 1 else blocks.details("All metrics", table)]
+
+
+def data(runs: Sequence[Run]) -> list[str]:
+    """What each pass over the data left out or changed, by reason; once for runs in which it is the same."""
+    parts: dict[str, list[str]] = {}
+    for run in runs:
+        parts.setdefault(left_out(run), []).append(run.name)
+    told = len(parts) > 1
+    return [part for text, names in parts.items() for part in (", ".join(names) + ":" if told else "", text)]
+
+
+def left_out(run: Run) -> str:
+    if "left_out" not in run.record:
+        return "There is no run.json, which a run of this version writes: what was left out stands in the run's log."
+    kinds = {"reasons": "row(s): ", "responses_dropped": "response(s): ", "notes": ""}
+    rows = []
+    for one in run.record["left_out"]:
+        told = [f"{n} {what}{reason}" for kind, what in kinds.items() for reason, n in one.get(kind, {}).items()]
+        told = one.get("told") or "; ".join(told) or "nothing"
+        rows.append([one["title"], *(str(one.get(name, "")) for name in ("rows_in", "rows_out")), told])
+    if not rows:
+        return "Nothing was counted: the rows are a stream, which counts in the log."
+    return blocks.table(["Pass over the data", "Rows in", "Kept", "Left out or changed"], rows, numbers=False)
+
+
+def everything(run: Run) -> dict:
+    """Settings of a run by name, with its start, its data and its adapter."""
+    data = {name: value for name, value in run.record.get("data", {}).items() if value}
+    adapter = {f"peft_config.{name}": value for name, value in (run.record.get("adapter") or {}).items() if value}
+    own = {name: run.record[name] for name in ("trainer", "model") if name in run.record}
+    return own | data | adapter | run.settings
+
+
+def settings(run: Run) -> list[str]:
+    """What is not the default first, the rest folded up."""
+    return _not_default_first(everything(run), run, "All other settings")
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """The settings that are not the same in all runs, and then the others."""
+    known = [everything(run) for run in runs]
+    names = dict.fromkeys(name for one in known for name in one if name not in PLACES)
+    rows = [[name, *(str(one.get(name, "")) for one in known)] for name in names]
+    other = [row for row in rows if len(set(row[1:])) > 1]
+    same = {row[0]: row[1] for row in rows if len(set(row[1:])) == 1}
+    head = ["Setting", *(run.name for run in runs)]
+    told = blocks.table(head, other, numbers=False) if other else "No setting differs." if same else ""
+    return [told, *_not_default_first(same, runs[0], "What else all have in common")]
+
+
+def _not_default_first(values: dict, run: Run, title: str) -> list[str]:
+    changed = run.record.get("changed", ())
+    first = {name: value for name, value in values.items() if name in changed or name not in run.settings}
+    rest = {name: value for name, value in values.items() if name not in first}
+    return [blocks.settings(first) if first else "", blocks.details(title, blocks.settings(rest)) if rest else ""]
