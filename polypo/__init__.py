@@ -25,7 +25,7 @@ COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
     "types": "choose the number of EM-DPO's types of annotators on held-out rows",
     "aggregate": "weigh or distil EM-DPO's policies into one that is fair to all types",
     "masks": "show SparsePO's masks token by token",
-    "report": "write the page of a run: demo, rounds, SGPO, comparison, masks",
+    "report": "write the page of any run, or of several side by side",
 }
 
 

@@ -1,20 +1,25 @@
 """The page of any run: what a training leaves for it, and what it shows of one that is done, amid, broken, of two."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from helpers import flags
+from helpers import flags, save_start
 from test_pages import HOSTILE, check_page
 from test_trainer import config, rows
 from trainers import SWEPOTrainer
-from trainers.cli import train
+from trainers.cli import report, train
 from trainers.cli.report import main, write_report
+from trainers.pages.signs import SIGNS
 from trainers.runs.files import write_rows
 from trainers.runs.record import read_run
 
+ROOT = Path(__file__).resolve().parents[1]
 LEFT = "fewer than 2 usable responses left"
 
 
@@ -172,3 +177,24 @@ def test_trainers_from_python_keep_a_record_and_no_secret(tmp_path, tokenizer, s
     assert "Nothing is logged yet" in page.text
     with pytest.raises(ValueError, match="--samples: the run names no held-out rows"):
         write_report(tmp_path / "out", ["--samples", "1"])
+
+
+def test_the_example_of_the_docs_runs_as_it_stands_there(tmp_path, monkeypatch):
+    text = (ROOT / "docs/reports.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", text, flags=re.S)[1].replace("\\\n", " ").splitlines()
+    save_start(tmp_path / "model", "llama3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "refuse_lost_processes", lambda *_: None)
+    for command in commands:
+        argv = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"))
+        {"train": train, "report": report}[argv[1]].main(argv[2:])
+    page = check_page((tmp_path / "runs/first/report.html").read_text())
+    assert "step 6 of 6." in page.text and "after, 40 tokens" in page.text
+
+
+def test_the_docs_name_every_sign_with_its_numbers():
+    text = (ROOT / "docs/reports.md").read_text()
+    for name, rule, *_ in SIGNS:
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        numbers = re.findall(r"[\d.]*\d", rule)
+        assert numbers and all(number in row for number in numbers), (name, numbers)

@@ -83,7 +83,7 @@ def warnings(told: dict[str, list[Sign]]) -> list[str]:
     """A sentence for each sign that holds, and all rules with what was found in each run."""
     one = len(told) == 1
     alarms = [
-        blocks.alarm(f"{'' if one else f'{run}: '}{sign.name}. {sign.found} {sign.advice}")
+        blocks.alarm(f"{sign.found} {sign.advice}", sign.name if one else f"{run}: {sign.name}")
         for run, found in told.items() for sign in found if sign.found
     ]  # fmt: skip
     all_signs = list(zip(*told.values(), strict=True))
@@ -198,8 +198,8 @@ def left_out(run: Run) -> str:
     rows = []
     for one in run.record["left_out"]:
         told = [f"{n} {what}{reason}" for kind, what in kinds.items() for reason, n in one.get(kind, {}).items()]
-        told = one.get("told") or "; ".join(told) or "nothing"
-        rows.append([one["title"], *(str(one.get(name, "")) for name in ("rows_in", "rows_out")), told])
+        counts = [str(one.get(name, "")) for name in ("rows_in", "rows_out")]
+        rows.append([one["title"], *counts, one.get("told") or "; ".join(told) or "nothing"])
     if not rows:
         return "Nothing was counted: the rows are a stream, which counts in the log."
     return blocks.table(["Pass over the data", "Rows in", "Kept", "Left out or changed"], rows, numbers=False)
