@@ -17,8 +17,8 @@ from test_trainer import config, logged, rows
 from trainers import EMDPOTrainer, SGPOTrainer, SparsePOTrainer, SWEPOTrainer, load_preferences
 from trainers.cli import train
 from trainers.cli.dry_run import describe
+from trainers.data import canonical, tokenize_dataset
 from trainers.data import stream as streams
-from trainers.data import tokenize_dataset
 from trainers.data.stream import TokenStream
 from trainers.runs.checkpoints import last_checkpoint
 
@@ -331,6 +331,34 @@ def test_a_file_is_streamed_from_the_command_line_and_shown_before(suffix, start
         describe(*train.parse([*argv, "--max_steps", "-1"]))
     with pytest.raises(ValueError, match="streaming reads one data set"):
         train.parse([*argv, "--dataset_name", path, path])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_going_on_opens_no_file_that_is_done(suffix, tokenizer, tmp_path, monkeypatch):
+    for i in range(3):
+        if suffix == ".jsonl":
+            write_rows(tmp_path / f"{i}.jsonl", ROWS[i::3])
+        else:
+            Dataset.from_list(ROWS[i::3]).to_parquet(tmp_path / f"{i}.parquet")
+    read = []
+    checked = canonical.checked_row
+    monkeypatch.setattr(
+        canonical, "checked_row", lambda row, *a, **k: read.append(row["prompt"]) or checked(row, *a, **k)
+    )
+
+    def make():
+        return token_stream(load_preferences(tmp_path, streaming=True), tokenizer, buffer=2, mixed=False)
+
+    stream = make()
+    expected = [*islice(stream, 11)]
+    state = json.loads(json.dumps(stream.state(6)))  # amid the second file
+    again = make()
+    again.go_on(state)
+    read.clear()
+    assert [*islice(again, 5)] == expected[6:]
+    assert set(read) == {row["prompt"] for row in ROWS[1::3] + ROWS[2::3]}
+    limited = load_preferences(tmp_path, streaming=True, max_rows=5)
+    assert [row["prompt"] for row in limited] == [row["prompt"] for row in [*ROWS[0::3], *ROWS[1::3]][:5]]
 
 
 def test_a_stream_of_a_hub_format_is_trained_on(tokenizer, tmp_path):

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..config import option
 from ..data import detect_format, load_preferences
 from ..data.canonical import in_columns
-from ..data.drops import collected_reports
+from ..data.drops import DropReport, collected_reports
 from ..data.json_rows import file_digest
 from ..runs.files import replacing, write_atomic, write_rows
 from . import config_files
@@ -86,7 +86,7 @@ def prepare(args: PrepareArguments) -> dict:
         )
         output.parent.mkdir(parents=True, exist_ok=True)
         count = write(output, tqdm(rows, desc=f"Writing {output.name}", unit=" rows"), rows.features)
-    [(_, report)] = reports
+    report = sum((report for _, report in reports), DropReport())  # a stream has one for each shard
     print(report)
     manifest = {
         "file": output.name,

@@ -11,7 +11,7 @@ columns keep the type that they have in a table; those of an adapter get one of 
 import inspect
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -91,19 +91,28 @@ def canonical_stream(
     invalid: str = "drop",
     as_chat: bool = False,
     title: str = "",
+    in_shards: bool = True,
 ) -> IterableDataset:
-    """The same for a stream. What is left out is counted while the rows are read, and logged when a pass ends.
+    """The same for a stream. What is left out is counted while the rows are read, and logged when a shard ends.
 
     The first rows are read once more than the others, for the types of the columns.
+
+    Args:
+        in_shards: the result has the shards of the source, unless the adapter is a generator function. Else it is one:
+            `datasets` would take an equal part of `source.take(n)` from each.
 
     Raises:
         ValueError: as in `canonicalize`; for a row in the middle, when it is read.
     """
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features or {} if adapter is None else {}
-    sample = Reading(_all_shards(source), source.features)
+    # A list in the keywords of a generator is dealt out: who goes on amid the stream reads only the shard again.
+    count = source.num_shards if in_shards and not inspect.isgeneratorfunction(adapter) else 1
+    shards = [source.shard(num_shards=count, index=i) for i in range(count)] if count > 1 else [source]
+    titles = [f"{title}, shard {i + 1} of {count}" for i in range(count)] if count > 1 else [title]
+    sample = Reading(_rows_of_shards(shards), source.features)
     columns = row_features(_results(sample, **options), known)
-    keywords = {"source": source, "columns": columns, "title": title, **options}
+    keywords = {"shards": shards, "titles": titles, "columns": columns, **options}
     return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
 
 
@@ -156,11 +165,12 @@ class Reading:
             yield self.last
 
 
-def _all_shards(source: IterableDataset) -> Iterator[Row]:
-    """Also in the one worker of a data loader that has this pass: it would read a part of the files."""
-    shards = source.num_shards
-    for index in range(shards):
-        yield from source.shard(num_shards=shards, index=index) if shards > 1 else source
+def _rows_of_shards(shards: Iterable[IterableDataset]) -> Iterator[Row]:
+    """Also in a worker of a data loader: plainly iterated, each of several would read a part of each shard."""
+    for shard in shards:
+        size = 1 if shard.features is None else 128  # a batch gives all its rows the same columns
+        for batch in shard.iter(batch_size=size):
+            yield from rows_in(batch)
 
 
 def _results(
@@ -250,14 +260,19 @@ def _counted(rows: Reading, columns: dict[str, Any], code: str, **options) -> It
         yield {**packed, EVENTS: reasons, KEPT: row is not None}
 
 
-def _reported(source: IterableDataset, columns: dict[str, Any], title: str, **options) -> Iterator[Row]:
-    report, rows = DropReport(), Reading(_all_shards(source), source.features)
-    try:
-        for row in _kept(_results(rows, columns=columns, **options), report):
-            yield in_columns(row, columns, f"row {rows.count - 1}")
-    finally:  # also where the reader stops before the end
-        report.source_rows = rows.count if inspect.isgeneratorfunction(options["adapter"]) else None
-        report.log(logger, title)
+def _reported(
+    shards: Sequence[IterableDataset], titles: Sequence[str], columns: dict[str, Any], **options
+) -> Iterator[Row]:
+    for shard, title in zip(shards, titles, strict=True):
+        report, rows = DropReport(), Reading(_rows_of_shards([shard]), shard.features)
+        try:
+            for row in _kept(_results(rows, columns=columns, **options), report):
+                yield in_columns(row, columns, f"row {rows.count - 1}")
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from error
+        finally:  # also where the reader stops before the end
+            report.source_rows = rows.count if inspect.isgeneratorfunction(options["adapter"]) else None
+            report.log(logger, title)
 
 
 def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:

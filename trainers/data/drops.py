@@ -60,6 +60,12 @@ class DropReport:
             kind, _, reason = event.partition(": ")
             counters[kind][reason] += 1
 
+    def __add__(self, other: "DropReport") -> "DropReport":
+        """What two passes left out."""
+        counts = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "source_rows"}
+        rows = [n for n in (self.source_rows, other.source_rows) if n is not None]
+        return DropReport(sum(rows) if rows else None, **counts)
+
     def __str__(self) -> str:
         grouped = "" if self.source_rows is None else f"{self.source_rows} rows of the source, grouped: "
         lines = [f"{grouped}{self.rows_in} rows in, {self.rows_out} kept, {self.rows_in - self.rows_out} dropped"]

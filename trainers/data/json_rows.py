@@ -41,7 +41,7 @@ def json_table(paths: Sequence[Path]) -> Dataset:
 
 def json_stream(paths: Sequence[Path]) -> IterableDataset:
     """The same to go through only, with nothing kept; it raises on its way."""
-    return IterableDataset.from_generator(_rows, gen_kwargs={"paths": tuple(map(str, paths))})
+    return IterableDataset.from_generator(_rows, gen_kwargs={"paths": list(map(str, paths))})  # a shard each
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:

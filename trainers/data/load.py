@@ -69,7 +69,7 @@ def load_preferences(
         num_proc: processes for reading the rows; a stream has one.
         max_rows: read at most this many rows of the source, counted before any is dropped.
         streaming: return an `IterableDataset` that reads the rows one by one and keeps none. What is dropped is logged
-            at the end of each pass over it.
+            at the end of each shard.
         kwargs: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `data_files`.
 
     Raises:
@@ -87,7 +87,7 @@ def load_preferences(
         _check_columns(source, title)
     try:
         if streaming:
-            return canonical_stream(source, adapter, invalid_rows, as_chat, title=title)
+            return canonical_stream(source, adapter, invalid_rows, as_chat, title=title, in_shards=max_rows is None)
         dataset, report = canonicalize(source, adapter, invalid_rows, num_proc, as_chat)
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from error
