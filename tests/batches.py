@@ -43,11 +43,23 @@ def make_alike(vocab: int) -> dict[str, torch.Tensor]:
     return batch
 
 
+def with_holes(batch):
+    """The same tokens, of which the first third of each response, the fifth and the last are not trained on."""
+    mask = batch["response_mask"].clone()
+    for i, j in batch["mask"].nonzero().tolist():
+        n = int(mask[i, j].sum())
+        mask[i, j, : n // 3] = False
+        if n > 3:
+            mask[i, j, [min(4, n - 1), n - 1]] = False
+    return batch | {"response_mask": mask}
+
+
 def real_responses(batch):
-    """(prompt index, slot, prompt ids, response ids) of each response of a batch, without padding."""
+    """(prompt index, slot, prompt ids, response ids) of each response of a batch, up to the last token that is trained
+    on."""
     for i, j in batch["mask"].nonzero().tolist():
         prompt = batch["prompt_ids"][i][batch["prompt_mask"][i]]
-        yield i, j, prompt, batch["response_ids"][i, j][batch["response_mask"][i, j]]
+        yield i, j, prompt, batch["response_ids"][i, j, : batch["response_mask"][i, j].nonzero().max() + 1]
 
 
 def own_log_softmax(model, prompt, response, dtype=None) -> torch.Tensor:

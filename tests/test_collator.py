@@ -51,6 +51,27 @@ def test_pad_token_inside_the_data_is_not_masked():
     assert_equal(batch["response_mask"][0, 1], tensor([True, True, False]))
 
 
+def test_tokens_that_are_not_trained_on_leave_the_mask_and_stay_in_the_response():
+    data = rows()
+    data[1]["assistant_masks"] = [[False, True, False], [True], [False, True]]
+    plain, batch = collate(rows()), collate(data, pad_to_multiple_of=4)
+    expected = [[[1, 0, 0, 0], [1, 1, 0, 0], [0] * 4], [[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]]
+    assert_equal(batch["response_mask"], tensor(expected).bool())
+    assert_equal(batch["response_ids"][..., :3], plain["response_ids"])
+    assert_equal(batch["mask"], plain["mask"])
+    data[0]["assistant_masks"] = None
+    assert_equal(collate(data)["response_mask"], batch["response_mask"][..., :3])
+
+
+@pytest.mark.parametrize(
+    "marks", [[[True], [True]], [[True], [False, False]], [[True, False], [True, True]], [True, False]]
+)
+def test_marks_that_do_not_fit_the_tokens_or_leave_none_are_refused(marks):
+    first, second = rows()
+    with pytest.raises(ValueError, match="'assistant_masks' must mark at least one token of each response"):
+        collate([first | {"assistant_masks": marks}, second])
+
+
 def test_pad_to_multiple_of_rounds_prompt_and_response_lengths_only():
     batch = collate(rows(), pad_to_multiple_of=4)
     assert batch["prompt_ids"].shape == (2, 4)

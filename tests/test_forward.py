@@ -23,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from batches import RAGGED, make_alike, make_batch, own_logps, real_responses
+from batches import RAGGED, make_alike, make_batch, own_logps, real_responses, with_holes
 from trainers.forward import head, tree
 from trainers.forward.attention import flex_mask
 from trainers.forward.layout import rows_layout, shared_layout, token_counts
@@ -50,7 +50,7 @@ CONFIGS = {
     "gemma": GemmaConfig(**SMALL, head_dim=8),
     "gemma2": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0, sliding_window=64),
 }
-BATCHES = {"ragged": make_batch(RAGGED, VOCAB), "alike": make_alike(VOCAB)}
+BATCHES = {"ragged": make_batch(RAGGED, VOCAB), "alike": make_alike(VOCAB), "holes": with_holes(make_alike(VOCAB))}
 # Cohere rounds to float32 inside its rotary embedding, so its gradients can only be compared in one layout.
 SHARING = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi", "gemma"]
 
@@ -98,7 +98,7 @@ def reference_logps(model, batch):
     out = torch.zeros(batch["response_mask"].shape, dtype=torch.float64)
     for i, j, prompt, response in real_responses(batch):
         out[i, j, : len(response)] = own_logps(model, prompt, response)
-    return out
+    return out * batch["response_mask"]
 
 
 def gradients(model, batch, logps_of):
@@ -273,11 +273,30 @@ def test_a_position_reaches_the_head_once_for_each_of_its_targets(kind, monkeypa
     with torch.no_grad():
         run(model, batch, shared=True)
     beginnings = {
-        (*prompt.tolist(), *response.tolist())[: len(prompt) + n]
-        for _, _, prompt, response in real_responses(batch)
-        for n in range(1, len(response) + 1)
+        (*prompt.tolist(), *response.tolist())[: len(prompt) + n + 1]
+        for i, j, prompt, response in real_responses(batch)
+        for n in batch["response_mask"][i, j].nonzero().flatten().tolist()
     }
     assert sum(rows) == len(beginnings)
+
+
+def test_what_follows_the_last_token_that_is_trained_on_is_not_fed():
+    batch = make_batch([(3, [6, 2])], 10**6)
+    batch["response_mask"][0, 0] = torch.tensor([False, True, False, True, False, False])
+    prompt, (long, short) = batch["prompt_ids"][0].tolist(), batch["response_ids"][0].tolist()
+    rows, shared = rows_layout(batch), shared_layout(batch)
+    assert rows.input_ids.tolist() == [[*prompt, *long[:3]], [*prompt, short[0], 0, 0]]
+    assert shared.input_ids.numel() == token_counts(batch)[1] == 3 + 3 + 1
+    for inputs in (rows, shared):
+        assert inputs.input_ids.flatten()[inputs.positions].tolist() == [long[0], long[2], prompt[2], short[0]]
+        assert inputs.targets.tolist() == [long[1], long[3], *short[:2]]
+
+
+def test_the_first_batch_is_checked_where_it_begins_with_a_turn_that_is_not_trained_on():
+    batch, model = make_batch([(3, [90, 80])], VOCAB), build("llama")
+    batch["response_mask"][0, :, :70] = False
+    prepare_forward(model, share=True)
+    assert check_first_batch(model, batch, shared=True) < 1e-9  # not NaN
 
 
 def test_generation_is_untouched_by_the_head_and_the_attention():

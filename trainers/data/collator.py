@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import Row, is_per_token
+from .rows import TRAINED, Row, is_per_token
 
 OWN = ("prompt_ids", "response_ids", "scores")
 
@@ -18,7 +18,8 @@ class PreferenceCollator:
     """Tokenised rows to one padded batch; dimension 0 is the number of prompts B in every tensor.
 
     Padding is on the right. K is the largest number of responses in the batch; `mask` says which of the K slots hold a
-    response. The prompt is stored once, not K times.
+    response, `response_mask` which tokens are trained on: all of a response, or those that the row's column
+    `assistant_masks` marks (K lists of bools as long as the responses). The prompt is stored once, not K times.
 
     | key | shape | dtype |
     |---|---|---|
@@ -40,7 +41,8 @@ class PreferenceCollator:
         columns: further columns that the method reads.
 
     Raises:
-        ValueError: there is no pad token, a column has the name of a mask, or the lists of a row do not fit together.
+        ValueError: there is no pad token, a column has the name of a mask, the lists of a row do not fit together, or
+            a response has no token to train on.
 
     Example:
 
@@ -83,6 +85,7 @@ class PreferenceCollator:
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for row in rows for name in row)
         read = [*OWN, *(name for name in names if name in ("weight", *self.columns) and name not in OWN)]
+        trained = [_plain(row.get(TRAINED)) for row in rows]
         rows = [{name: _plain(row[name]) for name in read} for row in rows]
         lengths = [[len(ids) for ids in row["response_ids"]] for row in rows]
         for row, counts in zip(rows, lengths, strict=True):
@@ -96,7 +99,7 @@ class PreferenceCollator:
             "prompt_ids": _pad([row["prompt_ids"] for row in rows], (p,), np.int64, self.pad_token_id),
             "prompt_mask": _pad([[True] * len(row["prompt_ids"]) for row in rows], (p,), np.bool_),
             "response_ids": _pad([row["response_ids"] for row in rows], (k, r), np.int64, self.pad_token_id),
-            "response_mask": torch.arange(r) < tokens[..., None],
+            "response_mask": _trained(trained, lengths, torch.arange(r) < tokens[..., None]),
             "mask": tokens > 0,
             "scores": _pad([row["scores"] for row in rows], (k,), np.float32),
         }
@@ -106,6 +109,17 @@ class PreferenceCollator:
     def _round_up(self, length: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
+
+
+def _trained(masks: list[list | None], lengths: list[list[int]], tokens: Tensor) -> Tensor:
+    """The tokens (B,K,R) that are trained on: those of the rows' masks, and all of the rows without."""
+    for index, (mask, counts) in enumerate(zip(masks, lengths, strict=True)):
+        if mask is None:
+            continue
+        if not is_per_token(mask, counts) or not all(map(any, mask)):
+            raise ValueError(f"{TRAINED!r} must mark at least one token of each response, in lists as long as these.")
+        tokens[index] = _pad([mask], tokens.shape[1:], np.bool_)[0]
+    return tokens
 
 
 def _pad(rows: list[list], shape: tuple[int, ...], dtype: type, value: float = 0) -> Tensor:

@@ -254,6 +254,11 @@ def is_per_token(value: Any, lengths: list[int]) -> bool:
     )
 
 
+def trained_tokens(row: Row) -> list[list[bool]]:
+    """Which tokens of each response of a tokenised row are trained on."""
+    return row.get(TRAINED) or [[True] * len(ids) for ids in row["response_ids"]]
+
+
 def describe(value) -> str:
     text = repr(value)
     return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

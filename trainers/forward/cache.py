@@ -1,8 +1,8 @@
 """Score rows under a frozen policy: log-probabilities of all responses, each once, on all processes, kept on disk.
 
-One parquet file per policy. Its rows are keyed by the token ids of prompt and response, so that nothing else, neither
-learning rate nor row order nor number of processes, can make an entry stale or waste one; a killed pass goes on, and
-the file can be copied to another machine.
+One parquet file per policy. Its rows are keyed by the token ids of prompt and response, and by which of them are
+trained on, so that nothing else, neither learning rate nor row order nor number of processes, can make an entry stale
+or waste one; a killed pass goes on, and the file can be copied to another machine.
 """
 
 import hashlib
@@ -25,6 +25,8 @@ from trl.models import prepare_deepspeed
 
 from ..data import PreferenceCollator
 from ..data.budget import fill_batches, packed_tokens
+from ..data.rows import TRAINED, trained_tokens
+from .layout import read_lengths
 from .policy import base_model, disable_dropout
 from .run import Runner
 
@@ -74,10 +76,11 @@ class LogpsCache:
         seen, rows = set(self.entries), []
         for dataset in datasets:
             for row in _token_rows(dataset):
-                keyed = zip(_row_keys(row), row["response_ids"], strict=True)
-                if fresh := {key: ids for key, ids in keyed if key not in seen}:
+                keyed = zip(_row_keys(row), row["response_ids"], row[TRAINED], strict=True)
+                if fresh := {key: both for key, *both in keyed if key not in seen}:
                     seen.update(fresh)
-                    rows.append(_scorable(row["prompt_ids"], list(fresh.values())))
+                    ids, masks = zip(*fresh.values(), strict=True)
+                    rows.append(_scorable(row["prompt_ids"], list(ids), list(masks)))
         return rows
 
     def of_rows(self, dataset: Dataset) -> list[list[Value]]:
@@ -93,8 +96,9 @@ class LogpsCache:
         )
         for b, mask in enumerate(batch["mask"].tolist()):
             slots = [k for k, real in enumerate(mask) if real]
-            ids = [responses[b, k][response_mask[b, k]].tolist() for k in slots]
-            for k, key in zip(slots, response_keys(prompts[b][prompt_mask[b]].tolist(), ids), strict=True):
+            ends = read_lengths(response_mask[b]).tolist()
+            ids, masks = ([of[b, k, : ends[k]].tolist() for k in slots] for of in (responses, response_mask))
+            for k, key in zip(slots, response_keys(prompts[b][prompt_mask[b]].tolist(), ids, masks), strict=True):
                 if key not in self.entries:
                     return None
                 value = torch.tensor(self.entries[key])
@@ -139,7 +143,7 @@ class LogpsCache:
         at = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
         worst = 0.0
         for dataset, i in random.Random(seed).sample(at, min(CHECKED_ROWS, len(at))):
-            row = _scorable(dataset[i]["prompt_ids"], dataset[i]["response_ids"])
+            [row] = _token_rows(dataset.select([i]))
             fresh = self._score([row], score)
             for key, ids in zip(_row_keys(row), row["response_ids"], strict=True):
                 known, now = (torch.tensor(v, dtype=torch.float64) for v in (self.entries[key], fresh[key]))
@@ -186,11 +190,11 @@ def score_rows(
 
     Args:
         load: gives the policy; it is called only if something is missing, and nothing here keeps the model.
-        datasets: tokenised rows (`prompt_ids`, `response_ids`).
+        datasets: tokenised rows (`prompt_ids`, `response_ids`, where it is there `assistant_masks`).
         folder: where they are kept; it belongs to one policy.
         accelerator: places and shards the policy like one that is trained; or what stands in for an accelerator where
             every process holds the policy whole.
-        per_token: one number per token, in place of their sum.
+        per_token: one number per token up to the last one that is trained on, in place of their sum.
         budget: most tokens of a batch; 1 for a row at a time, so that no number depends, by rounding, on where a pass
             was killed.
     """
@@ -232,27 +236,39 @@ def _placed(model: nn.Module, accelerator) -> Iterator[nn.Module]:
         yield model.to(accelerator.device)
 
 
-def response_keys(prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]]) -> list[str]:
-    """A key per response: what a policy says depends on these tokens and on nothing else of the row."""
+def response_keys(
+    prompt_ids: Sequence[int], response_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None
+) -> list[str]:
+    """A key per response: what a policy says of the tokens that `masks` marks depends on this and on nothing else of
+    the row. Responses end with the last marked token; None marks all."""
     prompt = hashlib.sha256(np.asarray([len(prompt_ids), *prompt_ids], dtype=np.int64).tobytes())
     keys = []
-    for ids in response_ids:
+    for ids, mask in zip(response_ids, masks or [[]] * len(response_ids), strict=True):
         digest = prompt.copy()
         digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+        if not all(mask):
+            digest.update(np.asarray(mask, dtype=np.bool_).tobytes())
         keys.append(digest.hexdigest()[:32])
     return keys
 
 
 def _row_keys(row: dict) -> list[str]:
-    return response_keys(row["prompt_ids"], row["response_ids"])
+    return response_keys(row["prompt_ids"], row["response_ids"], row[TRAINED])
 
 
-def _token_rows(dataset: Dataset) -> Iterable[dict]:
-    return dataset.select_columns(["prompt_ids", "response_ids"])
+def _token_rows(dataset: Dataset) -> Iterator[dict]:
+    """What the rows' keys depend on: a policy need not read what comes after the last token that is trained on."""
+    masked = [TRAINED] if TRAINED in dataset.column_names else []
+    for row in dataset.select_columns(["prompt_ids", "response_ids", *masked]):
+        masks = trained_tokens(row)
+        ends = [max((i + 1 for i, mark in enumerate(mask) if mark), default=0) for mask in masks]
+        ids, masks = ([x[:end] for x, end in zip(of, ends, strict=True)] for of in (row["response_ids"], masks))
+        yield _scorable(row["prompt_ids"], ids, masks)
 
 
-def _scorable(prompt_ids: Sequence[int], response_ids: list) -> dict:
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "scores": [0.0] * len(response_ids)}
+def _scorable(prompt_ids: Sequence[int], response_ids: list, masks: list) -> dict:
+    scores = [0.0] * len(response_ids)
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, TRAINED: masks, "scores": scores}
 
 
 def _digest(entries: Iterable[str]) -> str:

@@ -4,9 +4,10 @@
 `shared`  one row for the whole batch, without padding: what several sequences of prompt and response begin with is
           there once, and every token sees its own sequence only (tree.py).
 
-Both give the same log-probabilities. A position is the model input that predicts a response token; its target is that
-token. The last token of a response is never fed: it predicts nothing. In `shared` a position may have several targets,
-those of the responses that part there.
+Both give the same log-probabilities. A position is the model input that predicts a response token that is trained on;
+its target is that token. `response_mask` marks those tokens and may have holes, such as the turns of a tool. Of a
+response the last such token is never fed, nor what follows it: it predicts nothing. In `shared` a position may have
+several targets, those of the responses that part there.
 """
 
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def rows_layout(batch: dict[str, Tensor]) -> ModelInputs:
     input_ids = torch.where(in_prompt, prompt, responses.gather(1, offset)) * fed
     steps = torch.arange(responses.size(1), device=prefix.device)
     first = torch.arange(len(owner), device=prefix.device) * at.size(1) + prefix - 1
-    positions = (first.unsqueeze(1) + steps)[steps < lengths.unsqueeze(1)]
+    positions = (first.unsqueeze(1) + steps)[batch["response_mask"][owner, slot]]
     return ModelInputs(input_ids, None, positions, batch["response_ids"][batch["response_mask"]], fed=fed)
 
 
@@ -86,7 +87,11 @@ def shared_layout(batch: dict[str, Tensor]) -> ModelInputs:
         at[node.first : node.last, node.begin : node.end] = np.arange(span.start, span.stop)
     rank = np.argsort(tree.order)
     # A response of one token adds none to its prompt, whose last token predicts it.
-    predicting = [at[i, p - 1 : len(ids)] for i, p, ids in zip(rank, prompts, sequences, strict=True)]
+    trained = batch["response_mask"][batch["mask"]].cpu().numpy()
+    predicting = [
+        at[i, p - 1 : len(ids)][mask[: len(ids) - p + 1]]
+        for i, p, ids, mask in zip(rank, prompts, sequences, trained, strict=True)
+    ]
     positions, targets = _tensor(np.concatenate(predicting), device), batch["response_ids"][batch["response_mask"]]
     return ModelInputs(
         _tensor(input_ids, device).unsqueeze(0),
@@ -158,7 +163,12 @@ def token_counts(batch: dict[str, Tensor]) -> tuple[int, int]:
     return rows, grow(_sequences(batch)[0]).tokens
 
 
+def read_lengths(response_mask: Tensor) -> Tensor:
+    """(...,R) which tokens are trained on -> (...) tokens up to the last of them, 0 where there is none."""
+    return (response_mask * torch.arange(1, response_mask.size(-1) + 1, device=response_mask.device)).amax(-1)
+
+
 def _lengths(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompt lengths (B,), and for the M real responses: lengths, prompt index, slot (M,) each."""
+    """Prompt lengths (B,), and for the M real responses: `read_lengths`, prompt index, slot (M,) each."""
     owner, slot = batch["mask"].nonzero(as_tuple=True)
-    return batch["prompt_mask"].sum(1), batch["response_mask"].sum(2)[owner, slot], owner, slot
+    return batch["prompt_mask"].sum(1), read_lengths(batch["response_mask"])[owner, slot], owner, slot

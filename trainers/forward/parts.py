@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from .layout import read_lengths
 from .run import Forward
 
 PER_RESPONSE = ("response_ids", "response_mask", "mask", "scores")  # of a batch, (B,K,...)
@@ -48,7 +49,7 @@ def slots(lengths: Tensor, prompts: Tensor, budget: int) -> list[slice]:
 
 def split(batch: dict[str, Tensor], budget: int) -> list[Part]:
     """The responses of a batch in parts, see `slots`."""
-    lengths, prompts = batch["response_mask"].sum(-1), batch["prompt_mask"].sum(-1)
+    lengths, prompts = read_lengths(batch["response_mask"]), batch["prompt_mask"].sum(-1)
     return [_part(batch, part) for part in slots(lengths, prompts, budget)]
 
 

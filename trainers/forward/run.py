@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .attention import FLEX, SHARED_SDPA, flex_mask
 from .head import Reading, add_logps_head, read_logps, widen
-from .layout import ModelInputs, rows_layout, shared_layout, to_responses, token_counts
+from .layout import ModelInputs, read_lengths, rows_layout, shared_layout, to_responses, token_counts
 from .policy import has_dropout
 from .router import RouterLoss, router_loss
 
@@ -29,9 +29,10 @@ CHECK_PROMPT, CHECK_RESPONSE = 128, 64  # tokens of the group that the first bat
 class Forward(NamedTuple):
     """What one model says about one batch.
 
-    `logps` is (B,K,R), float32 or wider: the log-probability of each response token, 0 elsewhere. Cached reference
-    values are (B,K,1), the sums over the tokens, unless the method asks for tokens; `logps.sum(-1)` is right for both.
-    `values` is what else the method's reading gave, for the N response tokens in the order of `response_mask`.
+    `logps` is (B,K,R), float32 or wider: the log-probability of each token of `response_mask`, 0 elsewhere. Cached
+    reference values are (B,K,1), the sums over the tokens, unless the method asks for tokens; `logps.sum(-1)` is right
+    for both.
+    `values` is what else the method's reading gave, for the N tokens of `response_mask`, in its order.
     `aux_loss` is the loss of the router, a scalar, where the model is a mixture of experts that is trained with it.
     """
 
@@ -173,10 +174,8 @@ def cheaper_shared(batch: dict[str, Tensor], window: int | None) -> bool:
     Linear layers cost the same per token in both layouts and attention is computed per branch in both, so the tokens
     that are fed decide. Gathering keys and values costs about as much as 5 % of the tokens (measured on CPU).
     """
-    if (
-        window is not None
-        and int((batch["prompt_mask"].sum(1) + batch["response_mask"].sum(2).amax(1)).max()) > window
-    ):
+    lengths = batch["prompt_mask"].sum(1) + read_lengths(batch["response_mask"]).amax(1)
+    if window is not None and int(lengths.max()) > window:
         return False
     rows, shared = token_counts(batch)
     return shared * 1.05 < rows
@@ -240,10 +239,15 @@ def _small_group(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The end of the first prompt with the starts of its responses, so that the check costs little."""
     length = int(batch["prompt_mask"][0].sum())
     kept = slice(max(0, length - CHECK_PROMPT), length)
+    # All tokens that are read: the first of them need not hold one that is trained on.
+    lengths, steps = (
+        read_lengths(batch["response_mask"][:1]),
+        torch.arange(CHECK_RESPONSE, device=batch["mask"].device),
+    )
     return {
         "prompt_ids": batch["prompt_ids"][:1, kept],
         "prompt_mask": batch["prompt_mask"][:1, kept],
         "response_ids": batch["response_ids"][:1, :, :CHECK_RESPONSE],
-        "response_mask": batch["response_mask"][:1, :, :CHECK_RESPONSE],
+        "response_mask": (steps < lengths.unsqueeze(-1))[..., : batch["response_ids"].size(-1)],
         "mask": batch["mask"][:1],
     }
