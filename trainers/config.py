@@ -159,6 +159,9 @@ class PreferenceConfig(Truncation, TrainingArguments):
         choices=["drop", "error"],
     )
     as_chat: bool = option(False, "Wrap plain-text prompts and responses as user and assistant messages.")
+    assistant_only_loss: bool = option(
+        True, "Of responses of several messages train on the assistant's tokens only, not on a tool's or a user's."
+    )
     chat_template_kwargs: JSON | None = option(
         None, "Further arguments of the chat template, such as {enable_thinking: false}."
     )

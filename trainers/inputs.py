@@ -69,6 +69,7 @@ def _options(args: PreferenceConfig) -> dict[str, Any]:
         **{field.name: getattr(args, field.name) for field in fields(Truncation)},
         "invalid": args.invalid_rows,
         "as_chat": args.as_chat,
+        "assistant_only_loss": args.assistant_only_loss,
         "chat_template_kwargs": args.chat_template_kwargs,
     }
 

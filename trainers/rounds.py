@@ -27,8 +27,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from .data.canonical import canonicalize
-from .data.rows import refuse_template_options
-from .data.tokenization import UNFINISHED, unfinished
+from .data.rows import UNFINISHED, refuse_template_options, unfinished
 from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.collect import MADE, columns_of

@@ -24,7 +24,7 @@ from trl import get_peft_config, get_quantization_config
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, Truncation, check_options, option
 from ..data.budget import packed_tokens, token_lengths
-from ..data.rows import refuse_template_options
+from ..data.rows import refuse_template_options, trained_tokens
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..generation.options import read_mapping, read_options
@@ -124,7 +124,7 @@ def compare(arguments: CompareArguments) -> Path:
         "data": data.facts,
         "machine": f"{runs[0].model.dtype} on {device}{f' with {instructions()}' if device == 'cpu' else ''}",
         "scores": list(data.test["scores"]),
-        "lengths": [[len(ids) for ids in row["response_ids"]] for row in data.test],
+        "lengths": [list(map(sum, trained_tokens(row))) for row in data.test],
         "runs": [{"name": run.name, "seed": run.seed, **run.stage.manifest()} for run in runs],
     }
     write_json(data.folder / "runs.json", report)
@@ -161,10 +161,11 @@ class Data:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "train.jsonl.gz", train)
         write_rows(self.folder / "test.jsonl.gz", test)
-        limits = {f.name: base[f.name] for f in dataclasses.fields(Truncation) if f.name in base}
+        names = [*(f.name for f in dataclasses.fields(Truncation)), "assistant_only_loss"]
+        options = {name: base[name] for name in names if name in base}
         self.prompts = [plain_prompt(row["prompt"]) for row in test]
         self.train, self.test = (
-            prepare_dataset(Dataset.from_list(part), self.tokenizer, **{"max_length": 1024, **limits})
+            prepare_dataset(Dataset.from_list(part), self.tokenizer, **{"max_length": 1024, **options})
             for part in (train, test)
         )
         if len(self.train) < len(train) or len(self.test) < len(test):

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ..config import option
-from ..data.tokenization import UNFINISHED, unfinished
+from ..data.rows import UNFINISHED, unfinished
 from ..generation.rewards import completion_text
 
 

@@ -6,6 +6,7 @@ Nothing here needs weights or a GPU. The model is built on the meta device, wher
 import math
 from collections import Counter
 from dataclasses import fields
+from itertools import compress
 from textwrap import indent
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
 from ..data.drops import collected_reports
 from ..data.load import load_split
+from ..data.rows import trained_tokens
 from ..data.stream import check_stream_options
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
@@ -225,7 +227,9 @@ def first_row(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first row as the model reads it, special tokens included."""
     row = rows[0]
     texts = [("prompt", row["prompt_ids"])]
-    texts += [(f"scored {score:g}", ids) for score, ids in zip(row["scores"], row["response_ids"], strict=True)]
+    for score, ids, mask in zip(row["scores"], row["response_ids"], trained_tokens(row), strict=True):
+        texts += [(f"scored {score:g}", ids)]
+        texts += [] if all(mask) else [("  of it trained on", list(compress(ids, mask)))]
     texts = [(name, tokenizer.decode(ids)) for name, ids in texts]
     return "\n".join(f"{name}: {text[:SHOWN]!r}{' ...' if len(text) > SHOWN else ''}" for name, text in texts)
 

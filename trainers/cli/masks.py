@@ -11,12 +11,14 @@ the same.
 import tempfile
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
+from itertools import compress
 from pathlib import Path
 
 from datasets import Dataset
 
 from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
+from ..data.rows import trained_tokens
 from ..forward import policy as policies
 from ..generation.start import load_start
 from ..pages.page import blocks, write
@@ -92,14 +94,15 @@ def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows
 
 
 def row_parts(trainer: SparsePOTrainer, number: int, row: dict) -> list[str]:
-    """The prompt of a tokenised row, and its best and worst response side by side, once per map."""
+    """The prompt of a tokenised row, and what is trained on of its best and worst response, once per map."""
     scores = row["scores"]
     if len(set(scores)) == 1:
         raise ValueError(f"--rows {number}: its scores are all equal, so nothing is chosen or rejected. Name another.")
     terms, decode, sides = trainer.token_values([row]), trainer.processing_class.decode, {}
     for side, slot in (("chosen", scores.index(max(scores))), ("rejected", scores.index(min(scores)))):
-        ids = row["response_ids"][slot]
-        sides[side] = token_texts(ids, decode), {n: v[0, slot, : len(ids)].tolist() for n, v in terms.items()}
+        texts, shown = token_texts(row["response_ids"][slot], decode), trained_tokens(row)[slot]
+        values = {name: list(compress(value[0, slot].tolist(), shown)) for name, value in terms.items()}
+        sides[side] = list(compress(texts, shown)), values
     return [blocks.prompt(decode(row["prompt_ids"])), *(heatmap(title, sides, value) for title, value in MAPS.items())]
 
 

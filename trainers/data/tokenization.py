@@ -8,12 +8,10 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from itertools import groupby
 from os.path import commonprefix  # of any sequences
 from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Truncation
@@ -29,13 +27,14 @@ from .drops import (
     split_off_drops,
     without_format,
 )
+from .encoding import Encoded, chat_options, encode, without_none
 from .json_rows import rows_in
 from .rows import (
-    TEMPLATE,
+    TRAINED,
     UNFINISHED,
     Row,
     checked_row,
-    unfinished,
+    is_per_token,
     unpadded,
 )
 from .truncation import fit, head_of
@@ -57,9 +56,9 @@ IDS = {
     "prompt_ids": List(Value("int32")),
     "response_ids": List(List(Value("int32"))),
     "scores": List(Value("float64")),
+    TRAINED: List(List(Value("bool"))),
 }
 
-Encoded = tuple[list[int], list[list[int]]]  # of a prompt, and of the prompt with each response
 Result = tuple[Row | None, list[str], str | None]  # the tokenised row, the reasons, and the end cut off the prompt
 
 
@@ -68,25 +67,28 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
+    assistant_only_loss: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
     **truncation,
 ) -> Row:
     """Tokenise one canonical row; see `tokenize_dataset`.
 
-    Returns `prompt_ids` (list of P ints), `response_ids` (K lists of ints), `scores` (K floats) and the other columns.
+    Returns `prompt_ids` (list of P ints), `response_ids` (K lists of ints), `scores` (K floats) and the other columns,
+    `assistant_masks` (K lists of bools) where not all tokens are trained on.
 
     Raises:
         ValueError: if the row has no room or tokens for two responses.
     """
     control, limits = _control_tokens(tokenizer), Truncation(max_length, **truncation)
     options = chat_template_kwargs or {}
-    [encoded] = [None] if "response_ids" in row else _encode([row], "row 0", tokenizer, options)
+    [encoded] = [None] if "response_ids" in row else encode([row], "row 0", tokenizer, options, assistant_only_loss)
     out, reasons, cut = _tokenize(row, encoded, "row 0", tokenizer, options, limits, control)
     if cut is not None:
         _warn_of_cut(cut)
     if out is None:
         raise ValueError("; ".join(reasons))
-    return {name: value for name, value in out.items() if name not in ("responses", UNFINISHED)}
+    left_out = ("responses", UNFINISHED, *([] if out[TRAINED] else [TRAINED]))
+    return {name: value for name, value in out.items() if name not in left_out}
 
 
 def tokenize_dataset(
@@ -97,6 +99,7 @@ def tokenize_dataset(
     invalid: str = "drop",
     as_chat: bool = False,
     num_proc: int | None = None,
+    assistant_only_loss: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
     columns: tuple[str, ...] = (),
     **truncation,
@@ -105,7 +108,8 @@ def tokenize_dataset(
 
     Messages go through the chat template, which writes its own BOS and end-of-turn tokens; nothing is added to what it
     gives. It is given the row's `tools` and `chat_template_kwargs`, which win over those of all rows. Special tokens
-    inside the text of a message become what they say, as at inference; such rows are counted.
+    inside the text of a message become what they say, as at inference; such rows are counted. Of responses of several
+    messages the assistant's are trained on: `assistant_masks` marks their tokens (K lists of bools, None for all).
     Text is tokenised as it is, and EOS is added unless the response ends with it. Responses which the column
     `unfinished_responses` (K bools) marks get neither EOS nor the end of a turn. Each response is truncated to
     `max_length` minus the length of its prompt, unless `truncation` says otherwise. Rows that hold `prompt_ids`,
@@ -117,17 +121,19 @@ def tokenize_dataset(
         invalid: `"drop"` leaves out and counts what cannot be used (see `canonicalize`), responses without tokens, and
             prompts that fill `max_length`; `"error"` refuses the first one. Truncation is counted, never refused.
         as_chat: wrap text prompts and responses in user and assistant messages.
+        assistant_only_loss: whether only the assistant's tokens are trained on.
         chat_template_kwargs: further arguments of the chat template.
         columns: columns to carry along beside the prompt's text, `weight` and `annotator`.
         truncation: the other fields of `Truncation` (config.py), such as `max_prompt_length`.
 
     Raises:
         ValueError: if messages are given and the tokenizer has no chat template, or one that writes no tools where a
-            row has some, if text is given and it has no EOS token, if an unfinished response has several messages, or
-            naming the row.
+            row has some or does not tell which tokens are the assistant's, if text is given and it has no EOS token,
+            if an unfinished response has several messages, or naming the row.
     """
     dataset = without_format(dataset)
-    options = {"invalid": invalid, "as_chat": as_chat, "max_length": max_length, **truncation}
+    options: dict[str, Any] = {"invalid": invalid, "as_chat": as_chat, "assistant_only_loss": assistant_only_loss}
+    options |= {"max_length": max_length, **truncation}
     how = how_to_tokenize(dataset.features, tokenizer, columns, chat_template_kwargs, **options)
     mapped = dataset.map(
         counted_batch,
@@ -141,7 +147,8 @@ def tokenize_dataset(
         desc="Tokenising",
     )
     warn_of_cut(mapped[CUT][:])
-    return split_off_drops(mapped.remove_columns(CUT))
+    unused = [CUT] if mapped.data.column(TRAINED).null_count < len(mapped) else [CUT, TRAINED]
+    return split_off_drops(mapped.remove_columns(unused))
 
 
 def how_to_tokenize(
@@ -152,6 +159,7 @@ def how_to_tokenize(
     *,
     invalid: str,
     as_chat: bool,
+    assistant_only_loss: bool = True,
     **truncation,
 ) -> dict[str, Any]:
     """Keywords of `counted_batch` for rows with the columns of `source`; "columns" are the features that it gives."""
@@ -166,6 +174,7 @@ def how_to_tokenize(
         "columns": features | text | IDS,
         "code": source_digest(),
         "tokenizer": tokenizer,
+        "assistant_only_loss": assistant_only_loss,
         "template_kwargs": chat_template_kwargs or {},
         "control": _control_tokens(tokenizer),
     }
@@ -210,6 +219,7 @@ def _counted_rows(
     columns: dict[str, Any],
     code: str,
     tokenizer,
+    assistant_only_loss: bool,
     template_kwargs: dict[str, Any],
     **how,
 ) -> list[Row]:
@@ -221,7 +231,7 @@ def _counted_rows(
         for row, where in zip(rows, places, strict=True)
     ]
     texts = [row for row, _ in given if row is not None and "response_ids" not in row]
-    encoded = iter(_encode(texts, places[0], tokenizer, template_kwargs))
+    encoded = iter(encode(texts, places[0], tokenizer, template_kwargs, assistant_only_loss))
     counted = []
     for (row, reasons), where in zip(given, places, strict=True):
         result: Result = None, [], None
@@ -245,14 +255,18 @@ def _tokenize(
     """The tokenised row or None, the reasons, and the end cut off the prompt or None; `encoded` unless it has ids."""
     prompt = None if encoded is None else row["prompt"]
     head = partial(
-        head_of, prompt=_without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
-        tokenizer=tokenizer, options=_chat_options(row, template_kwargs), keep_system=limits.keep_system,
+        head_of, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
+        tokenizer=tokenizer, options=chat_options(row, template_kwargs), keep_system=limits.keep_system,
     )  # fmt: skip
     if encoded is None:
+        row = {TRAINED: None} | row
+        if row[TRAINED] and not is_per_token(row[TRAINED], [len(ids) for ids in row["response_ids"]]):
+            raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
         return *fit(row, limits, where, head), None
-    prompt_ids, full_ids = encoded
+    prompt_ids, full_ids, masks = encoded
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
+    tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
     out, reasons = fit(tokenised, limits, where, head)
     # Some decoders drop a space at the beginning, so both are decoded from there.
     cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :] if n < len(prompt_ids) else None
@@ -267,101 +281,3 @@ def _control_tokens(tokenizer) -> re.Pattern | None:
     """Finds special tokens in a text: written by a user they end a turn or begin another."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
-
-
-def _encode(rows: list[Row], where: str, tokenizer, template_kwargs: dict[str, Any]) -> list[Encoded]:
-    """Neighbours with the same options in one call; an error of several rows names the first one."""
-    encoded = []
-    for _, alike in groupby(rows, lambda row: repr([isinstance(row["prompt"], list), *map(row.get, TEMPLATE)])):
-        same = list(alike)
-        options = {name: same[0][name] for name in TEMPLATE if same[0].get(name)}
-        if isinstance(same[0]["prompt"], list):
-            encoded += _encode_chat(same, where, tokenizer, _chat_options(same[0], template_kwargs))
-        elif options:
-            raise ValueError(
-                f"{where}: {next(iter(options))!r} is for the chat template, and the prompt is text: give messages, "
-                "set as_chat, or remove the column."
-            )
-        else:
-            encoded += _encode_text(same, tokenizer)
-    return encoded
-
-
-def _chat_options(row: Row, template_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template is given beside the messages; what the row says wins."""
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
-    return template_kwargs | tools | (row.get("chat_template_kwargs") or {})
-
-
-def _encode_text(rows: list[Row], tokenizer) -> list[Encoded]:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token to end a text response with; set tokenizer.eos_token.")
-    texts = [row["prompt"] + end for row in rows for end in ["", *map(_whole, row["responses"], unfinished(row))]]
-    ids = iter(tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"])
-    encoded = []
-    for row in rows:
-        prompt_ids, *full_ids = (_single_bos(next(ids), tokenizer.bos_token_id) for _ in ["", *row["responses"]])
-        if prompt_ids[-1:] == [eos] and not row["prompt"].endswith(tokenizer.eos_token):
-            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
-        full_ids = [some[:-1] if some[-1] == eos else some for some in full_ids]
-        ends = ([] if cut else [eos] for cut in unfinished(row))
-        encoded.append((prompt_ids, [some + end for some, end in zip(full_ids, ends, strict=True)]))
-    return encoded
-
-
-def _whole(response: str, is_unfinished: bool) -> str:
-    """Without what a limit leaves of a character of several tokens."""
-    return response.rstrip("\ufffd") if is_unfinished else response
-
-
-def _encode_chat(rows: list[Row], where: str, tokenizer, options: dict[str, Any]) -> list[Encoded]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
-            "set tokenizer.chat_template, or give prompts and responses as text."
-        )
-    tools, template = options.get("tools"), options.get("chat_template")
-    if tools and "tools" not in tokenizer.get_chat_template(template, tools):
-        raise ValueError(
-            f"{where}: it has 'tools', which the chat template does not write: use the tokenizer of a model "
-            "that calls tools, or remove the column."
-        )
-    prompts = [_without_none(row["prompt"]) for row in rows]
-    chats = [
-        prompt + _without_none(response)
-        for prompt, row in zip(prompts, rows, strict=True)
-        for response in row["responses"]
-    ]
-    apply = tokenizer.apply_chat_template
-    try:
-        prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True, **options)["input_ids"]
-        ids = iter(apply(chats, return_dict=True, **options)["input_ids"])
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses these messages: {error}.") from error
-    full_ids = [[next(ids) for _ in row["responses"]] for row in rows]
-    _without_ends(rows, prompt_ids, full_ids, tokenizer)
-    return list(zip(prompt_ids, full_ids, strict=True))
-
-
-def _without_ends(rows: list[Row], prompt_ids: list[list[int]], full_ids: list[list[list[int]]], tokenizer) -> None:
-    """Unfinished responses lose what ends a response, so that no stop is learned where none was."""
-    places = [(i, k) for i, row in enumerate(rows) for k, cut in enumerate(unfinished(row)) if cut]
-    responses = [rows[i]["responses"][k] for i, k in places]
-    if any(len(response) > 1 for response in responses):
-        raise ValueError(f"{UNFINISHED} marks a response of several messages: mark those of one message only.")
-    # What a template writes after a message cannot be told from the message, so these go without the template.
-    texts = [_whole(response[0]["content"], True) for response in responses]
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    for (i, k), some in zip(places, ids, strict=True):
-        full_ids[i][k] = [*prompt_ids[i], *some]
-
-
-def _without_none(messages: list[dict]) -> list[dict]:
-    """A table gives every message all keys that any message has; templates ask whether a key is defined."""
-    return [{key: value for key, value in m.items() if value is not None or key == "content"} for m in messages]
-
-
-def _single_bos(ids: list[int], bos: int | None) -> list[int]:
-    """A text that was written with a template may begin with BOS, and the tokenizer adds another."""
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.tokenization import UNFINISHED
+from ..data.rows import UNFINISHED
 from ..runs.files import Journal
 from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request

@@ -13,9 +13,8 @@ from ..data.canonical import canonicalize
 from ..data.drops import DropReport, refuse
 from ..data.json_rows import columns_of
 from ..data.load import load_preferences, read_dataset
-from ..data.rows import refuse_template_options
+from ..data.rows import refuse_template_options, unfinished
 from ..data.stream import refuse_stream
-from ..data.tokenization import unfinished
 from ..generation.sampler import Prompt, plain_prompt
 from .config import SGPOConfig
 from .text import turns
