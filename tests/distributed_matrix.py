@@ -26,6 +26,7 @@ MASKS = {"mask_init": "dense", "mask_init_std": 0.5, "reward_l1": 0.01, "mask_le
 SAMPLING = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": 3}
 EVOLVE = {"rounds": 2, "scorer": "sgpo_rows.vowels", "num_generations": 3, "held_out_generations": 2, **SAMPLING}
 ROUNDS = {"as_chat": True, "self_enhance": EVOLVE}
+FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 3}
 STAGES = {
     "as_chat": True,
     "sampling": SAMPLING,
@@ -80,6 +81,8 @@ MORE = {
     "SWEPO, pretrained LoRA on the LM head": {"pretrained": ["q_proj", "lm_head"]},
     "SWEPO, LoRA and a whole LM head": {"peft": ["q_proj"], "whole": ["lm_head"]},
     "SWEPO, LoRA on the LM head, tied embeddings": {"peft": ["q_proj", "lm_head"], "tied": True},
+    "DPO, reference follows": {"settings": FOLLOWS},
+    "DPO, LoRA, reference follows": {"peft": True, "settings": FOLLOWS},
     "SWEPO, probe": {"probe": True},
     "LIRE, in rounds": {"stages": True, "settings": ROUNDS},
     "DPO, LoRA, in rounds": {"stages": True, "peft": True, "settings": ROUNDS},
@@ -94,7 +97,9 @@ def resume_cells() -> dict[str, dict]:
     """Runs that go on from a checkpoint amid the second epoch, by the name of their row."""
     tunings = {"full": {}, "LoRA": {"peft": True}}
     cells = {f"{t}, {u}": {**TRAINERS[t], **tunings[u]} for t in TRAINERS if t != "EMDPO" for u in tunings}
-    cells |= {name: MORE[name] for name in ("SWEPO, token budget", "SWEPO, reference cache", "SWEPO, stream")}
+    more = ("token budget", "reference cache", "stream")
+    cells |= {f"SWEPO, {name}": MORE[f"SWEPO, {name}"] for name in more}
+    cells |= {name: MORE[name] for name in ("DPO, reference follows", "DPO, LoRA, reference follows")}
     cells["SWEPO, pretrained LoRA"] = {"pretrained": True}
     return {f"{name}, gone on": {"cut": True, **cell} for name, cell in cells.items()}
 

@@ -25,11 +25,13 @@ CHOSEN = {
         "SWEPO, reference cache",
         "SparsePO, LoRA, checkpointing",
         "RRHF, full",
+        "DPO, reference follows, gone on",
         "LIRE, in rounds",
         "EMDPO, LoRA",
     ],
     "fsdp2": [
         "SWEPO, probe",
+        "DPO, LoRA, reference follows",
         "SWEPO, 9 rows",
         "SparsePO, full",
         "SparsePO, LoRA on the LM head",

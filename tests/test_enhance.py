@@ -231,11 +231,16 @@ def test_lora_goes_on_with_the_same_adapter(inputs, finished_lora):
     torch.testing.assert_close(change, scale * b @ a, rtol=1e-4, atol=1e-6)
 
 
-def test_any_method_goes_in_rounds_and_takes_the_start_of_the_round_for_its_reference(inputs, tmp_path):
-    """From Python; the first loss of every round is the closed form at policy = reference."""
+@pytest.mark.parametrize("sync", [False, True])
+def test_any_method_goes_in_rounds_and_takes_the_start_of_the_round_for_its_reference(inputs, tmp_path, sync):
+    """From Python; the first loss of every round is the closed form at policy = reference.
+
+    A reference that follows to the policy itself keeps every loss there.
+    """
     args = DPOConfig(
         output_dir=str(tmp_path / "out"), self_enhance=OPTIONS, use_cpu=True, report_to="none", learning_rate=0.01,
-        num_train_epochs=2, per_device_train_batch_size=1, logging_steps=1, disable_tqdm=True,
+        num_train_epochs=2, per_device_train_batch_size=1, logging_steps=1, disable_tqdm=True, sync_ref_model=sync,
+        ref_model_sync_steps=1, ref_model_mixup_alpha=1.0,
     )  # fmt: skip
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     data = {"train": Dataset.from_list(ROWS[:4]), "test": Dataset.from_list(ROWS[4:])}
@@ -243,7 +248,8 @@ def test_any_method_goes_in_rounds_and_takes_the_start_of_the_round_for_its_refe
     for index in (0, 1):
         state = json.loads((tmp_path / f"out/round-0{index}/checkpoint/trainer_state.json").read_text())
         losses = [log["loss"] for log in state["log_history"] if "loss" in log]
-        assert losses[0] == pytest.approx(0.693147, abs=1e-5) and losses[-1] != pytest.approx(0.693147, abs=1e-3)
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+        assert all(loss == pytest.approx(0.693147, abs=1e-5) for loss in losses[1:]) == sync
 
 
 def test_rows_from_python_are_read_as_a_trainer_reads_them(inputs, tmp_path):

@@ -18,6 +18,7 @@ ROOMS = (
     ("streaming",),
     ("running",),
     ("measuring",),
+    ("referring",),
     ("base",),
     ("dpo", "swepo", "lire", "infonca", "rrhf", "plackett_luce"),
     ("sparsepo", "emdpo", "sgpo"),

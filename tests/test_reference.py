@@ -86,8 +86,11 @@ def test_a_run_that_starts_with_pissa_goes_on(tmp_path, tokenizer):
 
 
 class Stop(TrainerCallback):
+    def __init__(self, step=2):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == 2
+        control.should_training_stop = state.global_step == self.step
 
 
 def qwen(tokenizer):

@@ -25,25 +25,26 @@ from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
 from .forward.parts import PartedPass
-from .forward.reference import Reference, changes_nothing_yet, make_reference, reference_adapter
+from .forward.reference import SyncReference, make_reference, named_reference, start_of_reference
 from .forward.run import Forward, Runner
 from .inputs import Batch, check_ranges, mark_repeated, parts, prepare_rows, prepare_training_rows
 from .likelihood import sft_loss
-from .measuring import MeasuringTrainer
 from .metrics import best_and_worst, ranking_metrics, scores_differ, take
 from .precision import warn_if_emulated
+from .referring import ReferringTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(MeasuringTrainer):
+class PreferenceTrainer(ReferringTrainer):
     """Fine-tunes a causal language model on prompts with K scored responses.
 
     Args:
         model: path or hub id of a model or of an adapter, model, or PeftModel. A PeftModel goes on training its
             adapter, and so does a path to one.
-        ref_model: the reference policy, a path or a model; by default the policy as it is now (a frozen copy, or the
-            adapter off), or the adapter called "reference" of a PeftModel that trains another.
+        ref_model: the reference policy: a path, a model, or the name of another adapter of the model that is trained;
+            by default the policy as it is now (a frozen copy, or the adapter off), or the adapter called "reference"
+            of a PeftModel that trains another.
         args: the method's config (`config_class`).
         train_dataset, eval_dataset: canonical rows, TRL pairs or tokenised rows; `eval_dataset` may be a dict, and
             `train_dataset` a stream (`datasets.IterableDataset`), with `max_steps`.
@@ -80,19 +81,20 @@ class PreferenceTrainer(MeasuringTrainer):
             raise ValueError(
                 f"args is a {type(args).__name__}: {type(self).__name__} needs a {self.config_class.__name__}."
             )
-        if ref_model is not None and not self.needs_reference:
-            raise ValueError(f"ref_model has no effect: {self.method} needs no reference.")
+        for name, given in (("ref_model", ref_model is not None), ("sync_ref_model", args.sync_ref_model)):
+            if given and not self.needs_reference:
+                raise ValueError(f"{name} has no effect: {self.method} needs no reference.")
         set_seed(args.seed)  # before the adapter draws its weights
         model = policies.prepare_policy(model, args, quantization_config, peft_config)
         if isinstance(ref_model, str):
-            ref_model = policies.load_policy(ref_model, init_kwargs=args.model_init_kwargs)
+            ref_model = named_reference(model, ref_model, args.model_init_kwargs)
         if optimizers[0] is not None:
             policies.check_optimizer(optimizers[0], model)
         if processing_class is None:
             processing_class = policies.load_tokenizer(model, args.model_init_kwargs)
         processing_class = policies.text_tokenizer(processing_class)
         policies.set_pad_token(processing_class, args.pad_token)
-        source, adapter = self._start_of_reference(model, ref_model, peft_config)
+        source, adapter = start_of_reference(model, ref_model, fresh=peft_config, follows=args.sync_ref_model)
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
         with collected_reports(logged=True) as self.left_out:
             train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
@@ -103,8 +105,7 @@ class PreferenceTrainer(MeasuringTrainer):
             self.check_rows(part, args, training=False)
         rows = parts(train_dataset, eval_dataset)
 
-        self.table: LogpsCache | None = None
-        self.reference: Reference | None = None
+        self.table = self.reference = None
         models = [policies.base_model(model)]
         if self.needs_reference and args.precompute_ref_logps:
             name = reference_fingerprint(source, args, adapter=adapter, per_token=self.reference_per_token)
@@ -114,6 +115,8 @@ class PreferenceTrainer(MeasuringTrainer):
             copied = self.table is None or bool(self.table.missing(rows))
             options = args.model_init_kwargs
             self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
+            if args.sync_ref_model:
+                self.reference.check_weights(model)
             models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []
         policies.apply_kernels(models, args)
         self.runner = Runner(models, args.layout)
@@ -141,14 +144,8 @@ class PreferenceTrainer(MeasuringTrainer):
         self.model_accepts_loss_kwargs = True
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
-
-    @staticmethod
-    def _start_of_reference(model, ref_model, peft_config: PeftConfig | None) -> tuple[nn.Module, str | None]:
-        """The model that is the reference as it is now, and the adapter that is on in it."""
-        if ref_model is not None:
-            return ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
-        inert = peft_config is not None and changes_nothing_yet(peft_config)
-        return model, reference_adapter(model, inert_adapter=inert)
+            if args.sync_ref_model:
+                self.add_callback(SyncReference(self.reference))
 
     # What a method writes or overrides.
 
@@ -185,10 +182,6 @@ class PreferenceTrainer(MeasuringTrainer):
     def probed(cls, args: PreferenceConfig, rows: Dataset) -> tuple[type, PreferenceConfig, Dataset]:
         """The training that `--probe` makes steps of: its trainer, and arguments and tokenised rows of its own."""
         return cls, args, rows
-
-    def forward(self, model: nn.Module, batch: Batch) -> Forward:
-        """Per-token log-probabilities (B,K,R) of every response under `model`."""
-        return self.runner(model, batch)
 
     def policy_forward(self, model: nn.Module, batch: Batch, reference: Forward | None) -> Forward:
         """What the loss needs of the policy; `reference` is what the reference said about the same batch."""
@@ -255,64 +248,10 @@ class PreferenceTrainer(MeasuringTrainer):
                 metrics[f"{name}/{side}"] = take(values, index)
         return metrics
 
-    def _reference_forward(self, model: nn.Module, batch: Batch) -> Forward:
-        cached = None if self.table is None else self.table.lookup(batch)
-        return self._ask_reference(model, batch) if cached is None else Forward(cached)
-
-    def _ask_reference(self, model: nn.Module, batch: Batch) -> Forward:
-        assert self.reference is not None
-        unwrapped = self.accelerator.unwrap_model(model)
-        with torch.no_grad(), self.accelerator.autocast(), self.reference.active(model, unwrapped) as reference:
-            return self.forward(reference, batch)
-
-    def begin(self) -> None:
-        """The policy is inside its engine only when training begins, so the reference cache is filled then."""
-        if self.table is not None:
-            self.precompute_reference()
-
     def _check_streamed(self, args: PreferenceConfig, models: list[PreTrainedModel], rows: Dataset) -> None:
         """What is asked of all rows before the first step, of the next ones of a stream."""
         self.check_rows(rows, args, training=True)
         check_ranges([rows], models)
-
-    def release(self) -> None:
-        """Ends the engines of policy and reference: another training can follow in this process."""
-        if self.reference is not None:
-            self.reference.release()
-        self.accelerator.free_memory()
-
-    def precompute_reference(self) -> None:
-        """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.
-
-        Raises:
-            ValueError: rows are missing, and neither the reference nor the policy as it was given is left.
-            StaleCacheError: a cached value is not what the reference says.
-        """
-        table, reference = self.table, self.reference
-        assert table is not None and reference is not None
-        stands_in = self.untouched and not reference.given  # the policy for its reference
-
-        def score(rows: list[dict]) -> Tensor:
-            batch = self._prepare_inputs(self.data_collator(rows))
-            self.runner.check(self.model_wrapped, batch, self.accelerator)
-            if reference.in_memory or not stands_in:
-                return self._ask_reference(self.model_wrapped, batch).logps
-            with torch.no_grad(), self.accelerator.autocast():
-                return self.forward(self.model_wrapped, batch).logps
-
-        rows = parts(self.train_dataset, self.eval_dataset)
-        scored = table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
-        logger.info("Reference cache %s: %d responses scored now.", table.path, scored)
-        if reference.in_memory or stands_in:
-            table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
-        if reference.own:
-            reference.model = None
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype that a forward pass computes in."""
-        args = self.args
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else policies.base_model(self.model).dtype
 
     def _weights(self, batch: Batch) -> Tensor:
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""

@@ -205,6 +205,15 @@ class PreferenceConfig(Truncation, TrainingArguments):
     ref_tokens_per_batch: int = option(
         16384, "Tokens per batch and process while the reference scores the rows.", at_least=1
     )
+    sync_ref_model: bool = option(
+        False,
+        "Let the reference follow the policy (TR-DPO, arXiv 2404.09656): every so many steps it becomes a mixture of "
+        "itself and the policy.",
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, "Share of the policy in that mixture; 1 replaces the reference by the policy.", above=0, at_most=1
+    )
+    ref_model_sync_steps: int = option(512, "Steps between two such mixtures.", at_least=1)
     model_init_kwargs: JSON | None = option(None, "Keywords for from_pretrained when the model is given as a path.")
     early_stopping_patience: int | None = option(
         None,
@@ -245,6 +254,11 @@ class PreferenceConfig(Truncation, TrainingArguments):
             raise ValueError(
                 f"torch_compile=True gives other losses with torch {torch.__version__}: set it to false, or install "
                 f"torch {COMPILES}."
+            )
+        if self.sync_ref_model and self.precompute_ref_logps:
+            raise ValueError(
+                "sync_ref_model=True changes the reference, whose log-probabilities precompute_ref_logps keeps: set "
+                "one of them to false."
             )
         if self.ref_cache_dir is None:
             self.ref_cache_dir = str(Path(HF_HOME) / "polypo" / "reference")

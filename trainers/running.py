@@ -121,8 +121,11 @@ class RunningTrainer(StreamingTrainer):
         if self.args.push_to_hub:
             self.push_to_hub(dataset=dataset)
 
-    def begin(self) -> None:
-        """What is done before the first step of a training."""
+    def begin(self, checkpoint: str | None) -> None:
+        """What is done before the first step of a training, which goes on from `checkpoint` if there is one."""
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """What a checkpoint must hold beside what the Trainer writes; every process calls it."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
         """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
@@ -155,7 +158,8 @@ class RunningTrainer(StreamingTrainer):
                 # The Trainer of older releases passes over this one of several adapters.
                 self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
         self.write_record()
-        callbacks: list[TrainerCallback] = [_Beginning(self)]
+        begins = _Beginning(self, str(resume_from_checkpoint) if resume_from_checkpoint else None)
+        callbacks: list[TrainerCallback] = [begins]
         if self.args.early_stopping_patience is not None:
             callbacks.append(EarlyStopping.at(resume_from_checkpoint, self.args.early_stopping_patience))
         for callback in callbacks:
@@ -208,9 +212,10 @@ class RunningTrainer(StreamingTrainer):
         self.check_place(checkpoint)
 
     def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             begin_checkpoint(folder, self._settings, self.args)
+        self.save_beside(folder)
         super()._save_checkpoint(model, trial)
 
     def _issue_warnings_after_load(self, load_result):
@@ -257,11 +262,11 @@ class EarlyStopping(EarlyStoppingCallback):
 class _Beginning(TrainerCallback):
     """Calls `begin` before the first step, and notes that step."""
 
-    def __init__(self, trainer: RunningTrainer):
-        self._trainer = trainer
+    def __init__(self, trainer: RunningTrainer, checkpoint: str | None):
+        self._trainer, self._checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.begin()
+        self._trainer.begin(self._checkpoint)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.untouched = False

@@ -75,7 +75,7 @@ class EMDPOConfig(PreferenceConfig):
             )
         refuse_checkpoint(self.resume_from_checkpoint)
         self.resume_from_checkpoint = None  # true asks for what is done anyhow
-        for name in ("load_best_model_at_end", "push_to_hub", "self_enhance"):
+        for name in ("load_best_model_at_end", "push_to_hub", "self_enhance", "sync_ref_model"):
             if getattr(self, name):
                 raise ValueError(f"{name} does not work with EM-DPO, which has several policies: leave it out.")
 

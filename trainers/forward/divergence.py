@@ -13,7 +13,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .head import (
@@ -32,7 +31,7 @@ from .head import (
     wide_dtype,
     widen,
 )
-from .identity import whole
+from .identity import read_whole
 
 
 class FrozenHead(NamedTuple):
@@ -83,8 +82,8 @@ def frozen_head(model: PreTrainedModel, device: torch.device, *, with_adapter: b
             f"The KL per token needs an LM head that is a linear layer in floating point, but this model's is a "
             f"{type(head).__name__}: leave it out of the quantisation."
         )
-    bias = None if head.bias is None else _whole(head.bias, device)
-    return FrozenHead(_whole(head.weight, device), bias, logit_rule(model.config))
+    bias = None if head.bias is None else read_whole(head.bias, device)
+    return FrozenHead(read_whole(head.weight, device), bias, logit_rule(model.config))
 
 
 def check_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
@@ -95,14 +94,6 @@ def check_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> Non
             f"ref_model has a vocabulary of {theirs} tokens and the policy one of {ours}: the KL per token needs the "
             "same vocabulary in both."
         )
-
-
-def _whole(parameter: Tensor, device: torch.device) -> Tensor:
-    data = parameter.detach()
-    if isinstance(data, DTensor):
-        return data.full_tensor().to(device)
-    with whole(parameter):
-        return parameter.detach().to(device, copy=hasattr(parameter, "ds_id"))  # of a share, gathered here alone
 
 
 def logps_and_kl(this: Pass, hidden: Tensor, frozen: FrozenHead, frozen_hidden: Tensor) -> tuple[Tensor, Tensor]:

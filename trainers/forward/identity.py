@@ -1,11 +1,13 @@
 """Which weights a reference has, and hashes of them: what names its cache, and what a run starts from."""
 
 import json
+from collections.abc import Iterator
 
 import torch
 import xxhash
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .policy import base_model
 
@@ -72,13 +74,32 @@ def weights_digest(model: nn.Module, *, adapter: str | None, sampled: int | None
     return digest.hexdigest()
 
 
-def whole(parameter: Tensor):
-    """The parameter as a whole, also under ZeRO-3."""
+def whole(parameter: Tensor, *, changed: bool = False):
+    """The parameter as a whole, also under ZeRO-3, which keeps what the first process writes to it if `changed`."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter])
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
     return torch.no_grad()
+
+
+def read_whole(parameter: Tensor, device: torch.device) -> Tensor:
+    """Its values on a device, also where an engine keeps only a share of them in this process; all processes call."""
+    data = parameter.detach()
+    if isinstance(data, DTensor):
+        return data.full_tensor().to(device)
+    with whole(parameter):
+        return parameter.detach().to(device, copy=hasattr(parameter, "ds_id"))  # of a share, gathered here alone
+
+
+@torch.no_grad()
+def write_whole(parameter: Tensor, value: Tensor) -> None:
+    """Gives it these values, of which an engine may keep only a share in this process; all processes call."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    with whole(parameter, changed=True):
+        parameter.copy_(value)
 
 
 def reference_parameters(model: nn.Module, *, adapter: str | None) -> dict[str, nn.Parameter]:
@@ -97,15 +118,23 @@ def reference_parameters(model: nn.Module, *, adapter: str | None) -> dict[str, 
 
 
 def owners(model: PeftModel) -> dict[str, str]:
-    """Which adapter a weight belongs to, by the weight's name; those of the base are not in it.
+    """Which adapter a weight belongs to, by the weight's name; those of the base are not in it."""
+    return {name: adapter for name, adapter, _, _ in _of_adapters(model)}
+
+
+def adapter_weights(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """The weights of one adapter, by names in which that of the adapter is left out."""
+    return {name: parameter for _, owner, name, parameter in _of_adapters(model) if owner == adapter}
+
+
+def _of_adapters(model: PeftModel) -> Iterator[tuple[str, str, str, nn.Parameter]]:
+    """The name of each weight of an adapter, the adapter, the name without it, and the weight.
 
     PEFT keeps the weights of all kinds of adapters in dicts of modules or parameters, by the adapter's name.
     """
-    belongs = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleDict | nn.ParameterDict):
-            for name, _ in module.named_parameters(remove_duplicate=False):
-                adapter = name.partition(".")[0]
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                adapter, _, rest = name.partition(".")
                 if adapter in model.peft_config:
-                    belongs[f"{path}.{name}"] = adapter
-    return belongs
+                    yield f"{path}.{name}", adapter, f"{path}.{rest}", parameter

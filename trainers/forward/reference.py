@@ -4,19 +4,31 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from .identity import owners, reference_parameters
-from .policy import SAFE
+from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
+from .policy import SAFE, load_policy
 
 REFERENCE_ADAPTER = "reference"
+SAVED = "ref_model/model.safetensors"  # in a checkpoint; not beside the policy's file, which some load by its suffix
 INERT = (True, "gaussian", "orthogonal", "eva")  # initialisations under which a fresh adapter changes no output
+
+
+UNLIKE = (
+    "sync_ref_model mixes the weights that the policy trains into those of the reference, but {}: leave out "
+    "ref_model, so that the reference is a copy of the policy, or set sync_ref_model to false."
+)
 
 
 @dataclass
@@ -74,6 +86,66 @@ class Reference:
         else:
             self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
 
+    # What changes where it follows the policy. All processes must call each of these.
+
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        """Each weight becomes alpha times the policy's plus 1 - alpha times itself, in float32 or wider."""
+        for kept, trained in self._weights(policy).values():
+            wide = torch.promote_types(trained.dtype, torch.float32)
+            with torch.no_grad(), whole(trained), whole(kept, changed=True):
+                kept.copy_(kept.to(wide).lerp(trained.to(kept.device, wide), alpha))
+
+    def save(self, policy: nn.Module, checkpoint: Path, *, write: bool) -> None:
+        """Keep the weights that `mix` changes in a checkpoint, which this process does if `write`."""
+        weights: dict[str, Tensor] = {}
+        for name, (kept, _) in self._weights(policy).items():
+            value = read_whole(kept, torch.device("cpu"))
+            weights |= {name: value.contiguous()} if write else {}
+        if write:
+            (checkpoint / SAVED).parent.mkdir(exist_ok=True)
+            save_file(weights, checkpoint / SAVED)
+
+    def load(self, policy: nn.Module, checkpoint: Path) -> None:
+        """Take over what `save` kept."""
+        with safe_open(checkpoint / SAVED, "pt") as file:
+            for name, (kept, _) in self._weights(policy).items():
+                write_whole(kept, file.get_tensor(name))
+
+    def check_weights(self, policy: nn.Module) -> None:
+        """Raises ValueError where the weights that the policy trains are not those of the reference."""
+        for name, (kept, trained) in self._weights(policy).items():
+            with whole(kept), whole(trained):
+                if kept.shape != trained.shape:
+                    raise ValueError(UNLIKE.format(f"{name} is {tuple(kept.shape)} there, not {tuple(trained.shape)}"))
+
+    def _weights(self, policy: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The weights that `mix` changes, by name: that of the reference and that of the policy."""
+        if self.own:
+            model = extract_model_from_parallel(self.model, keep_torch_compile=False)
+            kept = dict(model.named_parameters(remove_duplicate=False))
+            trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        else:
+            assert isinstance(policy, PeftModel) and self.adapter is not None
+            kept, trained = (adapter_weights(policy, name) for name in (self.adapter, policy.active_adapter))
+        if missing := [name for name in trained if name not in kept]:
+            raise ValueError(UNLIKE.format(f"{len(missing)} are not there, such as {missing[0]}"))
+        return {name: (kept[name], weight) for name, weight in trained.items()}
+
+
+class SyncReference(TrainerCallback):
+    """Mixes the policy into its reference every `ref_model_sync_steps` steps, as TRL's `SyncRefModelCallback` does.
+
+    Also for adapters, and under ZeRO-3 one weight at a time, where TRL's gathers both models at once.
+    """
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            policy = extract_model_from_parallel(model, keep_torch_compile=False)
+            self.reference.mix(policy, args.ref_model_mixup_alpha)
+
 
 @contextmanager
 def _same_learning(model: nn.Module) -> Iterator[None]:
@@ -100,20 +172,54 @@ def _initialisations(peft_config: PeftConfig) -> list[str]:
     return [name for name in vars(peft_config) if name.startswith("init_") and name.endswith("weights")]
 
 
-def reference_adapter(policy: nn.Module, *, inert_adapter: bool) -> str | None:
-    """The adapter that makes the reference out of a policy as it is before its first step, None for none.
+def named_reference(policy: nn.Module, name: str, init_kwargs: dict | None) -> str | PreTrainedModel | PeftModel:
+    """What a text for `ref_model` stands for: an adapter of the policy, by its name, or a model, which is loaded.
 
-    That is the user's own where one is called "reference" and is not the one in training.
+    Raises:
+        ValueError: it is the adapter in training, or neither.
     """
-    if not isinstance(policy, PeftModel) or inert_adapter:
-        return None
+    adapters = policy.peft_config if isinstance(policy, PeftModel) else {}
+    if name not in adapters:
+        try:
+            return load_policy(name, init_kwargs=init_kwargs)
+        except OSError as error:
+            known = f"no adapter of the model ({', '.join(adapters)}), and " if adapters else ""
+            raise ValueError(f"ref_model={name!r} is {known}no model that can be loaded: {error}") from error
+    if name == policy.active_adapter:
+        raise ValueError(f"ref_model={name!r} is the adapter in training: omit ref_model to get a frozen copy of it.")
+    return name
+
+
+def start_of_reference(
+    policy: nn.Module,
+    ref_model: str | PreTrainedModel | PeftModel | None,
+    *,
+    fresh: PeftConfig | None,
+    follows: bool = False,
+) -> tuple[nn.Module, str | None]:
+    """The model that is the reference before the first step, and the adapter that is on in it, None for none.
+
+    Without `ref_model` that is the policy: with the user's own adapter where one is called "reference" and is not the
+    one in training, without its adapter where that changes nothing yet, or as it is.
+
+    Args:
+        ref_model: a model, or the name of an adapter of the policy, from `named_reference`.
+        fresh: configuration of the policy's adapter if it is a fresh one.
+        follows: whether the reference will follow the policy, for which it needs an adapter of its own.
+    """
+    if isinstance(ref_model, str):
+        return policy, ref_model
+    if ref_model is not None:
+        return ref_model, ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
+    if not isinstance(policy, PeftModel) or fresh is not None and changes_nothing_yet(fresh) and not follows:
+        return policy, None
     given = policy.peft_config.get(REFERENCE_ADAPTER)
-    return policy.active_adapter if given is None or _is_copy(given) else REFERENCE_ADAPTER
+    return policy, policy.active_adapter if given is None or _is_copy(given) else REFERENCE_ADAPTER
 
 
 def make_reference(
     policy: PreTrainedModel | PeftModel,
-    ref_model: PreTrainedModel | PeftModel | None,
+    ref_model: str | PreTrainedModel | PeftModel | None,
     *,
     adapter: str | None,
     copy_policy: bool = True,
@@ -126,7 +232,7 @@ def make_reference(
     numbers are cached.
 
     Args:
-        adapter: from `reference_adapter`.
+        adapter: from `start_of_reference`.
         init_kwargs: with which the policy was loaded.
 
     Raises:
@@ -135,7 +241,7 @@ def make_reference(
     """
     if ref_model is policy:
         raise ValueError("ref_model is the policy itself and would be trained: omit ref_model to get a frozen copy.")
-    if ref_model is not None:
+    if ref_model is not None and not isinstance(ref_model, str):
         _refuse_shared(policy, dict(ref_model.named_parameters()), "Load ref_model anew, from its path")
         return Reference(own=True, model=ref_model, given=True)
     if not isinstance(policy, PeftModel):
@@ -196,10 +302,8 @@ def _is_copy(config: PeftConfig) -> bool:
 
 
 def _frozen(policy: PeftModel, adapter: str) -> str:
-    belongs = owners(policy)
-    for name, parameter in policy.named_parameters():
-        if belongs.get(name) == adapter:
-            parameter.requires_grad_(False)
+    for parameter in adapter_weights(policy, adapter).values():
+        parameter.requires_grad_(False)
     for name, module in policy.named_modules():
         if isinstance(module, nn.Dropout) and name.endswith(f".{adapter}"):
             module.p = 0.0

@@ -70,6 +70,8 @@ class SparsePOConfig(PreferenceConfig):
             and self.tdpo2_alpha != type(self).tdpo2_alpha,
             "kl_term='tdpo2' needs mask ones and ranking best_worst": self.kl_term == "tdpo2"
             and (self.mask != "ones" or self.ranking != "best_worst"),
+            "sync_ref_model does not reach what mask and KL keep of the reference from the start: set it to false (or "
+            "mask to ones or random and kl_term to none)": self.sync_ref_model and self.needs_states,
             "precompute_ref_logps keeps log-probabilities only, but this mask or KL needs the reference's hidden "
             "states (mask ones or random with kl_term none does not)": self.precompute_ref_logps and self.needs_states,
         }

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import layer_norm
 
+from ..forward.identity import write_whole
 from ..runs.processes import refuse_partial_weights
 
 ATTRIBUTE = "mask_heads"  # name of the heads inside the policy
@@ -102,12 +102,8 @@ class MaskHeads(nn.Module):
                 f"The mask heads in {folder} ({', '.join(sorted(state))}) are not those of this run "
                 f"({', '.join(sorted(own))}): set mask, independent, mask_reward and mask_kl as in the saved run."
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                value = state[name].to(parameter.device, parameter.dtype)
-                if isinstance(parameter, DTensor):
-                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-                parameter.copy_(value)
+        for name, parameter in own.items():
+            write_whole(parameter, state[name])
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
