@@ -20,6 +20,7 @@ from .usage import LAUNCH
 COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
     "train": "train with any method, from a recipe, from flags or from both",
     "generate": "sample responses to prompts, and score them",
+    "inspect": "tell what a data set is before training: a page and JSON",
     "prepare": "write a data set as canonical rows, to look at it or to train offline",
     "compare": "train several methods on the same rows and compare them on held-out prompts",
     "types": "choose the number of EM-DPO's types of annotators on held-out rows",

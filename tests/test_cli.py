@@ -78,7 +78,8 @@ def test_commands_are_modules_and_forwards_lead_to_some():
     for name in polypo.COMMANDS:
         assert callable(importlib.import_module(f"trainers.cli.{name}").main)
     shown = {"generate": "--num_generations", "compare": "--methods", "masks": "polypo masks --checkpoint",
-             "types": "--held_out", "prepare": "--streaming", "aggregate": "--run_dir", "report": "runs/"}  # fmt: skip
+             "types": "--held_out", "prepare": "--streaming", "inspect": "--max_rows", "aggregate": "--run_dir",
+             "report": "runs/"}  # fmt: skip
     for name, flag in shown.items():
         assert flag in usage.command(name)
     required, _, optional = usage.command("generate").partition("\noptions:")
@@ -104,6 +105,10 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "generate --model {model} --prompts no.jsonl --output x.jsonl --scorer x": "no file or folder 'no.jsonl'",
     "types --bteta=3": "'bteta' is not known: did you mean beta",
     "types --beta 0": "beta=0.0 must be a finite number, above 0",
+    "inspect --model {model}": "dataset_name is missing",
+    "inspect no.jsonl": "no file or folder 'no.jsonl'",
+    "inspect no.jsonl --output page.md": "page.md: give a name that ends in .html",
+    "inspect no.jsonl --max_row 3": "'max_row' is not known: did you mean max_rows",
     "prepare --dataset_name no.jsonl --output x.jsonl": "no file or folder 'no.jsonl'",
 }
 

@@ -139,5 +139,5 @@ def test_a_method_that_reads_one_data_set_says_so(tmp_path):
     with pytest.raises(ValueError, match="SGPO reads one data set"):
         read_data(args, data)
     data, args = arguments(tmp_path, "--trainer", "SGPOTrainer", dataset_name="a", dataset_max_rows=3)
-    with pytest.raises(ValueError, match="without dataset_weights and dataset_max_rows"):
+    with pytest.raises(ValueError, match="without dataset_weights, dataset_max_rows and"):
         read_data(args, data)

@@ -4,9 +4,7 @@ Nothing here needs weights or a GPU. The model is built on the meta device, wher
 """
 
 import math
-from collections import Counter
 from dataclasses import fields
-from itertools import compress
 from textwrap import indent
 from typing import Any, NamedTuple
 
@@ -20,10 +18,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deeps
 from trl import get_peft_config
 
 from .. import PreferenceConfig, PreferenceTrainer
+from ..data import facts
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
 from ..data.drops import collected_reports
 from ..data.load import load_split
-from ..data.rows import trained_tokens
 from ..data.stream import check_stream_options
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
@@ -36,7 +34,6 @@ from ..inputs import prepare_rows
 from .arguments import ModelArguments
 
 KNOWN_ATTENTION = ("sdpa", "eager", FLEX)
-PERCENTILES = (50, 90, 95, 99, 100)
 SHOWN = 400  # characters of a text of the first row
 # States per weight of the optimizers that do not keep two; the first name found in that of the optimizer counts.
 STATES = {"ademamix": 3, "sgd": 0, "adafactor": 0, "lomo": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
@@ -225,29 +222,16 @@ def _model(trainer_class, args, model_args: ModelArguments, estimate: Estimate) 
 
 def first_row(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first row as the model reads it, special tokens included."""
-    row = rows[0]
-    texts = [("prompt", row["prompt_ids"])]
-    for score, ids, mask in zip(row["scores"], row["response_ids"], trained_tokens(row), strict=True):
-        texts += [(f"scored {score:g}", ids)]
-        texts += [] if all(mask) else [("  of it trained on", list(compress(ids, mask)))]
-    texts = [(name, tokenizer.decode(ids)) for name, ids in texts]
+    texts = facts.as_read(rows[0], tokenizer)
     return "\n".join(f"{name}: {text[:SHOWN]!r}{' ...' if len(text) > SHOWN else ''}" for name, text in texts)
 
 
 def _lengths(lengths: list[Lengths]) -> str:
-    columns = {
-        "prompt": [p for p, _ in lengths],
-        "response": [r for _, responses in lengths for r in responses],
-        "prompt + response": [p + r for p, responses in lengths for r in responses],
-        "prompt once + all responses": [packed_tokens(row) for row in lengths],
-    }
-    lines = [f"{'':27}" + "".join(f"{f'{q} %':>9}" for q in PERCENTILES[:-1]) + "  longest"]
-    for name, values in columns.items():
-        # A value that occurs, not one between two.
-        cells = np.percentile(values, PERCENTILES, method="inverted_cdf")
-        lines.append(f"{name:27}" + "".join(f"{int(value):>9,}" for value in cells))
-    counts = sorted(Counter(len(responses) for _, responses in lengths).items())
-    return "\n".join([*lines, "responses per prompt: " + ", ".join(f"{k}: {n:,}" for k, n in counts)])
+    lines = [f"{'':27}" + "".join(f"{f'{q} %':>9}" for q in facts.PERCENTILES[:-1]) + "  longest"]
+    for name, values in facts.parts_of(lengths).items():
+        lines.append(f"{name:27}" + "".join(f"{value:>9,}" for value in facts.percentiles(values)))
+    counts = facts.responses_per_row(responses for _, responses in lengths)
+    return "\n".join([*lines, "responses per prompt: " + ", ".join(f"{k}: {n:,}" for k, n in counts.items())])
 
 
 def _steps(args: PreferenceConfig, plan: Plan, rows: int, batches: Batches) -> str:
