@@ -7,6 +7,7 @@ import transformers
 from packaging.version import Version
 
 import distributed_matrix as matrix
+from trainers.runs.record import read_run
 
 # One launch per engine: starting processes and engines costs more than the steps do.
 CHOSEN = {
@@ -118,6 +119,9 @@ def test_text_alone_trains_a_multimodal_model_under_ddp_with_checkpointing(tmp_p
     alone, found = (matrix.run_engine(engine, [cell], tmp_path)[cell["name"]] for engine in ("single", "ddp"))
     text, good = matrix.verdict(found, alone, "ddp")
     assert good, found.get("failed", text)
+    one, two = (read_run(tmp_path / engine / cell["name"]).record for engine in ("single", "ddp"))
+    # What `polypo report` reads is written once, by processes that have all prepared the rows.
+    assert one["left_out"] == two["left_out"] and [part["rows_in"] for part in one["left_out"]][0] > 0
 
 
 @pytest.mark.parametrize(

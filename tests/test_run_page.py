@@ -71,7 +71,7 @@ def test_a_run_keeps_what_its_page_says(runs, start):
 
 def test_the_page_of_a_run(runs, data):
     page = page_of(runs / "fast")
-    assert f"SWEPO from {read_run(runs / 'fast').record['model']} on {data}/train.jsonl" in page.text
+    assert f"SWEPO from {read_run(runs / 'fast').record['model']}, on {data}/train.jsonl" in page.text
     assert "step 6 of 6." in page.text
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     wanted = ("Loss", "Pairwise ranking accuracy", "Log-probability of a response, nats", "Tokens of a response")
@@ -126,13 +126,13 @@ def test_a_run_amid_its_training(runs, tmp_path):
     (tmp_path / "amid/checkpoint-8").mkdir()  # a kill cut it short
     (tmp_path / "amid/checkpoint-8/trainer_state.json").write_text('{"global_step": 8, ')
     page = page_of(tmp_path / "amid")
-    assert "step 4 of 6; the log is that of checkpoint-4, the newest checkpoint." in page.text
+    assert "step 4 of 6, the log is that of checkpoint-4, the newest checkpoint." in page.text
     assert "too few logs" in page.text  # no sign is said to be absent that cannot be told yet
     assert page_of(tmp_path / "amid/checkpoint-4").text.count("learning_rate") == page.text.count("learning_rate")
     shutil.rmtree(tmp_path / "amid/checkpoint-4")
     shutil.rmtree(tmp_path / "amid/checkpoint-8")
     page = page_of(tmp_path / "amid")
-    assert "Nothing is logged yet" in page.text and "learning_rate" in page.text and "<svg" not in page.text
+    assert "nothing is logged yet" in page.text and "learning_rate" in page.text and "<svg" not in page.text
     (tmp_path / "amid/run.json").unlink()
     with pytest.raises(ValueError, match=r"no log of a training: neither trainer_state.json.*nor run.json"):
         write_report(tmp_path / "amid")
@@ -174,7 +174,7 @@ def test_trainers_from_python_keep_a_record_and_no_secret(tmp_path, tokenizer, s
     text = (tmp_path / "out/run.json").read_text()
     assert "hf_" not in text and json.loads(text)["settings"]["model_init_kwargs"]["dtype"] == "float32"
     page = page_of(tmp_path / "out")  # nothing was saved
-    assert "Nothing is logged yet" in page.text
+    assert "nothing is logged yet" in page.text
     with pytest.raises(ValueError, match="--samples: the run names no held-out rows"):
         write_report(tmp_path / "out", ["--samples", "1"])
 

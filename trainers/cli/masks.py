@@ -73,7 +73,8 @@ def write_report(argv: list[str]) -> Path:
     target = Path(show.page) if show.page else folder / "masks.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     logged = any((folder / name).is_file() for name in (STATE, RECORD))  # not of a policy that was saved elsewhere
-    return write(target, title, shown | (sections([read_run(folder)]) if logged else {}))
+    shared = sections([read_run(folder)]) if logged else {}
+    return write(target, title, {"": shared.pop("", [])} | shown | shared)
 
 
 def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows) -> SparsePOTrainer:

@@ -10,6 +10,7 @@ import numpy as np
 from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import Series
+from ..pages.training import curve
 from ..runs.files import read_rows
 from ..runs.record import Run, read_run
 from ..runs.stage import MANIFEST, SETTINGS
@@ -120,8 +121,7 @@ def histogram(last: Path) -> str:
 def improver(last: Path) -> str:
     if not (last / "improver/model").is_dir():
         return ""
-    history = read_run(last / "improver/model").history
-    return plots.chart("Improver: loss per token", "step", [plots.logged(history, "loss", "loss", ".-")])
+    return curve("Improver: loss per token", [read_run(last / "improver/model")], ["loss"])
 
 
 def samples(last: Path) -> dict[str, list[str]]:

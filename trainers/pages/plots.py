@@ -29,12 +29,6 @@ class Series(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def logged(history: list[dict], key: str, label: str, style: str = "-", colour: str | None = None) -> Series:
-    """A metric of a Trainer's log over its steps."""
-    logs = [log for log in history if key in log]
-    return Series(label, [log["step"] for log in logs], [log[key] for log in logs], style, colour)
-
-
 def panels(count: int = 1, *, size: tuple[float, float] = (4.8, 3.3), **options) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes beside each other; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=size, layout="constrained")

@@ -52,15 +52,16 @@ def sections(runs: Sequence[Run], samples: Sequence[str] = ()) -> Sections:
 
 def about(run: Run, named: bool) -> str:
     """What was trained, and how far it got."""
-    data, name = run.record.get("data", {}).get("dataset_name"), f"{run.name}: " if named else ""
-    how = f"{run.record.get('method', 'A training')} from {run.record.get('model') or 'a model without a path'}"
-    what = how if run.record.get("method") else "A training"
-    on = f" on {data if isinstance(data, str) else ', '.join(data)}" if data else ""
-    if not run.history:
-        return f"{name}{what}{on}. Nothing is logged yet: a log is written with every checkpoint (save_steps)."
-    far = f", step {run.step} of {run.steps}" if run.steps else ""
-    left = f"; the log is that of {run.checkpoint}, the newest checkpoint" if run.checkpoint else ""
-    return f"{name}{what}{on}{far}{left}."
+    known, data = run.record, run.record.get("data", {}).get("dataset_name")
+    parts = [
+        f"{known['method']} from {known['model'] or 'a model without a path'}" if "method" in known else "",
+        f"on {data if isinstance(data, str) else ' and '.join(data)}" if data else "",
+        f"step {run.step} of {run.steps}" if run.steps else "",
+        f"the log is that of {run.checkpoint}, the newest checkpoint" if run.checkpoint else "",
+        "" if run.history else "nothing is logged yet: a log is written with every checkpoint (save_steps)",
+    ]
+    told = ", ".join(filter(None, parts))
+    return f"{run.name}: {told}." if named and told else f"{told}." if told else ""
 
 
 def cards(run: Run) -> str:
