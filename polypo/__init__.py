@@ -1,7 +1,7 @@
 """The program `polypo`: `polypo train ...`, `polypo generate ...` and what else `COMMANDS` lists.
 
 It lies outside of `trainers`, whose import takes seconds, so that a usage is there at once. `polypo train` starts
-`accelerate launch` itself; any other command does so when it is given an option of `LAUNCH`.
+`accelerate launch` itself, as does `polypo sweep`; any other command does so when it is given an option of `LAUNCH`.
 """
 
 import argparse
@@ -22,12 +22,16 @@ COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
     "generate": "sample responses to prompts, and score them",
     "inspect": "tell what a data set is before training: a page and JSON",
     "prepare": "write a data set as canonical rows, to look at it or to train offline",
+    "sweep": "train with every combination of some options' values, and name the best run",
     "compare": "train several methods on the same rows and compare them on held-out prompts",
     "types": "choose the number of EM-DPO's types of annotators on held-out rows",
     "aggregate": "weigh or distil EM-DPO's policies into one that is fair to all types",
     "masks": "show SparsePO's masks token by token",
     "report": "write the page of any run, or of several side by side",
 }
+
+
+TRAINING = ("train", "sweep")  # which need the processes of accelerate, also without an option of `LAUNCH`
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,11 +69,11 @@ def mistakes_told() -> Iterator[None]:
 
 def start(command: str, argv: list[str]) -> None:
     """Run a command here, or hand it to accelerate."""
-    launch, rest = split_launch(argv, needed=command == "train")
+    launch, rest = split_launch(argv, needed=command in TRAINING)
     if launch is None:
         importlib.import_module(f"trainers.cli.{command}").main(rest)
         return
-    if command == "train":
+    if command in TRAINING:
         flags, recipe = recipes.split_recipe(rest)
         recipes.set_environment(recipe)  # a token or the visible GPUs count for what is asked here
         recipes.refuse_missing_model(flags, recipe)
@@ -77,7 +81,7 @@ def start(command: str, argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list its defaults
-    module = ["trainers.cli.train"] if command == "train" else ["polypo", command]
+    module = [f"trainers.cli.{command}"] if command in TRAINING else ["polypo", command]
     options = launch_command_parser().parse_args(["--quiet", *launch, "--module", *module, *rest])
     refuse_missing_gpus(options)
     try:

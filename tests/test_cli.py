@@ -79,7 +79,7 @@ def test_commands_are_modules_and_forwards_lead_to_some():
         assert callable(importlib.import_module(f"trainers.cli.{name}").main)
     shown = {"generate": "--num_generations", "compare": "--methods", "masks": "polypo masks --checkpoint",
              "types": "--held_out", "prepare": "--streaming", "inspect": "--max_rows", "aggregate": "--run_dir",
-             "report": "runs/"}  # fmt: skip
+             "report": "runs/", "sweep": "--draws"}  # fmt: skip
     for name, flag in shown.items():
         assert flag in usage.command(name)
     required, _, optional = usage.command("generate").partition("\noptions:")

@@ -25,7 +25,12 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & {*argv}:
         print(usage.train(argv))
         return
-    trainer_class, data, args, model = parse(argv)
+    train(*recipes.split_recipe(argv))
+
+
+def train(flags: list[str], recipe: dict) -> None:
+    """One training, or what `dry_run` and `probe` say of it."""
+    trainer_class, data, args, model = read(flags, recipe)
     refuse_lost_processes(args.world_size, os.environ)
     recipes.refuse_missing(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
     if data.dry_run or data.probe:
@@ -43,11 +48,17 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:
-    """Read the command line. Which fields exist depends on the trainer, so its name is read first.
+    """Read the command line; see `read`."""
+    return read(*recipes.split_recipe(argv))
+
+
+def read(
+    flags: list[str], recipe: dict
+) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:
+    """Read flags and recipe. Which fields exist depends on the trainer, so its name is read first.
 
     The model's options are in `args.model_init_kwargs` as well, with the dtype that they come to on this machine.
     """
-    flags, recipe = recipes.split_recipe(argv)
     trainer_class = find_trainer(recipes.chosen("trainer", flags, recipe, DataArguments.trainer))
     if recipes.is_true(recipes.chosen("dry_run", flags, recipe)):
         flags = [*flags, "--use_cpu", "true"]  # without it, a machine without a GPU refuses bf16

@@ -1,0 +1,212 @@
+"""Trains once with every combination of the values of some options, and names the best run.
+
+    polypo sweep --config dpo/demo.yaml --sweep sweep.yaml [--any_field value]
+
+All options are those of `polypo train`, and one of its runs is made for each combination. What follows stands in the
+YAML file that --sweep names, or are flags. Every run has a folder in output_dir; the same command again leaves those
+that are finished, goes on with one that was killed, and makes what was added.
+"""
+
+import itertools
+import json
+import math
+import random
+import re
+import sys
+import traceback
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from trl import get_peft_config, get_quantization_config
+
+from polypo import mistakes_told, recipes
+
+from .. import EMDPOTrainer, SGPOTrainer
+from ..config import JSON, check_options, option
+from ..generation.options import read_mapping
+from ..pages.text import markdown
+from ..runs.files import read_json, write_atomic, write_json
+from ..runs.processes import Processes, free_memory
+from ..runs.settings import policy_settings, run_settings
+from ..runs.stage import MANIFEST, Stage
+from . import config_files, train
+
+SET_HERE = ("config", "output_dir", "resume_from_checkpoint")
+NOT_OF_RESULT = ("dry_run", "probe", "accelerate_config")  # fields of `DataArguments`
+
+
+@dataclass
+class SweepArguments:
+    """Which runs are made, and which of them is the best."""
+
+    values: JSON = option(MISSING, "Option -> list of its values, such as {beta: [0.05, 0.1]}.")
+    draws: int | None = option(None, "Make only so many combinations, drawn at random; more add to them.", at_least=1)
+    metric: str = option(
+        "eval_ranking/pairwise_accuracy", "Of the evaluation at the end of a run: what the best is best in."
+    )
+    direction: str | None = option(
+        None, "By default minimize for a metric that ends with loss, else maximize.", choices=["maximize", "minimize"]
+    )
+
+    def __post_init__(self):
+        check_options(self)
+        self.values = read_mapping("values", self.values)
+        for name, values in self.values.items():
+            if name in SET_HERE:
+                raise ValueError(f"values: {name} is set by the sweep, leave it out.")
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"values: {name} is {values!r}, give a list of values.")
+        if not self.values:
+            raise ValueError("values is empty: name an option and the values to try.")
+        self.metric = "eval_" + self.metric.removeprefix("eval_")
+        self.direction = self.direction or ("minimize" if self.metric.endswith("loss") else "maximize")
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The values of each run, by option."""
+        assert isinstance(self.values, dict)
+        made = [dict(zip(self.values, values, strict=True)) for values in itertools.product(*self.values.values())]
+        if self.draws is None:
+            return made
+        random.Random(0).shuffle(made)  # so that more draws keep those that were made
+        return made[: self.draws]
+
+
+class Run(NamedTuple):
+    """One combination, and the flags and the recipe of its training."""
+
+    values: dict[str, Any]
+    stage: Stage
+    flags: list[str]
+    recipe: dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    own, rest = recipes.take(argv, "sweep", *SweepArguments.__dataclass_fields__)
+    given = {name: value for name, value in vars(own).items() if name != "sweep" and value is not None}
+    recipe = recipes.read_recipe([own.sweep] if own.sweep else []) | given
+    [arguments] = config_files.parse([SweepArguments], [], recipe)
+    sweep(arguments, rest)
+
+
+def sweep(arguments: SweepArguments, argv: list[str]) -> dict:
+    """Makes the runs that are missing and returns what is written to sweep.json.
+
+    Args:
+        argv: the command line of `polypo train` that they have in common.
+
+    Raises:
+        ValueError: an option that cannot be used, a finished run of other settings, a metric that no run has, or no
+            run that was trained to its end.
+    """
+    runs, folder = plan(arguments, argv)
+    processes, tried = Processes(), []
+    for number, run in enumerate(runs, 1):
+        done = run.stage.done()
+        processes.say(f"\n[{number}/{len(runs)}] {run.stage.folder.name}{': done already' if done else ''}")
+        tried.append(_result(run, arguments.metric, None if done else measure(run)))
+    sign = -1 if arguments.direction == "maximize" else 1
+    tried.sort(key=lambda run: math.inf if run["value"] is None else sign * run["value"])
+    if tried[0]["value"] is None:
+        raise ValueError(f"no run of {folder} was trained to its end: {tried[0]['error']}")
+    report = {
+        "metric": arguments.metric, "direction": arguments.direction, "best": tried[0]["folder"], "runs": tried,
+    }  # fmt: skip
+    processes.main(lambda: _write(folder, report))
+    return report
+
+
+def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
+    """All runs and the folder of their folders; a wrong value of any ends it here."""
+    output, rest = recipes.take(argv, "output_dir")
+    flags, recipe = recipes.split_recipe(rest)
+    folder = Path(output.output_dir or recipe.get("output_dir") or "runs/sweep")
+    for name in arguments.values:
+        if recipes.chosen(name, flags, {}) is not None:
+            raise ValueError(f"{name} is a flag, which would win over its values in the sweep: leave one out.")
+    runs: dict[str, Run] = {}
+    for values in arguments.combinations():
+        name = "_".join(f"{option}-{_slug(value)}" for option, value in values.items())
+        if name in runs:
+            raise ValueError(f"values: two combinations give the same folder {name}: leave one out.")
+        own = recipe | values | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
+        runs[name] = Run(values, Stage(folder / name, _settings(flags, own)), flags, own)
+    for run in runs.values():
+        run.stage.done()  # other settings of any run end it here
+    return [*runs.values()], folder
+
+
+def _settings(flags: list[str], recipe: dict[str, Any]) -> dict:
+    """What a run depends on. Raises ValueError for one that gives nothing to compare."""
+    trainer, data, args, model = train.read(flags, recipe)
+    if data.dry_run or data.probe:
+        raise ValueError("a sweep has no dry_run and no probe: ask polypo train, with one of its combinations.")
+    if issubclass(trainer, EMDPOTrainer | SGPOTrainer) or args.self_enhance is not None:
+        raise ValueError("A sweep compares single trainings: EM-DPO, SGPO and rounds are not, start them one by one.")
+    if not any(data.each("dataset_test_split")):
+        raise ValueError("A sweep needs held-out rows: set dataset_test_split.")
+    of_data = {name: value for name, value in asdict(data).items() if name not in NOT_OF_RESULT}
+    start = policy_settings(model.model_name_or_path, get_quantization_config(model), args.model_init_kwargs)
+    return run_settings(args, adapter=get_peft_config(model), **of_data, **start)
+
+
+def measure(run: Run) -> str | None:
+    """Trains, and finishes the stage with the evaluation; returns what went wrong, else None.
+
+    A loss that is not finite is a result, which would come again. After any other error the next start tries again. In
+    several processes an error ends the sweep, as it need not be in all of them.
+    """
+    folder, error = run.stage.open(), None
+    added = run.values | {"output_dir": str(folder)}  # with the recipe, the run as polypo train makes it
+    run.stage.processes.main(lambda: (folder / "values.yaml").write_text(yaml.safe_dump(added, sort_keys=False)))
+    try:
+        train.train(run.flags, run.recipe)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        if isinstance(raised, FloatingPointError):
+            write_json(folder / MANIFEST, {"hash": run.stage.key, "error": error})
+        if run.stage.processes.num_processes > 1:
+            raise
+        traceback.print_exc()
+    free_memory()  # outside of the block, whose error refers to the trainer
+    if error is None:
+        run.stage.finish(metrics=read_json(folder / "eval_results.json"))
+    return error
+
+
+def _result(run: Run, metric: str, error: str | None) -> dict:
+    """What is told of a run; its value is None where there is none to compare."""
+    manifest: dict[str, Any] = run.stage.manifest() if run.stage.done() else {"error": error}
+    error, metrics, value = manifest.get("error"), manifest.get("metrics"), None
+    if metrics is not None:
+        if metric not in metrics:
+            raise ValueError(
+                f"metric: the evaluation has no {metric}: {recipes.nearest(metric, metrics, str(metrics))}"
+            )
+        value = metrics[metric] if math.isfinite(metrics[metric]) else None
+        error = None if value is not None else f"{metric} is not finite"
+    return {"folder": str(run.stage.folder), "values": run.values, "value": value, "error": error, "metrics": metrics}
+
+
+def _slug(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+def _write(folder: Path, report: dict) -> None:
+    runs, best = report["runs"], report["runs"][0]
+    rows = [
+        [*(str(value) for value in run["values"].values()),
+         run["error"].splitlines()[0][:80] if run["error"] else f"{run['value']:.4f}"] for run in runs
+    ]  # fmt: skip
+    table = markdown([*best["values"], report["metric"]], rows)
+    write_json(folder / "sweep.json", report)
+    write_atomic(folder / "sweep.md", table.encode())
+    trained = " ".join(run["folder"] for run in runs if run["value"] is not None)
+    print(f"\n{table}\nbest: {best['folder']} ({report['metric']} {best['value']:.4f})\npolypo report {trained}")
+
+
+if __name__ == "__main__":
+    with mistakes_told():
+        main(sys.argv[1:])
