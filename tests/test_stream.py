@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 
 import processes
-from helpers import flags, leave_processes, tiny_llama, write_rows
+from helpers import family_tokenizer, flags, leave_processes, tiny_llama, write_rows
 from test_resume import die_at, finish, in_child
 from test_trainer import config, logged, rows
 from trainers import EMDPOTrainer, SGPOTrainer, SparsePOTrainer, SWEPOTrainer, load_preferences
@@ -135,6 +135,8 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(kind, tokenizer, tmp_pat
     history = json.loads(again.read_text())
     dropped = [log["stream/dropped"] for log in history if "loss" in log]
     assert dropped == ([1, 1, 1, 2, 2, 2, 2, 3] if kind == "table" else [1, 1, 2, 2, 2, 2, 2, 4])
+    [told] = json.loads((out / "run.json").read_text())["left_out"]
+    assert told["reasons"] == {"fewer than 2 usable responses left": dropped[-1]}
     make().train(resume_from_checkpoint=True)  # nothing is left to be done
     assert json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
 
@@ -359,6 +361,24 @@ def test_going_on_opens_no_file_that_is_done(suffix, tokenizer, tmp_path, monkey
     assert set(read) == {row["prompt"] for row in ROWS[1::3] + ROWS[2::3]}
     limited = load_preferences(tmp_path, streaming=True, max_rows=5)
     assert [row["prompt"] for row in limited] == [row["prompt"] for row in [*ROWS[0::3], *ROWS[1::3]][:5]]
+
+
+@pytest.mark.parametrize("kind", ["file", "table"])
+def test_chats_with_tools_weights_and_columns_become_the_rows_of_a_table(kind, tmp_path):
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template += "{{ tools | length if tools else '' }}"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": None}}}
+    content = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "responses": ["a", "b c", "d"], "scores": [1.0, i, None],
+         "weight": i / 2, "annotator": f"p{i % 2}", "margin": i, "tools": [tool] * (i % 2)} for i in range(9)
+    ]  # fmt: skip
+    path = write_rows(tmp_path / "rows.jsonl", content)
+    expected, report = tokenize_dataset(load_preferences(path), tokenizer, columns=("margin",))
+    source = load_preferences(path, streaming=True) if kind == "file" else load_preferences(path).to_iterable_dataset()
+    stream = token_stream(source, tokenizer, columns=("margin",), mixed=False)
+    found = [*islice(stream, len(expected))]
+    assert found == expected.remove_columns("prompt").to_list() and {"weight", "margin"} <= found[0].keys()
+    assert stream.report.reasons == report.reasons and stream.report.responses_dropped == report.responses_dropped
 
 
 def test_a_stream_of_a_hub_format_is_trained_on(tokenizer, tmp_path):

@@ -15,7 +15,7 @@ from . import rounds
 from .config import PreferenceConfig
 from .data.drops import collected_reports
 from .data.load import load_split, name_of
-from .data.stream import refuse_stream
+from .data.stream import TokenStream, refuse_stream
 from .forward import policy as policies
 from .runs.checkpoints import (
     EARLY_STOPPING,
@@ -169,6 +169,8 @@ class RunningTrainer(StreamingTrainer):
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
+            if isinstance(self.train_dataset, TokenStream):
+                self.write_record()  # again: what it left out is known now
 
     def hyperparameter_search(self, *arguments, **keywords):
         """Raises ValueError: transformers would exchange the model, and not what was made of it and the arguments."""
@@ -195,8 +197,10 @@ class RunningTrainer(StreamingTrainer):
         adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
         facts = {"trainer": type(self).__name__, "method": self.method, "data": self.data}
         facts |= {"model": policies.base_model(self.model).config._name_or_path}
+        streamed = [self.train_dataset.report] if isinstance(self.train_dataset, TokenStream) else []
+        left_out = [*self.left_out, *(("stream", report) for report in streamed if report.rows_in)]
         if self.is_world_process_zero():
-            write_record(self.args, self.left_out, **facts, adapter=adapter and adapter.to_dict())
+            write_record(self.args, left_out, **facts, adapter=adapter and adapter.to_dict())
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""

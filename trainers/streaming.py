@@ -34,13 +34,15 @@ class StreamingTrainer(Trainer):
         if not isinstance(stream, TokenStream):
             return super().train(resume_from_checkpoint, *arguments, **keywords)
         stream.go_on(read_json(f"{resume_from_checkpoint}/{PLACE}") if resume_from_checkpoint else None)
-        self.args.ignore_data_skip = True  # the Trainer would pass over as many batches again
+        # Else the Trainer would pass over as many batches again.
+        asked, self.args.ignore_data_skip = self.args.ignore_data_skip, True
         callback = _Steps(self)
         self.add_callback(callback)
         try:
             return super().train(resume_from_checkpoint, *arguments, **keywords)
         finally:
             self.remove_callback(callback)
+            self.args.ignore_data_skip = asked
             stream.report.log(logger, "The stream")
 
     def set_initial_training_values(self, *arguments, **keywords):

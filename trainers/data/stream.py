@@ -118,6 +118,7 @@ class TokenStream(torch.utils.data.IterableDataset):
             self.head = self._table(kept)  # the first rows, where rows are looked at before the first step
             self.first = Block(first=self._digest(first))
             del rows
+        self.report = DropReport()
         self.go_on(None)
 
     def go_on(self, state: dict | None) -> None:
