@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,25 @@ def test_a_killed_run_goes_on_from_its_checkpoint(options, tmp_path, monkeypatch
     report = run(options, tmp_path / "out", values, **more)
     assert "Going on from" in capsys.readouterr().out
     assert [one["value"] for one in report["runs"]] == [one["value"] for one in whole["runs"]]
+
+
+def test_every_run_is_one_of_its_own_in_wandb(options, tmp_path, monkeypatch):
+    wandb, logged, train_one = types.ModuleType("wandb"), [], train.train
+    wandb.__spec__, wandb.run = ModuleSpec("wandb", None), None
+
+    def finish():
+        wandb.run = None
+
+    def logging(flags, recipe):
+        wandb.run = wandb.run or recipe["run_name"]  # as the callback of transformers does
+        train_one(flags, recipe)
+        logged.append(wandb.run)
+
+    wandb.finish = finish
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(train, "train", logging)
+    run(options, tmp_path / "out", {"beta": [0.1, 0.2]})
+    assert logged == ["beta-0.1", "beta-0.2"] and wandb.run is None
 
 
 def sweep_and_leave(argv):

@@ -130,7 +130,7 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         name = "_".join(f"{option}-{_slug(value)}" for option, value in values.items())
         if name in runs:
             raise ValueError(f"values: two combinations give the same folder {name}: leave one out.")
-        own = recipe | values | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
+        own = {"run_name": name} | recipe | values | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
         runs[name] = Run(values, Stage(folder / name, _settings(flags, own)), flags, own)
     for run in runs.values():
         run.stage.done()  # other settings of any run end it here
@@ -170,6 +170,8 @@ def measure(run: Run) -> str | None:
             raise
         traceback.print_exc()
     free_memory()  # outside of the block, whose error refers to the trainer
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()  # or the next training would log into this one's; other trackers end with theirs
     if error is None:
         run.stage.finish(metrics=read_json(folder / "eval_results.json"))
     return error
