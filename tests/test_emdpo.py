@@ -33,6 +33,8 @@ def test_the_page_shows_types_rounds_and_the_training_of_each_type(finished, tmp
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert "Loss" in labels and "num_types" in page.text
     assert "type-0" in page.text and "type-1" in page.text and "No setting differs." in page.text
+    with pytest.raises(ValueError, match="--samples: .* is a run in stages"):
+        write_report(Path(finished.args.output_dir), ["--samples", "1"])
     (tmp_path / "restart-0").mkdir()
     with pytest.raises(ValueError, match="no finished round of EM-DPO"):
         write_report(tmp_path)

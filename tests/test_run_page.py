@@ -54,6 +54,7 @@ def runs(tmp_path_factory, start, data):
 
 def page_of(*folders, given=()):
     path = write_report(folders, given)
+    assert path.name == ("report.html" if len(folders) == 1 else "comparison.html")
     return check_page(path.read_text(encoding="utf-8"))
 
 
@@ -93,7 +94,7 @@ def test_runs_side_by_side_show_what_differs(runs):
     last = next(log for log in reversed(state) if "eval_loss" in log)["eval_loss"]
     first = next(log for log in reversed(read_run(runs / "still").history) if "eval_loss" in log)["eval_loss"]
     assert f"eval_loss{first:.4g}{last:.4g}" in text
-    assert "still: Nothing is learned." in text and (runs / "still/report.html").is_file()
+    assert "Nothing is learned. still: In the eval logs" in text and (runs / "still/comparison.html").is_file()
     with pytest.raises(ValueError, match="named twice"):
         write_report([runs / "fast", runs / "still/../fast"])
     with pytest.raises(ValueError, match="--rows: masks are shown of one run"):
@@ -129,7 +130,11 @@ def test_a_run_amid_its_training(runs, tmp_path):
     assert "step 4 of 6, the log is that of checkpoint-4, the newest checkpoint." in page.text
     assert "too few logs" in page.text  # no sign is said to be absent that cannot be told yet
     assert page_of(tmp_path / "amid/checkpoint-4").text.count("learning_rate") == page.text.count("learning_rate")
+    (tmp_path / "amid/config.json").unlink()  # only the checkpoint has a policy
+    assert "after, 2 tokens" in page_of(tmp_path / "amid", given=["--samples", "1", "--max_new_tokens", "2"]).text
     shutil.rmtree(tmp_path / "amid/checkpoint-4")
+    with pytest.raises(ValueError, match="holds no policy yet"):
+        write_report(tmp_path / "amid", ["--samples", "1"])
     shutil.rmtree(tmp_path / "amid/checkpoint-8")
     page = page_of(tmp_path / "amid")
     assert "nothing is logged yet" in page.text and "learning_rate" in page.text and "<svg" not in page.text

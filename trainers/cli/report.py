@@ -3,11 +3,11 @@
 The folder is that of any run, finished or not, or a checkpoint: the page has its curves, warning signs, settings and
 the data that was left out, and what the demo, rounds, SGPO, EM-DPO and comparisons have to show beyond that. With
 `--samples` the policy answers held-out prompts, beside the model that the run started from. The masks of a SparsePO
-run need its recipe and take any of its fields; their page is masks.html, all others are report.html:
+run need its recipe and take any of its fields:
 
     polypo report runs/sparsepo-demo --config configs/sparsepo/demo.yaml --rows 0 3
 
-The page of several runs is written into the first folder.
+The page is report.html in the folder, masks.html with masks, and comparison.html in the first of several folders.
 """
 
 import importlib
@@ -80,12 +80,18 @@ def write_report(folders: Path | Sequence[Path], flags: Sequence[str] = ()) -> P
     if not own:
         runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     samples = []
+    if asked.samples and own:
+        raise ValueError(
+            f"--samples: {folders[0]} is a run in stages or a comparison, whose page has the samples that it made "
+            "itself. Name the folder of one of its trainings."
+        )
     if asked.samples:
         from .report_samples import sample_parts
 
         samples = sample_parts(folders, runs, asked, rest)
     shared = sections(runs, samples) if runs else Sections()  # a run in stages may not have trained yet
-    return write(folders[0] / "report.html", title, _merged(own, shared))
+    page = "report.html" if len(folders) == 1 else "comparison.html"
+    return write(folders[0] / page, title, _merged(own, shared))
 
 
 def _merged(own: Sections, shared: Sections) -> Sections:

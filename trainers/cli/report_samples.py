@@ -15,6 +15,7 @@ from ..generation.sampler import plain_prompt
 from ..pages.page import blocks
 from ..runs.checkpoints import last_checkpoint
 from ..runs.record import Run
+from ..sgpo.text import turns
 from .arguments import DataArguments
 from .compare_samples import SampleOptions, sample_and_measure
 
@@ -101,7 +102,7 @@ def _table(measured: dict[str, dict]) -> str:
 
 
 def _pair(index: int, prompt, measured: dict[str, dict]) -> str:
-    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    text = "\n".join(turn["content"] for turn in turns(prompt))
     sides = []
     for side, of in measured.items():
         cut = ", cut off" if of["truncated"][index] else ""

@@ -1,11 +1,12 @@
 """What a page says of any training: curves, warning signs, data that was left out, settings; of several, compared."""
 
 from collections.abc import Sequence
+from itertools import product
 
 from ..runs.record import Run
 from . import plots
 from .page import Sections, blocks
-from .plots import AFTER, COLOURS, Series
+from .plots import COLOURS, Series
 from .signs import Sign, evaluations, last_third, points, signs
 
 SIDES = ("chosen", "rejected")
@@ -23,6 +24,7 @@ SHOWN = [name for _, names, _ in CURVES for name in names]
 OTHERS = ("rewards/accuracies", "ranking/ndcg", "ranking/kendall_tau", "prompts/without_signal")  # in the table alone
 PAIRS = {f"{kind}{side}" for kind in ("", "reward_", "kl_") for side in SIDES}  # ends of names that share a picture
 CARDS = {"loss": "Loss", "ranking/pairwise_accuracy": "Ranking accuracy", "rewards/margins": "Reward margin"}
+POINTS = "Lines are training logs, points in their colour evaluations."
 MARKS = ("o:", "s:", "^:", "D:")  # of several data sets to evaluate on
 TITLES = {  # of pictures with chosen and rejected
     "mask_sparsity": "Exact zeros among the masks of response tokens, %",
@@ -41,7 +43,7 @@ def sections(runs: Sequence[Run], samples: Sequence[str] = ()) -> Sections:
     return {
         "": [*(about(run, named=not one) for run in runs), cards(runs[0]) if one else ""],
         "Warning signs": warnings(told),
-        "Training": [blocks.figures(curves(runs))],
+        "Training": [POINTS if any(run.history for run in runs) else "", blocks.figures(curves(runs))],
         "What the method logs": [blocks.figures(own_curves(runs, own))],
         "Figures at the end": final(runs),
         "Samples on held-out prompts": [*samples],
@@ -82,13 +84,13 @@ def cards(run: Run) -> str:
 
 def warnings(told: dict[str, list[Sign]]) -> list[str]:
     """A sentence for each sign that holds, and all rules with what was found in each run."""
-    one = len(told) == 1
-    alarms = [
-        blocks.alarm(f"{sign.found} {sign.advice}", sign.name if one else f"{run}: {sign.name}")
-        for run, found in told.items() for sign in found if sign.found
-    ]  # fmt: skip
-    all_signs = list(zip(*told.values(), strict=True))
-    cells = [[sign[0].name, *map(state, sign), sign[0].rule] for sign in all_signs]
+    one, alarms, cells = len(told) == 1, [], []
+    for of_runs in zip(*told.values(), strict=True):
+        sign = of_runs[0]
+        found = [of.found if one else f"{run}: {of.found}" for run, of in zip(told, of_runs, strict=True) if of.found]
+        if found:
+            alarms.append(blocks.alarm(" ".join([*found, sign.advice]), sign.name))
+        cells.append([sign.name, *map(state, of_runs), sign.rule])
     rules = blocks.table(["Sign", *(["Here"] if one else told), "Rule"], cells, numbers=False)
     none = "None of the signs below holds in what is logged so far."
     return [*(alarms or [none]), blocks.details("All signs and their rules", rules)]
@@ -132,21 +134,16 @@ def own_curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 
 def curve(title: str, runs: Sequence[Run], names: Sequence[str], level: tuple[float, str] | None = None) -> str:
-    """Metrics over the steps of the training, and where they were evaluated."""
-    series, one = [], len(runs) == 1
-    for number, run in enumerate(runs):
-        for place, name in enumerate(names):
-            own = [*([] if one else [run.name]), *([end(name)] if len(names) > 1 else [])]
-            colour = colours(len(names))[place] if one else COLOURS[number % len(COLOURS)]
-            series.append(line(run, name, ", ".join(own) or "training", "-", colour))
-            for prefix, mark in zip(evaluations(run.history), MARKS, strict=False):
-                label = ", ".join([*own, "evaluation" if prefix == "eval" else prefix])
-                series.append(line(run, f"{prefix}_{name}", label, mark, colour))
+    """Metrics of one run, or one metric of several, over the steps; points in its colour are evaluations."""
+    series = []
+    for number, (run, name) in enumerate(product(runs, names)):
+        label = run.name if len(runs) > 1 else end(name) if len(names) > 1 else "training"
+        colour = COLOURS[number % len(COLOURS)]
+        series.append(line(run, name, label, "-", colour))
+        for prefix, mark in zip(evaluations(run.history), MARKS, strict=False):
+            told = "evaluation" if prefix == "eval" else prefix
+            series.append(line(run, f"{prefix}_{name}", told if label == "training" else "", mark, colour))
     return plots.chart(title, "step", series, level=level)
-
-
-def colours(count: int) -> Sequence[str]:
-    return (AFTER,) if count == 1 else COLOURS * count
 
 
 def line(run: Run, name: str, label: str, style: str, colour: str) -> Series:
