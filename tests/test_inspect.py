@@ -30,12 +30,14 @@ def test_scores():
         "percentiles": {0: -1, 25: 1, 50: 1, 75: 2, 100: 5},
         "spread": {0: 0, 25: 0, 50: 2, 75: 6, 100: 6},
         "distinct": 5,
+        "histogram": [[-1, -1, 1], [0, 0, 1], [1, 1, 3], [2, 2, 3], [5, 5, 1]],
         "rows_all_tied": 1,
         "rows_best_tied": 1,
         "pairs": 3 + 6 + 1,
         "pairs_tied": 3 + 3,
     }
     assert facts.score_facts([[1e30, -1e30]] * 2)["spread"][100] == 2e30
+    assert facts.score_facts([range(40)])["histogram"] == [[b * 1.95, (b + 1) * 1.95, 2] for b in range(20)]
 
 
 def test_length_and_score():
@@ -251,7 +253,10 @@ def test_hostile_rows_give_a_page(name, tmp_path, told):
     assert tied == ("tied" in name or "ties" in name)
 
 
-def test_a_recipe_shows_what_its_run_would_train_on(told, monkeypatch):
+def test_the_example_of_the_page_and_a_recipe(told, qwen, monkeypatch):
     monkeypatch.chdir(ROOT)
+    command = (ROOT / "docs/data.md").read_text().partition("polypo inspect ")[2].partition("\n")[0]
+    report, _, _ = told(*command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(qwen)).split(), "--max_rows", "20")
+    assert report["splits"]["train"]["trained_on"] == 20
     report, page, _ = told("--config", "dpo/demo.yaml", "--max_rows", "30", "--model_name_or_path", "")
     assert report["splits"]["train"]["rows"] == 30 and report["data"]["dataset_name"].endswith("preferences.jsonl.gz")

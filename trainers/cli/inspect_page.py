@@ -1,5 +1,6 @@
 """The page of `polypo inspect`: warnings first, then pictures and tables of what it counted."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ def warnings_of(report: Report) -> list[str]:
     """What to look at before training: sentences with their numbers and what to do."""
     told = []
     for name, split in report["splits"].items():
-        found = [*_of_rows(split), *_of_scores(split), *_of_texts(split), *_of_tokens(split, report["max_length"])]
+        found = _of_rows(split)
+        if name == "train":  # of other rows, what is wrong with them spoils a measurement only
+            found += [*_of_scores(split), *_of_texts(split), *_of_tokens(split, report["max_length"])]
+        elif seen := split["duplicates"]["rows_with_a_prompt_of_train"]:
+            found.append(
+                f"{share(seen, split['rows'])} rows have a prompt that train has too: they measure what was seen."
+            )
         told += [f"{name}: {text}" for text in found]
     return told
 
@@ -84,8 +91,6 @@ def _of_texts(split: Report) -> list[str]:
         "have two equal responses: their scores differ for nothing, or tie.": twice["rows_with_equal_responses"],
     }
     told += [f"{share(n, rows)} rows {text}" for text, n in counts.items() if n and n >= REPEATED * rows]
-    if seen := twice.get("rows_with_a_prompt_of_train"):
-        told.append(f"{share(seen, rows)} rows have a prompt that train has too: they do not measure what is new.")
     if empty := split["rows_with_an_empty_turn"]:
         told.append(f"{share(empty, rows)} rows have an assistant's turn that says and calls nothing.")
     other, responses = split["responses_in_another_script"], split["responses"]
@@ -149,7 +154,7 @@ def write_page(path: Path, report: Report, numbers: Numbers) -> Path:
         "Rows": [_table(ROWS, splits), _sources(splits), _left_out(splits)],
         "Scores": [_table(SCORES, splits), blocks.figures(_score_pictures(numbers))],
         "Lengths": [_lengths(splits), blocks.figures(_length_pictures(splits, numbers, report["max_length"]))],
-        "Length against score": [TRIVIAL, _table(LENGTH, splits), blocks.figures([_lead_picture(splits, numbers)])],
+        "Length against score": [TRIVIAL, _table(LENGTH, splits)],
         "Texts": [_table(TEXTS, splits), _scripts(splits)],
         "Tokens": [_table(TOKENS, splits)],
         "Annotators": [_table(ANNOTATORS, splits)],
@@ -249,14 +254,13 @@ def _at(split: Report, field: str) -> Any:
 
 def _sources(splits: Mapping[str, Report]) -> str:
     """What each data set of a mixture gave."""
-    rows = [
-        [source, name, f"{there:,}", share(taken, sum(one["taken"]))]
-        for name, split in splits.items()
-        for one in split["passes"]
-        if "taken" in one
-        for source, there, taken in zip(one["names"], one["rows"], one["taken"], strict=True)
-    ]
-    return blocks.table(["data set", "split", "rows", "taken"], rows) if rows else ""
+    taken: dict[str, dict[str, str]] = {}
+    for name, split in splits.items():
+        for one in split["passes"]:
+            for source, there, count in zip(*(one.get(key, ()) for key in ("names", "rows", "taken")), strict=True):
+                taken.setdefault(source, {})[name] = f"{share(count, sum(one['taken']))} of its {there:,}"
+    rows = [[_breakable(source), *(cells.get(name, "") for name in splits)] for source, cells in taken.items()]
+    return blocks.table(["rows taken from", *splits], rows) if rows else ""
 
 
 def _left_out(splits: Mapping[str, Report]) -> str:
@@ -268,8 +272,13 @@ def _left_out(splits: Mapping[str, Report]) -> str:
             for field, kind in kinds.items():
                 for reason, count in one.get(field, {}).items():
                     counts.setdefault(f"{one['title']}: {kind}{reason}", {})[name] = count
-    rows = [[what, *(f"{times.get(name, 0):,}" for name in splits)] for what, times in counts.items()]
+    rows = [[_breakable(what), *(f"{times.get(name, 0):,}" for name in splits)] for what, times in counts.items()]
     return blocks.table(["dropped or changed", *splits], rows) if rows else "Nothing is dropped or changed."
+
+
+def _breakable(name: str) -> str:
+    """A path that may be broken at its slashes, for narrow pages."""
+    return name.replace("/", "/\u200b")
 
 
 def _scripts(splits: Mapping[str, Report]) -> str:
@@ -323,29 +332,28 @@ def _score_pictures(numbers: Numbers) -> list[str]:
 def _length_pictures(splits: Mapping[str, Report], numbers: Numbers, max_length: int | None) -> list[str]:
     unit = splits["train"]["lengths_in"]
     parts = {name: facts.parts_of(lengths) for name, (lengths, _) in numbers.items()}
+    lead = {n: facts.lead_of_best([own for _, own in lengths], scores) for n, (lengths, scores) in numbers.items()}
     marks = (max_length,) if max_length and unit == "tokens" else ()
     return [
         _histogram("Prompts", {n: p["prompt"] for n, p in parts.items()}, xlabel=unit, ylabel="rows"),
         _histogram("Responses", {n: p["response"] for n, p in parts.items()}, xlabel=unit, ylabel="responses"),
         _histogram("Prompt and response", {n: p["prompt + response"] for n, p in parts.items()}, marks=marks,
                    xlabel=f"{unit}; the line is max_length" if marks else unit, ylabel="responses"),
+        _histogram("Best response minus worst", lead, marks=(0,), xlabel=f"{unit} more", ylabel="rows"),
     ]  # fmt: skip
-
-
-def _lead_picture(splits: Mapping[str, Report], numbers: Numbers) -> str:
-    lead = {n: facts.lead_of_best([own for _, own in lengths], scores) for n, (lengths, scores) in numbers.items()}
-    unit = splits["train"]["lengths_in"]
-    return _histogram("Best response minus worst", lead, marks=(0,), xlabel=f"{unit} more", ylabel="rows")
 
 
 def _histogram(title: str, groups: Mapping[str, Sequence[float]], *, marks: Sequence[float] = (), **labels) -> str:
     """Between the lowest and the highest 0.5 %, which are counted in the first and the last bar; "" of nothing."""
-    values = np.concatenate([np.asarray(group, float) for group in groups.values()])
+    values = np.concatenate([*map(np.asarray, groups.values())])
     if not len(values):
         return ""
     low, high = np.percentile(values, [0.5, 99.5])
-    if low == high:
-        low, high = low - max(0.5, abs(low) / 100), high + max(0.5, abs(high) / 100)
-    bins = np.linspace(low, high, BINS + 1)
+    if values.dtype.kind == "i":  # a bar has as many whole numbers as any other
+        step = max(1, math.ceil((high - low) / BINS))
+        bins = np.arange(math.floor(low) - 0.5, high + step, step)
+    else:
+        margin = 0 if high - low > 1e-9 * abs(low) else max(0.5, abs(low) / 100)  # or bars would have no width
+        bins = np.linspace(low - margin, high + margin, BINS + 1)
     cut = {name: np.clip(group, low, high).tolist() for name, group in groups.items()}
     return plots.histogram(title, cut, bins, marks=[mark for mark in marks if low <= mark <= high], **labels)
