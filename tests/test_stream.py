@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, interleave_datasets
 from safetensors.torch import load_file
+from transformers.trainer_utils import SaveStrategy
 
 import processes
 from helpers import family_tokenizer, flags, leave_processes, tiny_llama, write_rows
@@ -40,6 +41,9 @@ SOURCES = {
     "shards": lambda: IterableDataset.from_generator(generated, gen_kwargs={"shards": [0, 1, 2]}),
     "generator": lambda: IterableDataset.from_generator(lambda: iter(ROWS)),
     "shuffled": lambda: table().shuffle(seed=1, buffer_size=4),
+    "interleaved": lambda: interleave_datasets(
+        [table(ROWS[:5]), table(ROWS[5:])], [0.5, 0.5], seed=1, stopping_strategy="all_exhausted"
+    ),
     "mapped": lambda: table().map(lambda row: row | {"prompt": row["prompt"].upper()}).filter(lambda row: True),
 }
 
@@ -51,8 +55,9 @@ def token_stream(source, tokenizer, **options):
 
 def trainer(folder, tokenizer, source, cls=SWEPOTrainer, **options):
     options = {"stream_buffer": 5, "max_steps": 8, "weight_decay": 0.1} | options
-    args = config(folder, cls, **options)
-    return cls(tiny_llama(len(tokenizer)), args=args, train_dataset=source, processing_class=tokenizer)
+    args, held_out = config(folder, cls, **options), Dataset.from_list(rows(3, seed=2))
+    data = {"train_dataset": source, "eval_dataset": None if cls is EMDPOTrainer else held_out}
+    return cls(tiny_llama(len(tokenizer)), args=args, processing_class=tokenizer, **data)
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -78,6 +83,21 @@ def test_every_place_of_a_stream_is_found_again(kind, tokenizer):
         again.go_on(json.loads(states[trained]))
         assert [*islice(again, 26 - again.trained)] == expected[again.trained :], trained
     assert again.report == stream.report
+
+
+def test_a_state_that_another_release_wrote_is_read_from_the_beginning(tokenizer, caplog):
+    stream = token_stream(table(), tokenizer)
+    expected = [*islice(stream, 26)]
+    state = stream.state(20)
+    assert state["block"]["read"]
+    state["block"]["state"] = {"epoch": 1, "examples_iterable": {"place": 4}}
+    again = token_stream(table(), tokenizer)
+    again.go_on(state)
+    assert [*islice(again, 6)] == expected[20:]
+    assert "is read again from the beginning of pass 2, 8 rows" in caplog.text
+    again.go_on(state | {"block": state["block"] | {"digest": "another"}})
+    with pytest.raises(ValueError, match="pass 2 over the stream has other rows than before, from row 8 on"):
+        next(iter(again))
 
 
 def test_going_on_opens_no_shard_that_is_done(tokenizer):
@@ -110,7 +130,14 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(kind, tokenizer, tmp_pat
     def make():
         random = {"mask": "random"} if kind == "table" else {}  # draws random numbers at every step
         cls = SparsePOTrainer if random else SWEPOTrainer
-        saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+        saving = {
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "optim": "adamw_torch",
+            "lr_scheduler_type": "linear",
+        }
         batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         content = [*ROWS[:6], UNUSABLE, *ROWS[6:]]
         source = table(content) if kind == "table" else table(content).shuffle(seed=1, buffer_size=4)
@@ -136,7 +163,7 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(kind, tokenizer, tmp_pat
     dropped = [log["stream/dropped"] for log in history if "loss" in log]
     # Releases of `datasets` shuffle in unlike orders.
     assert dropped == [1, 1, 1, 2, 2, 2, 2, 3] if kind == "table" else 3 <= dropped[-1] <= 4
-    [told] = json.loads((out / "run.json").read_text())["left_out"]
+    *_, told = json.loads((out / "run.json").read_text())["left_out"]
     assert told["reasons"] == {"fewer than 2 usable responses left": dropped[-1]}
     make().train(resume_from_checkpoint=True)  # nothing is left to be done
     assert json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
@@ -228,7 +255,7 @@ HOSTILE = {
         lambda: IterableDataset.from_generator(lambda: (yield from [*ROWS, *[UNUSABLE] * 400])),
         "no usable row is in the last 300 rows",
     ),
-    "used up": (used_up, "row 0 of pass 1 over the stream is another one than before: .*opens"),
+    "used up": (used_up, "pass 1 over the stream has other rows than before, from row 0 on: .*opens"),
     "empty when it is read again": (lambda: only_once([]), "pass 2 over the stream gives no rows"),
     "raises in the middle": (lambda: breaks_off([25]), "the hub is gone"),
     "a column goes": (lambda: changing({"prompt": "a ", "responses": ["b", "c"]}), "row 11: column 'scores'"),
@@ -277,14 +304,20 @@ def test_a_run_whose_stream_broke_off_goes_on(tokenizer, tmp_path):
 
 def test_another_stream_or_a_lost_place_is_refused(tokenizer, tmp_path):
     def make(source, **options):
-        return trainer(tmp_path, tokenizer, source, save_strategy="steps", save_steps=2, max_steps=2, **options)
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2} | options
+        return trainer(tmp_path, tokenizer, source, **options)
 
     make(table()).train()
     with pytest.raises(ValueError, match="training rows are others"):
         make(table(ROWS[::-1])).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="stream_buffer was 5 and is 6"):
         make(table(), stream_buffer=6).train(resume_from_checkpoint=True)
-    (tmp_path / "checkpoint-2" / "stream.json").unlink()
+    whole, longer = (make(table(), max_steps=3) for _ in range(2))
+    longer.train(resume_from_checkpoint=True)
+    whole.args.save_strategy = SaveStrategy.NO
+    whole.train()
+    assert logged(longer) == logged(whole) and len(logged(whole)) == 3
+    Path(last_checkpoint(tmp_path), "stream.json").unlink()
     with pytest.raises(ValueError, match="has no stream.json"):
         make(table()).train(resume_from_checkpoint=True)
 

@@ -66,7 +66,7 @@ class Block(NamedTuple):
     passes: int = 0  # over the source
     read: int = 0  # rows of the source, in this pass
     state: dict | None = None  # of the source; None: only going through the pass from its beginning leads there
-    first: str | None = None  # digest of its first row
+    digest: str | None = None  # of its first rows
     report: dict[str, Any] | None = None  # what was dropped
 
 
@@ -106,7 +106,7 @@ class TokenStream(torch.utils.data.IterableDataset):
             some = list(islice(rows, BATCH))
             if not some:
                 raise ValueError("the stream has no rows.")
-            first, kinds = some[0], source.features or dict.fromkeys(some[0])
+            first, kinds = some[:buffer], source.features or dict.fromkeys(some[0])
             self.known = {*OWN, *IDS, *columns}
             self.names = [name for name in kinds if name in self.known]
             self.how = how_to_tokenize(kinds, tokenizer, columns, chat_template_kwargs, **options)
@@ -116,7 +116,7 @@ class TokenStream(torch.utils.data.IterableDataset):
                 if not some:
                     raise self._unusable()
             self.head = self._table(kept)  # the first rows, where rows are looked at before the first step
-            self.first = Block(first=self._digest(first))
+            self.first = Block(digest=self._digest(first))
             del rows
         self.report = DropReport()
         self.go_on(None)
@@ -151,7 +151,7 @@ class TokenStream(torch.utils.data.IterableDataset):
         block, source, rows = self._go_to(block)
         while True:
             if rows:
-                self.blocks.append(block._replace(first=self._digest(rows[0]), report=_plain(vars(self.report))))
+                self.blocks.append(block._replace(digest=self._digest(rows), report=_plain(vars(self.report))))
                 count = block.rows
                 for places in self._order(len(rows), block.number):
                     kept = self._tokenized([rows[i] for i in places], [block.read + i for i in places])
@@ -171,20 +171,25 @@ class TokenStream(torch.utils.data.IterableDataset):
         for state in [block.state, None] if block.state else [None]:
             block = block._replace(state=state)
             source = self._source_at(block)
-            rows = list(islice(source, self.buffer))
-            if rows and self._digest(rows[0]) == block.first:
+            try:
+                rows = list(islice(source, self.buffer))
+            except (KeyError, IndexError, TypeError):
+                if not state:
+                    raise
+                rows = []  # it was written by another release of `datasets`
+            if self._digest(rows) == block.digest:
                 return block, source, rows
             if state and is_first_process():
                 logger.warning(
-                    "What the checkpoint keeps of the stream does not lead to its next row (a buffer of its own "
+                    "What the checkpoint keeps of the stream does not lead to its next rows (a buffer of its own "
                     "shuffle is not kept): it is read again from the beginning of pass %d, %d rows.",
                     block.passes + 1,
                     block.read,
                 )
         raise ValueError(
-            f"row {block.read} of pass {block.passes + 1} over the stream is another one than before: give one that "
-            "reads the same rows each time, such as IterableDataset.from_generator(function) of a function that opens "
-            "its files anew."
+            f"pass {block.passes + 1} over the stream has other rows than before, from row {block.read} on: give one "
+            "that reads the same rows each time, such as IterableDataset.from_generator(function) of a function that "
+            "opens its files anew."
         )
 
     def _source_at(self, block: Block) -> Iterator[Row]:
@@ -228,13 +233,16 @@ class TokenStream(torch.utils.data.IterableDataset):
         if not self.report.rows_out:
             raise self._unusable()
         if is_first_process():
-            logger.warning("The stream ends after %d rows and is read again. %s", block.read, self.report)
+            level = logging.INFO if block.passes else logging.WARNING
+            logger.log(level, "The stream ends after %d rows and is read again. %s", block.read, self.report)
 
     def _unusable(self) -> ValueError:
         return ValueError(f"no usable row is in the last {self.unusable} rows of the stream.\n{self.report}")
 
-    def _digest(self, row: Row) -> str:
-        text = json.dumps([row.get(name) for name in self.names], sort_keys=True, default=str)
+    def _digest(self, rows: list[Row]) -> str:
+        """Of the first rows of a block."""
+        values = [[row.get(name) for name in self.names] for row in rows[:BATCH]]
+        text = json.dumps(values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
