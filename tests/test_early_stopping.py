@@ -7,7 +7,8 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from helpers import flags, write_rows
+import processes
+from helpers import flags, leave_processes, write_rows
 from test_trainer import LORA, rows, trainer
 from trainers import SGPOConfig, SWEPOConfig
 from trainers.cli import train
@@ -16,6 +17,8 @@ EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps
 BEST = {**EVERY_STEP, "load_best_model_at_end": True, "early_stopping_patience": 2}
 # The length of the data never changes, so the first evaluation is the best one.
 CONSTANT = {**BEST, "metric_for_best_model": "eval_length/chosen"}
+
+FOLDERS = ("checkpoint-1", "checkpoint-3")  # of the best weights there, and of the last
 
 
 @pytest.mark.parametrize("peft, file", [(None, "model.safetensors"), (LORA, "adapter_model.safetensors")])
@@ -62,6 +65,22 @@ def test_the_launcher_stops_and_leaves_a_stopped_run_as_it_is(tmp_path, start, c
     (tmp_path / "out/README.md").unlink()
     train.main(flags(**options, **CONSTANT))
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+
+
+def train_and_leave(argv):
+    train.main(argv)
+    leave_processes()
+
+
+def test_two_processes_stop_together_with_the_best_weights(tmp_path, start):
+    options = {"model_name_or_path": start, "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()),
+               "dataset_test_split": "train[:4]", "output_dir": tmp_path / "out", "use_cpu": "true",
+               "per_device_train_batch_size": 2, "learning_rate": 0.01}  # fmt: skip
+    codes, output = processes.run(train_and_leave, flags(**options, **CONSTANT), count=2)
+    assert codes == [0, 0], output
+    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+    saved, best, last = (load_file(tmp_path / "out" / n / "model.safetensors") for n in ("", *FOLDERS))
+    assert all(saved[name].equal(best[name]) for name in best) and any(not last[n].equal(best[n]) for n in best)
 
 
 def test_where_it_has_no_best_weights_it_is_refused():
