@@ -1,14 +1,18 @@
 """Rows of which some tokens are not trained on, through methods, layouts, parts and the reference cache."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 
+import processes
 import trainers
 from batches import own_logps
+from helpers import build_tokenizer, leave_processes
 from test_parts import METHODS, tiny
-from test_trainer import rows, signal_rows, trainer
+from test_trainer import logged, rows, signal_rows, trainer
 from trainers import DPOTrainer, SparsePOTrainer, SWEPOTrainer
 from trainers.cli.masks import row_parts
 from trainers.data import tokenize_dataset
@@ -145,3 +149,24 @@ def test_a_key_is_of_the_tokens_up_to_the_last_one_that_is_trained_on(tmp_path):
     ]
     assert response_keys([1, 2], [[3, 4]]) == response_keys([1, 2], [[3, 4]], [[True, True]])
     assert len({*response_keys([1, 2], [[3, 4, 5]] * 3, [[True] * 3, [False, True, True], [True, False, True]])}) == 3
+
+
+def losses_with_a_cache(folder, count):
+    tokenizer = build_tokenizer()
+    options = {"precompute_ref_logps": True, "ref_cache_dir": str(folder / f"cache{count}"),
+               "per_device_train_batch_size": 4 // count, "learning_rate": 0.3, "max_steps": 3}  # fmt: skip
+    t = make(folder / f"out{count}", tokenizer, masked_rows(tokenizer, signal_rows(8)), DPOTrainer, **options)
+    t.train()
+    if t.is_world_process_zero():
+        (folder / f"{count}.json").write_text(json.dumps([logged(t), logged(t, "length/chosen")]))
+    leave_processes()
+
+
+@pytest.mark.distributed
+def test_two_processes_train_like_one(tmp_path):
+    for count in (1, 2):
+        codes, log = processes.run(losses_with_a_cache, tmp_path, count, count=count)
+        assert codes == [0] * count, log
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert two[0] == pytest.approx(one[0], rel=1e-6) and two[1] == pytest.approx(one[1])
+    assert len({*one[0]}) == 3

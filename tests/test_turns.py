@@ -148,7 +148,7 @@ def test_marks_that_mark_nothing_and_beginnings_that_are_refused_are_named():
         tokenize_row(CHATS["call"], build_tokenizer(trl_template("gemma"), bos="<bos>", eos="<eos>"))
 
 
-def test_a_response_may_begin_with_a_tools_turn_and_one_without_the_assistant_is_dropped():
+def test_a_response_may_begin_with_a_tools_turn_and_one_without_the_assistant_is_dropped(caplog):
     tokenizer = family_tokenizer("qwen")
     row = chat_row("", "", "", "") | {"responses": [
         [tool("3"), assistant("the dog")], [tool("3")], [assistant("a fox")], [tool("4"), assistant(""), tool("5")],
@@ -156,6 +156,7 @@ def test_a_response_may_begin_with_a_tools_turn_and_one_without_the_assistant_is
     dataset, report = tokenize_dataset(canonicalize(Dataset.from_list([row]))[0], tokenizer)
     assert report.responses_dropped == {"no token that is trained on, or none left within max_length": 1}
     assert dataset[0]["scores"] == [0.0, 2.0, 3.0]
+    assert not caplog.records  # of the header that the prompt ends with nothing is trained on
     assert shown(tokenizer, row) == [
         "tool\n3<|im_end|>\n<|im_start|>assistant\n[the dog<|im_end|>\n]",
         "assistant\n[a fox<|im_end|>\n]",

@@ -268,8 +268,10 @@ def _tokenize(
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
     tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
     out, reasons = fit(tokenised, limits, where, head)
-    # Some decoders drop a space at the beginning, so both are decoded from there.
-    cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :] if n < len(prompt_ids) else None
+    cut = None
+    if n < len(prompt_ids) and (masks is None or any(mask[n] for mask in masks if len(mask) > n)):
+        # Some decoders drop a space at the beginning, so both are decoded from there.
+        cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :]
     reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
     messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
     if control and any(control.search(message["content"] or "") for message in messages):

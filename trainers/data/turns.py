@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from os.path import commonprefix  # of any sequences
 
+import numpy as np
 from jinja2 import TemplateError
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -16,6 +17,10 @@ UNSAID = (
     "the chat template does not tell which tokens of several messages are the assistant's: {}. Give the tokenizer a "
     "template with generation marks (of many models tokenizer.chat_template = trl.get_training_chat_template("
     "tokenizer)), or set assistant_only_loss to false to train on the other turns too."
+)
+OTHERWISE = (
+    "message {} reads otherwise when others follow it, as where earlier thinking is left out, or where the last turn "
+    "ends in another way"
 )
 
 Span = tuple[int, int]  # of characters
@@ -74,14 +79,18 @@ def _spans(chat: list[dict], turns: list[int], render: Render, where: str) -> li
         raise ValueError(f"{where}: {UNSAID.format(f'it refuses the beginnings of this chat ({error})')}") from error
     spans = []
     for i, before, head, end in zip(turns, befores, asked, ends, strict=True):
-        start = len(commonprefix([head, end]))  # some prompts for an answer are not what the answer begins with
-        if start < len(before) or not end.startswith(before) or not whole.startswith(end):
-            fault = f"message {i + 1} reads otherwise when others follow it, as where earlier thinking is left out"
-            raise ValueError(f"{where}: {UNSAID.format(fault)}")
-        spans.append((start, len(end)))
+        if not (head.startswith(before) and end.startswith(before) and whole.startswith(end)):
+            raise ValueError(f"{where}: {UNSAID.format(OTHERWISE.format(i + 1))}")
+        # Some templates ask for an answer with more than an answer begins with.
+        header = commonprefix([head[len(before) :], end[len(before) :]])
+        spans.append((len(before) + len(header), len(end)))
     return spans
 
 
 def _within(offsets: list[Span], spans: list[Span]) -> list[bool]:
     """Which tokens lie in the spans, in part at least."""
-    return [any(start < b and a < end for start, end in spans) for a, b in offsets]
+    begins, ends = np.asarray(offsets).T
+    inside = np.zeros(len(offsets), bool)
+    for begin, end in spans:
+        inside |= (begins < end) & (ends > begin)
+    return inside.tolist()
