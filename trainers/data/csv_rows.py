@@ -12,11 +12,16 @@ from typing import Any
 SUFFIXES = (".csv", ".tsv")
 SEPARATORS = ",;\t"
 
-NUMBER = re.compile(r"weight|helpfulness|score_(chosen|rejected|A\d+)|(chosen|rejected)_avg_rating")
+NUMBER = re.compile(r"weight|helpfulness|score_(chosen|rejected|A\d+)|(chosen|rejected)(_avg_|-)rating")
 JSON = {
     "responses", "scores", "unfinished_responses", "tools", "chat_template_kwargs", "completions", "answers",
     "all_generated_responses", "all_rm_scores", "all_responses", "overall_scores",
 }  # fmt: skip
+FIX = {
+    "number": "write it as 7.5, or leave the cell empty where there is none",
+    "JSON": "write the list with json.dumps",
+    "messages as JSON": "write them with json.dumps",
+}
 TEXTS = re.compile(r"prompt|chosen|rejected|A\d+")  # or messages as JSON
 # As JSON, or as Python shows them, which is an error.
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content)['"]\s*:.*\}\s*\]?\s*""", re.DOTALL)
@@ -61,10 +66,10 @@ def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
 
 def _value(column: str, cell: str, index: int, name: str) -> Any:
     """What a cell says in its column; an empty one says nothing, and in a column of text an empty text."""
-    kind = "JSON" if column in JSON else "number" if NUMBER.fullmatch(column) else None
+    kind = "JSON" if column in JSON else "number" if NUMBER.fullmatch(column) else ""
     if not cell.strip() and (kind or column == "annotator"):
         return None
-    if kind is None and TEXTS.fullmatch(column) and MESSAGES.fullmatch(cell):
+    if not kind and TEXTS.fullmatch(column) and MESSAGES.fullmatch(cell):
         kind = "messages as JSON"
     try:
         if kind == "number":
@@ -72,4 +77,6 @@ def _value(column: str, cell: str, index: int, name: str) -> Any:
         return json.loads(cell) if kind else cell
     except (ValueError, RecursionError) as error:
         shown = cell if len(cell) <= 60 else f"{cell[:57]}..."
-        raise ValueError(f"row {index} of {name!r}: {column!r} is {shown!r}, which is no {kind} ({error}).") from error
+        raise ValueError(
+            f"row {index} of {name!r}: {column!r} is {shown!r}, which is no {kind} ({error}); {FIX[kind]}."
+        ) from error
