@@ -359,7 +359,9 @@ def test_a_file_is_streamed_from_the_command_line_and_shown_before(suffix, start
         save_strategy="no", stream_buffer=6, logging_steps=1,
     )  # fmt: skip
     train.main(argv)
-    assert "12 rows in, 11 kept, 1 dropped" in caplog.text
+    assert "The stream ends after 12 rows and is read again. 12 rows in, 11 kept, 1 dropped" in caplog.text
+    *_, told = json.loads((tmp_path / "out" / "run.json").read_text())["left_out"]
+    assert told["reasons"] == {"fewer than 2 usable responses left": 1} and told["rows_in"] == 18
     trainer_class, data, args, model = train.parse(argv)
     report = describe(trainer_class, data, args, model)
     assert "the first 6 rows are shown and stand for all" in report and "3 in all" in report
@@ -367,6 +369,45 @@ def test_a_file_is_streamed_from_the_command_line_and_shown_before(suffix, start
         describe(*train.parse([*argv, "--max_steps", "-1"]))
     with pytest.raises(ValueError, match="streaming reads one data set"):
         train.parse([*argv, "--dataset_name", path, path])
+
+
+def test_what_a_format_drops_is_counted_with_its_place(tokenizer):
+    def read(shards):
+        for shard in shards:
+            yield from [{"prompt": None}, {"chosen": "a", "rejected": "b", "prompt": f"{shard} "}]
+
+    source = IterableDataset.from_generator(read, gen_kwargs={"shards": [0, 1, 2]})
+
+    def make():
+        rows = canonical.canonical_stream(source, lambda row: row if row["prompt"] else None, keep_dropped=True)
+        return token_stream(rows, tokenizer, buffer=2)
+
+    stream = make()
+    expected = [*islice(stream, 5)]
+    state = json.loads(json.dumps(stream.state(3)))
+    again = make()
+    again.go_on(state)
+    assert [*islice(again, 2)] == expected[3:]
+    assert again.report == stream.report and again.report.reasons == {"left out by <lambda>": 5}
+    assert again.counts() == {"stream/rows": 10, "stream/dropped": 5, "stream/passes": 2}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_format_that_drops_all_from_a_row_on_ends_with_an_error(keep, tokenizer, monkeypatch):
+    for module in (canonical, streams):
+        monkeypatch.setattr(module, "GIVE_UP", 300)
+    source = IterableDataset.from_generator(lambda: count())
+    adapter = lambda row: row if row["i"] < 3 else None  # noqa: E731
+
+    def count():
+        i = 0
+        while True:
+            yield {"i": i, "prompt": "a ", "chosen": "b", "rejected": "c"}
+            i += 1
+
+    with pytest.raises(ValueError, match="(?s)no usable row is in the last 3.. rows.*left out by <lambda>"):
+        rows = canonical.canonical_stream(source, adapter, keep_dropped=keep)
+        list(islice(token_stream(rows, tokenizer), 4))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -405,7 +446,7 @@ def test_chats_with_tools_weights_and_columns_become_the_rows_of_a_table(kind, t
     turns = [{"role": role, "content": "d e"} for role in ("assistant", "user", "assistant")]
     content = [
         {"prompt": turns[1:2], "responses": [turns, turns[:1], turns[:1]], "scores": [1.0, i, None], "weight": i / 2,
-         "annotator": f"p{i % 2}", "margin": i, "tools": [tool] * (i % 2)} for i in range(9)
+         "annotator": f"p{i % 2}", "margin": i, "other": [1.5, i], "tools": [tool] * (i % 2)} for i in range(9)
     ]  # fmt: skip
     path = write_rows(tmp_path / "rows.jsonl", content)
     expected, report = tokenize_dataset(load_preferences(path), tokenizer, columns=("margin",))

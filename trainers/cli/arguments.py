@@ -111,6 +111,7 @@ class DataArguments:
                     num_proc=args.dataset_num_proc,
                     max_rows=limit if alone else None,
                     streaming=self.streaming and training,
+                    keep_dropped=self.streaming and training,
                     **({"name": configs[i]} if configs[i] else {}),
                 )
                 for i in chosen

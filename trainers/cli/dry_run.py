@@ -22,7 +22,7 @@ from ..data import facts
 from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_lengths
 from ..data.drops import collected_reports
 from ..data.load import load_split
-from ..data.stream import check_stream_options
+from ..data.stream import TokenStream
 from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from ..forward import policy as policies
 from ..forward.attention import FLEX
@@ -30,7 +30,7 @@ from ..forward.parts import slots
 from ..forward.run import Runner
 from ..generation.options import EnhanceOptions
 from ..generation.scorer import asked_of_servers
-from ..inputs import prepare_rows
+from ..inputs import prepare_rows, prepare_training_rows
 from .arguments import ModelArguments
 
 KNOWN_ATTENTION = ("sdpa", "eager", FLEX)
@@ -84,10 +84,13 @@ def read_splits(trainer_class, data, args: PreferenceConfig, model_args: ModelAr
         with collected_reports() as passes:
             rows = load_split(data, args, name) if planned is None else planned if name == "train" else None
             if isinstance(rows, IterableDataset):
-                check_stream_options(args)
-                rows = Dataset.from_list(list(rows.take(args.stream_buffer)), features=rows.features)
-                notes = [*notes, f"of the stream the first {len(rows):,} rows are shown and stand for all."]
-            splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
+                stream = prepare_training_rows(rows, tokenizer, args, columns=trainer_class.columns)
+                assert isinstance(stream, TokenStream)
+                splits[name] = stream.first_rows(args.stream_buffer)
+                passes.append(("Stream", stream.report))
+                notes = [*notes, f"of the stream the first {len(splits[name]):,} rows are shown and stand for all."]
+            else:
+                splits[name] = prepare_rows(rows, tokenizer, args, columns=trainer_class.columns)
         reports += [f"{name}, {title}: {report}" for title, report in passes]
         if splits[name] is not None:
             trainer_class.check_rows(splits[name], args, training=name == "train")

@@ -18,7 +18,19 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from .drops import COUNTED, EVENTS, KEPT, Drop, DropReport, refuse, source_digest, split_off_drops, without_format
+from .drops import (
+    COUNTED,
+    EVENTS,
+    GIVE_UP,
+    KEPT,
+    Drop,
+    DropReport,
+    none_usable,
+    refuse,
+    source_digest,
+    split_off_drops,
+    without_format,
+)
 from .json_rows import column_type, rows_in, rows_of, types_of, undecoded
 from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, unpadded
 
@@ -92,6 +104,7 @@ def canonical_stream(
     as_chat: bool = False,
     title: str = "",
     in_shards: bool = True,
+    keep_dropped: bool = False,
 ) -> IterableDataset:
     """The same for a stream. What is left out is counted while the rows are read, and logged when a shard ends.
 
@@ -100,9 +113,12 @@ def canonical_stream(
     Args:
         in_shards: the result has the shards of the source, unless the adapter is a generator function. Else it is one:
             `datasets` would take an equal part of `source.take(n)` from each.
+        keep_dropped: leave counting to the reader: what is left out stays as a row of nulls, and every row has the
+            columns of `COUNTED`.
 
     Raises:
-        ValueError: as in `canonicalize`; for a row in the middle, when it is read.
+        ValueError: as in `canonicalize`; for a row in the middle, when it is read; `GIVE_UP` rows one after the other
+            are left out.
     """
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
     known = source.features or {} if adapter is None else {}
@@ -111,19 +127,20 @@ def canonical_stream(
     shards = [source.shard(num_shards=count, index=i) for i in range(count)] if count > 1 else [source]
     titles = [f"{title}, shard {i + 1} of {count}" for i in range(count)] if count > 1 else [title]
     sample = Reading(_rows_of_shards(shards), source.features)
-    columns = row_features(_results(sample, **options), known)
-    keywords = {"shards": shards, "titles": titles, "columns": columns, **options}
-    return IterableDataset.from_generator(_reported, features=Features(columns), gen_kwargs=keywords)
+    columns = row_features(_results(sample, **options), known, give_up=GIVE_UP)
+    keywords = {"shards": shards, "titles": titles, "columns": columns, "keep_dropped": keep_dropped, **options}
+    features = Features(columns | (COUNTED if keep_dropped else {}))
+    return IterableDataset.from_generator(_reported, features=features, gen_kwargs=keywords)
 
 
-def row_features(results: Iterable[Result], known: dict[str, Any]) -> dict[str, Any]:
+def row_features(results: Iterable[Result], known: dict[str, Any], *, give_up: int | None = None) -> dict[str, Any]:
     """The columns of canonical rows, and their types; those of further columns are `known`, or go by the first rows.
 
     Raises:
-        ValueError: there is no row; the message holds the counts.
+        ValueError: there is no row, or none among the first `give_up`; the message holds the counts.
     """
     report = DropReport()
-    sample = list(islice(_kept(results, report), SAMPLE))
+    sample = list(islice(_kept(results, report, give_up), SAMPLE))
     if not sample:
         raise ValueError(f"no usable row is left.\n{report}")
     chat = isinstance(sample[0]["prompt"], list)
@@ -141,11 +158,15 @@ def row_features(results: Iterable[Result], known: dict[str, Any]) -> dict[str, 
     return features
 
 
-def _kept(results: Iterable[Result], report: DropReport) -> Iterator[Row]:
+def _kept(results: Iterable[Result], report: DropReport, give_up: int | None) -> Iterator[Row]:
+    dropped = 0
     for row, reasons in results:
         report.add(row is not None, reasons)
+        dropped = dropped + 1 if row is None else 0
         if row is not None:
             yield row
+        elif dropped == give_up:
+            raise none_usable(dropped, report)
 
 
 # Rows.
@@ -261,18 +282,22 @@ def _counted(rows: Reading, columns: dict[str, Any], code: str, **options) -> It
 
 
 def _reported(
-    shards: Sequence[IterableDataset], titles: Sequence[str], columns: dict[str, Any], **options
+    shards: Sequence[IterableDataset], titles: Sequence[str], columns: dict[str, Any], keep_dropped: bool, **options
 ) -> Iterator[Row]:
     for shard, title in zip(shards, titles, strict=True):
         report, rows = DropReport(), Reading(_rows_of_shards([shard]), shard.features)
         try:
-            for row in _kept(_results(rows, columns=columns, **options), report):
+            if keep_dropped:
+                yield from _counted(rows, columns, "", **options)
+                continue
+            for row in _kept(_results(rows, columns=columns, **options), report, GIVE_UP):
                 yield in_columns(row, columns, f"row {rows.count - 1}")
         except ValueError as error:
             raise ValueError(f"{title}: {error}") from error
         finally:  # also where the reader stops before the end
             report.source_rows = rows.count if inspect.isgeneratorfunction(options["adapter"]) else None
-            report.log(logger, title)
+            if not keep_dropped:
+                report.log(logger, title)
 
 
 def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:

@@ -20,6 +20,7 @@ from datasets import Dataset, List, Value
 
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
 COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
+GIVE_UP = 10_000  # rows of a stream one after the other of which none can be used
 _collected: ContextVar[tuple[list, bool] | None] = ContextVar("collected", default=None)  # and whether to log, too
 
 
@@ -117,6 +118,11 @@ def split_off_drops(mapped: Dataset) -> tuple[Dataset, DropReport]:
         raise ValueError(f"no usable row is left.\n{report}")
     dataset = mapped.remove_columns([EVENTS, KEPT])
     return (dataset if len(kept) == len(mapped) else dataset.select(kept)), report
+
+
+def none_usable(count: int, report: DropReport) -> ValueError:
+    """A stream gives no row that can be used, and may never give one."""
+    return ValueError(f"no usable row is in the last {count} rows of the stream.\n{report}")
 
 
 def without_format(dataset: Dataset) -> Dataset:

@@ -54,6 +54,7 @@ def load_preferences(
     num_proc: int | None = None,
     max_rows: int | None = None,
     streaming: bool = False,
+    keep_dropped: bool = False,
     **kwargs,
 ) -> Dataset | IterableDataset:
     """Load preference data as canonical rows; what is dropped is counted by reason and logged.
@@ -70,6 +71,7 @@ def load_preferences(
         max_rows: read at most this many rows of the source, counted before any is dropped.
         streaming: return an `IterableDataset` that reads the rows one by one and keeps none. What is dropped is logged
             at the end of each shard.
+        keep_dropped: of a stream: do not log that, but leave a row of nulls for each, for a trainer that counts them.
         kwargs: further arguments of `datasets.load_dataset`, such as `name`, `revision` or `data_files`.
 
     Raises:
@@ -87,7 +89,8 @@ def load_preferences(
         _check_columns(source, title)
     try:
         if streaming:
-            return canonical_stream(source, adapter, invalid_rows, as_chat, title=title, in_shards=max_rows is None)
+            how = {"in_shards": max_rows is None, "keep_dropped": keep_dropped}
+            return canonical_stream(source, adapter, invalid_rows, as_chat, title, **how)
         dataset, report = canonicalize(source, adapter, invalid_rows, num_proc, as_chat)
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from error

@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ..config import PreferenceConfig
-from .drops import EVENTS, KEPT, DropReport, collected_reports, is_first_process
+from .drops import EVENTS, GIVE_UP, KEPT, DropReport, collected_reports, is_first_process, none_usable
 from .rows import NOT_TEXT, TEMPLATE, UNFINISHED, Row
 from .tokenization import BATCH, CUT, IDS, counted_batch, how_to_tokenize, warn_of_cut
 
 logger = logging.getLogger(__name__)
 
-GIVE_UP = 10_000  # rows of the source one after the other of which none can be used
 OWN = ("prompt", "responses", "scores", "chosen", "rejected", "weight", "annotator", UNFINISHED, *TEMPLATE, *NOT_TEXT)
 # Options that a stream cannot follow: whether one is as it must be, and what to do.
 REFUSED: dict[str, tuple[Callable[[PreferenceConfig], bool], str]] = {
@@ -109,12 +108,13 @@ class TokenStream(torch.utils.data.IterableDataset):
             first, kinds = some[:buffer], source.features or dict.fromkeys(some[0])
             self.known = {*OWN, *IDS, *columns}
             self.names = [name for name in kinds if name in self.known]
+            kinds = {name: kinds[name] for name in self.names}
             self.how = how_to_tokenize(kinds, tokenizer, columns, chat_template_kwargs, **options)
             self.how["columns"].pop("prompt", None)  # of no use without an index
             while not (kept := self._tokenized(some, range(self.report.rows_in, self.report.rows_in + len(some)))):
                 some = list(islice(rows, BATCH))
                 if not some:
-                    raise self._unusable()
+                    raise none_usable(self.unusable, self.report)
             self.head = self._table(kept)  # the first rows, where rows are looked at before the first step
             self.first = Block(digest=self._digest(first))
             del rows
@@ -131,6 +131,15 @@ class TokenStream(torch.utils.data.IterableDataset):
         while len(self.blocks) > 1 and self.blocks[1].rows <= trained:
             self.blocks.popleft()
         return {"trained": trained, "block": self.blocks[0]._asdict()}
+
+    def first_rows(self, count: int) -> Dataset:
+        """Those of the first `count` rows of the source that can be used."""
+        self.report, rows = DropReport(), list(islice(iter(self.source), count))
+        parts = [range(len(rows))[at : at + BATCH] for at in range(0, len(rows), BATCH)]
+        kept = [row for part in parts for row in self._tokenized([rows[i] for i in part], part)]
+        if not kept:
+            raise none_usable(self.unusable, self.report)
+        return self._table(kept)
 
     def counts(self) -> dict[str, int]:
         """For the log: rows of the source that were read, those of them that were dropped, and passes begun."""
@@ -210,14 +219,20 @@ class TokenStream(torch.utils.data.IterableDataset):
                     f"row {index}: column {min(other)!r} is in some rows of the stream and not in others: give it in "
                     "all of them, with null where there is nothing."
                 )
-        batch = counted_batch({name: [row[name] for row in rows] for name in self.names}, list(indices), **self.how)
+        given = [(row, index) for row, index in zip(rows, indices, strict=True) if row.get(KEPT, True)]
+        columns = {name: [row[name] for row, _ in given] for name in self.names}
+        none: dict[str, list] = {KEPT: [], EVENTS: [], CUT: []}
+        batch = counted_batch(columns, [index for _, index in given], **self.how) if given else none
         warn_of_cut(batch[CUT])
-        for keep, reasons in zip(batch[KEPT], batch[EVENTS], strict=True):
-            self.report.add(keep, reasons)
+        for row in rows:
+            if not row.get(KEPT, True):  # of a source that leaves counting to its reader
+                self.report.add(False, row[EVENTS])
+        for (row, _), keep, reasons in zip(given, batch[KEPT], batch[EVENTS], strict=True):
+            self.report.add(keep, [*row.get(EVENTS, []), *reasons])
         kept = [i for i, keep in enumerate(batch[KEPT]) if keep]
         self.unusable = 0 if kept else self.unusable + len(rows)
         if self.unusable >= GIVE_UP:
-            raise self._unusable()
+            raise none_usable(self.unusable, self.report)
         usable = [{name: batch[name][i] for name in self.how["columns"]} for i in kept]
         if usable:
             self.check(self._table(usable))
@@ -231,13 +246,10 @@ class TokenStream(torch.utils.data.IterableDataset):
         if not block.read:
             raise ValueError(f"pass {block.passes + 1} over the stream gives no rows: it must begin anew each time.")
         if not self.report.rows_out:
-            raise self._unusable()
+            raise none_usable(self.unusable, self.report)
         if is_first_process():
             level = logging.INFO if block.passes else logging.WARNING
             logger.log(level, "The stream ends after %d rows and is read again. %s", block.read, self.report)
-
-    def _unusable(self) -> ValueError:
-        return ValueError(f"no usable row is in the last {self.unusable} rows of the stream.\n{self.report}")
 
     def _digest(self, rows: list[Row]) -> str:
         """Of the first rows of a block."""
