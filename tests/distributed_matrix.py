@@ -57,6 +57,7 @@ TUNINGS = {
 MORE = {
     # The last batch of an epoch has one row, so a process has none.
     "SWEPO, 9 rows": {"rows": 9, "settings": {"sft_weight": 0.3}},
+    "SWEPO, own sampler": {"drawn": [3, 0, 7, 7, 1, 10, 5, 2, 8]},  # again one row in the last batch, of 11 rows
     "SWEPO, accumulation": {"batch": 2, "accumulation": 2, "settings": {"sft_weight": 0.3}},
     "SWEPO, padded rows": {"layout": "rows"},
     "SWEPO, in parts": {"settings": {"sft_weight": 0.3, "tokens_per_backward": 30}},

@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils.data import Sampler  # noqa: E402
 from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import trainers  # noqa: E402
@@ -132,8 +133,8 @@ def arguments(cell: dict, engine: str, folder: Path, **changes):
 
     Further keys of a cell: `peft`, `pretrained` (the adapter is not a fresh one), `whole` (layers that train whole
     beside the adapter), `tied` (embeddings), `checkpointing`, `layout`, `precompute`, `rows`, `stream` (of the rows),
-    `batch` of all processes together, `accumulation`, `budget`, `tower` (a model with one for images) and `settings`
-    (of the config).
+    `batch` of all processes together, `accumulation`, `budget`, `drawn` (rows that an own sampler draws), `tower` (a
+    model with one for images) and `settings` (of the config).
     """
     fields = dict(
         output_dir=str(folder / cell.get("out", cell["name"])), use_cpu=True, report_to="none", learning_rate=0.01,
@@ -166,12 +167,26 @@ def build(cell: dict, engine: str, folder: Path, **changes):
         torch.manual_seed(7)
         model = get_peft_model(model, adapter(cell["pretrained"], init_lora_weights=False))
     data = Dataset.from_list(rows(cell.get("rows", 11)))
-    return getattr(trainers, cell["trainer"])(
+    cls = getattr(trainers, cell["trainer"])
+    return (drawing(cls, cell["drawn"]) if "drawn" in cell else cls)(
         model, args=args, processing_class=tokenizer, callbacks=[Numbers()],
         peft_config=adapter(cell.get("peft"), modules_to_save=cell.get("whole")),
         train_dataset=data.to_iterable_dataset(num_shards=3) if cell.get("stream") else data,
         eval_dataset=Dataset.from_list(rows(7, seed=2)),
     )  # fmt: skip
+
+
+def drawing(cls, order: list[int]):
+    """A trainer whose own sampler draws these rows in each epoch."""
+
+    class Order(list, Sampler):
+        pass
+
+    class Drawing(cls):
+        def _get_train_sampler(self, train_dataset=None):
+            return Order(order)
+
+    return Drawing
 
 
 def steps(cell: dict, engine: str, folder: Path) -> dict:

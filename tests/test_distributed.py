@@ -14,6 +14,7 @@ CHOSEN = {
     "ddp": [
         "SWEPO, probe",
         "SWEPO, token budget",
+        "SWEPO, own sampler",
         "LIRE, full",
         "PlackettLuce, LoRA",
         "EMDPO, halves",

@@ -49,7 +49,7 @@ def config(tmp_path, cls=SWEPOTrainer, **kwargs):
 
 
 def trainer(tmp_path, tokenizer, model=None, data=None, eval_data=None, cls=SWEPOTrainer, **kwargs):
-    arguments = ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers")
+    arguments = ("peft_config", "ref_model", "compute_metrics", "callbacks", "optimizers", "data_collator")
     extra = {name: kwargs.pop(name) for name in arguments if name in kwargs}
     data, eval_data = Dataset.from_list(data or rows()), Dataset.from_list(eval_data) if eval_data else None
     return cls(

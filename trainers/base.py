@@ -13,11 +13,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from .config import PreferenceConfig
 from .data import PreferenceCollator
 from .data.budget import budget_loader
+from .data.contract import check_collator
 from .data.drops import collected_reports
 from .data.stream import TokenStream
 from .forward import policy as policies
@@ -52,12 +53,13 @@ class PreferenceTrainer(ReferringTrainer):
         peft_config, quantization_config: train a fresh adapter, on a quantised base if both are given.
         compute_metrics: called with predictions (policy logps, reference logps), each (prompts,K) sums over tokens,
             and label_ids (scores, mask); a slot holds a response where mask is 1, all else in it is padding.
+        data_collator: makes a batch of a list of tokenised rows, in place of a `PreferenceCollator`, whose docstring
+            says what a batch holds; it is tried on the first rows.
 
     Raises:
         ValueError: an option or a row that cannot be used; the message names it and the fix.
     """
 
-    data_collator: PreferenceCollator
     columns: tuple[str, ...] = ()  # further columns of numbers that `loss` reads from a batch
     needs_reference: bool = True
     reference_per_token: bool = False  # whether the reference cache must keep every token, or only sums
@@ -75,6 +77,7 @@ class PreferenceTrainer(ReferringTrainer):
         optimizers: tuple = (None, None),
         quantization_config=None,
         peft_config: PeftConfig | None = None,
+        data_collator: Callable | None = None,
     ):
         args = self.config_class(output_dir="runs/" + self.method.lower()) if args is None else args
         if not isinstance(args, self.config_class):
@@ -124,14 +127,16 @@ class PreferenceTrainer(ReferringTrainer):
         if isinstance(train_dataset, TokenStream):
             train_dataset.check = partial(self._check_streamed, args, models)
 
+        # Its batches hold the rows as they are, whatever `data_collator` makes of them.
+        self.collate = PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of, columns=self.columns)
+        if data_collator is not None:
+            check_collator(data_collator, self.collate, rows)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=PreferenceCollator(
-                processing_class.pad_token_id, args.pad_to_multiple_of, columns=self.columns
-            ),
+            data_collator=self.collate if data_collator is None else data_collator,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -267,21 +272,30 @@ class PreferenceTrainer(ReferringTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ends = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
-        if batches and ends and self.args.max_tokens_per_batch is None:
-            mark_repeated(batches[-1], self.accelerator, len(self.train_dataset), self._train_batch_size)
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            mark_repeated(batches[-1], self.accelerator, self.callback_handler.train_dataloader)
         weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
 
     # Data.
 
     def get_train_dataloader(self):
-        """The Trainer's loader, or batches of `max_tokens_per_batch` tokens. Raises ValueError where there is none."""
-        budget = self.args.max_tokens_per_batch
+        """The Trainer's loader, or batches of `max_tokens_per_batch` tokens.
+
+        Raises:
+            ValueError: there is no batch, or nobody would ask a sampler of the subclass.
+        """
+        budget, streamed = self.args.max_tokens_per_batch, isinstance(self.train_dataset, TokenStream)
+        if type(self)._get_train_sampler is not Trainer._get_train_sampler and (streamed or budget is not None):
+            raise ValueError(
+                f"{type(self).__name__}._get_train_sampler has no effect on "
+                f"{'a stream' if streamed else 'max_tokens_per_batch'}: leave out one of the two, or override "
+                "get_train_dataloader."
+            )
         if budget is not None and self.train_dataset is not None:
             return budget_loader(self.train_dataset, self.data_collator, self.args, budget=budget)
         loader = super().get_train_dataloader()
-        if not isinstance(self.train_dataset, TokenStream) and not len(loader):
+        if not streamed and not len(loader):
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of the {len(self.train_dataset)} rows to train on: set it to "
                 "false, or lower per_device_train_batch_size."

@@ -6,8 +6,11 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PreferenceConfig, Truncation
@@ -80,17 +83,25 @@ def parts(*datasets: Dataset | TokenStream | dict[str, Dataset] | None) -> list[
     return [rows.head if isinstance(rows, TokenStream) else rows for one in several for rows in one]
 
 
-def mark_repeated(batch: Batch, accelerator: Accelerator, rows: int, batch_size: int) -> None:
+def mark_repeated(batch: Batch, accelerator: Accelerator, loader: DataLoader) -> None:
     """Rows that accelerate repeats so that the last batches of an epoch are even count nowhere.
 
     Args:
         batch: this process' last one of an epoch.
-        rows: of the data set.
-        batch_size: the one that the loader was made with.
+        loader: what it came from, whose sampler may draw more or fewer rows than there are.
     """
-    # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on.
-    remainder = rows % (batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
-    if accelerator.num_processes == 1 or not remainder:
+    batches = loader.batch_sampler
+    batches = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    # Other samplers of batches are even (by token budget), and a stream has no last batch.
+    if not isinstance(batches, BatchSampler) or isinstance(loader.dataset, TorchIterableDataset):
+        return
+    if accelerator.num_processes == 1 or batches.drop_last:
+        return
+    # Not accelerate's own remainder, which is wrong in an epoch whose first batches were skipped to go on, and counts
+    # the rows of the data set.
+    rows_at_once = batches.batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
+    remainder = len(batches.sampler) % rows_at_once  # type: ignore[arg-type]
+    if not remainder:
         return
     size = len(batch["scores"])
     position = accelerator.process_index * size + torch.arange(size, device=batch["scores"].device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from trl import SyncRefModelCallback
 
+from .data import PreferenceCollator
 from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.reference import Reference
@@ -18,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class ReferringTrainer(MeasuringTrainer):
-    """A subclass sets `runner`, `reference` (None where the method needs none) and `table`, its cache or None."""
+    """A subclass sets `runner`, `collate`, `reference` (None where the method needs none) and `table` (its cache)."""
 
     runner: Runner
+    collate: PreferenceCollator
     reference: Reference | None
     table: LogpsCache | None
 
@@ -63,7 +65,7 @@ class ReferringTrainer(MeasuringTrainer):
         stands_in = self.untouched and not reference.given  # the policy for its reference
 
         def score(rows: list[dict]) -> Tensor:
-            batch = self._prepare_inputs(self.data_collator(rows))
+            batch = self._prepare_inputs(self.collate(rows))
             self.runner.check(self.model_wrapped, batch, self.accelerator)
             if reference.in_memory or not stands_in:
                 return self._ask_reference(self.model_wrapped, batch).logps

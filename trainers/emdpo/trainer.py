@@ -205,7 +205,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         `folder` or by what `load` gives."""
         scores = score_rows(
             load or (lambda: self._load(folder / POLICY)), [part.rows for part in judged], folder,
-            accelerator=self.accelerator, layout=self.args.layout, pad_token_id=self.data_collator.pad_token_id,
+            accelerator=self.accelerator, layout=self.args.layout, pad_token_id=self.collate.pad_token_id,
             budget=self.args.ref_tokens_per_batch, title=title,
         )  # fmt: skip
         free_memory()

@@ -187,7 +187,7 @@ class SparsePOTrainer(PreferenceTrainer):
     @torch.no_grad()
     def token_values(self, rows: list[dict]) -> dict[str, Tensor]:
         """`token_terms` of tokenised rows, as they are in a data set of this trainer."""
-        batch = self._prepare_inputs(self.data_collator(rows))
+        batch = self._prepare_inputs(self.collate(rows))
         self.model.eval()
         reference = self._reference_forward(self.model, batch)
         with self.accelerator.autocast():
