@@ -90,8 +90,11 @@ class DataArguments:
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * len(self.names)
 
-    def load(self, args, name: str) -> Dataset | IterableDataset | None:
-        """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it."""
+    def load(self, args, name: str, *, keep_dropped: bool = True) -> Dataset | IterableDataset | None:
+        """The rows to train on ("train") or to evaluate on ("test"); None if no split was named for it.
+
+        A stream keeps what is dropped, for a trainer to count, unless `keep_dropped` is false.
+        """
         training = name == "train"
         splits = self.each("dataset_train_split" if training else "dataset_test_split")
         formats, configs = self.each("data_format"), self.each("dataset_config")
@@ -111,7 +114,7 @@ class DataArguments:
                     num_proc=args.dataset_num_proc,
                     max_rows=limit if alone else None,
                     streaming=self.streaming and training,
-                    keep_dropped=self.streaming and training,
+                    keep_dropped=keep_dropped,
                     **({"name": configs[i]} if configs[i] else {}),
                 )
                 for i in chosen

@@ -152,7 +152,7 @@ def read_split(
 ) -> Split | None:
     """The rows of a split, read as a run reads them, and what was left out on the way; None where none was named."""
     with collected_reports() as reports:
-        rows = data.load(args, name)
+        rows = data.load(args, name, keep_dropped=False)
         if rows is None:
             return None
         if isinstance(rows, IterableDataset):
