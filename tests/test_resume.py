@@ -30,6 +30,8 @@ MORE = {
     "SWEPO full cache": {"precompute_ref_logps": True},
     "SWEPO pretrained cache": {"precompute_ref_logps": True},
     "SparsePO full random": {"mask": "random"},  # draws random numbers at every step
+    "DPO full sync": {"sync_ref_model": True, "ref_model_sync_steps": 3},
+    "DPO lora sync": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.1},
     "SWEPO lora accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
 }
 CASES = {f"{name} {tuning}": fields for name, fields in TRAINERS.items() for tuning in TUNINGS} | MORE

@@ -232,6 +232,22 @@ def test_an_adapter_is_the_reference_by_its_name(adapters, tokenizer, precompute
     assert t.ref_model is None and t.reference.adapter == "sft"
 
 
+def test_an_adapter_by_name_may_follow_and_is_then_another_one(adapters, tokenizer):  # noqa: F811
+    model, weights = loaded(adapters, tokenizer, policy="first", sft="first"), Weights()
+    with torch.no_grad():
+        for weight in adapter_weights(model, "sft").values():
+            weight.mul_(1.2)
+    before = [weight.clone() for weight in adapter_weights(model, "sft").values()]
+    t = trainer(adapters, tokenizer, model=model, ref_model="sft", learning_rate=0.3, max_steps=5,
+                data=signal_rows(5), callbacks=[weights], **SYNC)  # fmt: skip
+    t.train()
+    trained = [dict(enumerate(step.values())) for step in weights.found]
+    expected = mixed(trained, dict(enumerate(before)), 0.6, 2)
+    for i, weight in enumerate(adapter_weights(t.model, "sft").values()):
+        torch.testing.assert_close(weight, expected[i], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(weight, before[i])
+
+
 @pytest.mark.parametrize("name, message", [
     ("policy", "ref_model='policy' is the adapter in training: omit ref_model"),
     ("stf", r"ref_model='stf' is no adapter of the model \(policy, sft\), and no model that can be loaded"),
