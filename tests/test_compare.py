@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers import family_tokenizer, flags, save_start
+from test_pages import check_page
 from trainers.cli import compare, config_files
 from trainers.cli.compare_data import RowOptions, cut_rows, scale_scores
 from trainers.cli.compare_report import aggregate, notes, plot
@@ -162,6 +163,10 @@ def test_the_table_and_the_plot(finished):
     assert ">longer response first<" in plot(found)  # without a scorer, accuracy takes the place of the reward
     found["config"]["samples"]["temperature"] = 0.7
     assert "which is not the KL of the policy itself" in "".join(notes(found))
+    page = check_page((finished / "report.html").read_text())
+    differing = page.text[page.text.index("SettingDPO best/worst") :].partition("SettingValue")[0]
+    assert "trainerDPOTrainerLIRETrainer" in differing and "seed" not in differing  # of the first seed
+    assert "Log-probability of a response, nats: chosen" in {a.get("aria-label") for _, a in page.tags}
 
 
 def test_runs_are_not_repeated_and_seeds_can_be_added(inputs, finished, monkeypatch):

@@ -33,6 +33,7 @@ from ..generation.scorer import compared_scorer
 from ..precision import instructions
 from ..runs.files import write_json, write_rows
 from ..runs.processes import free_memory
+from ..runs.record import read_run
 from ..runs.settings import digest, model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
@@ -244,6 +245,7 @@ def measure(run: Run, data: Data) -> dict:
         "logps": [row[: len(scores)].tolist() for row, scores in zip(logps, data.test["scores"], strict=True)],
         "own_rewards": {n: output.metrics[f"test_ranking/{n}"] for n in ("pairwise_accuracy", "ndcg")},
         "log_history": trainer.state.log_history,
+        "record": {} if start is None else read_run(run.stage.folder).record,
     }
     del trainer
     free_memory()

@@ -46,8 +46,10 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
     if picture:
         write_atomic(folder / "plot.svg", picture.encode())
     parts = [blocks.table(head, rows), blocks.figures([picture]), *remarks]
-    logs = {run["name"]: run.get("log_history", []) for run in reversed(report["runs"]) if run["name"] != BASE}
-    runs = [Run(name, {}, logs[name]) for name in figures["methods"]]
+    first = {run["name"]: run for run in reversed(report["runs"])}
+    runs = [
+        Run(name, first[name].get("record", {}), first[name].get("log_history", [])) for name in figures["methods"]
+    ]
     return f"Comparison: {', '.join(figures['methods'])}", {"": parts}, runs
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 FEWEST = 5  # logs that a sign of the training needs
 EVALUATIONS = 3
-SURE = 3.0  # standard errors
+SURE = 2.0  # standard errors
 FALL = 0.02  # nats per token
 LONGER = 1.2
 EXPLAINED, PAIRED = 0.6, 10  # correlation, and the logs that it needs
