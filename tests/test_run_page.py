@@ -68,6 +68,9 @@ def test_a_run_keeps_what_its_page_says(runs, start):
     assert (reading["rows_in"], reading["rows_out"], reading["reasons"]) == (10, 9, {LEFT: 1})
     assert reading["responses_dropped"] == {"missing score": 1, "empty text": 3}
     assert test["rows_in"] == 6 and tokens["rows_in"] == 9
+    titles = [part["title"].rpartition("/")[2] for part in record["left_out"]]
+    assert titles == ["train.jsonl, training rows", "test.jsonl, held-out rows", "Tokenising, training rows",
+                      "Tokenising, held-out rows"]  # fmt: skip
 
 
 def test_the_page_of_a_run(runs, data):

@@ -112,3 +112,21 @@ def test_where_runs_were_evaluated_and_what_counts_as_a_point():
     logs = [{"step": 1, "loss": math.inf}, {"step": 2}, {"step": 3, "loss": 0.25}]
     assert [values.tolist() for values in points(logs, "loss")] == [[3], [0.25]]
     assert evaluations([{"eval_runtime": 1}, {"eval_b_runtime": 1, "train_runtime": 3}]) == ["eval", "eval_b"]
+
+
+def test_made_up_runs_without_a_fault_are_left_alone_and_a_fall_amid_noise_is_seen():
+    def noisy(fall, generator):
+        logs = history()
+        for i, log in enumerate(logs):
+            z = generator.normal(0, 1, 6)
+            log |= {"loss": log["loss"] + 0.05 * z[0], "rewards/margins": log["rewards/margins"] + 0.1 * z[1]}
+            for side, shift, noise in (("chosen", z[2], z[3]), ("rejected", z[4], z[5])):
+                length = 55 + 5 * shift
+                logps = -(1.6 + fall * i / STEPS + 0.05 * noise) * length
+                log |= {f"length/{side}": length, f"logps/{side}": logps}
+        return logs
+
+    generator = np.random.default_rng(1)
+    assert sum(bool(lit(noisy(0, generator))) for _ in range(100)) <= 10
+    seen = sum("Both log-probabilities fall" in lit(noisy(0.2, generator)) for _ in range(100))
+    assert seen >= 70

@@ -99,9 +99,11 @@ class PreferenceTrainer(ReferringTrainer):
         policies.set_pad_token(processing_class, args.pad_token)
         source, adapter = start_of_reference(model, ref_model, fresh=peft_config, follows=args.sync_ref_model)
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
-        with collected_reports(logged=True) as self.left_out:
+        with collected_reports(of="training rows") as self.left_out:
             train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
+        with collected_reports(of="held-out rows") as held_out:
             eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
+        self.left_out += held_out
         for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in parts(eval_dataset):

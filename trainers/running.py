@@ -81,12 +81,17 @@ class RunningTrainer(StreamingTrainer):
             ValueError: `output_dir` holds a run with other settings; the message names them.
         """
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
-        with collected_reports(logged=True) as left_out:
-            splits = {"train_dataset": load_split(data, args, "train"), "eval_dataset": load_split(data, args, "test")}
+        with collected_reports(of="training rows") as left_out:
+            splits = {"train_dataset": load_split(data, args, "train")}
+        with collected_reports(of="held-out rows") as held_out:
+            splits["eval_dataset"] = load_split(data, args, "test")
+        left_out += held_out
         if args.self_enhance is not None:
             refuse_stream(splits["train_dataset"], "self_enhance")
             if isinstance(data, Mapping):  # data arguments have read rows as the args want them
-                splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
+                with collected_reports(of="all rows") as read:
+                    splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
+                left_out += read
             rounds.Rounds(cls, args, model, dataset=name_of(data), left_out=left_out, **splits, **loading).run()
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)

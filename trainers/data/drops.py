@@ -21,7 +21,7 @@ from datasets import Dataset, List, Value
 EVENTS, KEPT = "_events", "_kept"  # temporary columns: list of "kind: reason", and whether the row stays
 COUNTED = {EVENTS: List(Value("string")), KEPT: Value("bool")}
 GIVE_UP = 10_000  # rows of a stream one after the other of which none can be used
-_collected: ContextVar[tuple[list, bool] | None] = ContextVar("collected", default=None)  # and whether to log, too
+_collected: ContextVar[tuple[list, str] | None] = ContextVar("collected", default=None)  # the list, and of what
 
 
 class Drop(Exception):
@@ -83,20 +83,21 @@ class DropReport:
 
 def log_report(logger: logging.Logger, title: str, report: Any, level: int = logging.WARNING) -> None:
     """Print what became of rows, on the first process only; `collected_reports` takes it too, or instead."""
-    reports, logged = _collected.get() or ([], True)
-    reports.append((title, report))
-    if logged and is_first_process():
+    reports, of = _collected.get() or ([], "all")
+    reports.append((f"{title}, {of}" if of else title, report))
+    if of and is_first_process():
         logger.log(level, "%s: %s", title, report)
 
 
 @contextmanager
-def collected_reports(*, logged: bool = False) -> Iterator[list[tuple[str, Any]]]:
-    """Gives the list of (title, report) of the data path inside the block; off the log, unless `logged`.
+def collected_reports(*, of: str = "") -> Iterator[list[tuple[str, Any]]]:
+    """Gives the list of (title, report) of the data path inside the block, and keeps them off the log.
 
-    A report is a `DropReport`, or the `Shares` of a mixture.
+    A report is a `DropReport`, or the `Shares` of a mixture. With `of`, such as "training rows", they are logged too,
+    and titles in the list end with it.
     """
     reports: list[tuple[str, Any]] = []
-    token = _collected.set((reports, logged))
+    token = _collected.set((reports, of))
     try:
         yield reports
     finally:

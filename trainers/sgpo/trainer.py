@@ -122,7 +122,7 @@ class SGPOTrainer(DPOTrainer):
             check_scorer(args.scorer, ["reference"])
         if args.reviser_function is not None:
             load_reviser(args.reviser_function)
-        with collected_reports(logged=True) as left_out:
+        with collected_reports(of="rows of all stages") as left_out:
             rows = read_data(args, data)
         Run(cls, args, model, rows, quantization_config, peft_config, name_of(data), left_out).run()
 
