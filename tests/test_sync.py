@@ -204,16 +204,29 @@ def test_what_cannot_follow_says_so(tmp_path, tokenizer, cls, options, message):
 def test_a_reference_of_other_weights_cannot_follow(adapters, tokenizer):  # noqa: F811
     small = tiny_llama(len(tokenizer), num_hidden_layers=1)
     for options, message in (
-        ({"ref_model": small}, "9 are not there, such as model.layers.1.self_attn.q_proj.weight: leave out ref_model"),
+        ({"ref_model": small}, "9 are not in both, such as model.layers.1.input_layernorm.weight: leave out"),
         ({"ref_model": tiny_llama(len(tokenizer), intermediate_size=48)}, r"mlp.gate_proj.weight is \(48, 32\) there"),
-        ({"ref_model": tiny_llama(len(tokenizer)), "peft_config": LoraConfig(**LORA)}, "are not there, .*lora_A"),
+        ({"ref_model": tiny_llama(len(tokenizer)), "peft_config": LoraConfig(**LORA)}, "are not in both, .*lora_A"),
         (
             {"model": loaded(adapters, tokenizer, policy="first", reference="second")},
-            r"lora_A.* is \(8, 32\) there",
+            "the adapter has r 8 there, not 4",
         ),
     ):
         with pytest.raises(ValueError, match=f"sync_ref_model mixes .*{message}"):
             trainer(adapters, tokenizer, **SYNC, **options)
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"lora_alpha": 32}, "the adapter has lora_alpha 32 there, not 8: leave out ref_model"),
+    ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "4 are not in both, such as .*k_proj.lora_A"),
+])  # fmt: skip
+def test_an_adapter_whose_weights_count_otherwise_cannot_follow(tmp_path, tokenizer, other, message):
+    """Mixed to the last bit with a share of 1, it would still be another policy."""
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    model = get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**fields))
+    model.add_adapter("sft", LoraConfig(**fields | other))
+    with pytest.raises(ValueError, match=f"sync_ref_model mixes .*{message}"):
+        trainer(tmp_path, tokenizer, model=model, ref_model="sft", **SYNC)
 
 
 # An adapter by its name.

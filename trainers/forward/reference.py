@@ -23,8 +23,6 @@ from .policy import SAFE, load_policy
 REFERENCE_ADAPTER = "reference"
 SAVED = "ref_model/model.safetensors"  # in a checkpoint; not beside the policy's file, which some load by its suffix
 INERT = (True, "gaussian", "orthogonal", "eva")  # initialisations under which a fresh adapter changes no output
-
-
 UNLIKE = (
     "sync_ref_model mixes the weights that the policy trains into those of the reference, but {}: leave out "
     "ref_model, so that the reference is a copy of the policy, or set sync_ref_model to false."
@@ -112,7 +110,14 @@ class Reference:
                 write_whole(kept, file.get_tensor(name))
 
     def check_weights(self, policy: nn.Module) -> None:
-        """Raises ValueError where the weights that the policy trains are not those of the reference."""
+        """Raises ValueError where the weights that the policy trains are not those of the reference, or count more."""
+        adapters = [policy.active_adapter, self.adapter] if isinstance(policy, PeftModel) and not self.own else []
+        for module in policy.modules() if adapters else ():
+            for name, entries in vars(module).items():  # numbers of a layer by adapter, such as its scaling
+                if isinstance(entries, dict) and {*adapters} <= entries.keys():
+                    trained, kept = (entries[adapter] for adapter in adapters)
+                    if isinstance(kept, int | float) and kept != trained:
+                        raise ValueError(UNLIKE.format(f"the adapter has {name} {kept} there, not {trained}"))
         for name, (kept, trained) in self._weights(policy).items():
             with whole(kept), whole(trained):
                 if kept.shape != trained.shape:
@@ -127,8 +132,8 @@ class Reference:
         else:
             assert isinstance(policy, PeftModel) and self.adapter is not None
             kept, trained = (adapter_weights(policy, name) for name in (self.adapter, policy.active_adapter))
-        if missing := [name for name in trained if name not in kept]:
-            raise ValueError(UNLIKE.format(f"{len(missing)} are not there, such as {missing[0]}"))
+        if unlike := sorted(trained.keys() - kept.keys()) or sorted(() if self.own else kept.keys() - trained.keys()):
+            raise ValueError(UNLIKE.format(f"{len(unlike)} are not in both, such as {unlike[0]}"))
         return {name: (kept[name], weight) for name, weight in trained.items()}
 
 
