@@ -55,6 +55,8 @@ EXPECTED = {
     ),
     "mistral": "[ hi</s>][INST] more [/INST][ the dog</s>]",
 }
+# How many of its tokens are trained on, not, and trained on again, and how many the response of a single message has.
+COUNTS = {"llama3": (3, 18, 4, 3), "qwen": (4, 15, 5, 4), "gemma": (4, 13, 5, 4), "mistral": (4, 7, 4, 4)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,11 +68,12 @@ def test_the_assistants_tokens_are_trained_on_and_no_others(family):
     assert masked["prompt_ids"] == single["prompt_ids"]  # so the boundary is the one of single messages
     everything = tokenize_row(row, tokenizer, assistant_only_loss=False)
     assert everything | {"assistant_masks": masked["assistant_masks"]} == masked
-    batch = PreferenceCollator(0)([masked, single | {"scores": [0.0, 1.0]}])
-    assert batch["response_mask"][0, 0].tolist() == masked["assistant_masks"][0]
-    assert batch["response_mask"][1].sum(-1).tolist() == [len(ids) for ids in single["response_ids"]]
-    first = masked["assistant_masks"][0]
-    assert first[0] and first[-1] and False in first
+    batch = PreferenceCollator(0)([masked, single])
+    first, between, second, short = COUNTS[family]
+    whole = [True] * short + [False] * (first + between + second - short)
+    assert batch["response_mask"].tolist() == [
+        [[True] * first + [False] * between + [True] * second, whole], [whole, whole]
+    ]  # fmt: skip
 
 
 def test_rows_of_single_messages_are_as_they_were():
