@@ -17,6 +17,7 @@ from trainers import DPOTrainer, SparsePOTrainer, SWEPOTrainer
 from trainers.cli.masks import row_parts
 from trainers.data import tokenize_dataset
 from trainers.forward.cache import LogpsCache, response_keys
+from trainers.runs.settings import rows_digest
 
 METHOD_OPTIONS = {**{method: {} for method in METHODS}, "SparsePO": {"mask_init": "dense", "mask_init_std": 0.5}}
 
@@ -160,6 +161,11 @@ def losses_with_a_cache(folder, count):
     if t.is_world_process_zero():
         (folder / f"{count}.json").write_text(json.dumps([logged(t), logged(t, "length/chosen")]))
     leave_processes()
+
+
+def test_a_run_with_other_marks_is_another_run(tokenizer):
+    digests = [rows_digest(Dataset.from_list(masked_rows(tokenizer, rows(3), shift))) for shift in (0, 1, 0)]
+    assert digests[0] == digests[2] != digests[1]
 
 
 @pytest.mark.distributed

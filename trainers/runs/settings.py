@@ -125,7 +125,7 @@ def _update(hashed, name: str, values: pa.Array) -> None:
     while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         hashed.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
         values = pc.list_flatten(values)
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+    if any(of(values.type) for of in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)):
         hashed.update(values.to_numpy(zero_copy_only=False).astype("float64").tobytes())
     elif isinstance(values.type, pa.BaseExtensionType):
         hashed.update("\n".join(map(str, values.storage.to_pylist())).encode())
