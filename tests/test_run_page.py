@@ -119,6 +119,8 @@ def test_samples_are_those_of_the_start_and_of_the_policy(runs, data, capsys):
         "report.html is ready" in capsys.readouterr().out
         and "after, 2 tokens" in (runs / "fast/report.html").read_text()
     )
+    with pytest.raises(ValueError, match="the option 'temprature' is not known"):
+        write_report(runs / "fast", ["--samples", "1", "--temprature", "2"])
     with pytest.raises(ValueError, match="samples=-1 must be"):
         write_report(runs / "fast", ["--samples", "-1"])
 
@@ -171,7 +173,7 @@ def test_a_run_of_an_older_version_has_its_curves_and_says_what_is_missing(runs,
     (folder / "run.json").unlink()
     page = page_of(folder)
     assert "There is no run.json" in page.text and page.text.count("<script>alert('x')<") >= 1
-    with pytest.raises(ValueError, match="--samples: no run.json names the model"):
+    with pytest.raises(ValueError, match="--samples: it is not recorded .*give --model_name_or_path"):
         write_report(folder, ["--samples", "1"])
 
 

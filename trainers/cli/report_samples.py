@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from polypo.recipes import chosen, split_recipe
+from polypo.recipes import split_recipe
 
 from .. import PreferenceConfig
 from ..forward import policy as policies
@@ -16,9 +16,11 @@ from ..pages.page import blocks
 from ..runs.checkpoints import last_checkpoint
 from ..runs.record import Run
 from ..sgpo.text import turns
-from .arguments import DataArguments
+from . import config_files
+from .arguments import DataArguments, ModelArguments
 from .compare_samples import SampleOptions, sample_and_measure
 
+MODEL = "model_name_or_path"
 ROWS = ("dataset_name", "dataset_config", "dataset_test_split", "data_format")
 WEIGHTS = ("config.json", "adapter_config.json")
 
@@ -31,18 +33,19 @@ def sample_parts(folders: Sequence[Path], runs: Sequence[Run], asked, flags: Seq
         flags: a recipe or its fields, for what a run.json does not say: `model_name_or_path`, and the rows.
 
     Raises:
-        ValueError: the runs started from several models, or it is not known from which one; a folder holds no policy;
+        ValueError: the runs began with several models, or it is not known with which one; a folder holds no policy;
             there are no rows to take prompts of.
     """
     own, recipe = split_recipe([*flags])
-    name = chosen("model_name_or_path", own, recipe, _start(runs))
-    if not name:
-        raise ValueError("--samples: no run.json names the model that was trained: give --model_name_or_path.")
-    init_kwargs = runs[0].settings.get("model_init_kwargs")
+    wanted = _recorded(runs) | {name: value for name, value in recipe.items() if name in (*ROWS, MODEL)}
+    data, model = config_files.parse([DataArguments, ModelArguments], own, wanted)
+    if not model.model_name_or_path:
+        raise ValueError(f"--samples: it is not recorded that all runs began with one model: give --{MODEL}.")
+    name, init_kwargs = model.model_name_or_path, runs[0].settings.get("model_init_kwargs")
     with TemporaryDirectory() as scratch:
         known = {key: runs[0].settings[key] for key in ("as_chat", "seed", "use_cpu") if key in runs[0].settings}
         args = PreferenceConfig(output_dir=scratch, report_to=[], **known)
-    prompts = _prompts(runs[0], args, own, recipe)[: asked.samples]
+    prompts = _prompts(data, args)[: asked.samples]
     tokenizer = policies.tokenizer_at(name, init_kwargs)
     policies.set_pad_token(tokenizer, runs[0].settings.get("pad_token"))
     options = SampleOptions(prompts=len(prompts), max_new_tokens=asked.max_new_tokens, seed=args.seed)
@@ -57,11 +60,11 @@ def sample_parts(folders: Sequence[Path], runs: Sequence[Run], asked, flags: Seq
     return [_told(name, options), _table(measured), *(_pair(i, prompt, measured) for i, prompt in enumerate(prompts))]
 
 
-def _start(runs: Sequence[Run]) -> str | None:
-    models = {run.record.get("model") for run in runs}
-    if len(models) > 1:
-        raise ValueError(f"--samples: the runs started from several models ({', '.join(map(str, models))}): name one.")
-    return models.pop()
+def _recorded(runs: Sequence[Run]) -> dict:
+    """Held-out rows of the first run, and the model where all of them began."""
+    data, models = runs[0].record.get("data", {}), {run.record.get("model") for run in runs}
+    known = {name: data.get(name) for name in ROWS} | {MODEL: models.pop() if len(models) == 1 else None}
+    return {name: value for name, value in known.items() if value}
 
 
 def _policy(folder: Path) -> Path:
@@ -72,10 +75,8 @@ def _policy(folder: Path) -> Path:
     raise ValueError(f"--samples: {folder} holds no policy yet, nor a whole checkpoint with one.")
 
 
-def _prompts(run: Run, args: PreferenceConfig, flags: list[str], recipe: dict) -> list:
+def _prompts(data: DataArguments, args: PreferenceConfig) -> list:
     """The different prompts of the rows that were held out."""
-    recorded = run.record.get("data", {})
-    data = DataArguments(**{name: chosen(name, flags, recipe, recorded.get(name)) for name in ROWS})
     if not (data.dataset_name and data.dataset_test_split):
         raise ValueError(
             "--samples: the run names no held-out rows to take prompts of: give --dataset_name FILE "

@@ -43,9 +43,10 @@ def write_record(args: TrainingArguments, left_out: Iterable[tuple[str, Any]], *
         facts: trainer, model and data, as JSON can hold them.
     """
     values = args.to_dict()  # which takes every field that is called a token for a secret
-    values |= {name: vars(args)[name] for name in ("pad_token",) if name in values}
-    if "token" in (keywords := values.get("model_init_kwargs") or {}):
-        values["model_init_kwargs"] = keywords | {"token": "<TOKEN>"}
+    if "pad_token" in values:
+        values["pad_token"] = vars(args)["pad_token"]
+    if keywords := values.get("model_init_kwargs"):
+        values["model_init_kwargs"] = {name: value for name, value in keywords.items() if name != "token"}
     passes = [
         {"title": title, **(vars(report) if isinstance(report, DropReport) else {"told": str(report)})}
         for title, report in left_out
