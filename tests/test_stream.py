@@ -1,13 +1,15 @@
 """Streams: the rows of a table in another order, whole after a kill, the same on all processes, and never a hang."""
 
+import io
 import json
 import signal
+import tarfile
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
 from safetensors.torch import load_file
 from transformers.trainer_utils import SaveStrategy
 
@@ -369,6 +371,30 @@ def test_a_file_is_streamed_from_the_command_line_and_shown_before(suffix, start
         describe(*train.parse([*argv, "--max_steps", "-1"]))
     with pytest.raises(ValueError, match="streaming reads one data set"):
         train.parse([*argv, "--dataset_name", path, path])
+
+
+def test_shards_of_webdataset_are_gone_on_with(tokenizer, tmp_path):
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as file:
+            for i, row in enumerate(ROWS[shard::3]):
+                content = json.dumps(row).encode()
+                member = tarfile.TarInfo(f"{i}.json")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+
+    def make():
+        files = [str(tmp_path / f"{shard}.tar") for shard in range(3)]
+        source = load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=tmp_path)
+        return token_stream(source.map(lambda row: row["json"]), tokenizer)
+
+    stream = make()
+    expected = [*islice(stream, 20)]
+    state = json.loads(json.dumps(stream.state(14)))
+    again = make()
+    again.go_on(state)
+    assert [*islice(again, 6)] == expected[14:]
+    whole, _ = tokenize_dataset(Dataset.from_list(ROWS), tokenizer)
+    assert sorted(row["response_ids"] for row in expected[:11]) == sorted(whole["response_ids"])
 
 
 def test_what_a_format_drops_is_counted_with_its_place(tokenizer):
