@@ -142,7 +142,8 @@ def test_a_run_amid_its_training(runs, tmp_path):
         write_report(tmp_path / "amid", ["--samples", "1"])
     shutil.rmtree(tmp_path / "amid/checkpoint-8")
     page = page_of(tmp_path / "amid")
-    assert "nothing is logged yet" in page.text and "learning_rate" in page.text and "<svg" not in page.text
+    assert "nothing is logged yet" in page.text and "learning_rate" in page.text
+    assert "svg" not in {tag for tag, _ in page.tags}
     (tmp_path / "amid/run.json").unlink()
     with pytest.raises(ValueError, match=r"no log of a training: neither trainer_state.json.*nor run.json"):
         write_report(tmp_path / "amid")
@@ -164,6 +165,18 @@ def test_what_is_no_number_of_a_step_is_passed_over(tmp_path):
 def test_a_broken_log_is_named(tmp_path, content, told):
     (tmp_path / "trainer_state.json").write_text(content)
     with pytest.raises(ValueError, match=f"trainer_state.json.*{told}"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["runs.json", "self_enhance.json", "results.json"])
+def test_a_broken_file_of_a_run_in_stages_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"a": ')
+    (tmp_path / "round-00/held-out/samples").mkdir(parents=True)
+    (tmp_path / "round-00/manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{name} is not JSON .*cut short"):
+        write_report(tmp_path)
+    (tmp_path / name).write_text('{"results": 1}')  # as other programs call theirs
+    with pytest.raises(ValueError, match=f"{name} there lacks '.*move it away"):
         write_report(tmp_path)
 
 

@@ -1,6 +1,5 @@
 """The figures of a comparison, from runs.json of its folder: results.json, table.md, plot.svg, parts of its page."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import Series
 from ..pages.text import interval, markdown
-from ..runs.files import write_atomic, write_json
+from ..runs.files import read_json, write_atomic, write_json
 from ..runs.record import Run
 from ..statistics import bootstrap_interval, t_interval
 
@@ -37,7 +36,7 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
     Returns:
         title and parts of the page, and of each method the training with the first seed.
     """
-    report = json.loads((folder / "runs.json").read_text())
+    report = read_json(folder / "runs.json")
     figures = aggregate(report)
     write_json(folder / "results.json", figures)
     head, rows, remarks = *table(figures), notes(figures)

@@ -1,6 +1,5 @@
 """What the page shows that `make demo` ends with, from results.json of its folder."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval
+from ..runs.files import read_json
 from ..runs.record import Run, read_run
 from .answers import MEASURES, per_prompt
 
@@ -29,7 +29,7 @@ SIDES = ("before", "after")
 
 def read(folder: Path) -> tuple[str, Sections, list[Run]]:
     """Title and parts of the page, and the training."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     sections = {
         "": headline(results),
         "Is there a trivial explanation?": explanations(results),

@@ -72,11 +72,17 @@ def write_report(folders: Path | Sequence[Path], flags: Sequence[str] = ()) -> P
         from . import masks
 
         return masks.write_report(["--checkpoint", str(folders[0]), *rest])
-    title, own, runs = folders[0].name, Sections(), list[Run]()
+    title, own, runs = folders[0].resolve().name, Sections(), list[Run]()
     if len(folders) > 1:
         title = f"{len(folders)} runs side by side"
     elif kind := next((kind for kind in KINDS if any(folders[0].glob(kind))), None):
-        title, own, runs = importlib.import_module(f"trainers.cli.{KINDS[kind]}").read(folders[0])
+        try:
+            title, own, runs = importlib.import_module(f"trainers.cli.{KINDS[kind]}").read(folders[0])
+        except KeyError as error:
+            raise ValueError(
+                f"{folders[0]}: {kind} there lacks {error}, so this program has not written it, or not to its end: "
+                "move it away, for a page without it."
+            ) from error
     if not own:
         runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     samples = []

@@ -3,7 +3,6 @@
 Every policy answered the same prompts with the same random streams. Intervals are 95 % bootstrap over prompts.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval, markdown
-from ..runs.files import read_journal, write_atomic
+from ..runs.files import read_journal, read_json, write_atomic
 from ..runs.record import Run, read_run
 from ..statistics import bootstrap_interval
 from .answers import MEASURES, Answer, matched_gain, per_prompt
@@ -34,9 +33,9 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
     rounds = [path for path in rounds if (path / "held-out/samples").is_dir()]
     if not rounds:
         raise ValueError(f"{folder} holds no finished round with held-out samples: set held_out_generations.")
-    settings = json.loads((folder / "self_enhance.json").read_text())["settings"]
+    settings = read_json(folder / "self_enhance.json")["settings"]
     policies = [read_answers(folder / "before"), *(read_answers(path / "held-out") for path in rounds)]
-    manifests = [json.loads((path / "manifest.json").read_text()) for path in rounds]
+    manifests = [read_json(path / "manifest.json") for path in rounds]
     names = ["start", *(f"round {number}" for number in range(1, len(policies)))]
     measured = [{name: per_prompt(answers, of) for name, of in MEASURES.items()} for answers in policies]
     spec, rows = settings["self_enhance.scorer"], []

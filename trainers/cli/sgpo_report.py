@@ -1,6 +1,5 @@
 """What the page of an SGPO run shows: what each stage kept, what the monitor found, curves, edits word by word."""
 
-import json
 import re
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import Series
 from ..pages.training import curve
-from ..runs.files import read_rows
+from ..runs.files import read_json, read_rows
 from ..runs.record import Run, read_run
 from ..runs.stage import MANIFEST, SETTINGS
 from ..sgpo.filters import OUTLIER
@@ -34,7 +33,7 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
         ValueError: no stage of the folder is finished.
     """
     paths = sorted(folder.glob("round-*"))
-    rounds = [{s: json.loads((p / s / MANIFEST).read_text())["counts"] for s in STAGES if (p / s / MANIFEST).exists()}
+    rounds = [{s: read_json(p / s / MANIFEST)["counts"] for s in STAGES if (p / s / MANIFEST).exists()}
               for p in paths]  # fmt: skip
     if not any(rounds):
         raise ValueError(f"{folder} holds no finished stage of a run of SGPO.")
@@ -110,7 +109,7 @@ def histogram(last: Path) -> str:
     outside = [row["statistic"] for row in read_rows(last / "filter/dropped.jsonl.gz") if row["reason"] == OUTLIER]
     if not inside:
         return ""
-    fences = json.loads((last / "filter" / MANIFEST).read_text())["counts"]["fences"]
+    fences = read_json(last / "filter" / MANIFEST)["counts"]["fences"]
     marks = [fences[side] for side in ("lower", "upper") if fences[side] is not None]
     bins = np.histogram_bin_edges([*inside, *outside], 20)
     labels = {"xlabel": "gain in log-probability per token", "ylabel": "examples"}

@@ -86,7 +86,14 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    return json.loads(Path(path).read_text())
+    """The object in a file. Raises ValueError naming a file that is not JSON, as after a kill, or holds none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): it was cut short or overwritten.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content
 
 
 def write_json(path: str | Path, content: dict | list) -> None:

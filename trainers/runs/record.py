@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,14 +90,14 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             f"{folder} holds no log of a training: neither {STATE}, which a run writes with every checkpoint "
             f"(save_steps) and at its end, nor {RECORD}, which it writes before its first step."
         )
-    known = {} if record is None else _read(record)
+    known = {} if record is None else read_json(record)
     if not states:
         return Run(name or str(folder), known, [])
     newest = max(states, key=lambda path: (path.stat().st_mtime, path.parent == folder))
     saved = newest.parent / SETTINGS
     if record is None and saved.is_file():
-        known = {"settings": _read(saved).get("settings", {})}
-    state = _read(newest)
+        known = {"settings": read_json(saved).get("settings", {})}
+    state = read_json(newest)
     if not isinstance(state.get("log_history"), list):
         raise ValueError(f"{newest} is no state of a Trainer: it has no log_history.")
     checkpoint = newest.parent.name if newest.parent.name.startswith("checkpoint-") else ""
@@ -110,13 +109,3 @@ def _numbers(logs: list) -> list[dict]:
     """The logs of a step, and of these what is a number: callbacks may log anything."""
     logs = [log for log in logs if isinstance(log, dict) and isinstance(log.get("step"), int)]
     return [{name: value for name, value in log.items() if isinstance(value, int | float)} for log in logs]
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = read_json(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): it was cut short or overwritten.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return content
