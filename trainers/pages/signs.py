@@ -157,7 +157,7 @@ def evaluation_turns(history: list[dict]) -> str | None:
 SIGNS: tuple[tuple[str, str, Callable[[list[dict]], str | None], str], ...] = (
     (
         "Both log-probabilities fall",
-        f"The line through `logps` / `length` falls by more than {FALL} nats per token over the run, and by more than "
+        f"The line through logps / length falls by more than {FALL} nats per token over the run, and by more than "
         f"{SURE:.0f} of its standard errors, for chosen and for rejected.",
         likelihoods_fall,
         "The policy gets better at telling the two apart and worse at writing either. Some fall is usual; if it goes "
@@ -165,14 +165,14 @@ SIGNS: tuple[tuple[str, str, Callable[[list[dict]], str | None], str], ...] = (
     ),
     (
         "Chosen responses are longer",
-        f"The mean `length/chosen` is above {LONGER} times the mean `length/rejected`.",
+        f"The mean length/chosen is above {LONGER} times the mean length/rejected.",
         chosen_longer,
         "The policy may learn to write longer, and nothing else: compare the lengths of samples (--samples), and "
         "accuracy with that of a ranking by length (polypo compare).",
     ),
     (
         "Length explains the margins",
-        "Once the trend of both is taken away, `rewards/margins` and the lead in length of the same logs correlate by "
+        "Once the trend of both is taken away, rewards/margins and the lead in length of the same logs correlate by "
         f"more than {EXPLAINED}; with {PAIRED} logs or more.",
         length_explains,
         "Where chosen is much longer, the margin is larger: part of what is learned is length. Cut rows to equal "
@@ -180,21 +180,21 @@ SIGNS: tuple[tuple[str, str, Callable[[list[dict]], str | None], str], ...] = (
     ),
     (
         "Nothing is learned",
-        f"`ranking/pairwise_accuracy` is below {CHANCE} in the last third, where 0.5 is chance, and the line through "
-        f"`rewards/margins` does not rise by more than {SURE:.0f} of its standard errors.",
+        f"ranking/pairwise_accuracy is below {CHANCE} in the last third, where 0.5 is chance, and the line through "
+        f"rewards/margins does not rise by more than {SURE:.0f} of its standard errors.",
         nothing_learned,
         "Raise learning_rate or train for longer; look whether scores say anything about the responses.",
     ),
     (
         "The loss breaks or jumps",
-        f"A logged `loss` or `grad_norm` is not finite; or a loss is above both the one before and the median by "
+        f"A logged loss or grad_norm is not finite; or a loss is above both the one before and the median by "
         f"more than {SPIKE:.0f} times the usual change from log to log, and by more than 20 % of the median.",
         loss_breaks,
         "Lower learning_rate, set max_grad_norm or a warm-up, and look at the rows of that step.",
     ),
     (
         "Most prompts carry no signal",
-        f"The mean `prompts/without_signal` is above {SILENT}.",
+        f"The mean prompts/without_signal is above {SILENT}.",
         mostly_silent,
         "Their scores are equal, or the method's options leave nothing to contrast: a larger part of the data trains "
         "nothing than trains something.",
