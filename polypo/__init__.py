@@ -32,6 +32,7 @@ COMMANDS = {  # each is `main(argv)` of the module of this name in trainers/cli
 
 
 TRAINING = ("train", "sweep")  # which need the processes of accelerate, also without an option of `LAUNCH`
+LAUNCHER = "POLYPO_LAUNCHER"  # variable that tells the processes of accelerate which one started them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,9 +82,9 @@ def start(command: str, argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list its defaults
-    module = [f"trainers.cli.{command}"] if command in TRAINING else ["polypo", command]
-    options = launch_command_parser().parse_args(["--quiet", *launch, "--module", *module, *rest])
+    options = launch_command_parser().parse_args(["--quiet", *launch, "--module", "polypo.worker", command, *rest])
     refuse_missing_gpus(options)
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         launch_command(options)
     except ChildFailedError as error:  # whose own error stands above

@@ -1,10 +1,12 @@
 """The program `polypo`: usages without imports, recipes and flags, what it hands to accelerate, and the wheel."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub
+import psutil
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -238,6 +241,28 @@ def test_accelerate_has_the_options_that_are_handed_to_it():
         [*flags(**values), "--cpu", "--quiet", "--config_file", "a", "--module", "b"]
     )
     assert known.training_script == "b" and known.gpu_ids == "1" and known.machine_rank == 1
+
+
+WORKER = "from polypo.worker import end_with_launcher as end; end(); print('started', flush=True); input()"
+PROGRAM = f"""
+import os, subprocess, sys
+os.environ[{polypo.LAUNCHER!r}] = str(os.getpid())
+worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], stdin=sys.stdin)
+print(worker.pid, flush=True)
+worker.wait()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_what_accelerate_started_ends_when_the_program_is_killed(sent):
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    worker = psutil.Process(int(program.stdout.readline()))
+    assert program.stdout.readline() == b"started\n"
+    program.send_signal(sent)
+    program.wait(10)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker.wait(10)  # TimeoutExpired where it lives on
+    program.stdin.close()
 
 
 def test_the_wheel_trains_a_recipe_on_the_demo_rows_without_a_checkout(tmp_path):

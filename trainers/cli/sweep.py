@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 from trl import get_peft_config, get_quantization_config
 
-from polypo import mistakes_told, recipes
+from polypo import recipes
 
 from .. import EMDPOTrainer, SGPOTrainer
 from ..config import JSON, check_options, option
@@ -207,8 +207,3 @@ def _write(folder: Path, report: dict) -> None:
     write_atomic(folder / "sweep.md", table.encode())
     trained = " ".join(run["folder"] for run in runs if run["value"] is not None)
     print(f"\n{table}\nbest: {best['folder']} ({report['metric']} {best['value']:.4f})\npolypo report {trained}")
-
-
-if __name__ == "__main__":
-    with mistakes_told():
-        main(sys.argv[1:])

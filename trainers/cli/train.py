@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from trl import get_peft_config, get_quantization_config
 
-from polypo import mistakes_told, recipes, usage
+from polypo import recipes, usage
 
 from .. import PreferenceConfig, PreferenceTrainer
 from . import config_files
@@ -103,8 +103,3 @@ def find_trainer(name: str) -> type[PreferenceTrainer]:
     if not (isinstance(found, type) and issubclass(found, PreferenceTrainer)):
         raise ValueError(f"trainer={name!r} is not a PreferenceTrainer.")
     return found
-
-
-if __name__ == "__main__":
-    with mistakes_told():
-        main(sys.argv[1:])
