@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
 import processes
 from helpers import flags, leave_processes, write_rows
@@ -38,6 +39,10 @@ def options(tmp_path_factory, start):
 def run(options, output, values, **more):
     sweep.main(["--config", str(options), *flags(output_dir=output, values=json.dumps(values), **more)])
     return read_json(output / "sweep.json")
+
+
+def planned(options, output, values):
+    return sweep.plan(sweep.SweepArguments(values), ["--config", str(options), "--output_dir", str(output)])[0]
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +183,49 @@ def test_more_draws_add_to_those_that_were_made():
 
 def test_values_are_read_as_those_of_a_recipe(options, tmp_path):
     values = {"max_length": [None, "64"], "lora_target_modules": [["q_proj", "v_proj"]]}
-    runs, _ = sweep.plan(sweep.SweepArguments(values), ["--config", str(options), "--output_dir", str(tmp_path)])
+    runs = planned(options, tmp_path, values)
     assert [run.stage.folder.name for run in runs] == [
         f"max_length-{length}_lora_target_modules-q_proj-v_proj" for length in ("null", "64")
     ]
     assert [run.stage.settings["max_length"] for run in runs] == [None, 64]
+    runs = planned(options, tmp_path, {"precompute_ref_logps": [True, False], "learning_rate": [1, "1e-30"]})
+    assert [run.stage.settings["learning_rate"] for run in runs] == [1.0, 1e-30] * 2
+    assert [run.recipe["precompute_ref_logps"] for run in runs] == ["true"] * 2 + ["false"] * 2
+
+
+def test_long_values_are_told_apart_in_names_that_a_file_system_takes(options, tmp_path):
+    common = "|".join(["\u00fcber_proj"] * 30)
+    values = {"lora_target_modules": [f"{common}|q_proj", f"{common}|v_proj"]}
+    runs = planned(options, tmp_path, values)
+    names = [run.stage.folder.name for run in runs]
+    assert len({*names}) == 2 and all(200 < len(name.encode()) <= 209 for name in names)
+    assert names == [run.stage.folder.name for run in planned(options, tmp_path, values)]
+    for one in runs:
+        one.stage.open()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "saved"])
+def test_a_run_over_other_rows_is_not_compared_with_those_that_are_done(kind, options, tmp_path, capsys):
+    recipe, path = yaml.safe_load(options.read_text()), tmp_path / "rows.jsonl"
+    name = {"file": path, "folder": tmp_path / "some", "saved": tmp_path / "saved"}[kind]
+
+    def write(sign):
+        changed = [row | {"scores": [sign * score for score in row["scores"]]} for row in rows()]
+        if kind == "saved":
+            Dataset.from_list(changed).save_to_disk(name)
+        else:
+            name.mkdir(exist_ok=True) if kind == "folder" else None
+            write_rows(name / "a.jsonl" if kind == "folder" else name, changed)
+
+    write(1)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"dataset_name": str(name), "max_steps": 1}))
+    run(tmp_path / "recipe.yaml", tmp_path / "out", {"seed": [1]})
+    run(tmp_path / "recipe.yaml", tmp_path / "out", {"seed": [1]})
+    assert "done already" in capsys.readouterr().out
+    write(-1)
+    with pytest.raises(ValueError, match="was written with other settings: data files are others"):
+        run(tmp_path / "recipe.yaml", tmp_path / "out", {"seed": [1, 2]})
+    assert not (tmp_path / "out/seed-2").exists()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +235,9 @@ def test_values_are_read_as_those_of_a_recipe(options, tmp_path):
         ({"beta": []}, {}, r"values: beta is \[\], give a list"),
         ({}, {}, "values is empty"),
         ({"output_dir": ["a"]}, {}, "output_dir is set by the sweep"),
-        ({"beta": [0.1, -1]}, {}, "beta=-1 must be a finite number"),
+        ({"beta": [0.1, -1]}, {}, "beta=-1.0 must be a finite number"),
+        ({"max_steps": [1, True]}, {}, "max-steps: needs a whole number, not 'true'"),
+        ({"beta": [0.1, "1e-1"]}, {}, "beta-0.1 and beta-1e-1 are the same run"),
         ({"betta": [0.1]}, {}, "'betta' is not known: did you mean beta"),
         ({"beta": [0.1, 0.1]}, {}, "two combinations give the same folder beta-0.1"),
         ({"beta": [0.1]}, {"beta": 0.2}, "beta is a flag, which would win over its values"),

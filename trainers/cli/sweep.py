@@ -14,7 +14,9 @@ import random
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +27,18 @@ from polypo import recipes
 
 from .. import EMDPOTrainer, SGPOTrainer
 from ..config import JSON, check_options, option
+from ..data.files import data_fingerprint
 from ..generation.options import read_mapping
 from ..pages.text import markdown
 from ..runs.files import read_json, write_atomic, write_json
 from ..runs.processes import Processes, free_memory
-from ..runs.settings import policy_settings, run_settings
+from ..runs.settings import digest, policy_settings, run_settings
 from ..runs.stage import MANIFEST, Stage
 from . import config_files, train
 
 SET_HERE = ("config", "output_dir", "resume_from_checkpoint")
 NOT_OF_RESULT = ("dry_run", "probe", "accelerate_config")  # fields of `DataArguments`
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
 @dataclass
@@ -126,20 +130,26 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         if recipes.chosen(name, flags, {}) is not None:
             raise ValueError(f"{name} is a flag, which would win over its values in the sweep: leave one out.")
     runs: dict[str, Run] = {}
+    made: dict[str, str] = {}  # a folder by the values as the options read them
+    fingerprint = cache(data_fingerprint)
     for values in arguments.combinations():
-        name = "_".join(f"{option}-{_slug(value)}" for option, value in values.items())
+        name = _folder(values)
         if name in runs:
             raise ValueError(f"values: two combinations give the same folder {name}: leave one out.")
-        own = {"run_name": name} | recipe | values | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
-        runs[name] = Run(values, Stage(folder / name, _settings(flags, own)), flags, own)
+        texts = {option: _text(value) for option, value in values.items()}
+        own = {"run_name": name} | recipe | texts | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
+        parsed = train.read(flags, own)
+        read = {option: value for part in parsed[1:] for option, value in vars(part).items()}
+        if (twin := made.setdefault(repr([read.get(option, values[option]) for option in values]), name)) != name:
+            raise ValueError(f"values: {twin} and {name} are the same run, written otherwise: leave one out.")
+        runs[name] = Run(values, Stage(folder / name, _settings(*parsed, fingerprint)), flags, own)
     for run in runs.values():
         run.stage.done()  # other settings of any run end it here
     return [*runs.values()], folder
 
 
-def _settings(flags: list[str], recipe: dict[str, Any]) -> dict:
-    """What a run depends on. Raises ValueError for one that gives nothing to compare."""
-    trainer, data, args, model = train.read(flags, recipe)
+def _settings(trainer, data, args, model, fingerprint: Callable[[str], str | None]) -> dict:
+    """What a run depends on, its rows by their files. Raises ValueError for one that gives nothing to compare."""
     if data.dry_run or data.probe:
         raise ValueError("a sweep has no dry_run and no probe: ask polypo train, with one of its combinations.")
     if issubclass(trainer, EMDPOTrainer | SGPOTrainer) or args.self_enhance is not None:
@@ -147,6 +157,7 @@ def _settings(flags: list[str], recipe: dict[str, Any]) -> dict:
     if not any(data.each("dataset_test_split")):
         raise ValueError("A sweep needs held-out rows: set dataset_test_split.")
     of_data = {name: value for name, value in asdict(data).items() if name not in NOT_OF_RESULT}
+    of_data["data files"] = digest([fingerprint(recipes.shipped(name)) for name in data.names])
     start = policy_settings(model.model_name_or_path, get_quantization_config(model), args.model_init_kwargs)
     return run_settings(args, adapter=get_peft_config(model), **of_data, **start)
 
@@ -189,6 +200,18 @@ def _result(run: Run, metric: str, error: str | None) -> dict:
         value = metrics[metric] if math.isfinite(metrics[metric]) else None
         error = None if value is not None else f"{metric} is not finite"
     return {"folder": str(run.stage.folder), "values": run.values, "value": value, "error": error, "metrics": metrics}
+
+
+def _text(value):
+    """Numbers and truth values as a recipe gives them to an option, which then reads its own kind only."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
+def _folder(values: dict[str, Any]) -> str:
+    """The name of a run's folder; the end of a long one is a hash."""
+    name = "_".join(f"{option}-{_slug(value)}" for option, value in values.items())
+    cut = name.encode()[:LONGEST].decode(errors="ignore")
+    return name if cut == name else f"{cut}-{digest(values)[:8]}"
 
 
 def _slug(value) -> str:

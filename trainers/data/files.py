@@ -60,6 +60,22 @@ def read_local(path: Path, split: str, streaming: bool = False, **options) -> Da
         return (_read_parquet if kinds == {"parquet"} else _read_text)(files, path, split, streaming)
 
 
+def data_fingerprint(name: str) -> str | None:
+    """Hash of the rows' files in a local file or folder, whose names and contents count; None for a hub id."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _has_rows(file))
+    found = "".join(f"{file.relative_to(path)} {file_digest(file)} " for file in files)
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _has_rows(file: Path) -> bool:
+    """Of a folder; in one of `save_to_disk`, `datasets` keeps its own copies as cache-*.arrow, which come and go."""
+    saved = file.suffix == ".arrow" and not file.name.startswith("cache-")
+    return file.is_file() and (saved or kind_of(file) is not None)
+
+
 def kind_of(path: Path) -> str | None:
     """What a file holds, by its name."""
     return SUFFIXES.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
