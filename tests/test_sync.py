@@ -170,11 +170,14 @@ def test_a_run_that_goes_on_has_the_reference_that_it_had(adapters, tokenizer, k
         run("again", resume=str(path.parents[1]))
 
 
-def test_the_best_checkpoint_is_evaluated_against_its_own_reference(tmp_path, tokenizer):
+@pytest.mark.parametrize("named", [False, True])
+def test_the_best_checkpoint_is_evaluated_against_its_own_reference(adapters, tokenizer, named):  # noqa: F811
     fields = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6,
               "load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "learning_rate": 0.1,
               "greater_is_better": False}  # fmt: skip
-    t = trainer(tmp_path, tokenizer, cls=DPOTrainer, data=signal_rows(6), eval_data=signal_rows(6), **fields,
+    if named:  # as on the page of the reference
+        fields |= {"model": loaded(adapters, tokenizer, policy="first", sft="first"), "ref_model": "sft"}
+    t = trainer(adapters / "out", tokenizer, cls=DPOTrainer, data=signal_rows(6), eval_data=signal_rows(6), **fields,
                 **SYNC | {"ref_model_sync_steps": 1})  # fmt: skip
     t.train()
     best = int(t.state.best_model_checkpoint.rpartition("-")[2])

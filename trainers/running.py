@@ -158,9 +158,7 @@ class RunningTrainer(StreamingTrainer):
             if self.is_world_process_zero():
                 print(f"Going on from {resume_from_checkpoint}.", flush=True)
             self.untouched = False
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            if isinstance(self.model, PeftModel) and self.model.active_adapter == DEFAULT and not sharded:
-                # The Trainer of older releases passes over this one of several adapters.
+            if self._saved_adapter == DEFAULT:  # older releases pass over this one of several adapters
                 self.model.load_adapter(resume_from_checkpoint, DEFAULT, is_trainable=True)
         self.write_record()
         begins = _Beginning(self, str(resume_from_checkpoint) if resume_from_checkpoint else None)
@@ -227,6 +225,20 @@ class RunningTrainer(StreamingTrainer):
         self.save_beside(folder)
         super()._save_checkpoint(model, trial)
 
+    def _load_best_model(self):
+        """The Trainer finds an adapter that has no name only, and would else keep the last weights."""
+        best, adapter = self.state.best_model_checkpoint, self._saved_adapter
+        if adapter in (None, DEFAULT):
+            super()._load_best_model()
+        else:
+            self.model.load_adapter(f"{best}/{adapter}", adapter, is_trainable=True)
+
+    @property
+    def _saved_adapter(self) -> str | None:
+        """The adapter in training, where a checkpoint holds it in a file of its own."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.model.active_adapter if isinstance(self.model, PeftModel) and not sharded else None
+
     def _issue_warnings_after_load(self, load_result):
         """The Trainer warns where weights of a checkpoint are missing or left over, and trains on."""
         lost = lost_weights(self.model, load_result.missing_keys)
@@ -266,6 +278,9 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[EARLY_STOPPING] = self.state()  # of the run; the last checkpoint may be older
 
 
 class _Beginning(TrainerCallback):
