@@ -67,6 +67,25 @@ def test_the_launcher_stops_and_leaves_a_stopped_run_as_it_is(tmp_path, start, c
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
 
 
+@pytest.mark.parametrize("limit", [{"save_total_limit": 1}, {"save_strategy": "best"}])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_run_is_finished_also_where_its_best_checkpoint_alone_is_kept(tmp_path, start, capsys, limit, early):
+    out, options = tmp_path / "out", {**CONSTANT, **limit}
+    if not early:
+        del options["early_stopping_patience"]
+    options |= {
+        "trainer": "DPOTrainer", "model_name_or_path": start, "dataset_test_split": "train[:4]", "use_cpu": "true",
+        "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()), "output_dir": out, "report_to": "none",
+    }  # fmt: skip
+    for told in ("training begins at step 0", "is finished: nothing is trained"):
+        train.main(flags(**options, resume_from_checkpoint="true"))
+        assert told in capsys.readouterr().out
+        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    if not early:
+        train.main(flags(**options | {"max_steps": 9}, resume_from_checkpoint="true"))
+        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 9
+
+
 def train_and_leave(argv):
     train.main(argv)
     leave_processes()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
 
+from .files import read_json
 from .settings import refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
@@ -70,19 +71,24 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
-    """Whether a run was written to its end, the model card last, and `checkpoint` is that of its last step."""
-    if not is_complete(checkpoint):
-        return False
+    """Whether a run was written to its end, the model card last, and nothing is to be trained from `checkpoint` on.
+
+    With the last checkpoint the run's own state tells: the one of its last step may not have been kept.
+    """
     assert args.output_dir is not None
-    state = json.loads((Path(checkpoint) / STATE).read_text())
+    folder, saved = Path(args.output_dir), Path(checkpoint) / STATE
+    card, own = folder / "README.md", folder / STATE
+    # An older card is that of a run that was prolonged.
+    if not is_complete(checkpoint) or not card.is_file() or card.stat().st_mtime < saved.stat().st_mtime:
+        return False
+    state = read_json(own if own.is_file() and checkpoint == last_checkpoint(folder) else saved)
     if args.max_steps > 0:
         trained = state["global_step"] >= args.max_steps
     else:
         trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
     if early := state.get("stateful_callbacks", {}).get(EARLY_STOPPING):
         trained |= early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
-    card = Path(args.output_dir) / "README.md"  # an older one is that of a run that was prolonged
-    return trained and card.is_file() and card.stat().st_mtime >= (Path(checkpoint) / STATE).stat().st_mtime
+    return trained
 
 
 # What is in them.
