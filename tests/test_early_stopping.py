@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 import processes
 from helpers import flags, leave_processes, write_rows
 from test_trainer import LORA, rows, trainer
-from trainers import SGPOConfig, SWEPOConfig
+from trainers import SGPOConfig, SWEPOConfig, SWEPOTrainer
 from trainers.cli import train
+from trainers.measuring import UnknownMetric
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
 BEST = {**EVERY_STEP, "load_best_model_at_end": True, "early_stopping_patience": 2}
@@ -22,7 +23,7 @@ FOLDERS = ("checkpoint-1", "checkpoint-3")  # of the best weights there, and of 
 
 
 @pytest.mark.parametrize("peft, file", [(None, "model.safetensors"), (LORA, "adapter_model.safetensors")])
-def test_training_stops_and_the_best_weights_are_saved(tmp_path, tokenizer, peft, file):
+def test_training_stops_and_the_best_weights_are_saved(tmp_path, tokenizer, peft, file, capsys):
     values = iter([1.0, 3.0, 2.0, 2.5, *[9.0] * 8])
     t = trainer(
         tmp_path, tokenizer, eval_data=rows(4, seed=2), peft_config=peft and LoraConfig(**peft),
@@ -30,9 +31,59 @@ def test_training_stops_and_the_best_weights_are_saved(tmp_path, tokenizer, peft
     )  # fmt: skip
     t.train_and_save()
     assert t.state.global_step == 4 and t.state.best_metric == 3.0
+    told = (
+        "ended at step 4, as eval_told had not become better in 2 evaluations. The weights of step 2 are kept (3.0000)"
+    )
+    assert told in capsys.readouterr().out
     saved, best, last = (load_file(tmp_path / folder / file) for folder in ("", "checkpoint-2", "checkpoint-4"))
     assert all(saved[name].equal(best[name]) for name in best)
     assert not all(last[name].equal(best[name]) for name in best)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_metric_that_no_evaluation_has_ends_the_training_before_its_first_step(tmp_path, tokenizer, several):
+    def make(metric):
+        made = trainer(tmp_path, tokenizer, eval_data=rows(4, seed=2), **BEST | {"metric_for_best_model": metric})
+        if several:
+            made.eval_dataset = {"a": made.eval_dataset, "b": made.eval_dataset}
+        return made
+
+    wrong = make("ranking/ndgc")
+    kept = {name: weight.clone() for name, weight in wrong.model.state_dict().items()}
+    near = "eval_b_ranking/ndcg" if several else "eval_ranking/ndcg"
+    with pytest.raises(UnknownMetric, match=f"metric_for_best_model: .* no eval_ranking/ndgc: did you mean {near}"):
+        wrong.train()
+    assert wrong.state.global_step == 0
+    assert all(weight.equal(kept[name]) for name, weight in wrong.model.state_dict().items())
+    for metric in ("eval_a_ranking/ndcg" if several else "ranking/ndcg", "eval_a_loss" if several else "loss"):
+        make(metric).train()
+
+
+def test_asking_for_a_metric_changes_no_step(tmp_path, tokenizer):
+    found = []
+    for metric in ("loss", "ranking/ndcg"):
+        t = trainer(tmp_path, tokenizer, eval_data=rows(4, seed=2), **EVERY_STEP, metric_for_best_model=metric)
+        t.train()
+        found.append([{n: v for n, v in log.items() if "runtime" not in n and "second" not in n}
+                      for log in t.state.log_history])  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) > 16
+
+
+def test_a_metric_of_the_users_own_is_looked_for_in_the_first_evaluation(tmp_path, tokenizer):
+    own = {"compute_metrics": lambda _: {"told": 1.0}, "metric_for_best_model": "tald"}
+    t = trainer(tmp_path, tokenizer, eval_data=rows(4, seed=2), **BEST, **own)
+    with pytest.raises(UnknownMetric, match="no eval_tald: did you mean eval_told"):
+        t.train()
+    assert t.state.global_step == 1
+
+    class Told(SWEPOTrainer):
+        def evaluate(self, *arguments, **keywords):
+            metrics = super().evaluate(*arguments, **keywords)
+            return metrics | {"eval_told": 1.0}
+
+    t = trainer(tmp_path, tokenizer, cls=Told, eval_data=rows(4, seed=2), metric_for_best_model="told", **EVERY_STEP)
+    t.train()
+    assert t.state.best_metric == 1.0
 
 
 def test_a_resumed_training_counts_on_and_one_that_had_stopped_keeps_its_best(tmp_path, tokenizer):

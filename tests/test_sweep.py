@@ -99,6 +99,13 @@ def test_what_is_finished_is_left_and_what_is_added_is_made(options, finished, c
         run(options, folder, VALUES, metric="rewards/accuracy")
 
 
+def test_a_metric_that_no_run_would_have_ends_it_before_a_step(options, tmp_path):
+    with pytest.raises(ValueError, match="metric: the evaluation has no eval_los: did you mean eval_loss"):
+        run(options, tmp_path, VALUES, metric="los")
+    assert not [*tmp_path.rglob("*.safetensors")] and len([*tmp_path.glob("*/")]) == 1
+    assert len(run(options, tmp_path, {"beta": [0.1]}, metric="loss")["runs"]) == 1
+
+
 def test_runs_that_diverge_or_fail_are_recorded_and_the_others_made(options, tmp_path, capsys):
     values = {"learning_rate": [1e30, 0.05], "max_length": [2, 64]}
     for again in (False, True):

@@ -27,9 +27,10 @@ from .forward.identity import reference_fingerprint, start_of_run
 from .forward.layout import token_counts
 from .forward.parts import PartedPass
 from .forward.reference import SyncReference, make_reference, named_reference, start_of_reference
-from .forward.run import Forward, Runner
+from .forward.run import Forward, Runner, without_dropout
 from .inputs import Batch, check_ranges, mark_repeated, parts, prepare_rows, prepare_training_rows
 from .likelihood import sft_loss
+from .measuring import TIMES, UnknownMetric
 from .metrics import best_and_worst, ranking_metrics, scores_differ, take
 from .precision import warn_if_emulated
 from .referring import ReferringTrainer
@@ -309,6 +310,30 @@ class PreferenceTrainer(ReferringTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, several=True)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def begin(self, checkpoint):
+        super().begin(checkpoint)
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """Raises UnknownMetric where the losses of a row show that an evaluation would lack a metric.
+
+        What code of the user adds to the metrics is known after an evaluation only.
+        """
+        ours = (PreferenceTrainer.evaluate, PreferenceTrainer.evaluation_loop)
+        own = self.compute_metrics is not None or (type(self).evaluate, type(self).evaluation_loop) != ours
+        wanted = {option: name for option, name in self.metrics_wanted().items() if name != "eval_loss"}
+        if own or not wanted or self.eval_dataset is None:
+            return
+        with torch.no_grad(), without_dropout(self.model_wrapped):
+            batch = self._prepare_inputs(self.data_collator([parts(self.eval_dataset)[0][0]]))
+            self._losses(batch, *self._forwards(self.model_wrapped, batch))
+        meter = self._meters["eval"]
+        names = {*meter.compute(), *TIMES} - {"weight"}
+        meter.reset()
+        sets = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        for option, name in wanted.items():
+            UnknownMetric.refuse(option, name, [f"eval_{one}{metric}" for one in sets for metric in names])
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like `Trainer.predict`: predictions are (policy logps, reference logps), each (prompts,K)."""

@@ -1,15 +1,43 @@
 """How metrics of batches reach the log: averages over prompts, whatever a batch or a process holds of them."""
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from polypo.recipes import nearest
 
 from .inputs import REPEATED, Batch
 from .metrics import MetricMeter
 from .running import RunningTrainer
 
 logger = logging.getLogger(__name__)
+_wanted: ContextVar[str | None] = ContextVar("metric", default=None)  # which a sweep compares its runs by
+TIMES = ("runtime", "samples_per_second", "steps_per_second")  # of the Trainer's evaluation
+
+
+class UnknownMetric(ValueError):
+    """An option names a metric that an evaluation does not have."""
+
+    @classmethod
+    def refuse(cls, option: str, metric: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        if metric not in known:
+            near = nearest(metric, known, f"it has {', '.join(known)}.")
+            raise cls(f"{option}: the evaluation has no {metric}: {near}")
+
+
+@contextmanager
+def metric_wanted(metric: str) -> Iterator[None]:
+    """Trainings in this block end before their first step where their evaluation would lack `metric`."""
+    token = _wanted.set(metric)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 class MeasuringTrainer(RunningTrainer):
@@ -55,6 +83,17 @@ class MeasuringTrainer(RunningTrainer):
             metrics["loss"] /= weight
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def metrics_wanted(self) -> dict[str, str]:
+        """Option -> the metric that it names, with `eval_` before it."""
+        named = {"metric_for_best_model": self.args.metric_for_best_model, "metric": _wanted.get()}
+        return {option: "eval_" + name.removeprefix("eval_") for option, name in named.items() if name is not None}
+
+    def _determine_best_metric(self, metrics, trial):
+        """The Trainer's own error would be a KeyError."""
+        if "metric_for_best_model" in (wanted := self.metrics_wanted()):
+            UnknownMetric.refuse("metric_for_best_model", wanted["metric_for_best_model"], metrics)
+        return super()._determine_best_metric(metrics, trial)
 
     def log(self, logs, start_time=None):
         # What training logs; the mode of the model does not tell, because a callback may leave it in another one.

@@ -277,7 +277,20 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+        control.should_training_stop = self._has_ended
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._has_ended and state.is_world_process_zero:
+            print(
+                f"early_stopping_patience: the training ended at step {state.global_step}, as "
+                f"{args.metric_for_best_model} had not become better in {self.early_stopping_patience_counter} "
+                f"evaluations. The weights of step {state.best_global_step} are kept ({state.best_metric:.4f}).",
+                flush=True,
+            )
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_train_end(self, args, state, control, **kwargs):
         state.stateful_callbacks[EARLY_STOPPING] = self.state()  # of the run; the last checkpoint may be older

@@ -29,6 +29,7 @@ from .. import EMDPOTrainer, SGPOTrainer
 from ..config import JSON, check_options, option
 from ..data.files import data_fingerprint
 from ..generation.options import read_mapping
+from ..measuring import UnknownMetric, metric_wanted
 from ..pages.text import markdown
 from ..runs.files import read_json, write_atomic, write_json
 from ..runs.processes import Processes, free_memory
@@ -109,7 +110,7 @@ def sweep(arguments: SweepArguments, argv: list[str]) -> dict:
     for number, run in enumerate(runs, 1):
         done = run.stage.done()
         processes.say(f"\n[{number}/{len(runs)}] {run.stage.folder.name}{': done already' if done else ''}")
-        tried.append(_result(run, arguments.metric, None if done else measure(run)))
+        tried.append(_result(run, arguments.metric, None if done else measure(run, arguments.metric)))
     sign = -1 if arguments.direction == "maximize" else 1
     tried.sort(key=lambda run: math.inf if run["value"] is None else sign * run["value"])
     if tried[0]["value"] is None:
@@ -162,8 +163,11 @@ def _settings(trainer, data, args, model, fingerprint: Callable[[str], str | Non
     return run_settings(args, adapter=get_peft_config(model), **of_data, **start)
 
 
-def measure(run: Run) -> str | None:
+def measure(run: Run, metric: str) -> str | None:
     """Trains, and finishes the stage with the evaluation; returns what went wrong, else None.
+
+    Raises:
+        UnknownMetric: the evaluation would lack `metric`.
 
     A loss that is not finite is a result, which would come again. After any other error the next start tries again. In
     several processes an error ends the sweep, as it need not be in all of them.
@@ -172,7 +176,10 @@ def measure(run: Run) -> str | None:
     added = run.values | {"output_dir": str(folder)}  # with the recipe, the run as polypo train makes it
     run.stage.processes.main(lambda: (folder / "values.yaml").write_text(yaml.safe_dump(added, sort_keys=False)))
     try:
-        train.train(run.flags, run.recipe)
+        with metric_wanted(metric):
+            train.train(run.flags, run.recipe)
+    except UnknownMetric:
+        raise
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
         if isinstance(raised, FloatingPointError):
@@ -193,10 +200,7 @@ def _result(run: Run, metric: str, error: str | None) -> dict:
     manifest: dict[str, Any] = run.stage.manifest() if run.stage.done() else {"error": error}
     error, metrics, value = manifest.get("error"), manifest.get("metrics"), None
     if metrics is not None:
-        if metric not in metrics:
-            raise ValueError(
-                f"metric: the evaluation has no {metric}: {recipes.nearest(metric, metrics, str(metrics))}"
-            )
+        UnknownMetric.refuse("metric", metric, metrics)
         value = metrics[metric] if math.isfinite(metrics[metric]) else None
         error = None if value is not None else f"{metric} is not finite"
     return {"folder": str(run.stage.folder), "values": run.values, "value": value, "error": error, "metrics": metrics}
