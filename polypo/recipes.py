@@ -40,8 +40,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of a message about a name that is not known."""
-    near = difflib.get_close_matches(name, known, 1)
+    """The end of a message about a name that is not known; a hint far from what was typed would mislead."""
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
@@ -121,6 +121,13 @@ def refuse_missing(**names) -> None:
             )
 
 
+def refuse_named_adapters(folder: str) -> None:
+    """Raises ValueError for a folder without a model that holds adapters, saved by PEFT in folders of their names."""
+    below = sorted(str(path.parent) for path in Path(folder).glob("*/adapter_config.json"))
+    if below and not Path(folder, "config.json").is_file():
+        raise ValueError(f"model_name_or_path: {folder} holds its adapters in folders: name {' or '.join(below)}.")
+
+
 def refuse_missing_model(flags: list[str], recipe: dict) -> None:
     """Raises ValueError where no config of a model is found, before processes start that would all fail to load it."""
     names = ("model_name_or_path", "dataset_name", "model_revision", "model_init_kwargs")
@@ -136,6 +143,7 @@ def refuse_missing_model(flags: list[str], recipe: dict) -> None:
     except (ValueError, OSError) as error:
         raise ValueError(f"model_name_or_path: {model} is no folder, and no model of the hub: {error}") from error
     if not any(Path(folder, name).is_file() for name in files):
+        refuse_named_adapters(folder)
         raise ValueError(f"model_name_or_path: {model} has neither config.json nor adapter_config.json.")
 
 

@@ -99,6 +99,7 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "train --config swepo/dmo.yaml": "dmo.yaml does not exist: did you mean swepo/demo.yaml",
     "train --model_name_or_path no/such --dataset_name x": "no/such is no folder, and no model of the hub",
     "train --model_name_or_path . --dataset_name x": "has neither config.json nor",
+    "train --model_name_or_path {adapters} --dataset_name x": r"adapters in folders: name \S+/dpo or \S+/sft",
     "train --dataset_name x": "model_name_or_path is missing",
     "train --accelerate_config zero3 --model_name_or_path {model} --dataset_name x": "asks for 8 GPUs .* it has 0",
     "train --config": "--config: expected at least one argument",
@@ -119,10 +120,13 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_ends_the_program_with_a_line(line, start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("dpo", "sft"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "adapter_config.json").touch()
     monkeypatch.syspath_prepend(tmp_path)  # restores the path, to which the program adds
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match=f"^error: .*{MISTAKES[line]}"):
-        polypo.main(line.format(model=start).split())
+        polypo.main(line.format(model=start, adapters=tmp_path / "adapters").split())
 
 
 def test_a_crash_keeps_its_traceback(monkeypatch):
@@ -145,6 +149,10 @@ CONFIGS = {  # content of a recipe -> what is said of it
     "a: !!python/object/apply:os.system [touch ran]": "is no YAML of plain values",
     "beta: 1\nbeta: 2": "the key 'beta' is there twice",
     "learning_rat: 1": "'learning_rat' is not known: did you mean learning_rate",
+    "loss_type: sigmoid": "'loss_type' is not known: the loss is the trainer's",
+    "ref_model: x": "'ref_model' is not known: the reference is the model that training starts from",
+    "precompute_ref_log_probs: true": "'precompute_ref_log_probs' is not known: it is precompute_ref_logps here",
+    "warmup_rat: 1": "'warmup_rat' is not known: see --help",
     "utilisation: 0.3": "utilisation is no option any more: hours .* --probe",
     "max_steps: true": "max-steps: needs a whole number, not 'true'",
     "beta: true": "beta: needs a number, not 'true'",

@@ -62,6 +62,28 @@ def test_a_path_to_an_adapter_goes_on_with_it(tmp_path, tokenizer):
     assert found[0] == found[1]
 
 
+def test_an_adapter_without_the_name_of_its_base_says_what_to_write(tmp_path, tokenizer):
+    torch.manual_seed(5)
+    get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="model_name_or_path: .*adapter is an adapter .* as base_model_name_or_path"):
+        trainer(tmp_path / "out", tokenizer, model=str(tmp_path / "adapter"))
+
+
+def test_a_folder_of_named_adapters_points_to_them(tmp_path, tokenizer):
+    save_start(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(**LORA), "policy")
+    model.add_adapter("sft", LoraConfig(**LORA))
+    t = trainer(tmp_path / "out", tokenizer, model=model, ref_model="sft")
+    t.train()
+    t.save_model()
+    with pytest.raises(ValueError, match=r"holds its adapters in folders: name .*out/policy or .*out/sft\.$"):
+        trainer(tmp_path / "again", tokenizer, model=str(tmp_path / "out"))
+    again = trainer(tmp_path / "again", tokenizer, model=str(tmp_path / "out/policy"))
+    weights = again.model.state_dict()
+    trained = {n.replace(".policy.", ".default."): w for n, w in t.model.state_dict().items() if ".policy." in n}
+    assert trained and all(weights[name].equal(weight) for name, weight in trained.items())
+
+
 def test_virtual_tokens_are_refused(tmp_path, tokenizer):
     peft_config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="PrefixTuningConfig puts virtual tokens"):

@@ -20,6 +20,27 @@ DROPPED = {
     "separate_improver": "with SGPO one model is policy and improver, as the paper's abstract says.",
     "reference_in_input": "SGPO's improver must work where there is no reference, as on the prompts of the pairs.",
 }
+# Names of TRL's DPO scripts that are other ones here, or none (docs/trl.md).
+NO_VARIANT = "this variant of DPO is not here: a method of your own is one file (README)."
+IN_PYTHON = "the reference is the model that training starts from; in Python, ref_model names another."
+OF_TRL = {
+    "precompute_ref_log_probs": "it is precompute_ref_logps here.",
+    "precompute_ref_batch_size": "it is ref_tokens_per_batch here, in tokens.",
+    "dataset_streaming": "it is streaming here.",
+    "loss_type": "the loss is the trainer's: DPOTrainer is sigmoid, and robust with label_smoothing (docs/trl.md).",
+    "loss_weights": "sft_weight adds the likelihood of the preferred responses; other mixtures are not here.",
+    "rpo_alpha": "it is sft_weight here.",
+    "truncation_mode": "keep_start is the default; keep_end is truncate_prompts: left, with max_prompt_length.",
+    "max_completion_length": "max_length bounds a prompt plus one response, max_prompt_length the prompt.",
+    "padding_free": "layout: auto, the default, feeds no padding where the model allows it: leave it out.",
+    "activation_offloading": "gradient_checkpointing and tokens_per_backward save memory here.",
+    "trust_remote_code": "it is model_init_kwargs: {trust_remote_code: true} here.",
+    "router_aux_loss_coef": "the coefficient is that of the model's config.",
+    **dict.fromkeys(("ref_model", "ref_adapter_name", "model_adapter_name", "ref_model_init_kwargs"), IN_PYTHON),
+    **dict.fromkeys(
+        ("ld_alpha", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"), NO_VARIANT
+    ),
+}
 KINDS = {"invalid int value:": "needs a whole number, not", "invalid float value:": "needs a number, not"}
 
 
@@ -74,7 +95,8 @@ def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:
         for name in (part.removeprefix("--") for part in names):
             if name in DROPPED:
                 raise ValueError(f"{name} is no option any more: {DROPPED[name]}")
-            raise ValueError(f"the option {name!r} is not known: {nearest(name, known, 'see --help.')}")
+            told = OF_TRL.get(name) or nearest(name, known, "see --help.")
+            raise ValueError(f"the option {name!r} is not known: {told}")
 
     refuse([*left, *parser.unknown(flags)])  # one that is misspelt before those that are missing
     *parsed, more = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)

@@ -17,6 +17,8 @@ from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_ena
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer import disable_dropout_in_model
 
+from polypo import recipes
+
 from .head import head_rows
 from .router import router_loss
 
@@ -72,10 +74,22 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool)
 
 
 def find_adapter(path: str, revision: str | None = None) -> PeftConfig | None:
-    """The config of the adapter at a path or hub id; None where there is none."""
+    """The config of the adapter at a path or hub id; None where there is none.
+
+    Raises:
+        ValueError: the adapter names no base to load it on, or the folder holds adapters in folders of their names.
+    """
     if find_adapter_config_file(path, revision=revision or "main") is None:
+        recipes.refuse_named_adapters(path)
         return None
-    return PeftConfig.from_pretrained(path, revision=revision or "main")
+    config = PeftConfig.from_pretrained(path, revision=revision or "main")
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"model_name_or_path: {path} is an adapter whose adapter_config.json names no base: write the path or hub "
+            "id of its base there as base_model_name_or_path. In Python, PeftModel.from_pretrained(base, "
+            f"{path!r}, is_trainable=True) can be the model."
+        )
+    return config
 
 
 def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_config=None) -> PeftModel | None:
@@ -86,8 +100,9 @@ def load_adapter(path: str, *, init_kwargs: dict[str, Any] | None, quantization_
     if config is None:
         return None
     kwargs["revision"] = config.revision or "main"  # the other one was that of the adapter
-    path_of_base = config.base_model_name_or_path or ""
-    base = load_policy(path_of_base, init_kwargs=kwargs, quantization_config=quantization_config)
+    name = config.base_model_name_or_path
+    assert name is not None  # `find_adapter` refuses it
+    base = load_policy(name, init_kwargs=kwargs, quantization_config=quantization_config)
     return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
 
 
