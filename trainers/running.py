@@ -280,6 +280,7 @@ class EarlyStopping(EarlyStoppingCallback):
         control.should_training_stop = self._has_ended
 
     def on_train_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[EARLY_STOPPING] = self.state()  # of the run; the last checkpoint may be older
         if self._has_ended and state.is_world_process_zero:
             print(
                 f"early_stopping_patience: the training ended at step {state.global_step}, as "
@@ -291,9 +292,6 @@ class EarlyStopping(EarlyStoppingCallback):
     @property
     def _has_ended(self) -> bool:
         return self.early_stopping_patience_counter >= self.early_stopping_patience
-
-    def on_train_end(self, args, state, control, **kwargs):
-        state.stateful_callbacks[EARLY_STOPPING] = self.state()  # of the run; the last checkpoint may be older
 
 
 class _Beginning(TrainerCallback):
