@@ -90,6 +90,9 @@ def left_padded(batch):
     (lambda batch: batch | {"names": ["a"] * 8}, "names is a list for 8 rows"),
     (lambda batch: batch | {"step": torch.tensor(3)}, r"step is \(\) for 8 rows"),
     (lambda batch: [*batch.values()], "it gives a list, not a dict of tensors"),
+    (changed(weight=lambda weight: weight[:, None]), r"weight is torch.float32 \(8, 1\), not .* with 1 dimensions"),
+    (changed(weight=torch.Tensor.neg), "weight must be finite and not negative"),
+    (changed(weight=lambda weight: weight / 0), "weight must be finite and not negative"),
     (left_padded, "prompt_mask must be true from the first token .* padding is on the right"),
 ])  # fmt: skip
 def test_a_batch_that_would_train_on_something_else_is_named(tmp_path, tokenizer, change, message):
@@ -97,6 +100,20 @@ def test_a_batch_that_would_train_on_something_else_is_named(tmp_path, tokenizer
     data = [row | {"weight": 2.0} for row in rows()]
     with pytest.raises(ValueError, match=f"^data_collator: {message}.*PreferenceCollator"):
         trainer(tmp_path, tokenizer, data=data, data_collator=lambda rows: change(plain(rows)))
+
+
+def test_a_weight_that_a_collator_adds_has_one_number_for_each_row(tmp_path, tokenizer):
+    class Column(PreferenceCollator):
+        def __call__(self, rows):
+            return super().__call__(rows) | {"weight": torch.arange(1.0, len(rows) + 1)[:, None]}
+
+    collate = Column(tokenizer.pad_token_id)
+    with pytest.raises(ValueError, match=r"data_collator: weight is torch.float32 \(8, 1\), not"):
+        trainer(tmp_path, tokenizer, data_collator=collate)
+    unseen = trainer(tmp_path, tokenizer)
+    unseen.data_collator = collate
+    with pytest.raises(AssertionError, match=r"weight must be \(B,\), got \(4, 1\)"):
+        unseen.train()
 
 
 def test_em_dpo_takes_no_collator_by_name(tmp_path, tokenizer):
@@ -198,6 +215,15 @@ def test_rows_are_those_that_an_own_sampler_draws(tmp_path, tokenizer, cls):
                        train_sampling_strategy="sequential", **fields)  # fmt: skip
     in_order.train()
     assert losses(t) == losses(in_order) and len(losses(t)) == seen.length == 3
+
+
+def test_a_sampler_that_draws_nothing_is_an_error(tmp_path, tokenizer):
+    class Empty(SWEPOTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return Drawn([])
+
+    with pytest.raises(ValueError, match="^Empty._get_train_sampler draws no row to train on"):
+        trainer(tmp_path, tokenizer, cls=Empty).train()
 
 
 def test_a_sampler_that_nobody_would_ask_is_an_error(tmp_path, tokenizer):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import SaveStrategy
 
 import processes
@@ -319,9 +320,28 @@ def test_another_stream_or_a_lost_place_is_refused(tokenizer, tmp_path):
     whole.args.save_strategy = SaveStrategy.NO
     whole.train()
     assert logged(longer) == logged(whole) and len(logged(whole)) == 3
-    Path(last_checkpoint(tmp_path), "stream.json").unlink()
-    with pytest.raises(ValueError, match="has no stream.json"):
-        make(table()).train(resume_from_checkpoint=True)
+    path = Path(last_checkpoint(tmp_path), "stream.json")
+    behind = json.dumps(json.loads(path.read_text()) | {"trained": -1})
+    for damaged in (path.read_text()[:-9], "{}", '{"trained": 8}', behind, None):
+        path.unlink() if damaged is None else path.write_text(damaged)
+        with pytest.raises(ValueError, match="has no stream.json with a place.* put the file back"):
+            make(table()).train(resume_from_checkpoint=True)
+
+
+class Threes(SWEPOTrainer):
+    def get_train_dataloader(self):
+        loader = DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def test_a_loader_of_the_users_goes_on_where_it_was_or_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="holds 3 rows where per_device_train_batch_size is 4"):
+        trainer(tmp_path, tokenizer, table(), Threes).train()
+    threes = {"per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole, again = (trainer(tmp_path, tokenizer, table(), Threes, **threes) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(again) == logged(whole)
 
 
 def split_by_process(folder):

@@ -264,7 +264,10 @@ class PreferenceTrainer(ReferringTrainer):
     def _weights(self, batch: Batch) -> Tensor:
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""
         signal = self.signal(batch).float()
-        return signal * batch["weight"] if "weight" in batch else signal
+        if "weight" not in batch:
+            return signal
+        assert batch["weight"].shape == signal.shape, f"weight must be (B,), got {tuple(batch['weight'].shape)}"
+        return signal * batch["weight"]
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As the Trainer reckons, for `total_flos`: 6 operations per weight and token that is fed to the policy."""
@@ -299,6 +302,8 @@ class PreferenceTrainer(ReferringTrainer):
             return budget_loader(self.train_dataset, self.data_collator, self.args, budget=budget)
         loader = super().get_train_dataloader()
         if not streamed and not len(loader):
+            if not self.args.dataloader_drop_last:
+                raise ValueError(f"{type(self).__name__}._get_train_sampler draws no row to train on.")
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of the {len(self.train_dataset)} rows to train on: set it to "
                 "false, or lower per_device_train_batch_size."

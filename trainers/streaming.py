@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from .config import PreferenceConfig
-from .data.stream import TokenStream, stream_loader
+from .data.stream import Block, TokenStream, stream_loader
 from .runs.files import read_json, write_json
 from .runs.settings import rows_digest
 
@@ -45,6 +45,22 @@ class StreamingTrainer(Trainer):
             self.args.ignore_data_skip = asked
             stream.report.log(logger, "The stream")
 
+    def get_batch_samples(self, *arguments, **keywords):
+        """As the Trainer's.
+
+        Raises:
+            ValueError: a batch of a stream holds another number of rows than `place` counts.
+        """
+        batches, count = super().get_batch_samples(*arguments, **keywords)
+        if isinstance(self.train_dataset, TokenStream):
+            for size in {len(batch["scores"]) for batch in batches} - {self._train_batch_size}:
+                raise ValueError(
+                    f"A batch of the stream holds {size} rows where per_device_train_batch_size is "
+                    f"{self._train_batch_size}, so a checkpoint would go on from another row: let the loader or "
+                    "collator of your own give as many."
+                )
+        return batches, count
+
     def set_initial_training_values(self, *arguments, **keywords):
         """As the Trainer's; a stream is one epoch of `max_steps`, so that no step follows on the last one."""
         epochs, *others = super().set_initial_training_values(*arguments, **keywords)
@@ -73,10 +89,17 @@ class StreamingTrainer(Trainer):
 
     def check_place(self, checkpoint: str) -> None:
         """Raises ValueError for a checkpoint without the place in the stream."""
-        if isinstance(self.train_dataset, TokenStream) and not (Path(checkpoint) / PLACE).is_file():
+        if not isinstance(self.train_dataset, TokenStream):
+            return
+        try:
+            place = read_json(Path(checkpoint) / PLACE)
+            whole = 0 <= Block(**place["block"]).rows <= place["trained"]
+        except (OSError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
             raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} has no {PLACE}, so the stream would begin anew: put the file "
-                "back, or take another checkpoint."
+                f"resume_from_checkpoint: {checkpoint} has no {PLACE} with a place in the stream, which would begin "
+                "anew: put the file back, or take another checkpoint."
             )
 
     def _save_checkpoint(self, model, trial):

@@ -20,7 +20,8 @@ def check_collator(collate: Callable, like: PreferenceCollator, datasets: list[D
     """Compare what `collate` makes of the first rows of tokenised data sets with what `like` makes of them.
 
     A batch must have every tensor that `like` gives, with the same dtype and number of dimensions. P, K, R and all
-    values may be others. Further tensors may be there; each begins with the dimension of the prompts.
+    values may be others. Further tensors may be there, such as `weight` (B,); each begins with the dimension of the
+    prompts.
 
     Raises:
         ValueError: it does not; the message names the tensor, and what it should be.
@@ -42,6 +43,7 @@ def _wrong(batch: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str | Non
     if missing := [name for name in like if name not in batch]:
         return f"its batch has no {', '.join(missing)}"
     size, sizes = len(like["scores"]), {"B": len(like["scores"])}
+    like = {"weight": torch.ones(size), **like}
     for name, value in batch.items():
         if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
             found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -60,4 +62,6 @@ def _wrong(batch: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str | Non
         return "mask must be true where response_mask has a token, and for a response of each prompt"
     if not batch["scores"][mask].isfinite().all():
         return "scores are not finite where mask is true"
+    if "weight" in batch and not (batch["weight"].isfinite() & (batch["weight"] >= 0)).all():
+        return "weight must be finite and not negative"
     return None
