@@ -168,7 +168,7 @@ def test_a_page_and_its_numbers(tmp_path, qwen, told):
 def test_without_a_model_on_a_mixture(tmp_path, told):
     first = write_rows(tmp_path / "a.jsonl", [row(f"q{i}", ["ab", "abcd", "c"], (0, 1, 2)) for i in range(30)])
     (tmp_path / "b.csv").write_text("prompt,chosen,rejected\n" + "\n".join(f"p{i},abc,a" for i in range(20)))
-    report, page, _ = told(first, tmp_path / "b.csv", "--dataset_max_rows", "10")
+    report, page, terminal = told(first, tmp_path / "b.csv", "--dataset_max_rows", "10")
     train = report["splits"]["train"]
     assert train["passes"][-1] == {"title": "mixture", "names": [first, str(tmp_path / "b.csv")], "rows": [30, 20],
                                    "taken": [10, 10]}  # fmt: skip
@@ -177,6 +177,22 @@ def test_without_a_model_on_a_mixture(tmp_path, told):
     assert train["responses_per_row"] == {"2": 10, "3": 10} and "10 (50.0%)" in page
     assert train["length_and_score"]["pairs"] == 40 and train["length_and_score"]["longer_is_better"] == 20 / 40
     assert report["warnings"] == [] and "Nothing stands out" in page
+    assert "\nNothing stands out.\n" in terminal
+
+
+@pytest.mark.parametrize("how, expected", [("left", 3), ("drop", 1)])
+def test_responses_are_too_long_beside_the_prompt_that_a_run_reads(how, expected, tmp_path, qwen, told):
+    """A long prompt that is cut to 6 tokens leaves 14; one that is dropped has no responses."""
+    tokenizer, long = family_tokenizer("qwen"), "fox dog " * 12
+    rows = [row("the dog " * 20, [long, "fox"]), row("the dog " * 20, [long, "dog"]), row("the ", [long, "fox"])]
+    assert len(tokenizer(rows[2]["prompt"])["input_ids"]) <= 6
+    data = write_rows(tmp_path / "a.jsonl", rows)
+    limits = ["--max_length", "20", "--max_prompt_length", "6", "--truncate_prompts", how]
+    report, page, terminal = told(data, "--model", qwen, *limits)
+    assert report["splits"]["train"]["tokens"]["responses_too_long"] == expected
+    assert f"{expected} responses truncated" in terminal
+    warning = f"{expected} ({expected / 6:.1%}) responses do not fit into max_length=20 beside a prompt within"
+    assert warning in terminal and f"{warning} max_prompt_length=6: " in page
 
 
 def test_a_length_that_no_row_has_still_gives_a_page(tmp_path, qwen, told):

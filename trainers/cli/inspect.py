@@ -37,7 +37,7 @@ from ..runs.files import write_json
 from . import config_files
 from .arguments import DataArguments, ModelArguments
 from .dry_run import find_config
-from .inspect_page import warnings_of, write_page
+from .inspect_page import CLEAN, warnings_of, write_page
 from .train import find_trainer
 
 SHOWN = 3  # rows
@@ -125,6 +125,7 @@ def inspect(
         "data": {"dataset_name": data.dataset_name, "data_format": data.data_format},
         "model": model.model_name_or_path or None,
         "max_length": args.max_length,
+        "max_prompt_length": args.max_prompt_length,
         "splits": found,
     }
     report["warnings"] = warnings_of(report)
@@ -132,7 +133,8 @@ def inspect(
     write_json(output.with_suffix(".json"), report)
     write_page(output, report, {name: (split.lengths, split.scores) for name, split in splits.items()})
     told = [f"{name}, {title}: {passed}" for name, split in splits.items() for title, passed in split.reports]
-    return [*told, *report["warnings"], f"{output} is ready, and the numbers in {output.with_suffix('.json')}."]
+    told += report["warnings"] or [CLEAN]
+    return [*told, f"{output} is ready, and the numbers in {output.with_suffix('.json')}."]
 
 
 def tokenizer_of(model: ModelArguments, args: PreferenceConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
@@ -206,9 +208,8 @@ def facts_of(
     unfinished = sum(sum(marks or ()) for marks in rows[UNFINISHED][:]) if UNFINISHED in rows.column_names else 0
     tokens = facts.token_facts(split.whole, tokenizer, ends)
     tokens["responses_without_end"] = max(0, tokens["responses_without_end"] - unfinished)
-    longest = args.max_length or max(p + max(own) for p, own in lengths)
     found["tokens"] = tokens | {
-        "responses_too_long": sum(p + r > longest for p, own in lengths for r in own),
+        "responses_too_long": facts.too_long(lengths, args),
         "ends": tokenizer.convert_ids_to_tokens(ends),
     }
     shown = split.whole if split.read is None else split.read

@@ -22,6 +22,7 @@ TRIVIAL = (
     "The trivial explanation of scores: length is what is learned first. Compare what a policy gains with how much "
     "longer its answers grow."
 )
+CLEAN = "Nothing stands out."
 EDGE = "\u2503"  # where the prompt ends
 BINS = 30
 
@@ -43,7 +44,7 @@ def warnings_of(report: Report) -> list[str]:
     for name, split in report["splits"].items():
         found = _of_rows(split)
         if name == "train":  # of other rows, what is wrong with them spoils a measurement only
-            found += [*_of_scores(split), *_of_texts(split), *_of_tokens(split, report["max_length"])]
+            found += [*_of_scores(split), *_of_texts(split), *_of_tokens(split, report)]
         elif seen := split["duplicates"]["rows_with_a_prompt_of_train"]:
             found.append(
                 f"{share(seen, split['rows'])} rows have a prompt that train has too: they measure what was seen."
@@ -105,14 +106,16 @@ def _of_texts(split: Report) -> list[str]:
     return told
 
 
-def _of_tokens(split: Report, max_length: int | None) -> list[str]:
+def _of_tokens(split: Report, limits: Report) -> list[str]:
     if (tokens := split.get("tokens")) is None:
         return []
     told, rows, responses = [], split["rows"], split["responses"]
     if tokens["responses_too_long"] and tokens["responses_too_long"] >= CUT * responses:
+        cut = limits["max_prompt_length"]
+        beside = f" beside a prompt within max_prompt_length={cut}" if cut else ""
         told.append(
-            f"{share(tokens['responses_too_long'], responses)} responses do not fit into max_length={max_length}: see "
-            "the lengths below, and raise it where the end matters."
+            f"{share(tokens['responses_too_long'], responses)} responses do not fit into "
+            f"max_length={limits['max_length']}{beside}: see the lengths below, and raise it where the end matters."
         )
     if control := noted(split, CONTROL_NOTE):
         told.append(f"{share(control, rows)} {CONTROL_NOTE}: clean them, or a turn ends there.")
@@ -146,9 +149,7 @@ def write_page(path: Path, report: Report, numbers: Numbers) -> Path:
     title = names if isinstance(names, str) else f"{len(names)} data sets"
     read = f"as {model} reads it" if model else "without a model, so that lengths are in characters"
     warnings = report["warnings"]
-    about = f"What this data set is before anything is trained on it, {read}." + (
-        "" if warnings else " Nothing stands out."
-    )
+    about = f"What this data set is before anything is trained on it, {read}." + ("" if warnings else f" {CLEAN}")
     sections = {
         "": [about, *map(blocks.alarm, warnings), _cards(splits["train"])],
         "Rows": [_table(ROWS, splits), _sources(splits), _left_out(splits)],
@@ -181,7 +182,7 @@ def _cards(split: Report) -> str:
     ]
     if tokens:
         cut = tokens["responses_too_long"] / split["responses"]
-        cards.append(("responses longer than max_length", f"{cut:.1%}", "together with their prompt"))
+        cards.append(("responses longer than max_length", f"{cut:.1%}", "together with their prompt, as it is cut"))
     return blocks.cards(cards)
 
 
@@ -211,7 +212,7 @@ TEXTS = {
     "responses in another script than their prompt": "responses_in_another_script / responses",
 }
 TOKENS = {
-    "longer than max_length, with their prompt": "tokens responses_too_long / responses",
+    "longer than max_length, with their prompt as it is cut": "tokens responses_too_long / responses",
     "without a token that ends them": "tokens responses_without_end / responses",
     "nothing but special tokens": "tokens responses_without_text / responses",
     "tokens that end a response": "tokens ends",

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..config import Truncation
 from .budget import Lengths, packed_tokens
 from .rows import Row, trained_tokens
 
@@ -48,6 +49,15 @@ def parts_of(lengths: Sequence[Lengths]) -> dict[str, list[int]]:
         "prompt + response": [p + r for p, responses in lengths for r in responses],
         "prompt once + all responses": [packed_tokens(row) for row in lengths],
     }
+
+
+def too_long(lengths: Iterable[Lengths], limits: Truncation) -> int:
+    """Responses that do not fit into `max_length` beside their prompt, as it is cut; dropped prompts do not count."""
+    longest, cut = limits.max_length, limits.max_prompt_length
+    if longest is None:
+        return 0
+    kept = [row for row in lengths if cut is None or row[0] <= cut or limits.truncate_prompts == "left"]
+    return sum((p if cut is None else min(p, cut)) + r > longest for p, responses in kept for r in responses)
 
 
 def as_read(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
