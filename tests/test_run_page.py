@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from helpers import flags, save_start
 from test_pages import HOSTILE, check_page
 from test_trainer import config, rows
-from trainers import SWEPOTrainer
+from trainers import DPOTrainer, SWEPOTrainer
 from trainers.cli import report, train
 from trainers.cli.report import main, write_report
 from trainers.pages.signs import SIGNS
@@ -107,6 +109,7 @@ def test_runs_side_by_side_show_what_differs(runs):
 def test_samples_are_those_of_the_start_and_of_the_policy(runs, data, capsys):
     page = page_of(runs / "still", runs / "fast", given=["--samples", "2", "--max_new_tokens", "6"])
     still, fast = (page.text.partition(f"\n{name}6.0100%")[2].partition("\n")[0] for name in ("still", "fast"))
+    assert "The KL is an estimate from these answers alone" in page.text
     assert float(still) == 0 and float(fast) != 0  # nats from the start, which the first has not left
     assert f"{rows(6, seed=1)[0]['prompt']}" in page.text
     answers = page.text.partition("before, 6 tokens, cut off")[2]
@@ -123,6 +126,107 @@ def test_samples_are_those_of_the_start_and_of_the_policy(runs, data, capsys):
         write_report(runs / "fast", ["--samples", "1", "--temprature", "2"])
     with pytest.raises(ValueError, match="samples=-1 must be"):
         write_report(runs / "fast", ["--samples", "-1"])
+
+
+def kl_of(page, name="after"):
+    """Nats per answer from the policy before, of the table of samples."""
+    return float(re.search(rf"\n{name}6\.0100%(.*)\n", page.text)[1])
+
+
+@pytest.fixture
+def sft(start, tmp_path):
+    """A folder with an adapter that says something else than its base."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(start), lora)
+    model.save_pretrained(tmp_path / "sft")
+    return tmp_path / "sft"
+
+
+def test_a_run_that_goes_on_from_an_adapter_names_it_and_its_samples_begin_there(sft, start, data, tmp_path):
+    options = {
+        "trainer": "DPOTrainer", "model_name_or_path": sft, "use_cpu": True, "report_to": "none", "max_steps": 1,
+        "learning_rate": 0.0, "output_dir": tmp_path / "run", "dataset_name": data / "train.jsonl",
+        "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    train.main(flags(**options))
+    record = read_run(tmp_path / "run").record
+    assert (record["model"], record["start_adapter"]) == (str(start), str(sft))
+    assert (record["reference"], record["adapter_name"]) == ("a frozen copy of the adapter as it was", "default")
+    assert f"DPOTrainer`, from the adapter `{sft}`." in (tmp_path / "run/README.md").read_text()
+    given = ["--samples", "2", "--max_new_tokens", "6", "--dataset_name", str(data / "test.jsonl")]
+    given += ["--dataset_test_split", "train"]
+    page = page_of(tmp_path / "run", given=given)
+    assert f"DPO from {sft} on {start}, on " in page.text and f"start_adapter{sft}" in page.text
+    assert f"before is {sft}, the adapter on {start} that training went on from" in page.text
+    assert kl_of(page) == 0  # nothing was learned
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    path = tmp_path / "other/run.json"
+    path.write_text(json.dumps(record | {"start_adapter": None}))  # which began with the base
+    page = page_of(tmp_path / "run", tmp_path / "other", given=given)
+    assert f"from ({sft}), not on disk as it was, or not one for all" in page.text
+    assert kl_of(page, "run") == kl_of(page, "other") != 0
+    sft.rename(tmp_path / "moved")
+    page = page_of(tmp_path / "run", given=given)
+    assert f"before is {start}, the model under the adapter" in page.text and f"from ({sft}), not on" in page.text
+    assert kl_of(page) != 0
+    assert kl_of(page_of(tmp_path / "run", given=[*given, "--model_name_or_path", str(tmp_path / "moved")])) == 0
+    shutil.copytree(tmp_path / "run", sft)  # a run into the folder that it began with
+    assert f"({sft}), not on disk as it was" in page_of(sft, given=given).text
+
+
+def test_the_policy_of_two_adapters_is_found_where_peft_saves_it(sft, start, data, tmp_path, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(start)
+    model = PeftModel.from_pretrained(base, sft, adapter_name="policy", is_trainable=True)
+    model.load_adapter(sft, adapter_name="sft")
+    args = config(tmp_path / "two", cls=DPOTrainer, learning_rate=0.0)
+    made = DPOTrainer(model, ref_model="sft", args=args, train_dataset=Dataset.from_list(rows()))
+    made.train()
+    made.save_model()
+    record = read_run(tmp_path / "two").record
+    assert (record["reference"], record["start_adapter"]) == ("the adapter 'sft'", "'policy' of a PeftModel")
+    given = ["--samples", "2", "--max_new_tokens", "6", "--dataset_name", str(data / "test.jsonl")]
+    given += ["--dataset_test_split", "train"]
+    page = page_of(tmp_path / "two", given=given)
+    assert kl_of(page) != 0 and "went on from ('policy' of a PeftModel), not on disk" in page.text
+    assert kl_of(page_of(tmp_path / "two", given=[*given, "--model_name_or_path", str(sft)])) == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "fresh", "path", "model"])
+def test_the_record_names_the_reference(kind, start, tmp_path):
+    given = {
+        "full": ({}, "a frozen copy of the policy as it was"),
+        "fresh": ({"peft_config": LoraConfig(task_type="CAUSAL_LM")}, "the model with its adapter off"),
+        "path": ({"ref_model": str(start)}, str(start)),
+        "model": ({"ref_model": AutoModelForCausalLM.from_pretrained(start)}, str(start)),
+    }
+    options, told = given[kind]
+    data = Dataset.from_list(rows())
+    made = DPOTrainer(str(start), args=config(tmp_path, cls=DPOTrainer), train_dataset=data, **options)
+    made.write_record()
+    record = read_run(tmp_path).record
+    assert (record["reference"], record["start_adapter"]) == (told, None)
+    assert f"reference{told}" in page_of(tmp_path).text
+
+
+def test_samples_say_that_they_cannot_have_options_of_the_template(runs, data, tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    chats = [row | {"tools": [tool], "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows(3)]
+    write_rows(tmp_path / "tools.jsonl", [chats[0] | {"tools": None}, *chats[1:]])
+    given = ["--dataset_name", str(tmp_path / "tools.jsonl"), "--dataset_test_split", "train"]
+    with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
+        write_report(runs / "fast", ["--samples", "2", *given])
+    shutil.copytree(runs / "fast", tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["settings"]["chat_template_kwargs"] = {"enable_thinking": False}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="chat_template_kwargs have no effect on sampling"):
+        write_report(tmp_path / "run", ["--samples", "2"])
+
+
+def test_a_folder_of_runs_names_them(runs):
+    told = f"no log of a training.* name one, or several \\({runs}/fast {runs}/still\\)"
+    with pytest.raises(ValueError, match=told):
+        write_report(runs)
 
 
 def test_a_run_amid_its_training(runs, tmp_path):

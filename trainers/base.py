@@ -89,7 +89,11 @@ class PreferenceTrainer(ReferringTrainer):
             if given and not self.needs_reference:
                 raise ValueError(f"{name} has no effect: {self.method} needs no reference.")
         set_seed(args.seed)  # before the adapter draws its weights
+        given_model, given_reference = model, ref_model
         model = policies.prepare_policy(model, args, quantization_config, peft_config)
+        if isinstance(model, PeftModel) and peft_config is None:
+            named = f"{model.active_adapter!r} of a PeftModel"
+            self.start_adapter = given_model if isinstance(given_model, str) else named
         if isinstance(ref_model, str):
             ref_model = named_reference(model, ref_model, args.model_init_kwargs)
         if optimizers[0] is not None:
@@ -121,6 +125,7 @@ class PreferenceTrainer(ReferringTrainer):
             copied = self.table is None or bool(self.table.missing(rows))
             options = args.model_init_kwargs
             self.reference = make_reference(model, ref_model, adapter=adapter, copy_policy=copied, init_kwargs=options)
+            self.reference_told = self.reference.told(given_reference)
             if args.sync_ref_model:
                 self.reference.check_weights(model)
             models += [policies.base_model(self.reference.model)] if self.reference.model is not None else []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -50,6 +51,8 @@ class RunningTrainer(StreamingTrainer):
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
     eval_dataset: Dataset | dict[str, Dataset] | None
+    start_adapter: str | None = None  # that training goes on from: a path, or words
+    reference_told: str | None = None  # what the reference is, in words; None without one
     untouched = True  # whether the policy is as it was given
     left_out: list[tuple]  # of the data, by each pass over it: title and report
     data: dict = {}  # the launcher's data arguments
@@ -198,8 +201,9 @@ class RunningTrainer(StreamingTrainer):
     def write_record(self) -> None:
         """run.json in `output_dir`: what `polypo report` says of this run beside its log."""
         adapter = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
-        facts = {"trainer": type(self).__name__, "method": self.method, "data": self.data}
-        facts |= {"model": policies.base_model(self.model).config._name_or_path}
+        facts: dict[str, Any] = {"trainer": type(self).__name__, "method": self.method, "data": self.data}
+        facts |= {"model": policies.base_model(self.model).config._name_or_path, "start_adapter": self.start_adapter}
+        facts |= {"adapter_name": adapter and self.model.active_adapter, "reference": self.reference_told}
         streamed = [self.train_dataset.report] if isinstance(self.train_dataset, TokenStream) else []
         left_out = [*self.left_out, *(("stream", report) for report in streamed if report.rows_in)]
         if self.is_world_process_zero():
@@ -262,7 +266,8 @@ class RunningTrainer(StreamingTrainer):
         card.data.tags = sorted({*(card.data.tags or []), *tags})  # PEFT puts its own in their place
         paper = f"\nPaper: [{self.paper[0]}](https://arxiv.org/abs/{self.paper[1]})\n" if self.paper else ""
         text = card.text.replace("trained from scratch", f"trained from `{self.model.config._name_or_path}`")
-        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`.\n{paper}{text}"
+        went_on = f", from the adapter `{self.start_adapter}`" if self.start_adapter else ""
+        card.text = f"\nTrained with **{self.method}** by PolyPO's `{type(self).__name__}`{went_on}.\n{paper}{text}"
         card.save(path)
 
 

@@ -50,11 +50,12 @@ def sample_and_measure(
     *,
     device,
     init_kwargs: dict | None,
+    before: Path | None = None,
 ) -> dict:
-    """Samples of the policy in `start`, or of model `name` itself: reward, length, and log-ratio to that model.
+    """Samples of the policy in `start`, or of model `name` itself: reward, length, and log-ratio to that in `before`.
 
-    The mean of the log-ratios, summed over the tokens of each sample, estimates KL(policy || base) of whole responses
-    without bias when the samples are the policy's own (temperature 1, top_p 1).
+    The mean of the log-ratios, summed over the tokens of each sample, estimates KL(policy || before) of whole
+    responses without bias when the samples are the policy's own (temperature 1, top_p 1).
     """
     prompts = prompts[: options.prompts]
     if not prompts:
@@ -70,9 +71,9 @@ def sample_and_measure(
         for prompt, row in zip(prompts, samples, strict=True)
     ])  # fmt: skip
     ratios = np.zeros((len(rows), options.num_generations))
-    if start is not None:
+    if start != before:
         policy, base = (
-            score(name, at, rows, tokenizer, device=device, init_kwargs=init_kwargs) for at in (start, None)
+            score(name, at, rows, tokenizer, device=device, init_kwargs=init_kwargs) for at in (start, before)
         )
         ratios = np.subtract(policy, base)
     flat = [sample for row in samples for sample in row]

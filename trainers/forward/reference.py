@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
-from .policy import SAFE, load_policy
+from .policy import SAFE, base_model, load_policy
 
 REFERENCE_ADAPTER = "reference"
 SAVED = "ref_model/model.safetensors"  # in a checkpoint; not beside the policy's file, which some load by its suffix
@@ -47,6 +47,19 @@ class Reference:
     @property
     def in_memory(self) -> bool:
         return self.model is not None or not self.own
+
+    def told(self, given: str | PreTrainedModel | PeftModel | None) -> str:
+        """In words, for run.json; `given` is what the user gave for `ref_model`."""
+        if not self.own:
+            if self.adapter is None:
+                return "the model with its adapter off"
+            return f"the adapter {self.adapter!r}" if self.given else "a frozen copy of the adapter as it was"
+        if given is None:
+            return "a frozen copy of the policy as it was"
+        if isinstance(given, str):
+            return given
+        path = base_model(given).config.name_or_path or "a model without a path"
+        return f"{path} with the adapter {given.active_adapter!r}" if isinstance(given, PeftModel) else path
 
     @contextmanager
     def active(self, policy: nn.Module, unwrapped: PeftModel) -> Iterator[nn.Module]:

@@ -32,6 +32,7 @@ TITLES = {  # of pictures with chosen and rejected
     "kl": "KL of a response, nats",
     "masked_kl": "Masked KL of a response, nats",
 }
+STARTS = ("trainer", "model", "start_adapter", "reference")  # of run.json
 PLACES = ("output_dir", "run_name", "logging_dir")  # which tell two runs apart, and not what they do
 
 
@@ -55,8 +56,10 @@ def sections(runs: Sequence[Run], samples: Sequence[str] = ()) -> Sections:
 def about(run: Run, named: bool) -> str:
     """What was trained, and how far it got."""
     known, data = run.record, run.record.get("data", {}).get("dataset_name")
+    model = known.get("model") or "a model without a path"
+    start = f"{adapter} on {model}" if (adapter := known.get("start_adapter")) else model
     parts = [
-        f"{known['method']} from {known['model'] or 'a model without a path'}" if "method" in known else "",
+        f"{known['method']} from {start}" if "method" in known else "",
         f"on {data if isinstance(data, str) else ' and '.join(data)}" if data else "",
         f"step {run.step} of {run.steps}" if run.steps else "",
         f"the log is that of {run.checkpoint}, the newest checkpoint" if run.checkpoint else "",
@@ -207,7 +210,7 @@ def everything(run: Run) -> dict:
     """Settings of a run by name, with its start, its data and its adapter."""
     data = {name: value for name, value in run.record.get("data", {}).items() if value}
     adapter = {f"peft_config.{name}": value for name, value in (run.record.get("adapter") or {}).items() if value}
-    own = {name: run.record[name] for name in ("trainer", "model") if name in run.record}
+    own = {name: run.record[name] for name in STARTS if run.record.get(name)}
     return own | data | adapter | run.settings
 
 

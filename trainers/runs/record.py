@@ -88,7 +88,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     if not states and record is None:
         raise ValueError(
             f"{folder} holds no log of a training: neither {STATE}, which a run writes with every checkpoint "
-            f"(save_steps) and at its end, nor {RECORD}, which it writes before its first step."
+            f"(save_steps) and at its end, nor {RECORD}, which it writes before its first step.{_runs_below(folder)}"
         )
     known = {} if record is None else read_json(record)
     if not states:
@@ -103,6 +103,13 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     checkpoint = newest.parent.name if newest.parent.name.startswith("checkpoint-") else ""
     steps = state.get("global_step", 0), state.get("max_steps", 0)
     return Run(name or str(folder), known, _numbers(state["log_history"]), *steps, checkpoint)
+
+
+def _runs_below(folder: Path) -> str:
+    """Where to look instead, as in the folder of a sweep."""
+    below = sorted({str(path.parent) for name in (RECORD, STATE) for path in folder.glob(f"*/{name}")})
+    more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+    return f" There are runs below it: name one, or several ({' '.join(below[:3])}{more})." if below else ""
 
 
 def _numbers(logs: list) -> list[dict]:
