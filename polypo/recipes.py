@@ -39,10 +39,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of a message about a name that is not known; a hint far from what was typed would mislead."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
-    return f"did you mean {near[0]}?" if near else otherwise
+def nearest(name: str, known: Iterable[str], otherwise: str, *, ending: str = "") -> str:
+    """The end of a message about a name that is not known, which may lack the `ending` of those that are.
+
+    A hint far from what was typed would mislead.
+    """
+    names = {alias.lower(): one for one in known for alias in (one, one.removesuffix(ending))}
+    near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.75)
+    return f"did you mean {names[near[0]]}?" if near else otherwise
 
 
 def shipped(name: str, folder: str = "") -> str:

@@ -167,6 +167,8 @@ CONFIGS = {  # content of a recipe -> what is said of it
     "model_name_or_path: runs/no/model": "is not there. A recipe of the demo takes it",
     "trainer: Nothing": "was not found .* or one of DPOTrainer, ",
     "trainer: LIRETrainr": "was not found .* did you mean LIRETrainer",
+    "trainer: dpo": "is not a PreferenceTrainer: did you mean DPOTrainer",
+    "trainer: swepotrainer": "was not found .* did you mean SWEPOTrainer",
     "accelerate_config: zero9": "is no file: name one, or one of ddp, ",
 }
 

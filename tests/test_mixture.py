@@ -123,7 +123,7 @@ def test_columns_of_a_mixture(tmp_path):
     [
         ({"dataset_weights": [1]}, "dataset_weights has 1 items for 2 data sets"),
         ({"dataset_weights": [1, 0]}, r"dataset_weights=\[1, 0\]: give positive numbers"),
-        ({"dataset_max_rows": [5, 0]}, r"dataset_max_rows=\[5, 0\]: give positive whole numbers, or null"),
+        ({"dataset_max_rows": [5, 0]}, "dataset_max_rows=.5, 0.: give positive whole numbers, or in a YAML file null"),
         ({"dataset_max_rows": [5, 1.5]}, r"dataset_max_rows=\[5, 1.5\]: give positive whole numbers"),
         ({"dataset_max_rows": [5, 5, 5]}, "dataset_max_rows has 3 items for 2 data sets"),
         ({"dataset_config": ["x", "y", "z"]}, "dataset_config has 3 items for 2 data sets"),

@@ -23,6 +23,7 @@ from trainers.cli import train
 from trainers.cli.dry_run import describe
 from trainers.data import canonical, tokenize_dataset
 from trainers.data import stream as streams
+from trainers.data.rows import chat_row
 from trainers.data.stream import TokenStream
 from trainers.runs.checkpoints import last_checkpoint
 
@@ -261,8 +262,15 @@ HOSTILE = {
     "used up": (used_up, "pass 1 over the stream has other rows than before, from row 0 on: .*opens"),
     "empty when it is read again": (lambda: only_once([]), "pass 2 over the stream gives no rows"),
     "raises in the middle": (lambda: breaks_off([25]), "the hub is gone"),
+    "no row at first": (lambda: IterableDataset.from_generator(lambda: iter(["abc"])), "row 0 of .* is the str 'abc'"),
+    "no row later": (lambda: changing("abc"), "row 11 of the stream is the str 'abc'; give a dict"),
+    "messages come": (
+        lambda: changing(chat_row(ROWS[0])),
+        "row 11 has messages but the tokenizer has no chat template",
+    ),
     "a column goes": (lambda: changing({"prompt": "a ", "responses": ["b", "c"]}), "row 11: column 'scores'"),
-    "a column comes": (lambda: changing(ROWS[0] | {"weight": 2.0}), "row 11: column 'weight' is in some rows"),
+    "a column comes": (lambda: changing(ROWS[0] | {"weight": 2.0}), "row 11: column 'weight' is in .*, with 1 where"),
+    "an annotator comes": (lambda: changing(ROWS[0] | {"annotator": "eve"}), "row 11: column 'annotator' .*with null"),
     "a score becomes text": (lambda: changing(ROWS[0] | {"scores": ["1", "2"]}), "row 11: 'scores.0.' is the str '1'"),
     "tokens that the model lacks": (
         lambda: changing(*[row | {"prompt_ids": [5]} for row in ROWS]),

@@ -130,6 +130,29 @@ def test_options_of_the_template_by_row_win_over_those_of_all(tokenizer):
     assert [text.split("<")[0] for text in found] == ["short", "long", "long"]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"padding": True}, {"truncation": True, "max_length": 3}, {"tokenize": False}, {"add_generation_prompt": True}],
+)
+def test_options_of_the_tokenizer_are_none_of_the_template(own, tokenizer):
+    rows = [pair(*ANSWER, chat_template_kwargs=more) for more in ({"style": "x"}, own)]
+    refused = f"{min(own)!r} in chat_template_kwargs is an option of the tokenizer and no variable of the template"
+    source = Dataset.from_list(
+        [row | {"chat_template_kwargs": json.dumps(row["chat_template_kwargs"])} for row in rows]
+    )
+    with pytest.raises(ValueError, match=f"row 1: {refused}"):
+        tokenize_dataset(source, tokenizer)
+    with pytest.raises(ValueError, match=f"row 0: {refused}"):
+        texts(Dataset.from_list([pair(*ANSWER)]), tokenizer, chat_template_kwargs=own)
+    more = {
+        "documents": [{"title": "x", "text": "y"}],
+        "tools": [WEATHER],
+        "chat_template": TEMPLATE,
+        "bos_token": "s",
+    }
+    assert texts(Dataset.from_list([pair(*ANSWER)]), tokenizer, chat_template_kwargs=more)[0][0].startswith("[")
+
+
 def test_tools_that_cannot_be_used_are_refused(tokenizer, tmp_path):
     plain = {"prompt": "q ", "responses": ["a", "b"], "scores": [1.0, 0.0], "tools": [WEATHER]}
     with pytest.raises(ValueError, match="row 0: 'tools' is for the chat template, and the prompt is text"):

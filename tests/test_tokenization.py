@@ -145,7 +145,7 @@ def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_pa
     assert sorted(tokens.column_names) == ["prompt", "prompt_ids", "response_ids", "scores"]
     turns = chat_row("the dog", "a fox") | {"unfinished_responses": [True, False]}
     turns["responses"][0] += [{"role": "tool", "content": "3"}, assistant("it")]
-    with pytest.raises(ValueError, match="unfinished_responses marks a response of several messages"):
+    with pytest.raises(ValueError, match="row 0: unfinished_responses marks a response of several messages"):
         tokenize_row(turns, tokenizer)
 
 
@@ -234,9 +234,11 @@ def test_keys_that_arrow_adds_to_messages_do_not_reach_the_template():
 
 
 def test_errors_say_the_fix():
-    with pytest.raises(ValueError, match="no chat template; use the tokenizer of an instruct model"):
+    with pytest.raises(
+        ValueError, match="row 0 has messages .* no chat template; use the tokenizer of an instruct model"
+    ):
         tokenize_dataset(as_dataset(chat_row("a", "b")), build_tokenizer())
-    with pytest.raises(ValueError, match="no EOS token .* set tokenizer.eos_token"):
+    with pytest.raises(ValueError, match="row 0 is text, .* no EOS token .* set tokenizer.eos_token"):
         tokenize_dataset(as_dataset(PLAIN), build_tokenizer(eos=None))
     system = chat_row("a", "b")
     system["prompt"].insert(0, {"role": "system", "content": "be kind"})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from format_cases import assistant, chat_row, user
 from helpers import FAMILIES, QWEN, build_tokenizer, family_tokenizer, tiny_llama, write_rows
@@ -198,14 +198,30 @@ def test_turns_come_through_files_and_marks_through_tokenised_rows(tmp_path):
     for source in (rows, once):
         stream = TokenStream(source.to_iterable_dataset(), tokenizer, mixed=False, invalid="drop", as_chat=False)
         assert [row["assistant_masks"] for row in islice(stream, 2)] == once["assistant_masks"][:]
-    wrong = {
-        "prompt_ids": [1],
-        "response_ids": [[1, 2], [3]],
-        "scores": [0.0, 1.0],
-        "assistant_masks": [[True], [True]],
-    }
-    with pytest.raises(ValueError, match="row 0: 'assistant_masks' must hold true or false for each token"):
-        tokenize_dataset(Dataset.from_list([wrong]), tokenizer)
+
+
+MARKED = {"prompt_ids": [1], "response_ids": [[1, 2], [3]], "scores": [0.0, 1.0]}
+
+
+@pytest.mark.parametrize("marks", [[[True], [True]], [[1, 0.5], [1]], [[1, 2], [1]], [["yes", "no"], ["yes"]]])
+def test_marks_are_true_or_false_for_each_token(marks):
+    rows = [MARKED | {"assistant_masks": given} for given in ([[1, 0], [1]], marks)]
+    tokenizer = build_tokenizer()
+    assert tokenize_dataset(Dataset.from_list(rows[:1]), tokenizer)[0]["assistant_masks"][0] == [[True, False], [True]]
+    source = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="row 1: 'assistant_masks' must hold true or false for each token"):
+        TokenStream(source, tokenizer, invalid="drop", as_chat=False)
+
+
+def test_marks_beside_text_are_refused_as_nobody_would_read_them(tmp_path):
+    plain = {"prompt": "a ", "responses": ["b c", "c"], "scores": [1.0, 0.0]}
+    rows = [plain | {"assistant_masks": marks} for marks in (None, [[True, False], [True]])]
+    assert len(tokenize_dataset(Dataset.from_list(rows[:1]), build_tokenizer())[0]) == 1
+    for source in (Dataset.from_list(rows), load_preferences(write_rows(tmp_path / "rows.jsonl", rows))):
+        with pytest.raises(ValueError, match="row 1: 'assistant_masks' says which token ids .* give 'prompt_ids'"):
+            tokenize_dataset(source, build_tokenizer())
+    with pytest.raises(ValueError, match="row 0: 'assistant_masks' says which token ids"):
+        tokenize_row(rows[1], build_tokenizer())
 
 
 def test_the_example_of_the_docs_prints_what_it_says(tmp_path, capsys):

@@ -78,7 +78,9 @@ class DataArguments:
             raise ValueError(f"dataset_weights={self.dataset_weights}: give positive numbers.")
         for limit in self.each("dataset_max_rows"):
             if limit is not None and not (isinstance(limit, int) and limit > 0):
-                raise ValueError(f"dataset_max_rows={self.dataset_max_rows}: give positive whole numbers, or null.")
+                raise ValueError(
+                    f"dataset_max_rows={self.dataset_max_rows}: give positive whole numbers, or in a YAML file null."
+                )
 
     @property
     def names(self) -> list[str]:

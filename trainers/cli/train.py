@@ -92,14 +92,13 @@ def find_trainer(name: str) -> type[PreferenceTrainer]:
     module, _, attribute = name.rpartition(".")
     if os.getcwd() not in sys.path:  # `accelerate launch scripts/train.py` puts only scripts/ there
         sys.path.append(os.getcwd())
+    known = [n for n in importlib.import_module("trainers").__all__ if n.endswith("Trainer")]
+    all_of_them = f"use a dotted import path or one of {', '.join(known)}."
+    fix = recipes.nearest(name, known, all_of_them, ending="Trainer")
     try:
         found = getattr(importlib.import_module(module or "trainers"), attribute)
     except (ImportError, AttributeError) as error:
-        known = [n for n in importlib.import_module("trainers").__all__ if n.endswith("Trainer")]
-        raise ValueError(
-            f"trainer={name!r} was not found ({error}): "
-            + recipes.nearest(name, known, f"use a dotted import path or one of {', '.join(known)}.")
-        ) from error
+        raise ValueError(f"trainer={name!r} was not found ({error}): {fix}") from error
     if not (isinstance(found, type) and issubclass(found, PreferenceTrainer)):
-        raise ValueError(f"trainer={name!r} is not a PreferenceTrainer.")
+        raise ValueError(f"trainer={name!r} is not a PreferenceTrainer: {fix}")
     return found

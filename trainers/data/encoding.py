@@ -1,6 +1,7 @@
 """Prompts and responses to token ids, each response tokenised together with its prompt."""
 
 from functools import partial
+from inspect import signature
 from itertools import groupby, islice
 from typing import Any
 
@@ -11,6 +12,7 @@ from .turns import encode_turns, has_turns
 
 # Of a prompt, of the prompt with each response, and which of the latter are the assistant's, None for all.
 Encoded = tuple[list[int], list[list[int]], list[list[bool]] | None]
+PASSED = {"chat_template", "documents", "tools"}  # of `apply_chat_template`: what the template is and is given
 
 
 def encode(
@@ -30,7 +32,7 @@ def encode(
                 "set as_chat, or remove the column."
             )
         else:
-            encoded += _encode_text(same, tokenizer)
+            encoded += _encode_text(same, where, tokenizer)
     return encoded
 
 
@@ -40,10 +42,12 @@ def chat_options(row: Row, template_kwargs: dict[str, Any]) -> dict[str, Any]:
     return template_kwargs | tools | (row.get("chat_template_kwargs") or {})
 
 
-def _encode_text(rows: list[Row], tokenizer) -> list[Encoded]:
+def _encode_text(rows: list[Row], where: str, tokenizer) -> list[Encoded]:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("the tokenizer has no EOS token to end a text response with; set tokenizer.eos_token.")
+        raise ValueError(
+            f"{where} is text, and the tokenizer has no EOS token to end a response with; set tokenizer.eos_token."
+        )
     texts = [row["prompt"] + end for row in rows for end in ["", *map(_whole, row["responses"], unfinished(row))]]
     ids = iter(tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"])
     encoded: list[Encoded] = []
@@ -67,8 +71,13 @@ def _encode_chat(
 ) -> list[Encoded]:
     if not tokenizer.chat_template:
         raise ValueError(
-            "the prompts are messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
-            "set tokenizer.chat_template, or give prompts and responses as text."
+            f"{where} has messages but the tokenizer has no chat template; use the tokenizer of an instruct model, "
+            "set tokenizer.chat_template, or give prompts and responses as text in all rows."
+        )
+    if own := sorted(options.keys() & signature(tokenizer.apply_chat_template).parameters.keys() - PASSED):
+        raise ValueError(
+            f"{where}: {own[0]!r} in chat_template_kwargs is an option of the tokenizer and no variable of the "
+            "template: leave it out. What is cut is said by max_length and the options beside it."
         )
     tools = options.get("tools")
     template = tokenizer.get_chat_template(options.get("chat_template"), tools)
@@ -98,16 +107,18 @@ def _encode_chat(
     for row, own in zip(rows, prompt_ids, strict=True):
         full_ids, masks = map(list, zip(*islice(pairs, len(row["responses"])), strict=True))
         encoded.append((own, full_ids, None if masks[0] is None else masks))
-    _without_ends(rows, encoded, tokenizer)
+    _without_ends(rows, where, encoded, tokenizer)
     return encoded
 
 
-def _without_ends(rows: list[Row], encoded: list[Encoded], tokenizer) -> None:
+def _without_ends(rows: list[Row], where: str, encoded: list[Encoded], tokenizer) -> None:
     """Unfinished responses lose what ends a response, so that no stop is learned where none was."""
     places = [(i, k) for i, row in enumerate(rows) for k, cut in enumerate(unfinished(row)) if cut]
     responses = [rows[i]["responses"][k] for i, k in places]
     if any(len(response) > 1 for response in responses):
-        raise ValueError(f"{UNFINISHED} marks a response of several messages: mark those of one message only.")
+        raise ValueError(
+            f"{where}: {UNFINISHED} marks a response of several messages: mark those of one message only."
+        )
     # What a template writes after a message cannot be told from the message, so these go without the template.
     texts = [_whole(response[0]["content"], True) for response in responses]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

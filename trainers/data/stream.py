@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import PreferenceConfig
 from .drops import EVENTS, GIVE_UP, KEPT, DropReport, collected_reports, is_first_process, none_usable
-from .rows import NOT_TEXT, TEMPLATE, UNFINISHED, Row
+from .rows import NOT_TEXT, TEMPLATE, UNFINISHED, Row, describe
 from .tokenization import BATCH, CUT, IDS, counted_batch, how_to_tokenize, warn_of_cut
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class TokenStream(torch.utils.data.IterableDataset):
         self.blocks: deque[Block] = deque()
         self.report, self.passes, self.unusable = DropReport(), 0, 0
         with collected_reports():  # a source that counts what it drops itself is not read to its end here
-            rows = iter(self.source)
+            rows = _records(self.source)
             some = list(islice(rows, BATCH))
             if not some:
                 raise ValueError("the stream has no rows.")
@@ -134,7 +134,7 @@ class TokenStream(torch.utils.data.IterableDataset):
 
     def first_rows(self, count: int) -> Dataset:
         """Those of the first `count` rows of the source that can be used."""
-        self.report, rows = DropReport(), list(islice(iter(self.source), count))
+        self.report, rows = DropReport(), list(islice(_records(self.source), count))
         parts = [range(len(rows))[at : at + BATCH] for at in range(0, len(rows), BATCH)]
         kept = [row for part in parts for row in self._tokenized([rows[i] for i in part], part)]
         if not kept:
@@ -204,7 +204,7 @@ class TokenStream(torch.utils.data.IterableDataset):
     def _source_at(self, block: Block) -> Iterator[Row]:
         self.source.set_epoch(block.passes)  # a stream with a shuffle of its own goes by it
         self.source.load_state_dict(block.state or {})
-        return iter(self.source) if block.state else islice(self.source, block.read, None)
+        return _records(self.source if block.state else islice(self.source, block.read, None), block.read)
 
     def _order(self, count: int, number: int) -> Iterator[list[int]]:
         """The places of a block in their order, as many at a time as are tokenised together."""
@@ -215,9 +215,12 @@ class TokenStream(torch.utils.data.IterableDataset):
         """Those that can be used, tokenised; the others are counted."""
         for row, index in zip(rows, indices, strict=True):
             if other := {*self.names} ^ (row.keys() & self.known):
+                filler = (
+                    "1 where a row counts as others do" if min(other) == "weight" else "null where there is nothing"
+                )
                 raise ValueError(
                     f"row {index}: column {min(other)!r} is in some rows of the stream and not in others: give it in "
-                    "all of them, with null where there is nothing."
+                    f"all of them, with {filler}."
                 )
         given = [(row, index) for row, index in zip(rows, indices, strict=True) if row.get(KEPT, True)]
         columns = {name: [row[name] for row, _ in given] for name in self.names}
@@ -256,6 +259,14 @@ class TokenStream(torch.utils.data.IterableDataset):
         values = [[row.get(name) for name in self.names] for row in rows[:BATCH]]
         text = json.dumps(values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _records(source: Iterable, begin: int = 0) -> Iterator[Row]:
+    """What a source gives, as long as these are rows."""
+    for index, row in enumerate(source, begin):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {index} of the stream is {describe(row)}; give a dict of its columns.")
+        yield row
 
 
 def _plain(value):

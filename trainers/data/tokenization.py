@@ -260,9 +260,17 @@ def _tokenize(
     )  # fmt: skip
     if encoded is None:
         row = {TRAINED: None} | row
-        if row[TRAINED] and not is_per_token(row[TRAINED], [len(ids) for ids in row["response_ids"]]):
+        if (marks := row[TRAINED]) and not (
+            is_per_token(marks, [len(ids) for ids in row["response_ids"]])
+            and all(mark in (0, 1) for own in marks for mark in own)
+        ):
             raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
         return *fit(row, limits, where, head), None
+    if row.get(TRAINED):
+        raise ValueError(
+            f"{where}: {TRAINED!r} says which token ids are trained on, and the row has none: give 'prompt_ids' and "
+            "'response_ids' beside it, or remove the column."
+        )
     prompt_ids, full_ids, masks = encoded
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
