@@ -40,6 +40,10 @@ def test_every_option_with_choices_or_bounds_refuses_what_is_outside(config):
     [
         (PreferenceConfig, {"max_length": 1}),
         (PreferenceConfig, {"max_tokens_per_batch": "many"}),
+        (PreferenceConfig, {"max_prompt_length": 2.5}),
+        (PreferenceConfig, {"stream_buffer": 4.0}),
+        (PreferenceConfig, {"sft_weight": True}),
+        (DPOConfig, {"ref_model_sync_steps": 1.5}),
         (SWEPOConfig, {"beta": 0}),
         (SWEPOConfig, {"weighting": None}),
         (LIREConfig, {"temperature": 0}),
@@ -57,6 +61,8 @@ def test_the_command_line_knows_the_bounds(capsys):
     [args] = TrlParser([SWEPOConfig]).parse_args_and_config(["--output_dir", "unused", "--beta", "1e-3", "--use_cpu"])
     assert args.beta == 1e-3 and args.max_tokens_per_batch is None
     assert SWEPOConfig(output_dir="unused", use_cpu=True, max_length=None).max_length is None
+    with pytest.raises(ValueError, match="^max_length=512.5 must be a whole number, at least 2"):
+        SWEPOConfig(output_dir="unused", use_cpu=True, max_length=512.5)
     with pytest.raises(SystemExit):
         TrlParser([DPOConfig]).parse_args_and_config(["--output_dir", "unused", "--label_smoothing", "0.5"])
     assert "at least 0 and below 0.5" in capsys.readouterr().err

@@ -45,7 +45,7 @@ class Range:
         self.bounds = bounds
 
     def __contains__(self, value) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             return False
         return all(BOUNDS[name](value, bound) for name, bound in self.bounds.items())
 
@@ -78,12 +78,16 @@ def check_options(options) -> None:
     types = get_type_hints(type(options))  # not `field.type`, from which argument parsers take None away
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), field.metadata.get("choices")
-        optional = field.default is None or type(None) in get_args(types[field.name])
-        if allowed is None or value in allowed or (value is None and optional):
+        kinds = get_args(types[field.name]) or (types[field.name],)
+        if allowed is None or (value is None and (field.default is None or type(None) in kinds)):
             continue
-        if isinstance(allowed, Range):
-            raise ValueError(f"{field.name}={value!r} must be a finite number, {', '.join(allowed)}.")
-        check_choice(field.name, value, allowed)
+        if not isinstance(allowed, Range):
+            check_choice(field.name, value, allowed)
+            continue
+        fraction = isinstance(value, float) and float not in kinds
+        if fraction or value not in allowed:
+            number = "whole" if fraction else "finite"
+            raise ValueError(f"{field.name}={value!r} must be a {number} number, {', '.join(allowed)}.")
 
 
 class Demands(NamedTuple):
