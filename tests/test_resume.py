@@ -208,7 +208,13 @@ def test_a_model_that_lacks_weights_is_refused(saved, make):
 
 def test_a_half_written_checkpoint_is_never_taken(saved, make):
     checkpoint = saved("SWEPO full")
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    state, weights = (checkpoint / name for name in ("trainer_state.json", "model.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-9])
+    assert not is_complete(checkpoint)
+    weights.write_bytes(content)
+    assert is_complete(checkpoint)
+    state.write_text('{"global_step": 4, "log_hist')
     for resume, told in (
         (str(checkpoint), "checkpoint-2 is not a whole"),
         (f"{checkpoint}1", "there is no folder .*checkpoint-21"),

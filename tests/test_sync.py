@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from test_reference import KINDS, Stop, adapters, loaded, predicted, summed  # n
 from test_trainer import LORA, signal_rows, trainer
 from trainers import DPOTrainer, EMDPOTrainer, RRHFTrainer, SGPOTrainer, SparsePOTrainer
 from trainers.forward.identity import adapter_weights
-from trainers.forward.reference import SAVED
+from trainers.runs.checkpoints import REFERENCE, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
@@ -163,11 +164,15 @@ def test_a_run_that_goes_on_has_the_reference_that_it_had(adapters, tokenizer, k
     assert again[0] == whole[0] and len(whole[0]) == 6
     assert torch.equal(again[1], whole[1]) and torch.equal(again[2], whole[2])
     assert (whole[2] - whole[3]).abs().max() > 1e-3
-    [path] = (adapters / "again" / "checkpoint-4").glob(SAVED)
+    [path] = (adapters / "again" / "checkpoint-4").glob(REFERENCE)
     assert len(load_file(path)) > 3
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="ref_model/model.safetensors"):
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="checkpoint-4 is not a whole checkpoint"):
         run("again", resume=str(path.parents[1]))
+    path.unlink()
+    assert last_checkpoint(adapters / "again").endswith("checkpoint-6")
+    shutil.rmtree(adapters / "again" / "checkpoint-6")
+    assert last_checkpoint(adapters / "again") is None
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -206,7 +211,16 @@ def test_what_cannot_follow_says_so(tmp_path, tokenizer, cls, options, message):
 
 def test_a_reference_of_other_weights_cannot_follow(adapters, tokenizer):  # noqa: F811
     small = tiny_llama(len(tokenizer), num_hidden_layers=1)
+    large = tiny_llama(len(tokenizer), num_hidden_layers=3)
     for options, message in (
+        ({"ref_model": large}, "9 are not in both, such as model.layers.2.input_layernorm.weight: leave out"),
+        (
+            {
+                "ref_model": tiny_llama(len(tokenizer), tie_word_embeddings=False),
+                "model": tiny_llama(len(tokenizer), tie_word_embeddings=True),
+            },
+            "1 are not in both, such as lm_head.weight: leave out",
+        ),
         ({"ref_model": small}, "9 are not in both, such as model.layers.1.input_layernorm.weight: leave out"),
         ({"ref_model": tiny_llama(len(tokenizer), intermediate_size=48)}, r"mlp.gate_proj.weight is \(48, 32\) there"),
         ({"ref_model": tiny_llama(len(tokenizer)), "peft_config": LoraConfig(**LORA)}, "are not in both, .*lora_A"),

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from ..runs.checkpoints import REFERENCE
 from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
 from .policy import SAFE, base_model, load_policy
 
 REFERENCE_ADAPTER = "reference"
-SAVED = "ref_model/model.safetensors"  # in a checkpoint; not beside the policy's file, which some load by its suffix
 INERT = (True, "gaussian", "orthogonal", "eva")  # initialisations under which a fresh adapter changes no output
 UNLIKE = (
     "sync_ref_model mixes the weights that the policy trains into those of the reference, but {}: leave out "
@@ -113,12 +113,12 @@ class Reference:
             value = read_whole(kept, torch.device("cpu"))
             weights |= {name: value.contiguous()} if write else {}
         if write:
-            (checkpoint / SAVED).parent.mkdir(exist_ok=True)
-            save_file(weights, checkpoint / SAVED)
+            (checkpoint / REFERENCE).parent.mkdir(exist_ok=True)
+            save_file(weights, checkpoint / REFERENCE)
 
     def load(self, policy: nn.Module, checkpoint: Path) -> None:
         """Take over what `save` kept."""
-        with safe_open(checkpoint / SAVED, "pt") as file:
+        with safe_open(checkpoint / REFERENCE, "pt") as file:
             for name, (kept, _) in self._weights(policy).items():
                 write_whole(kept, file.get_tensor(name))
 
@@ -141,11 +141,15 @@ class Reference:
         if self.own:
             model = extract_model_from_parallel(self.model, keep_torch_compile=False)
             kept = dict(model.named_parameters(remove_duplicate=False))
-            trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+            weights = dict(policy.named_parameters())
+            trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+            reached = {id(kept[name]) for name in weights.keys() & kept.keys()}  # also where weights are tied
+            more = [name for name, weight in kept.items() if id(weight) not in reached]
         else:
             assert isinstance(policy, PeftModel) and self.adapter is not None
             kept, trained = (adapter_weights(policy, name) for name in (self.adapter, policy.active_adapter))
-        if unlike := sorted(trained.keys() - kept.keys()) or sorted(() if self.own else kept.keys() - trained.keys()):
+            more = [*(kept.keys() - trained.keys())]
+        if unlike := sorted(trained.keys() - kept.keys()) or sorted(more):
             raise ValueError(UNLIKE.format(f"{len(unlike)} are not in both, such as {unlike[0]}"))
         return {name: (kept[name], weight) for name, weight in trained.items()}
 

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 
@@ -21,6 +21,8 @@ from .settings import refuse_other_settings
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
 EARLY_STOPPING = "EarlyStopping"  # the callback whose count a checkpoint keeps
 ADAPTER = "adapter_model.safetensors"
+# Of a reference that moves. Not beside the policy's file, which some load by its suffix.
+REFERENCE = "ref_model/model.safetensors"
 
 
 # Which are whole.
@@ -40,15 +42,31 @@ def remove_incomplete_checkpoints(folder: str | Path) -> None:
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """The main process writes the trainer's state last; other processes may still be writing their random state."""
+    """The main process writes the trainer's state last; other processes may still be writing their random state.
+
+    A copy of the folder may also lack weights of the reference, or hold a part of a file of weights.
+    """
     checkpoint = Path(checkpoint)
     try:
         if "global_step" not in json.loads((checkpoint / STATE).read_text()):
             return False
+        saved = _saved(checkpoint)
     except (OSError, ValueError):
         return False
+    reference = checkpoint / REFERENCE
+    moved = reference.parent.is_dir() or saved.get("settings", {}).get("sync_ref_model")
+    if moved and not reference.is_file() or not all(map(_is_whole, checkpoint.rglob("*.safetensors"))):
+        return False
     states = list(checkpoint.glob("rng_state_*.pth"))
-    return not states or len(states) >= _saved(checkpoint).get("processes", 1) and all(map(zipfile.is_zipfile, states))
+    return not states or len(states) >= saved.get("processes", 1) and all(map(zipfile.is_zipfile, states))
+
+
+def _is_whole(weights: Path) -> bool:
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _saved(checkpoint: Path) -> dict:
