@@ -57,7 +57,7 @@ def test_length_and_score():
 
 def test_texts():
     empty = [{"role": "assistant", "content": " "}]
-    call = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]
     chat = [{"role": "user", "content": "a"}]
     rows = [row("q", ["a", "b"]), row("q", ["a", "b"]), row("q", ["a", "a"]), row("q", ["a", "b"], (2, 1)),
             row(chat, [empty, call]), row("p", ["abc", ""])]  # fmt: skip

@@ -10,6 +10,7 @@ from trainers.cli import generate
 from trainers.cli import prepare as prepare_data
 from trainers.data import canonicalize, load_preferences, tokenize_dataset
 from trainers.data.canonical import canonical_stream
+from trainers.data.rows import to_canonical
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TEMPLATE = (
@@ -82,13 +83,45 @@ def test_nulls_and_types_of_a_json_file_are_kept(streaming, tokenizer, tmp_path)
 
 
 def test_json_inside_a_table_keeps_its_nulls():
-    calls = List({"function": {"arguments": Json(), "name": Value("string")}})
+    calls = List({"id": Value("string"), "function": {"arguments": Json(), "name": Value("string")}})
     turn = List({"role": Value("string"), "content": Value("string"), "tool_calls": calls})
     features = Features(prompt=turn, chosen=turn, rejected=turn)
-    rows = [pair(call(x=None), [{"role": "assistant", "content": "b", "tool_calls": [{"function": {}}]}])]
+    other = {"id": "7", "function": {"name": "g", "arguments": {}}}
+    rows = [pair(call(x=None), [{"role": "assistant", "content": "b", "tool_calls": [other]}])]
     found = canonicalize(Dataset.from_list(rows, features=features))[0][0]["responses"]
     assert found[0][0]["tool_calls"] == [{"function": {"arguments": {"x": None}, "name": "f"}}]
-    assert found[1][0]["tool_calls"] == [{"function": {}}]
+    assert found[1][0]["tool_calls"] == [other]
+
+
+@pytest.mark.parametrize("calls", ["x", {}, ["x"], [None], [{}], [{"function": "f"}], [{"function": {"name": "f"}}],
+                                   [{"function": {"name": None, "arguments": {}}}], [{"name": "f", "arguments": [1]}],
+                                   [*call(x=1)[0]["tool_calls"], {"function": None}]])  # fmt: skip
+@pytest.mark.parametrize("name", ["responses.0.", "prompt"])
+def test_wrong_calls_are_named_with_row_and_field(name, calls, tokenizer, tmp_path):
+    turn = {"role": "assistant", "content": "a", "tool_calls": calls}
+    wrong = {"prompt": USER, "responses": [[turn], ANSWER[1]], "scores": [1.0, 0.0]}
+    if name == "prompt":
+        wrong = {"prompt": [*USER, turn], "responses": [*ANSWER], "scores": [1.0, 0.0]}
+    good = pair(call(x=1), [ANSWER[0][0] | {"tool_calls": None}])
+    told = f"row 1: '{name}' holds a message whose 'tool_calls' is the .*; give a list of"
+    with pytest.raises(ValueError, match=told):
+        load_preferences(write_rows(tmp_path / "rows.jsonl", [to_canonical(good), wrong]))
+    for right in (
+        [],
+        [{"name": "f", "arguments": {}}],
+        [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    ):
+        to_canonical(pair([turn | {"tool_calls": right}], ANSWER[1]))
+
+
+def test_any_failure_of_a_template_names_the_row():
+    failing = TEMPLATE.replace("{{ m.content or '' }}", "{{ m.content or '' }}{{ 1 + m.content if m.content == 'x' }}")
+    tokenizer = build_tokenizer(failing, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    rows = [pair(*ANSWER), pair(ANSWER[0], [{"role": "assistant", "content": "x"}])]
+    with pytest.raises(
+        ValueError, match="row 1: the chat template refuses these messages: TypeError: unsupported oper"
+    ):
+        tokenize_dataset(Dataset.from_list(rows), tokenizer)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])

@@ -1,6 +1,7 @@
 """What is cut of rows that are too long, what is dropped, and that TRL cuts and learns the same where it can."""
 
 import copy
+import re
 import shlex
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from trainers.data import tokenize_dataset, tokenize_row
 
 LEFT = {"truncate_prompts": "left"}
 WORDS = "the quick brown fox jumps over the lazy dog"
+TOKENS = "tokens lost by prompts that were cut"
 CUT = "prompts cut on the left to max_prompt_length"
-NOTHING_LEFT = "what stays of a cut prompt (BOS, and with keep_system the system turn) fills max_prompt_length"
+NOTHING_LEFT = "nothing that is said would stay of a cut prompt: what the template writes fills max_prompt_length"
+ALIKE = "rows with responses that are alike once truncated, and were not before"
 
 
 def conversation(system="be kind"):
@@ -47,18 +50,79 @@ def test_the_system_turn_stays_if_asked(family):
     row = conversation()
     whole = tokenize_row(row, tokenizer)["prompt_ids"]
     system = tokenizer.apply_chat_template(row["prompt"][:1])["input_ids"]
-    limit = len(system) + 7
+    behind = len(tokenizer.encode(BEHIND[family], add_special_tokens=False))
+    last = behind + 3
+    limit = len(system) + last
     kept = tokenize_row(row, tokenizer, max_prompt_length=limit, keep_system=True, **LEFT)["prompt_ids"]
-    assert kept == system + whole[-7:] and "be kind" in tokenizer.decode(kept)
+    assert kept == system + whole[-last:] and "be kind" in tokenizer.decode(kept)
     plain = tokenize_row(row, tokenizer, max_prompt_length=limit, **LEFT)["prompt_ids"]
-    assert len(plain) == limit and plain[-7:] == whole[-7:] and "be kind" not in tokenizer.decode(plain)
+    assert len(plain) == limit and plain[-last:] == whole[-last:] and "be kind" not in tokenizer.decode(plain)
     # A turn that leaves no token to what is asked drops the row; one token less of it does not.
     data = as_dataset(row, conversation(system=None))
-    for more, kept_rows in ((0, 1), (1, 2)):
+    plain = tokenize_row(conversation(system=None), tokenizer)["prompt_ids"]
+    for more, kept_rows in ((0, 1), (behind, 1), (behind + 1, 2)):
         limit = len(system) + more
         out, report = tokenize_dataset(data, tokenizer, max_prompt_length=limit, keep_system=True, **LEFT)
-        assert len(out) == kept_rows and report.notes == {CUT: kept_rows}
+        lost = len(plain) - limit + (len(whole) - limit) * (kept_rows == 2)
+        assert len(out) == kept_rows and report.notes == {CUT: kept_rows, TOKENS: lost}
         assert report.reasons == ({NOTHING_LEFT: 1} if kept_rows == 1 else {})
+    assert tokenizer.decode(out[0]["prompt_ids"]).endswith("g" + BEHIND[family])
+
+
+# What templates write behind the text of the last message.
+BEHIND = {
+    "llama3": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen": "<|im_end|>\n<|im_start|>assistant\n",
+    "gemma": "<end_of_turn>\n<start_of_turn>model\n",
+    "mistral": " [/INST]",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_header_is_nothing_that_is_said(family):
+    tokenizer, row = family_tokenizer(family), conversation(system=None)
+    bos = tokenizer.bos_token_id is not None
+    least = bos + len(tokenizer.encode(BEHIND[family], add_special_tokens=False))
+    for limit in range(1 + bos, least + 1):
+        with pytest.raises(ValueError, match=re.escape(NOTHING_LEFT)):
+            tokenize_row(row, tokenizer, max_prompt_length=limit, **LEFT)
+    kept = tokenize_row(row, tokenizer, max_prompt_length=least + 1, **LEFT)["prompt_ids"]
+    last = tokenizer.decode(kept[bos:])
+    assert last.endswith(BEHIND[family]) and WORDS.endswith(last.removesuffix(BEHIND[family]).strip())
+
+
+def test_the_text_of_a_last_message_is_told_from_what_stands_behind_it():
+    calls = QWEN.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls or '' }}")
+    tokenizer = build_tokenizer(calls, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    row = conversation(system=None)
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    row["prompt"].append(assistant("") | {"tool_calls": [call]})
+    least = len(tokenizer.encode(BEHIND["qwen"], add_special_tokens=False))
+    kept = tokenize_row(row, tokenizer, max_prompt_length=least + 3, **LEFT)["prompt_ids"]
+    assert tokenizer.decode(kept) == "}}]" + BEHIND["qwen"]
+    with pytest.raises(ValueError, match=re.escape(NOTHING_LEFT)):
+        tokenize_row(row, tokenizer, max_prompt_length=least, **LEFT)
+    strict = QWEN.replace(
+        "{% for m", "{% if messages[-1].content == 'a' %}{{ raise_exception('a') }}{% endif %}{% for m", 1
+    )
+    tokenizer = build_tokenizer(strict, bos=None, eos="<|im_end|>", special=["<|im_start|>"])
+    with pytest.raises(ValueError, match=r"row 0: .*refuses another text in its last message \(a\).*'drop'"):
+        tokenize_row(row, tokenizer, max_prompt_length=least, **LEFT)
+
+
+def test_responses_that_become_alike_are_counted():
+    rows = [
+        token_row(response_ids=[[1, 2, 3, 4], [1, 2, 3, 5], [6]], scores=[9.0, 5.0, 1.0]),
+        token_row(response_ids=[[1, 2, 3], [1, 2], [4] * 9, []], scores=[1.0, 2.0, 3.0, 4.0]),
+        token_row(response_ids=[[1] * 9, [1] * 9, [2]], scores=[1.0, 2.0, 3.0]),  # alike before
+        token_row(response_ids=[[1, 2], [1, 2, 3, 4], [1, 2, 3, 5]], scores=[1.0, 2.0, None]),  # one goes
+    ]
+    out, report = tokenize_dataset(
+        Dataset.from_list(rows), build_tokenizer(), max_length=len(rows[0]["prompt_ids"]) + 3
+    )
+    assert out[0]["response_ids"] == [[1, 2, 3], [1, 2, 3], [6]] and len(out) == 4
+    assert report.notes == {"responses truncated to fit max_length": 6, ALIKE: 1}
+    assert f"1 {ALIKE}" in str(report)
 
 
 def test_tools_and_keys_of_messages_are_written_into_the_system_turn_as_in_the_prompt():
@@ -106,7 +170,8 @@ def test_token_ids_are_cut_as_texts_are_with_their_columns():
     assert out[0]["response_ids"] == of_text["response_ids"] == [ids[:2] for ids in whole["response_ids"]]
     assert out[0]["weights"] == [values[:2] for values in weights]
     long = sum(len(ids) > 2 for ids in whole["response_ids"])
-    assert long and report.notes == {CUT: 1, "responses truncated to fit max_length": long}
+    lost = len(whole["prompt_ids"]) - 6
+    assert long and report.notes == {CUT: 1, TOKENS: lost, "responses truncated to fit max_length": long, ALIKE: 1}
     again, report = tokenize_dataset(out, tokenizer, columns=("weights",), **limits)
     assert again.to_list() == out.to_list() and not report.notes
 

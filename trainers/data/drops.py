@@ -53,13 +53,14 @@ class DropReport:
     notes: Counter = field(default_factory=Counter)
 
     def add(self, kept: bool, reasons: Iterable[str]) -> None:
-        """Count one row of the pass; a reason is "row: ...", "response: ..." or "note: ..."."""
+        """Count a row of the pass; a reason is "row: ...", "response: ...", "note: ..." or, 9 times, "note 9: ..."."""
         self.rows_in += 1
         self.rows_out += kept
         counters = {"row": self.reasons, "response": self.responses_dropped, "note": self.notes}
         for event in reasons:
-            kind, _, reason = event.partition(": ")
-            counters[kind][reason] += 1
+            what, _, reason = event.partition(": ")
+            kind, _, times = what.partition(" ")
+            counters[kind][reason] += int(times or 1)
 
     def __add__(self, other: "DropReport") -> "DropReport":
         """What two passes left out."""

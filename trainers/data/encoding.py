@@ -1,6 +1,6 @@
 """Prompts and responses to token ids, each response tokenised together with its prompt."""
 
-from functools import partial
+from collections.abc import Callable
 from inspect import signature
 from itertools import groupby, islice
 from typing import Any
@@ -40,6 +40,20 @@ def chat_options(row: Row, template_kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the chat template is given beside the messages; what the row says wins."""
     tools = {"tools": row["tools"]} if row.get("tools") else {}
     return template_kwargs | tools | (row.get("chat_template_kwargs") or {})
+
+
+def chat_template(tokenizer, options: dict[str, Any]) -> Callable:
+    """The tokenizer's `apply_chat_template` with these options; all that it raises is a TemplateError."""
+
+    def apply(messages, **more):
+        try:
+            return tokenizer.apply_chat_template(messages, **options | more)
+        except TemplateError:
+            raise
+        except Exception as error:  # a template fails as the methods and filters do that it calls
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+    return apply
 
 
 def _encode_text(rows: list[Row], where: str, tokenizer) -> list[Encoded]:
@@ -97,7 +111,7 @@ def _encode_chat(
         for row in rows
         for _ in row["responses"]
     ]
-    apply = partial(tokenizer.apply_chat_template, **options)
+    apply = chat_template(tokenizer, options)
     try:
         prompt_ids = apply(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
         pairs = zip(*encode_turns(chats, begins, apply, template, where), strict=True)

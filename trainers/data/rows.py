@@ -210,8 +210,22 @@ def checked_text(value, name: str):
             raise ValueError(f"{name!r} holds {describe(message)}; a message needs 'role' and 'content'.")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str | None):
             raise ValueError(f"{name!r} holds a message whose 'role' or 'content' is not text; give text in both.")
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
+            raise ValueError(
+                f"{name!r} holds a message whose 'tool_calls' is {describe(calls)}; give a list of {{'function': "
+                "{'name': text, 'arguments': a dict or JSON text}}."
+            )
         (message["role"] + (message["content"] or "")).encode()
     return messages
+
+
+def _is_call(call: Any) -> bool:
+    """A call of a tool as templates write them; some write what stands in `function` without it too."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    return isinstance(function.get("arguments"), dict | str)
 
 
 def refuse_template_options(row: Row) -> None:

@@ -70,7 +70,7 @@ class Block(NamedTuple):
 
 
 class TokenStream(torch.utils.data.IterableDataset):
-    """Tokenised rows of a source, without an end: where the source ends, it is read again.
+    """Tokenised rows of a source: where it ends, it is read again, without an end unless `needed` is set.
 
     Args:
         source: canonical rows, TRL pairs or tokenised rows, as for `tokenize_dataset`.
@@ -98,6 +98,7 @@ class TokenStream(torch.utils.data.IterableDataset):
     ):
         self.source, self.buffer, self.mixed, self.seed = source.with_format(None), buffer, mixed, seed
         self.check: Callable[[Dataset], None] = lambda rows: None  # raises for tokenised rows that cannot be used
+        self.needed: int | None = None  # rows of the whole training, behind which nothing is read
         self.blocks: deque[Block] = deque()
         self.report, self.passes, self.unusable = DropReport(), 0, 0
         with collected_reports():  # a source that counts what it drops itself is not read to its end here
@@ -147,7 +148,8 @@ class TokenStream(torch.utils.data.IterableDataset):
         return {"stream/rows": self.report.rows_in, "stream/dropped": dropped, "stream/passes": self.passes + 1}
 
     def __iter__(self) -> Iterator[Row]:
-        return islice(self._rows(), self.trained - self.start.rows, None)
+        before = self.start.rows
+        return islice(self._rows(), self.trained - before, None if self.needed is None else self.needed - before)
 
     def _rows(self) -> Iterator[Row]:
         """The usable rows from the beginning of a block on."""
@@ -308,6 +310,8 @@ def refuse_stream(rows, who: str) -> None:
 
 def stream_loader(stream: TokenStream, collate: Callable, args: PreferenceConfig, *, batch_size: int) -> DataLoader:
     """Batches of a stream: every process reads all rows and takes its share of each global batch."""
+    # A loader is one batch ahead: of the last one it would read and announce another pass for nothing.
+    stream.needed = args.max_steps * args.gradient_accumulation_steps * batch_size * args.world_size
     loader = DataLoader(
         stream,
         batch_size=batch_size,

@@ -27,7 +27,7 @@ from .drops import (
     split_off_drops,
     without_format,
 )
-from .encoding import Encoded, chat_options, encode, without_none
+from .encoding import Encoded, chat_options, chat_template, encode, without_none
 from .json_rows import rows_in
 from .rows import (
     TRAINED,
@@ -37,7 +37,7 @@ from .rows import (
     is_per_token,
     unpadded,
 )
-from .truncation import fit, head_of
+from .truncation import fit, fixed_ends
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _counted_rows(
             result = _tokenize(row, ids, where, tokenizer, template_kwargs, **how)
         out, more, cut = result
         reasons = reasons + more
-        faults = [reason for reason in reasons if not reason.startswith("note: ")]
+        faults = [reason for reason in reasons if not reason.startswith("note")]
         if faults and invalid == "error":
             refuse(where, faults[0])
         packed = {name: as_json(out[name], kind) if out else None for name, kind in columns.items()}
@@ -254,9 +254,10 @@ def _tokenize(
 ) -> Result:  # fmt: skip
     """The tokenised row or None, the reasons, and the end cut off the prompt or None; `encoded` unless it has ids."""
     prompt = None if encoded is None else row["prompt"]
-    head = partial(
-        head_of, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
-        tokenizer=tokenizer, options=chat_options(row, template_kwargs), keep_system=limits.keep_system,
+    ends = partial(
+        fixed_ends, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
+        whole=encoded and encoded[0], tokenizer=tokenizer,
+        apply=chat_template(tokenizer, chat_options(row, template_kwargs)), keep_system=limits.keep_system,
     )  # fmt: skip
     if encoded is None:
         row = {TRAINED: None} | row
@@ -265,7 +266,7 @@ def _tokenize(
             and all(mark in (0, 1) for own in marks for mark in own)
         ):
             raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
-        return *fit(row, limits, where, head), None
+        return *fit(row, limits, where, ends), None
     if row.get(TRAINED):
         raise ValueError(
             f"{where}: {TRAINED!r} says which token ids are trained on, and the row has none: give 'prompt_ids' and "
@@ -275,7 +276,7 @@ def _tokenize(
     n = len(commonprefix([prompt_ids, *full_ids]))
     tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
     tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
-    out, reasons = fit(tokenised, limits, where, head)
+    out, reasons = fit(tokenised, limits, where, ends)
     cut = None
     if n < len(prompt_ids) and (masks is None or any(mask[n] for mask in masks if len(mask) > n)):
         # Some decoders drop a space at the beginning, so both are decoded from there.

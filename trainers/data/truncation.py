@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import takewhile
-from typing import Any
+from os.path import commonprefix  # of any sequences
 
 from jinja2 import TemplateError
 
@@ -10,9 +10,11 @@ from ..config import Truncation
 from .rows import TRAINED, Row, is_per_token, score_fault, without_responses
 
 PROMPT_CUT = "prompts cut on the left to max_prompt_length"
+TOKENS_CUT = "tokens lost by prompts that were cut"
 RESPONSE_CUT = "responses truncated to fit max_length"
+ALIKE = "rows with responses that are alike once truncated, and were not before"
 LONG_PROMPT = "prompt longer than max_prompt_length"
-LONG_HEAD = "what stays of a cut prompt (BOS, and with keep_system the system turn) fills max_prompt_length"
+LONG_ENDS = "nothing that is said would stay of a cut prompt: what the template writes fills max_prompt_length"
 LONG_RESPONSE = "longer than the room that max_length leaves after the prompt"
 UNTRAINED = "no token that is trained on, or none left within max_length"
 SYSTEM = ("system", "developer")  # roles
@@ -20,15 +22,20 @@ NO_SYSTEM = (
     "{}: the prompt is longer than max_prompt_length, and keep_system cannot keep its system turn: {}. Leave "
     "keep_system out, drop such rows with truncate_prompts='drop', or raise max_prompt_length."
 )
+NO_END = (
+    "{}: the prompt is longer than max_prompt_length, and the chat template, which refuses another text in its last "
+    "message ({}), does not tell what of it is text. Drop such rows with truncate_prompts='drop', or raise "
+    "max_prompt_length."
+)
 
 
 def fit(
-    row: Row, limits: Truncation, where: str, head: Callable[[list[int]], list[int]]
+    row: Row, limits: Truncation, where: str, ends: Callable[[list[int]], tuple[list[int], int]]
 ) -> tuple[Row | None, list[str]]:
     """A tokenised row within the limits, with its per-token columns, or None; and what was cut or dropped.
 
     Args:
-        head: gives what stays at the beginning of a prompt whose left end is cut.
+        ends: of a prompt that is cut: what stays at its beginning, and how many tokens at its end say nothing.
 
     Raises:
         ValueError: there is not one score per response.
@@ -45,11 +52,12 @@ def fit(
     if longest is not None and len(prompt_ids) > longest:
         if limits.truncate_prompts == "drop":
             return None, [f"row: {LONG_PROMPT}"]
-        kept = head(prompt_ids)
-        if len(kept) >= longest:
-            return None, [f"row: {LONG_HEAD}"]
-        prompt_ids = kept + prompt_ids[len(kept) - longest :]
-        row, notes = row | {"prompt_ids": prompt_ids}, [f"note: {PROMPT_CUT}"]
+        head, behind = ends(prompt_ids)
+        if len(head) + behind >= longest:
+            return None, [f"row: {LONG_ENDS}"]
+        notes = [f"note: {PROMPT_CUT}", f"note {len(prompt_ids) - longest}: {TOKENS_CUT}"]
+        prompt_ids = head + prompt_ids[len(head) - longest :]
+        row = row | {"prompt_ids": prompt_ids}
     room = None if limits.max_length is None else limits.max_length - len(prompt_ids)
     if room is not None and room < 1:
         return None, ["row: prompt fills max_length and leaves no room for a response"]
@@ -66,22 +74,48 @@ def fit(
     if trained := row.get(TRAINED):
         faults = [fault or (None if any(mask) else UNTRAINED) for fault, mask in zip(faults, trained, strict=True)]
     kept_row, reasons = without_responses(row, faults)
+    if kept_row and f"note: {RESPONSE_CUT}" in notes:
+        before = {tuple(ids) for ids, fault in zip(response_ids, faults, strict=True) if not fault}
+        notes += [f"note: {ALIKE}"] * (len({*map(tuple, kept_row["response_ids"])}) < len(before))
     return kept_row, reasons + notes
 
 
-def head_of(
-    prompt_ids: list[int], prompt: str | list[dict] | None, where: str, *, tokenizer, options: dict[str, Any],
-    keep_system: bool,
-) -> list[int]:  # fmt: skip
-    """What stays at the beginning of a prompt that is cut: its BOS, or what the template writes for system messages.
+def fixed_ends(
+    prompt_ids: list[int], prompt: str | list[dict] | None, where: str, *, whole: list[int] | None, tokenizer,
+    apply: Callable, keep_system: bool,
+) -> tuple[list[int], int]:  # fmt: skip
+    """What stays at the beginning of a prompt that is cut, and how many tokens at its end say nothing.
+
+    The first is its BOS, or what the template writes for system messages; the second what it writes behind the text of
+    the last message. Of a text none, and none that are known of token ids.
 
     Args:
         prompt: what was tokenised, None where that is not known.
-        options: of the chat template.
+        whole: its token ids, of which `prompt_ids` are those that stand before all responses.
+        apply: the chat template.
 
     Raises:
-        ValueError: the system turn is no beginning of the prompt.
+        ValueError: the system turn is no beginning of the prompt, or the template refuses to tell.
     """
+    head = _head(prompt_ids, prompt, where, tokenizer, apply, keep_system)
+    if whole is None or not isinstance(prompt, list):
+        return head, 0
+    *others, last = prompt
+    last = {key: value for key, value in last.items() if key != "tool_calls"}
+    chats = [[*others, last | {"content": text}] for text in "ab"]  # what is the same behind both is no text
+    try:
+        texts = apply(chats, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(NO_END.format(where, error)) from error
+    end = commonprefix([text[::-1] for text in texts])[::-1]
+    ids = tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]
+    behind = len(commonprefix([ids[::-1], whole[::-1]]))
+    return head, max(0, behind - (len(whole) - len(prompt_ids)))
+
+
+def _head(
+    prompt_ids: list[int], prompt: str | list[dict] | None, where: str, tokenizer, apply: Callable, keep_system: bool
+) -> list[int]:
     bos = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
     if not keep_system or isinstance(prompt, str):
         return bos
@@ -91,7 +125,7 @@ def head_of(
     if not system:
         return bos
     try:
-        ids = tokenizer.apply_chat_template(system, return_dict=True, **options)["input_ids"]
+        ids = apply(system, return_dict=True)["input_ids"]
     except TemplateError as error:
         raise ValueError(NO_SYSTEM.format(where, f"the chat template refuses it alone ({error})")) from error
     if prompt_ids[: len(ids)] != ids:
