@@ -245,6 +245,7 @@ def test_a_run_over_other_rows_is_not_compared_with_those_that_are_done(kind, op
         ({"beta": [0.1, -1]}, {}, "beta=-1.0 must be a finite number"),
         ({"max_steps": [1, True]}, {}, "max-steps: needs a whole number, not 'true'"),
         ({"beta": [0.1, "1e-1"]}, {}, "beta-0.1 and beta-1e-1 are the same run"),
+        ({"dataset_name": [""]}, {}, "^dataset_name is missing"),
         ({"betta": [0.1]}, {}, "'betta' is not known: did you mean beta"),
         ({"beta": [0.1, 0.1]}, {}, "two combinations give the same folder beta-0.1"),
         ({"beta": [0.1]}, {"beta": 0.2}, "beta is a flag, which would win over its values"),

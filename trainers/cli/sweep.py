@@ -157,6 +157,7 @@ def _settings(trainer, data, args, model, fingerprint: Callable[[str], str | Non
         raise ValueError("A sweep compares single trainings: EM-DPO, SGPO and rounds are not, start them one by one.")
     if not any(data.each("dataset_test_split")):
         raise ValueError("A sweep needs held-out rows: set dataset_test_split.")
+    recipes.refuse_missing(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)
     of_data = {name: value for name, value in asdict(data).items() if name not in NOT_OF_RESULT}
     of_data["data files"] = digest([fingerprint(recipes.shipped(name)) for name in data.names])
     start = policy_settings(model.model_name_or_path, get_quantization_config(model), args.model_init_kwargs)
