@@ -20,7 +20,8 @@ from test_reference import KINDS, Stop, adapters, loaded, predicted, summed  # n
 from test_trainer import LORA, signal_rows, trainer
 from trainers import DPOTrainer, EMDPOTrainer, RRHFTrainer, SGPOTrainer, SparsePOTrainer
 from trainers.forward.identity import adapter_weights
-from trainers.runs.checkpoints import REFERENCE, last_checkpoint
+from trainers.forward.reference import REFERENCE
+from trainers.runs.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}

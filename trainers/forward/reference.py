@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from ..runs.checkpoints import REFERENCE
 from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
 from .policy import SAFE, base_model, load_policy
 
+# In a checkpoint, where the reference moves. Not beside the policy's file, which some load by its suffix.
+REFERENCE = "ref_model/model.safetensors"
 REFERENCE_ADAPTER = "reference"
 INERT = (True, "gaussian", "orthogonal", "eva")  # initialisations under which a fresh adapter changes no output
 UNLIKE = (

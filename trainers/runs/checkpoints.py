@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 
+from ..forward.reference import REFERENCE
 from .files import read_json
 from .settings import refuse_other_settings
 
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
 EARLY_STOPPING = "EarlyStopping"  # the callback whose count a checkpoint keeps
 ADAPTER = "adapter_model.safetensors"
-# Of a reference that moves. Not beside the policy's file, which some load by its suffix.
-REFERENCE = "ref_model/model.safetensors"
 
 
 # Which are whole.
