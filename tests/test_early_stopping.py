@@ -54,6 +54,11 @@ def test_a_metric_that_no_evaluation_has_ends_the_training_before_its_first_step
     with pytest.raises(UnknownMetric, match=f"metric_for_best_model: .* no eval_ranking/ndgc: did you mean {near}"):
         wrong.train()
     assert wrong.state.global_step == 0
+    if several:
+        with pytest.raises(
+            UnknownMetric, match="metric_for_best_model: the evaluation has no eval_loss: did you mean"
+        ):
+            make("loss").train()
     assert all(weight.equal(kept[name]) for name, weight in wrong.model.state_dict().items())
     for metric in ("eval_a_ranking/ndcg" if several else "ranking/ndcg", "eval_a_loss" if several else "loss"):
         make(metric).train()

@@ -332,7 +332,8 @@ class PreferenceTrainer(ReferringTrainer):
         """
         ours = (PreferenceTrainer.evaluate, PreferenceTrainer.evaluation_loop)
         own = self.compute_metrics is not None or (type(self).evaluate, type(self).evaluation_loop) != ours
-        wanted = {option: name for option, name in self.metrics_wanted().items() if name != "eval_loss"}
+        several = isinstance(self.eval_dataset, dict)  # each has a loss of its own, and there is none of all
+        wanted = {option: name for option, name in self.metrics_wanted().items() if several or name != "eval_loss"}
         if own or not wanted or self.eval_dataset is None:
             return
         with torch.no_grad(), without_dropout(self.model_wrapped):
@@ -341,7 +342,7 @@ class PreferenceTrainer(ReferringTrainer):
         meter = self._meters["eval"]
         names = {*meter.compute(), *TIMES} - {"weight"}
         meter.reset()
-        sets = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        sets = [f"{name}_" for name in self.eval_dataset] if several else [""]
         for option, name in wanted.items():
             UnknownMetric.refuse(option, name, [f"eval_{one}{metric}" for one in sets for metric in names])
 

@@ -167,11 +167,11 @@ def _settings(trainer, data, args, model, fingerprint: Callable[[str], str | Non
 def measure(run: Run, metric: str) -> str | None:
     """Trains, and finishes the stage with the evaluation; returns what went wrong, else None.
 
-    Raises:
-        UnknownMetric: the evaluation would lack `metric`.
-
     A loss that is not finite is a result, which would come again. After any other error the next start tries again. In
     several processes an error ends the sweep, as it need not be in all of them.
+
+    Raises:
+        UnknownMetric: the evaluation would lack `metric`.
     """
     folder, error = run.stage.open(), None
     added = run.values | {"output_dir": str(folder)}  # with the recipe, the run as polypo train makes it
