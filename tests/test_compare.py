@@ -218,6 +218,11 @@ def test_other_settings_are_refused_by_name(inputs, finished):
             {"methods": {"A": {"trainer": "DPOTrainer", "max_steps": 9}}},
             "A sets max_steps, which all methods must share",
         ),
+        (
+            {"methods": {"A": {"trainer": "DPOTrainer", "assistant_only_loss": False}}},
+            "A sets assistant_only_loss, which",
+        ),
+        ({"base": {"chat_template_kwargs": {"enable_thinking": False}}}, "chat_template_kwargs have no effect"),
         ({"methods": {"A b": {"trainer": "DPOTrainer"}, "a-B": {"trainer": "DPOTrainer"}}}, "give the same folder"),
         ({"methods": {"A": {"trainer": "EMDPOTrainer"}}}, "A: EM-DPO has several policies"),
         ({"train_rows": 600}, "need 605 rows, but only 14 fit"),

@@ -13,6 +13,7 @@ from test_trainer import LORA, rows, trainer
 from trainers import SGPOConfig, SWEPOConfig, SWEPOTrainer
 from trainers.cli import train
 from trainers.measuring import UnknownMetric
+from trainers.running import EarlyStopping
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 8}
 BEST = {**EVERY_STEP, "load_best_model_at_end": True, "early_stopping_patience": 2}
@@ -177,3 +178,9 @@ def test_a_probe_measures_such_a_run(tmp_path, start, capsys):
 def test_a_search_that_would_keep_the_old_reference_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="old reference, rows and checks.* make a trainer for each trial"):
         trainer(tmp_path, tokenizer).hyperparameter_search(n_trials=2)
+
+
+def test_a_checkpoint_of_a_release_without_early_stopping_is_counted_from(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {}}))
+    stopping = EarlyStopping.at(str(tmp_path), 3)
+    assert (stopping.early_stopping_patience, stopping.early_stopping_patience_counter) == (3, 0)

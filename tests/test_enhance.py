@@ -221,6 +221,8 @@ def test_lora_goes_on_with_the_same_adapter(inputs, finished_lora):
     adapters = [load_file(finished_lora / f"round-0{i}" / "checkpoint" / "adapter_model.safetensors") for i in (0, 1)]
     assert adapters[0].keys() == adapters[1].keys()
     assert not any(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    card = (finished_lora / "round-01/checkpoint/README.md").read_text()
+    assert f"from the adapter `{finished_lora}/round-00/checkpoint`" in card
     args = LIREConfig(output_dir=str(finished_lora), use_cpu=True, report_to="none")
     policies = (weights_of(str(inputs / "model"), start, args, dtype="float32") for start in (finished_lora, None))
     merged, base = (policy.whole() for policy in policies)

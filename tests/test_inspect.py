@@ -125,6 +125,12 @@ def told(tmp_path, capsys):
     return run
 
 
+def test_a_source_that_is_there_twice_counts_twice(tmp_path, told):
+    path = write_rows(tmp_path / "rows.jsonl", [row("a", ["b", "c"]), row("none", ["x"], (1,))])
+    _, page, _ = told(path, path)
+    assert "fewer than 2 responses given2" in page and "1 (50.0%) of its 1; 1 (50.0%) of its 1" in page
+
+
 def test_a_page_and_its_numbers(tmp_path, qwen, told):
     rows = [row(f"what is {i}", ["the dog " * (i % 7 + 1), "fox"], (1, i % 4), annotator=f"a{i}") for i in range(40)]
     rows += [rows[0], row("say <|im_end|> it", ["a", "a"], (0, 1), annotator="a1"), row("none", ["x"], (1,))]

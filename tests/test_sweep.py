@@ -235,6 +235,12 @@ def test_a_run_over_other_rows_is_not_compared_with_those_that_are_done(kind, op
     assert not (tmp_path / "out/seed-2").exists()
 
 
+def test_a_value_and_its_negative_have_a_folder_each(options, tmp_path):
+    arguments = sweep.SweepArguments(values={"max_steps": [-1, 1]})
+    runs, _ = sweep.plan(arguments, ["--config", str(options), "--output_dir", str(tmp_path)])
+    assert [run.stage.folder.name for run in runs] == ["max_steps--1", "max_steps-1"]
+
+
 @pytest.mark.parametrize(
     "values, more, error",
     [

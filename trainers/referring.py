@@ -89,6 +89,7 @@ class ReferringTrainer(MeasuringTrainer):
     # A reference that follows the policy.
 
     def save_beside(self, checkpoint: Path) -> None:
+        super().save_beside(checkpoint)
         if (reference := self._moving_reference) is not None:
             reference.save(self.model, checkpoint, write=self.args.should_save)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from .data.canonical import canonicalize
-from .data.rows import UNFINISHED, refuse_template_options, unfinished
+from .data.rows import UNFINISHED, refuse_template_kwargs, refuse_template_options, unfinished
 from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.collect import MADE, columns_of
@@ -147,6 +147,7 @@ class Rounds:
             processing_class=load_tokenizer(policy),
         )
         trainer.left_out[:0] = self.left_out
+        trainer.start_adapter = trainer.start_adapter and str(start)  # which the trainer got as a model
         refuse_partial_weights(trainer.accelerator, "the next round")
         trainer.train_and_save(last_checkpoint(folder), self.dataset)
         trainer.release()
@@ -247,8 +248,7 @@ def refuse_unsupported(args, method: str) -> None:
     """Raises ValueError for what a loop over samples of the policy cannot do."""
     if args.push_to_hub:
         raise ValueError(f"push_to_hub does not work with {method}: upload output_dir when the run is done.")
-    if args.chat_template_kwargs:
-        raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
+    refuse_template_kwargs(args.chat_template_kwargs)
 
 
 def refuse_folder_of_rounds(folder: str | Path) -> None:

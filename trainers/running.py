@@ -132,9 +132,6 @@ class RunningTrainer(StreamingTrainer):
     def begin(self, checkpoint: str | None) -> None:
         """What is done before the first step of a training, which goes on from `checkpoint` if there is one."""
 
-    def save_beside(self, checkpoint: Path) -> None:
-        """What a checkpoint must hold beside what the Trainer writes; every process calls it."""
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **keywords):
         """As `Trainer.train`; True takes the last checkpoint in `output_dir` that was saved to its end.
 
@@ -278,7 +275,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def at(cls, checkpoint: str | bool | None, patience: int) -> "EarlyStopping":
         if not checkpoint:
             return cls(patience)
-        return cls.from_state(read_json(Path(str(checkpoint)) / STATE)["stateful_callbacks"][EARLY_STOPPING])
+        kept = read_json(Path(str(checkpoint)) / STATE).get("stateful_callbacks", {}).get(EARLY_STOPPING)
+        return cls.from_state(kept) if kept else cls(patience)  # none was there in a checkpoint of an older release
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -102,11 +102,10 @@ class StreamingTrainer(Trainer):
                 "anew: put the file back, or take another checkpoint."
             )
 
-    def _save_checkpoint(self, model, trial):
+    def save_beside(self, checkpoint: Path) -> None:
+        """What a checkpoint must hold beside what the Trainer writes; every process calls it."""
         if self.args.should_save and isinstance(self.train_dataset, TokenStream):
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / PLACE, self.place(self.train_dataset))
-        super()._save_checkpoint(model, trial)
+            write_json(checkpoint / PLACE, self.place(self.train_dataset))
 
     def log(self, logs, start_time=None):
         if "loss" in logs and isinstance(self.train_dataset, TokenStream):

@@ -24,7 +24,7 @@ from trl import get_peft_config, get_quantization_config
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, Truncation, check_options, option
 from ..data.budget import packed_tokens, token_lengths
-from ..data.rows import refuse_template_options, trained_tokens
+from ..data.rows import refuse_template_kwargs, refuse_template_options, trained_tokens
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
 from ..generation.options import read_mapping, read_options
@@ -46,8 +46,9 @@ from .train import parse
 
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
 # What makes methods comparable; a method that set it for itself would have another model or another budget.
-SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "truncate_", "keep_system", "num_train_epochs",
-          "per_device_", "gradient_accumulation")  # fmt: skip
+SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "truncate_", "keep_system", "assistant_only_loss", "as_chat",
+          "chat_template_kwargs", "invalid_rows", "num_train_epochs", "per_device_",
+          "gradient_accumulation")  # fmt: skip
 
 
 @dataclass
@@ -75,6 +76,7 @@ class CompareArguments(RowOptions):
         check_options(self)
         self.base, self.methods = read_mapping("base", self.base), read_mapping("methods", self.methods)
         self.samples = dataclasses.asdict(read_options("samples", self.samples or {}, SampleOptions))
+        refuse_template_kwargs(self.base.get("chat_template_kwargs"))
         for method, own in (("base", self.base), *self.methods.items()):
             wrong = [name for name in own if name in SET_HERE or (own is not self.base and name.startswith(SHARED))]
             if wrong:

@@ -259,7 +259,9 @@ def _sources(splits: Mapping[str, Report]) -> str:
     for name, split in splits.items():
         for one in split["passes"]:
             for source, there, count in zip(*(one.get(key, ()) for key in ("names", "rows", "taken")), strict=True):
-                taken.setdefault(source, {})[name] = f"{share(count, sum(one['taken']))} of its {there:,}"
+                cells = taken.setdefault(source, {})
+                gave = f"{share(count, sum(one['taken']))} of its {there:,}"
+                cells[name] = f"{cells[name]}; {gave}" if name in cells else gave
     rows = [[_breakable(source), *(cells.get(name, "") for name in splits)] for source, cells in taken.items()]
     return blocks.table(["rows taken from", *splits], rows) if rows else ""
 
@@ -272,7 +274,8 @@ def _left_out(splits: Mapping[str, Report]) -> str:
         for one in split["passes"]:
             for field, kind in kinds.items():
                 for reason, count in one.get(field, {}).items():
-                    counts.setdefault(f"{one['title']}: {kind}{reason}", {})[name] = count
+                    cells = counts.setdefault(f"{one['title']}: {kind}{reason}", {})
+                    cells[name] = cells.get(name, 0) + count  # a source may be there twice, in other configurations
     rows = [[_breakable(what), *(f"{times.get(name, 0):,}" for name in splits)] for what, times in counts.items()]
     return blocks.table(["dropped or changed", *splits], rows) if rows else "Nothing is dropped or changed."
 

@@ -11,7 +11,7 @@ import numpy as np
 from polypo.recipes import split_recipe
 
 from .. import PreferenceConfig
-from ..data.rows import refuse_template_options
+from ..data.rows import refuse_template_kwargs, refuse_template_options
 from ..forward import policy as policies
 from ..generation.sampler import plain_prompt
 from ..pages.page import blocks
@@ -45,8 +45,8 @@ def sample_parts(folders: Sequence[Path], runs: Sequence[Run], asked, flags: Seq
     data, model = config_files.parse([DataArguments, ModelArguments], own, wanted)
     if not model.model_name_or_path:
         raise ValueError(f"--samples: it is not recorded that all runs began with one model: give --{MODEL}.")
-    if any(run.settings.get("chat_template_kwargs") for run in runs):
-        raise ValueError("--samples: chat_template_kwargs have no effect on sampling: set them in the chat template.")
+    for run in runs:
+        refuse_template_kwargs(run.settings.get("chat_template_kwargs"))
     with TemporaryDirectory() as scratch:
         known = {key: runs[0].settings[key] for key in ("as_chat", "seed", "use_cpu") if key in runs[0].settings}
         args = PreferenceConfig(output_dir=scratch, report_to=[], **known)

@@ -192,6 +192,7 @@ def measure(run: Run, metric: str) -> str | None:
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
         wandb.finish()  # or the next training would log into this one's; other trackers end with theirs
     if error is None:
+        run.stage.processes.wait_for_everyone()  # the first one writes what all read
         run.stage.finish(metrics=read_json(folder / "eval_results.json"))
     return error
 
@@ -220,8 +221,8 @@ def _folder(values: dict[str, Any]) -> str:
 
 
 def _slug(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    slug = re.sub(r"[^\w.+-]+", "-", value if isinstance(value, str) else json.dumps(value))
+    return slug if isinstance(value, int | float) else slug.strip("-")  # -1 is another value than 1
 
 
 def _write(folder: Path, report: dict) -> None:

@@ -84,9 +84,10 @@ class DropReport:
 
 def log_report(logger: logging.Logger, title: str, report: Any, level: int = logging.WARNING) -> None:
     """Print what became of rows, on the first process only; `collected_reports` takes it too, or instead."""
-    reports, of = _collected.get() or ([], "all")
-    reports.append((f"{title}, {of}" if of else title, report))
-    if of and is_first_process():
+    reports, of = _collected.get() or (None, "")
+    if reports is not None:
+        reports.append((f"{title}, {of}" if of else title, report))
+    if (reports is None or of) and is_first_process():
         logger.log(level, "%s: %s", title, report)
 
 

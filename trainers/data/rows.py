@@ -234,6 +234,12 @@ def refuse_template_options(row: Row) -> None:
         raise ValueError(f"{given[0]!r} cannot be used where answers are sampled: remove the column.")
 
 
+def refuse_template_kwargs(given: dict | None) -> None:
+    """The same for such options of all rows."""
+    if given:
+        raise ValueError("chat_template_kwargs have no effect on sampling: set them in the tokenizer's chat template.")
+
+
 def unpadded(row: Row, features: dict[str, Any]) -> Row:
     """A row of a table with these columns, without the nulls that it filled in (`without_padding`)."""
     nested = {name: kind for name, kind in features.items() if isinstance(kind, List | dict)}

@@ -1,8 +1,8 @@
 """Warning signs in the log of a training: rules with their numbers, which are our choice, and a sentence for each.
 
-A sign is judged on evaluations, which see the same rows each time, where there are three or more of them with the
-metric, and else on the training logs. `logps` are compared per token, because the lengths in a batch would hide any
-change of the sums.
+Two signs (`judged`) go by evaluations, which see the same rows each time, where there are three or more of them with
+the metric, and else by the training logs. `logps` are compared per token, because the lengths in a batch would hide
+any change of the sums.
 """
 
 import math

@@ -250,6 +250,7 @@ class Run:
                 processing_class=self.tokenizer,
             )
             trainer.left_out[:0] = self.left_out
+            trainer.start_adapter = trainer.start_adapter and str(start)  # which the trainer got as a model
             refuse_partial_weights(trainer.accelerator, "the next stage")
             trainer.train_and_save(last_checkpoint(training), self.dataset)
             trainer.release()
