@@ -106,9 +106,8 @@ class PreferenceTrainer(ReferringTrainer):
         self.start = start_of_run(model, source if self.needs_reference else None, adapter)
         with collected_reports(of="training rows") as self.left_out:
             train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
-        with collected_reports(of="held-out rows") as held_out:
+        with collected_reports(self.left_out, of="held-out rows"):
             eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
-        self.left_out += held_out
         for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in parts(eval_dataset):

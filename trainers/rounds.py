@@ -18,7 +18,6 @@ each round for it, not the model of the first one.
 
 import copy
 import dataclasses
-import json
 import logging
 import shutil
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from .data.canonical import canonicalize
+from .data.json_rows import digest
 from .data.rows import UNFINISHED, refuse_template_kwargs, refuse_template_options, unfinished
 from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
@@ -39,10 +39,10 @@ from .generation.scorer import check_scorer, compared_scorer
 from .generation.served import Counts
 from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
-from .runs.checkpoints import last_checkpoint
-from .runs.files import read_rows, write_json, write_rows
+from .runs.checkpoints import STATE, last_checkpoint
+from .runs.files import read_json, read_rows, write_json, write_rows
 from .runs.processes import Processes, refuse_partial_weights, share_engine
-from .runs.settings import digest, policy_settings, run_settings
+from .runs.settings import policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
 
@@ -165,7 +165,7 @@ class Rounds:
         rewards.append(self._measure(folder / "held-out", folder / "checkpoint"))
         if not done:
             self.processes.main(lambda: write_json(path, self._manifest(index, statistics, rewards)))
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def _publish(self, history: list[dict]) -> None:
         shutil.copytree(self._at(len(history) - 1) / "checkpoint", self.stage.folder, dirs_exist_ok=True)
@@ -289,6 +289,6 @@ def _scored(row: dict) -> dict[str, float]:
 
 
 def _last_log(folder: Path) -> dict:
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = read_json(folder / STATE)
     logs = [log for log in state["log_history"] if "loss" in log]
     return {"steps": state["global_step"], **(logs[-1] if logs else {})}

@@ -19,8 +19,10 @@ from .data.load import load_split, name_of
 from .data.stream import TokenStream, refuse_stream
 from .forward import policy as policies
 from .runs.checkpoints import (
+    DEFAULT,
     EARLY_STOPPING,
     STATE,
+    adapter_folder,
     begin_checkpoint,
     check_checkpoint,
     checkpoint_to_resume,
@@ -33,8 +35,6 @@ from .runs.files import read_json
 from .runs.record import write_record
 from .runs.settings import run_settings
 from .streaming import StreamingTrainer
-
-DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
 
 
 class RunningTrainer(StreamingTrainer):
@@ -86,15 +86,13 @@ class RunningTrainer(StreamingTrainer):
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         with collected_reports(of="training rows") as left_out:
             splits = {"train_dataset": load_split(data, args, "train")}
-        with collected_reports(of="held-out rows") as held_out:
+        with collected_reports(left_out, of="held-out rows"):
             splits["eval_dataset"] = load_split(data, args, "test")
-        left_out += held_out
         if args.self_enhance is not None:
             refuse_stream(splits["train_dataset"], "self_enhance")
             if isinstance(data, Mapping):  # data arguments have read rows as the args want them
-                with collected_reports(of="all rows") as read:
+                with collected_reports(left_out, of="all rows"):
                     splits = {name: rounds.canonical(rows, args) for name, rows in splits.items()}
-                left_out += read
             rounds.Rounds(cls, args, model, dataset=name_of(data), left_out=left_out, **splits, **loading).run()
             return None
         rounds.refuse_folder_of_rounds(args.output_dir)
@@ -232,7 +230,7 @@ class RunningTrainer(StreamingTrainer):
         if adapter in (None, DEFAULT):
             super()._load_best_model()
         else:
-            self.model.load_adapter(f"{best}/{adapter}", adapter, is_trainable=True)
+            self.model.load_adapter(str(adapter_folder(best, adapter)), adapter, is_trainable=True)
 
     @property
     def _saved_adapter(self) -> str | None:

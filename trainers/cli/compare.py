@@ -24,6 +24,7 @@ from trl import get_peft_config, get_quantization_config
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, Truncation, check_options, option
 from ..data.budget import packed_tokens, token_lengths
+from ..data.json_rows import digest
 from ..data.rows import refuse_template_kwargs, refuse_template_options, trained_tokens
 from ..data.tokenization import prepare_dataset
 from ..forward import policy as policies
@@ -34,7 +35,7 @@ from ..precision import instructions
 from ..runs.files import write_json, write_rows
 from ..runs.processes import free_memory
 from ..runs.record import read_run
-from ..runs.settings import digest, model_fingerprint
+from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from . import config_files
 from .arguments import ModelArguments

@@ -23,6 +23,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..config import option
+from ..data.json_rows import digest
 from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
 from ..forward import policy as policies
@@ -36,7 +37,7 @@ from ..generation.served import Counts
 from ..generation.start import dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory, join_launcher
-from ..runs.settings import digest, model_fingerprint, refuse_other_settings, run_settings
+from ..runs.settings import model_fingerprint, refuse_other_settings, run_settings
 from ..runs.stage import Stage
 from . import config_files, judges
 

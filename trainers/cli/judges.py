@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ..data.json_rows import digest
 from ..generation import Backend, Sample, SamplingConfig, collect_samples
 from ..runs.files import read_rows, write_json, write_rows
-from ..runs.settings import digest
 
 # Fields of a question that its answer needs; the last one is what the user says.
 QUESTIONS = {

@@ -28,12 +28,13 @@ from polypo import recipes
 from .. import EMDPOTrainer, SGPOTrainer
 from ..config import JSON, check_options, option
 from ..data.files import data_fingerprint
+from ..data.json_rows import digest
 from ..generation.options import read_mapping
 from ..measuring import UnknownMetric, metric_wanted
 from ..pages.text import markdown
 from ..runs.files import read_json, write_atomic, write_json
 from ..runs.processes import Processes, free_memory
-from ..runs.settings import digest, policy_settings, run_settings
+from ..runs.settings import policy_settings, run_settings
 from ..runs.stage import MANIFEST, Stage
 from . import config_files, train
 

@@ -92,13 +92,13 @@ def log_report(logger: logging.Logger, title: str, report: Any, level: int = log
 
 
 @contextmanager
-def collected_reports(*, of: str = "") -> Iterator[list[tuple[str, Any]]]:
+def collected_reports(into: list | None = None, *, of: str = "") -> Iterator[list[tuple[str, Any]]]:
     """Gives the list of (title, report) of the data path inside the block, and keeps them off the log.
 
-    A report is a `DropReport`, or the `Shares` of a mixture. With `of`, such as "training rows", they are logged too,
-    and titles in the list end with it.
+    They are added to the list `into` where one is given. A report is a `DropReport`, or the `Shares` of a mixture.
+    With `of`, such as "training rows", they are logged too, and titles in the list end with it.
     """
-    reports: list[tuple[str, Any]] = []
+    reports: list[tuple[str, Any]] = [] if into is None else into
     token = _collected.set((reports, of))
     try:
         yield reports

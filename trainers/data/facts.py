@@ -3,8 +3,6 @@
 The numbers are for a dry run and `polypo inspect`, which have the words. Nothing here needs a model.
 """
 
-import hashlib
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -21,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Truncation
 from .budget import Lengths, packed_tokens
+from .json_rows import digest
 from .rows import Row, trained_tokens
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -188,11 +187,6 @@ class Texts:
 def plain(text: str | list[dict]) -> str:
     """The text of messages without their roles."""
     return text if isinstance(text, str) else "\n".join(message["content"] or "" for message in text)
-
-
-def digest(value: Any) -> bytes:
-    """Equal for equal values."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def is_empty(message: dict) -> bool:

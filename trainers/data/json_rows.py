@@ -91,6 +91,16 @@ def explained(path: Path) -> Iterator[None]:
         raise ValueError(f"cannot read {path.name!r} ({type(cause).__name__}: {cause}).") from error
 
 
+def plain(value):
+    """As JSON gives it back, so that it compares equal with what was read from a file."""
+    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
+def digest(content) -> str:
+    """sha256 of anything that JSON can hold, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

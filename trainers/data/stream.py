@@ -5,8 +5,6 @@ the seed and the number of the block, and are tokenised in this order, a batch a
 to go on is small: where the source was when a block began, and how many rows of that block are done.
 """
 
-import hashlib
-import json
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import PreferenceConfig
 from .drops import EVENTS, GIVE_UP, KEPT, DropReport, collected_reports, is_first_process, none_usable
+from .json_rows import digest, plain
 from .rows import NOT_TEXT, TEMPLATE, UNFINISHED, Row, describe
 from .tokenization import BATCH, CUT, IDS, counted_batch, how_to_tokenize, warn_of_cut
 
@@ -162,13 +161,13 @@ class TokenStream(torch.utils.data.IterableDataset):
         block, source, rows = self._go_to(block)
         while True:
             if rows:
-                self.blocks.append(block._replace(digest=self._digest(rows), report=_plain(vars(self.report))))
+                self.blocks.append(block._replace(digest=self._digest(rows), report=plain(vars(self.report))))
                 count = block.rows
                 for places in self._order(len(rows), block.number):
                     kept = self._tokenized([rows[i] for i in places], [block.read + i for i in places])
                     count += len(kept)
                     yield from kept
-                state = _plain(self.source.state_dict())
+                state = plain(self.source.state_dict())
                 block = Block(block.number + 1, count, block.passes, block.read + len(rows), state)
             else:
                 self._end_pass(block)
@@ -259,8 +258,7 @@ class TokenStream(torch.utils.data.IterableDataset):
     def _digest(self, rows: list[Row]) -> str:
         """Of the first rows of a block."""
         values = [[row.get(name) for name in self.names] for row in rows[:BATCH]]
-        text = json.dumps(values, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest(values)
 
 
 def _records(source: Iterable, begin: int = 0) -> Iterator[Row]:
@@ -269,11 +267,6 @@ def _records(source: Iterable, begin: int = 0) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"row {index} of the stream is {describe(row)}; give a dict of its columns.")
         yield row
-
-
-def _plain(value):
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def token_stream(

@@ -12,13 +12,14 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from ..data.json_rows import digest
 from ..forward.cache import score_rows
 from ..generation.collect import collect_samples
 from ..generation.engine import Weights, opened
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
 from ..generation.start import load_start
 from ..runs.processes import Processes, free_memory
-from ..runs.settings import digest, model_fingerprint
+from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
 from ..statistics import FEWEST
 from .game import min_max_regret, regret_matrix

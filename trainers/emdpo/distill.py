@@ -8,10 +8,10 @@ import numpy as np
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from ..data.json_rows import digest
 from ..generation.sampler import Sample, encode_prompts
 from ..runs.files import read_json, write_json
 from ..runs.processes import join_launcher
-from ..runs.settings import digest
 from ..runs.stage import train_into
 from .aggregate import Arena, Player
 

@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from ..config import PreferenceConfig
+from ..data.json_rows import digest, plain
 from ..data.stream import refuse_stream
 from ..forward.cache import score_rows
 from ..forward.identity import weights_digest
@@ -30,7 +31,7 @@ from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_json, write_atomic, write_json
 from ..runs.processes import Processes, free_memory, refuse_partial_weights, share_engine
-from ..runs.settings import digest, model_fingerprint, plain, policy_settings, rows_digest, run_settings
+from ..runs.settings import model_fingerprint, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
 from . import tables
 from .annotators import Judged

@@ -20,8 +20,9 @@ from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.json_rows import digest
 from ..runs.processes import Processes, whole_weights
-from ..runs.settings import digest, model_fingerprint
+from ..runs.settings import model_fingerprint
 from .backends import Backend, HuggingFace, end_ids
 from .sampler import TRANSFORMERS, encode_prompt, is_address
 from .server import KEY_VARIABLE, Server, ServerError

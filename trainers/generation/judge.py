@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any
 
 from ..config import option
-from ..runs.settings import digest
+from ..data.json_rows import digest
 from .options import read_mapping
 from .rewards import completion_text
 from .served import Counts, ServedOptions, ServedScorer, add_counts

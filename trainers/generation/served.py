@@ -17,8 +17,8 @@ from uuid import uuid4
 from huggingface_hub.constants import HF_HOME
 
 from ..config import check_options, option
+from ..data.json_rows import digest
 from ..runs.files import append_records, read_journal
-from ..runs.settings import digest
 from .server import KEY_VARIABLE, Server, in_flight
 
 Counts = dict[str, float]  # what a server was asked, by the name that it has in statistics

@@ -22,6 +22,7 @@ from .settings import refuse_other_settings
 STATE, SETTINGS = "trainer_state.json", "run_settings.json"
 EARLY_STOPPING = "EarlyStopping"  # the callback whose count a checkpoint keeps
 ADAPTER = "adapter_model.safetensors"
+DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
 
 
 # Which are whole.
@@ -66,6 +67,11 @@ def _is_whole(weights: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def adapter_folder(checkpoint: str | Path, adapter: str) -> Path:
+    """Where a checkpoint holds the weights of an adapter."""
+    return Path(checkpoint) / ("" if adapter == DEFAULT else adapter)
 
 
 def _saved(checkpoint: Path) -> dict:
@@ -148,7 +154,7 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
         needed = {"latest": "the optimizer", "rng_state*.pth": "random numbers"}
     adapter = None
     if isinstance(model, PeftModel) and engine is None:
-        adapter = ADAPTER if model.active_adapter == "default" else f"{model.active_adapter}/{ADAPTER}"
+        adapter = str(adapter_folder("", model.active_adapter) / ADAPTER)
         needed[adapter] = f"the adapter {model.active_adapter!r}"
     for pattern, what in needed.items():
         if not any(folder.glob(pattern)):

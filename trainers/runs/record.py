@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 from ..data.drops import DropReport
+from ..data.json_rows import plain
 from .checkpoints import SETTINGS, STATE, is_complete
 from .files import read_json, write_json
-from .settings import FREE_OF_ADAPTER, plain
+from .settings import FREE_OF_ADAPTER
 
 RECORD = "run.json"
 FILLED_IN = ("output_dir", "accelerator_config", "report_to", "ref_cache_dir")  # differ from their default in any run

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 from pathlib import Path
@@ -13,6 +12,8 @@ import xxhash
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import TrainingArguments
+
+from ..data.json_rows import plain
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +99,7 @@ def _told(name: str, before, now) -> str:
     return f"{name} was {before!r} and is {now!r}"
 
 
-def plain(value):
-    """As JSON gives it back, so that it compares equal with what was read from a file."""
-    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
-
-
 # Hashes.
-
-
-def digest(content) -> str:
-    """sha256 of anything that JSON can hold, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def rows_digest(rows: Dataset) -> str:

@@ -8,16 +8,16 @@ A later stage takes the key of the one that it reads from, the hash of its setti
 tied to all that came before it.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.json_rows import digest, plain
 from .checkpoints import remove_incomplete_checkpoints
-from .files import write_json
+from .files import read_json, write_json
 from .processes import Processes, free_memory
-from .settings import WEIGHTS, digest, plain, refuse_other_settings
+from .settings import WEIGHTS, refuse_other_settings
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 WORK = (".jsonl", ".gz", ".parquet", ".bin", ".pt", *WEIGHTS)  # files that bind a stage to its settings
@@ -81,11 +81,11 @@ class Stage:
         self.processes.main(lambda: write_json(self.folder / MANIFEST, {"hash": self.key, **content}))
 
     def manifest(self) -> dict:
-        return json.loads((self.folder / MANIFEST).read_text())
+        return read_json(self.folder / MANIFEST)
 
     def _check(self) -> None:
         path = self.folder / self.settings_name
-        saved = json.loads(path.read_text())["settings"]
+        saved = read_json(path)["settings"]
         # A name that only one side has is a difference too: an option that a recipe no longer sets, or sets now.
         names = dict.fromkeys([*saved, *self.settings])
         refuse_other_settings(path, names | saved, names | self.settings, ways_out=self.ways_out)

@@ -27,16 +27,17 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
+from ..data.json_rows import digest
 from ..forward.policy import set_pad_token
 from ..generation.collect import collect_scores
 from ..generation.rewards import as_completion
 from ..generation.scorer import compared_scorer, load_scorer
 from ..generation.served import Counts
 from ..generation.start import load_start
-from ..runs.checkpoints import last_checkpoint
-from ..runs.files import read_rows, write_rows
+from ..runs.checkpoints import STATE, last_checkpoint
+from ..runs.files import read_json, read_rows, write_rows
 from ..runs.processes import Processes, refuse_partial_weights, share_engine
-from ..runs.settings import digest, model_fingerprint, policy_settings, run_settings
+from ..runs.settings import model_fingerprint, policy_settings, run_settings
 from ..runs.stage import Stage, train_into
 from ..statistics import bootstrap_interval
 from . import filters, text
@@ -232,7 +233,7 @@ class Run:
                       examples, peft_config=adapter, **more)  # fmt: skip
 
         train_into(folder / MODEL, train)
-        state = trainer_state(folder / MODEL)
+        state = read_json(folder / MODEL / STATE)
         losses = [log["loss"] for log in state["log_history"] if "loss" in log]
         return {"steps": state["global_step"]} | ({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
 
@@ -256,7 +257,7 @@ class Run:
             trainer.release()
 
         train_into(folder / MODEL, train)
-        state = trainer_state(folder / MODEL)
+        state = read_json(folder / MODEL / STATE)
         metrics = dpo_metrics(state["log_history"], self.args.beta, starts_at_reference=improved)
         return {"pairs": len(rows), "steps": state["global_step"]} | metrics
 
@@ -399,8 +400,3 @@ def pair(row: dict) -> dict:
     """A canonical row: chosen over rejected, both under the plain prompt."""
     responses = [as_completion(row["prompt"], row[name]) for name in ("chosen", "rejected")]
     return {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]}
-
-
-def trainer_state(folder: Path) -> dict:
-    """What a trainer left of its steps and logs."""
-    return json.loads((folder / "trainer_state.json").read_text())
