@@ -1,8 +1,8 @@
 """Groups in parts: the memory of one part, and the gradient of the whole group.
 
 A loss of the log-probabilities l(w) of a group's tokens has the gradient sum over tokens of dL/dl * dl/dw. So all
-parts are first scored without a graph; the loss gives dL/dl; and each part goes forward and backward with its own of
-these numbers. The price is one more forward pass.
+parts are first scored, without a graph but for the last one; the loss gives dL/dl; the last part goes backward with
+its own of these numbers, and each other one forward again and backward. The price is one more forward pass of those.
 """
 
 import itertools
@@ -63,7 +63,7 @@ class PartedPass:
     """One pass over a batch in parts: `score` first, then `backward` with the loss of what it gave.
 
     Args:
-        parts: as `split` gives them; the last one is repeated, without a gradient, until there are `passes`.
+        parts: as `split` gives them; the last one is repeated, without a gradient, up to `passes` (2 at least).
         model: the policy as the engine wrapped it.
     """
 
@@ -84,7 +84,7 @@ class PartedPass:
         return None if most == 1 else cls(parts, most, model, accelerator)
 
     def score(self, batch: dict[str, Tensor], forwards: Callable) -> tuple[Forward, Forward | None]:
-        """Policy and reference on all parts, joined; no graph but that of the policy's log-probabilities as a leaf.
+        """Policy and reference on all parts, joined: the policy's log-probabilities are a leaf.
 
         Args:
             forwards: batch -> (policy, reference or None).
@@ -93,17 +93,20 @@ class PartedPass:
             ValueError: more than log-probabilities goes into the loss.
         """
         policies, references = [], []
-        with torch.no_grad():
-            for part in self.parts:
-                self._states.append(_random_state(self.accelerator.device))
+        for i, part in enumerate(self.parts):
+            last = i == len(self.parts) - 1
+            self._states.append(_random_state(self.accelerator.device))
+            with _without_sync(self.model, self.accelerator), torch.set_grad_enabled(last):
                 policy, reference = forwards(part.batch)
-                if policy.values or policy.aux_loss is not None:
-                    raise ValueError(
-                        "tokens_per_backward works on log-probabilities alone, and here the loss reads more of a "
-                        "forward pass (token masks, a KL, or a router): leave it out."
-                    )
-                policies.append(policy.logps)
-                references += [] if reference is None else [reference.logps]
+            if policy.values or policy.aux_loss is not None:
+                raise ValueError(
+                    "tokens_per_backward works on log-probabilities alone, and here the loss reads more of a "
+                    "forward pass (token masks, a KL, or a router): leave it out."
+                )
+            policies.append(policy.logps.detach())
+            references += [] if reference is None else [reference.logps]
+        self._states.append(_random_state(self.accelerator.device))
+        self._last = policy.logps  # with its graph, which goes backward next
         leaf = Forward(self._joined(policies, batch).requires_grad_())
         return leaf, Forward(self._joined(references, batch)) if references else None
 
@@ -114,7 +117,7 @@ class PartedPass:
         return out
 
     def backward(self, loss: Tensor, policy: Forward, forward: Callable) -> Tensor:
-        """Goes backward through all parts but the last, and returns the value of `loss` with the graph of that one.
+        """Goes backward through all parts but one, and returns the value of `loss` with the graph of that one.
 
         Args:
             loss: of the joined forward passes.
@@ -126,30 +129,37 @@ class PartedPass:
         """
         weights = dict(self.model.named_parameters())
         trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-        numbers, *others = torch.autograd.grad(loss, [policy.logps, *trained.values()], allow_unused=True)
-        read = [name for name, gradient in zip(trained, others, strict=True) if gradient is not None]
+        numbers, *rest = torch.autograd.grad(loss, [policy.logps, *trained.values()], allow_unused=True)
+        read = [name for name, gradient in zip(trained, rest, strict=True) if gradient is not None]
         if read:
             raise ValueError(
                 f"tokens_per_backward: the loss itself reads the weight {read[0]}, which parts of a group would not "
                 "train: leave the option out."
             )
 
-        def share(i: int) -> Tensor:
+        def share(i: int, logps: Tensor) -> Tensor:
             part = self.parts[i]
-            _set_random_state(self._states[i], self.accelerator.device)
-            return (forward(part.batch).logps * numbers[part.rows, part.slots] * (i < self._own)).sum()
+            return (logps * numbers[part.rows, part.slots] * (i < self._own)).sum()
 
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        for i in range(len(self.parts) - 1):
+        def again(i: int) -> Tensor:
+            _set_random_state(self._states[i], self.accelerator.device)
+            return share(i, forward(self.parts[i].batch).logps)
+
+        *others, last = range(len(self.parts))
+        deepspeed = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+        with _without_sync(self.model, self.accelerator):
+            self.accelerator.backward(share(last, self._last), **deepspeed)
+        for i in others[:-1]:
             with _without_sync(self.model, self.accelerator):
-                self.accelerator.backward(share(i), **({"scale_wrt_gas": False} if deepspeed else {}))
-        last = share(len(self.parts) - 1)
-        return last + (loss - last).detach()
+                self.accelerator.backward(again(i), **deepspeed)
+        synced = again(others[-1])
+        _set_random_state(self._states[-1], self.accelerator.device)
+        return synced + (loss - synced).detach()
 
 
 @contextmanager
 def _without_sync(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Backward passes inside add to the gradients of this process; the next one outside shares all of them."""
+    """Passes inside add to the gradients of this process alone; the next ones outside share all of them."""
     if not accelerator.sync_gradients:  # inside of an accumulation window already
         yield
         return
