@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.append(os.getcwd())  # where a user's own methods, formats and scorers are
     with mistakes_told():
         if command in ("-h", "--help"):
-            print(usage.program(COMMANDS))
+            usage.show(usage.program(COMMANDS))
         elif command == "--version":
             print(f"polypo {version('polypo')}")
         elif command not in COMMANDS:
             near = recipes.nearest(command, COMMANDS, "see polypo --help.")
             raise ValueError(f"polypo has no command {command!r}: {near}")
         elif {"-h", "--help"} & {*argv}:
-            print(usage.train(argv) if command == "train" else usage.command(command))
+            usage.show(usage.train(argv) if command == "train" else usage.command(command))
         else:
             start(command, argv)
 

@@ -3,6 +3,8 @@
 import argparse
 import ast
 import importlib.util
+import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +39,14 @@ class Option(NamedTuple):
     type: str
     default: str
     help: str
+
+
+def show(text: str) -> None:
+    """Print a usage, whose reader (`| head`) may leave before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
 
 
 def program(commands: dict[str, str]) -> str:

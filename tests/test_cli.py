@@ -50,6 +50,14 @@ def test_usages_import_none_of_the_libraries_that_take_seconds():
     assert "LIRETrainer" in done.stdout and "--sft_alpha" in done.stdout and "--config_name" not in done.stdout
 
 
+def test_a_usage_may_be_cut_by_its_reader():
+    command = [sys.executable, "-m", "polypo", "train", "--help", "all"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 0
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_usage_has_the_options_of_the_classes(name):
     shown = usage.train(["--help", "all", "--trainer", name])

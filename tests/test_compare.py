@@ -49,9 +49,9 @@ def inputs(tmp_path_factory):
 
 
 def test_mappings_are_json_on_a_command_line():
-    mappings = {"base": '{"beta": 0.5}', "methods": '{"dpo": {}}', "samples": '{"prompts": 3}'}
+    mappings = {"base": '{"model_name_or_path": "m"}', "methods": '{"dpo": {}}', "samples": '{"prompts": 3}'}
     (read,) = config_files.read(flags(output_dir="x", dataset_name="x", **mappings), compare.CompareArguments)
-    assert (read.base, read.methods, read.samples["prompts"]) == ({"beta": 0.5}, {"dpo": {}}, 3)
+    assert (read.base, read.methods, read.samples["prompts"]) == ({"model_name_or_path": "m"}, {"dpo": {}}, 3)
 
 
 def config(inputs, output, **changes):
@@ -214,6 +214,9 @@ def test_other_settings_are_refused_by_name(inputs, finished):
     [
         ({"base": {"learning_rat": 0.1}}, "learning_rat"),
         ({"base": {"seed": 4}}, "base sets seed"),
+        ({"base": {"model_name_or_path": None}}, "model_name_or_path is missing"),
+        ({"methods": {}}, "methods and seeds: name at least one of each"),
+        ({"methods": {"A": None}}, "methods: A must be a mapping of options"),
         (
             {"methods": {"A": {"trainer": "DPOTrainer", "max_steps": 9}}},
             "A sets max_steps, which all methods must share",

@@ -31,7 +31,7 @@ def test_page_of_a_trained_run(tmp_path, adapter):
     trainer.save_state()
     recipe = {"model_name_or_path": tmp_path / "base", "dtype": "float32", "dataset_name": tmp_path / "rows.jsonl",
               "output_dir": tmp_path / "unused", "use_cpu": True, "independent": True, **DENSE}  # fmt: skip
-    options = flags(**recipe)
+    options = flags(**recipe, streaming=True, max_steps=1)
     page = write_report(tmp_path / "out", [*options, "--rows", "1", "4"]).read_text()
     check_page(page)
     assert page.count("<h2>Row") == 2 and page.count("Exact zeros among") == 2
@@ -46,6 +46,8 @@ def test_page_of_a_trained_run(tmp_path, adapter):
         (tmp_path, options, "holds no policy"),
         (tmp_path / "out", ["--rows", "1"], "give its recipe with --config"),
         (tmp_path / "out", [*options, "--independent", "false"], "independent"),
+        (tmp_path / "out", [*options, "--split", "test"], "--split test: .* give --dataset_test_split"),
+        (tmp_path / "out", [*options, "--rows", "0", "8"], "--rows 8: the train split has the rows 0 to 7"),
     ):
         with pytest.raises(ValueError, match=told):
             write_report(folder, given)

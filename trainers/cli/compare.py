@@ -21,6 +21,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
+from polypo.recipes import refuse_missing
+
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, Truncation, check_options, option
 from ..data.budget import packed_tokens, token_lengths
@@ -76,6 +78,10 @@ class CompareArguments(RowOptions):
     def __post_init__(self):
         check_options(self)
         self.base, self.methods = read_mapping("base", self.base), read_mapping("methods", self.methods)
+        self.methods = {name: read_mapping(f"methods: {name}", own) for name, own in self.methods.items()}
+        if not (self.methods and self.seeds):
+            raise ValueError("methods and seeds: name at least one of each.")
+        refuse_missing(model_name_or_path=self.base.get("model_name_or_path"), dataset_name=self.dataset_name)
         self.samples = dataclasses.asdict(read_options("samples", self.samples or {}, SampleOptions))
         refuse_template_kwargs(self.base.get("chat_template_kwargs"))
         for method, own in (("base", self.base), *self.methods.items()):

@@ -10,7 +10,7 @@ the same.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def write_report(argv: list[str]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir, args.precompute_ref_logps, args.push_to_hub = scratch, False, False
         args.report_to, args.invalid_rows = [], "error"
-        trainer = load_trainer(args, model, folder, data.load(args, show.split).select(show.rows))
+        trainer = load_trainer(args, model, folder, shown_rows(show, data, args))
         rows = trainer.eval_dataset
         assert isinstance(rows, Dataset)
         shown = {f"Row {n}": row_parts(trainer, n, row) for n, row in zip(show.rows, rows, strict=True)}
@@ -75,6 +75,17 @@ def write_report(argv: list[str]) -> Path:
     logged = any((folder / name).is_file() for name in (STATE, RECORD))  # not of a policy that was saved elsewhere
     shared = sections([read_run(folder)]) if logged else {}
     return write(target, title, {"": shared.pop("", [])} | shown | shared)
+
+
+def shown_rows(show: ShowArguments, data: DataArguments, args: SparsePOConfig) -> Dataset:
+    """Raises ValueError where the split, or a row of it, is not there."""
+    rows = replace(data, streaming=False).load(args, show.split)
+    if rows is None:
+        raise ValueError("--split test: the recipe names no test split: give --dataset_test_split.")
+    assert isinstance(rows, Dataset)
+    if outside := [n for n in show.rows if not 0 <= n < len(rows)]:
+        raise ValueError(f"--rows {outside[0]}: the {show.split} split has the rows 0 to {len(rows) - 1}.")
+    return rows.select(show.rows)
 
 
 def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows) -> SparsePOTrainer:

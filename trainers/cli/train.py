@@ -23,7 +23,7 @@ from .probe import probe
 
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & {*argv}:
-        print(usage.train(argv))
+        usage.show(usage.train(argv))
         return
     train(*recipes.split_recipe(argv))
 
