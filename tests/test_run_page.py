@@ -262,6 +262,14 @@ def test_what_is_no_number_of_a_step_is_passed_over(tmp_path):
     assert "Loss, last third0.25" in page_of(tmp_path).text
 
 
+def test_what_evaluations_alone_log_is_among_the_figures(tmp_path):
+    told = {"runtime": 1.0, "samples_per_second": 2.0, "model_preparation_time": 3.0, "loss": 0.5, "right": 0.75}
+    logs = [{"step": 3} | {f"eval_{of}_{name}": value for name, value in told.items()} for of in ("a", "b")]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 3, "loss": 0.25}, *logs]}))
+    table = page_of(tmp_path).text.partition("MetricValue")[2].partition("Data that was left out")[0]
+    assert table.split() == ["loss0.25", *(f"eval_{of}_{value}" for of in "ab" for value in ("loss0.5", "right0.75"))]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [('{"log_history": [', "is not JSON"), ("[1]", "no JSON object"), ("{}", "has no log_history")],

@@ -24,6 +24,7 @@ SHOWN = [name for _, names, _ in CURVES for name in names]
 OTHERS = ("rewards/accuracies", "ranking/ndcg", "ranking/kendall_tau", "prompts/without_signal")  # in the table alone
 PAIRS = {f"{kind}{side}" for kind in ("", "reward_", "kl_") for side in SIDES}  # ends of names that share a picture
 CARDS = {"loss": "Loss", "ranking/pairwise_accuracy": "Ranking accuracy", "rewards/margins": "Reward margin"}
+TIMES = ("_runtime", "_per_second", "_preparation_time")  # ends of what an evaluation says of itself
 POINTS = "Lines are training logs, points in their colour evaluations."
 MARKS = ("o:", "s:", "^:", "D:")  # of several data sets to evaluate on
 TITLES = {  # of pictures with chosen and rejected
@@ -163,24 +164,28 @@ def end(name: str) -> str:
 
 
 def final(runs: Sequence[Run]) -> list[str]:
-    """The last values of all metrics, side by side."""
-    names = [*SHOWN, *(name for name in metrics(runs) if name not in SHOWN and not bookkeeping(name))]
-    prefixes = dict.fromkeys(prefix for run in runs for prefix in evaluations(run.history))
+    """The last values of all metrics, side by side; those that an evaluation alone has stand behind its others."""
+    trained = [*SHOWN, *(name for name in metrics(runs) if name not in SHOWN and not bookkeeping(name))]
+    prefixes = dict.fromkeys(f"{prefix}_" for run in runs for prefix in evaluations(run.history))
+    logged = [name for run in runs for log in run.history if "loss" not in log for name in log]
+    logged = [name for name in logged if not name.endswith(TIMES)]
+    held_out = []
+    for prefix in prefixes:
+        held_out += [*(f"{prefix}{name}" for name in trained), *(name for name in logged if name.startswith(prefix))]
     rows = []
-    for prefix in ("", *(f"{prefix}_" for prefix in prefixes)):
-        for name in names:
-            values = [points(run.history, f"{prefix}{name}")[1] for run in runs]
-            shown = [f"{last_third(v) if not prefix else v[-1]:.4g}" if len(v) else "" for v in values]
-            if any(shown):
-                rows.append([f"{prefix}{name}", *shown])
+    for name in dict.fromkeys([*trained, *held_out]):
+        values = [points(run.history, name)[1] for run in runs]
+        shown = [f"{last_third(v) if name in trained else v[-1]:.4g}" if len(v) else "" for v in values]
+        if any(shown):
+            rows.append([name, *shown])
     if not rows:
         return []
     head = ["Metric", *(run.name if len(runs) > 1 else "Value" for run in runs)]
-    told = (
+    about = (
         "Means over the last third of the training logs, and the last evaluation. docs/metrics.md says what each is."
     )
     table = blocks.table(head, rows)
-    return [told, table if len(runs) > 1 else blocks.details("All metrics", table)]
+    return [about, table if len(runs) > 1 else blocks.details("All metrics", table)]
 
 
 def data(runs: Sequence[Run]) -> list[str]:
