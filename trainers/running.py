@@ -33,7 +33,7 @@ from .runs.checkpoints import (
 )
 from .runs.files import read_json
 from .runs.record import write_record
-from .runs.settings import run_settings
+from .runs.settings import adapter_settings, run_settings
 from .streaming import StreamingTrainer
 
 
@@ -53,6 +53,7 @@ class RunningTrainer(StreamingTrainer):
     eval_dataset: Dataset | dict[str, Dataset] | None
     start_adapter: str | None = None  # that training goes on from: a path, or words
     reference_told: str | None = None  # what the reference is, in words; None without one
+    single_training = True  # whether `run` is one training, with one policy at its end
     untouched = True  # whether the policy is as it was given
     left_out: list[tuple]  # of the data, by each pass over it: title and report
     data: dict = {}  # the launcher's data arguments
@@ -202,7 +203,7 @@ class RunningTrainer(StreamingTrainer):
         streamed = [self.train_dataset.report] if isinstance(self.train_dataset, TokenStream) else []
         left_out = [*self.left_out, *(("stream", report) for report in streamed if report.rows_in)]
         if self.is_world_process_zero():
-            write_record(self.args, left_out, **facts, adapter=adapter and adapter.to_dict())
+            write_record(self.args, left_out, **facts, adapter=adapter and adapter_settings(adapter))
 
     def run_settings(self) -> dict:
         """What the weights depend on: a checkpoint written with other settings is refused."""

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from trl import TrlParser
 
-from polypo.recipes import nearest, set_environment, split_recipe
+from polypo.recipes import nearest, set_environment, split_recipe, take
 
 from ..config import Range
 
@@ -74,6 +75,13 @@ def truth(of: Callable[[str], bool], text: str) -> bool:
 def read(argv: list[str], *classes: type) -> tuple:
     """One instance of each dataclass from a command line, of which `--config` names YAML files; see `parse`."""
     return parse([*classes], *split_recipe(argv))
+
+
+def first(cls: type, argv: list[str], recipe: dict | None = None) -> tuple[Any, list[str]]:
+    """An instance of a dataclass from its flags in a command line that has others too, and these."""
+    own, rest = take(argv, *(field.name for field in dataclasses.fields(cls)))
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    return parse([cls], [], (recipe or {}) | given)[0], rest
 
 
 def parse(classes: list[type], flags: list[str], recipe: dict) -> tuple:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..data import facts
 from ..data.budget import Lengths
+from ..data.drops import counted
 from ..data.tokenization import CONTROL_NOTE, CUT_NOTE
 from ..pages import plots
 from ..pages.page import blocks, write
@@ -268,14 +269,12 @@ def _sources(splits: Mapping[str, Report]) -> str:
 
 def _left_out(splits: Mapping[str, Report]) -> str:
     """What the passes over the rows dropped or changed, by reason."""
-    kinds = {"reasons": "rows dropped: ", "responses_dropped": "responses dropped: ", "notes": ""}
     counts: dict[str, dict[str, int]] = {}
     for name, split in splits.items():
         for one in split["passes"]:
-            for field, kind in kinds.items():
-                for reason, count in one.get(field, {}).items():
-                    cells = counts.setdefault(f"{one['title']}: {kind}{reason}", {})
-                    cells[name] = cells.get(name, 0) + count  # a source may be there twice, in other configurations
+            for done, reason, count in counted(one):
+                cells = counts.setdefault(f"{one['title']}: {done}{reason}", {})
+                cells[name] = cells.get(name, 0) + count  # a source may be there twice, in other configurations
     rows = [[_breakable(what), *(f"{times.get(name, 0):,}" for name in splits)] for what, times in counts.items()]
     return blocks.table(["dropped or changed", *splits], rows) if rows else "Nothing is dropped or changed."
 

@@ -13,17 +13,15 @@ The page is report.html in the folder, masks.html with masks, and comparison.htm
 import importlib
 import os
 import sys
-from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-
-from polypo.recipes import take
 
 from ..config import check_options, option
 from ..pages.page import Sections, write
 from ..pages.training import sections
 from ..runs.record import Run, read_run
+from . import config_files
 
 KINDS = {  # what a run leaves -> the module that makes its own parts; each loads what it needs, which takes seconds
     "runs.json": "compare_report",
@@ -62,10 +60,7 @@ def write_report(folders: Path | Sequence[Path], flags: Sequence[str] = ()) -> P
         ValueError: a folder is missing or holds no run, or its files cannot be read; there is nothing to sample with.
     """
     folders = [folders] if isinstance(folders, Path) else folders
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} does not exist: name the output folder of a run.")
-    asked, rest = _asked(flags)
+    asked, rest = config_files.first(ReportArguments, [*flags])
     if rest and not asked.samples:
         if len(folders) > 1:
             raise ValueError(f"{rest[0]}: masks are shown of one run, so name one folder.")
@@ -105,13 +100,6 @@ def _merged(own: Sections, shared: Sections) -> Sections:
     if own and shared:
         shared["Training"][:0] = shared.pop("")
     return {name: [*own.get(name, []), *shared.get(name, [])] for name in {**own, **shared}}
-
-
-def _asked(flags: Sequence[str]) -> tuple[ReportArguments, list[str]]:
-    """The options of the page, and all other flags."""
-    names = [field.name for field in fields(ReportArguments)]
-    options, rest = take([*flags], *names, type=int, default=SUPPRESS)
-    return ReportArguments(**vars(options)), rest
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -25,7 +25,6 @@ from trl import get_peft_config, get_quantization_config
 
 from polypo import recipes
 
-from .. import EMDPOTrainer, SGPOTrainer
 from ..config import JSON, check_options, option
 from ..data.files import data_fingerprint
 from ..data.json_rows import digest
@@ -89,10 +88,9 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    own, rest = recipes.take(argv, "sweep", *SweepArguments.__dataclass_fields__)
-    given = {name: value for name, value in vars(own).items() if name != "sweep" and value is not None}
-    recipe = recipes.read_recipe([own.sweep] if own.sweep else []) | given
-    [arguments] = config_files.parse([SweepArguments], [], recipe)
+    own, rest = recipes.take(argv, "sweep")
+    recipe = recipes.read_recipe([own.sweep] if own.sweep else [])
+    arguments, rest = config_files.first(SweepArguments, rest, recipe)
     sweep(arguments, rest)
 
 
@@ -132,7 +130,6 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         if recipes.chosen(name, flags, {}) is not None:
             raise ValueError(f"{name} is a flag, which would win over its values in the sweep: leave one out.")
     runs: dict[str, Run] = {}
-    made: dict[str, str] = {}  # a folder by the values as the options read them
     fingerprint = cache(data_fingerprint)
     for values in arguments.combinations():
         name = _folder(values)
@@ -140,11 +137,8 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
             raise ValueError(f"values: two combinations give the same folder {name}: leave one out.")
         texts = {option: _text(value) for option, value in values.items()}
         own = {"run_name": name} | recipe | texts | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
-        parsed = train.read(flags, own)
-        read = {option: value for part in parsed[1:] for option, value in vars(part).items()}
-        if (twin := made.setdefault(repr([read.get(option, values[option]) for option in values]), name)) != name:
-            raise ValueError(f"values: {twin} and {name} are the same run, written otherwise: leave one out.")
-        runs[name] = Run(values, Stage(folder / name, _settings(*parsed, fingerprint)), flags, own)
+        stage = Stage(folder / name, _settings(*train.read(flags, own), fingerprint))
+        runs[name] = Run(values, stage, flags, own)
     for run in runs.values():
         run.stage.done()  # other settings of any run end it here
     return [*runs.values()], folder
@@ -154,8 +148,10 @@ def _settings(trainer, data, args, model, fingerprint: Callable[[str], str | Non
     """What a run depends on, its rows by their files. Raises ValueError for one that gives nothing to compare."""
     if data.dry_run or data.probe:
         raise ValueError("a sweep has no dry_run and no probe: ask polypo train, with one of its combinations.")
-    if issubclass(trainer, EMDPOTrainer | SGPOTrainer) or args.self_enhance is not None:
-        raise ValueError("A sweep compares single trainings: EM-DPO, SGPO and rounds are not, start them one by one.")
+    if not trainer.single_training or args.self_enhance is not None:
+        raise ValueError(
+            f"A sweep compares single trainings: {trainer.method} in stages or rounds is none, start it by itself."
+        )
     if not any(data.each("dataset_test_split")):
         raise ValueError("A sweep needs held-out rows: set dataset_test_split.")
     recipes.refuse_missing(model_name_or_path=model.model_name_or_path, dataset_name=data.dataset_name)

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -70,16 +70,25 @@ class DropReport:
 
     def __str__(self) -> str:
         grouped = "" if self.source_rows is None else f"{self.source_rows} rows of the source, grouped: "
-        lines = [f"{grouped}{self.rows_in} rows in, {self.rows_out} kept, {self.rows_in - self.rows_out} dropped"]
-        for title, counts in (("rows dropped", self.reasons), ("responses dropped", self.responses_dropped)):
-            lines += [f"  {title}: {count} ({reason})" for reason, count in counts.most_common()]
-        lines += [f"  {count} {note}" for note, count in self.notes.most_common()]
-        return "\n".join(lines)
+        head = f"{grouped}{self.rows_in} rows in, {self.rows_out} kept, {self.rows_in - self.rows_out} dropped"
+        return "\n  ".join([head, *sentences(vars(self))])
 
     def log(self, logger: logging.Logger, title: str) -> None:
         """Print the report once: on the first process only, as a warning if anything was dropped or changed."""
         changed = self.reasons or self.responses_dropped or self.notes
         log_report(logger, title, self, logging.WARNING if changed else logging.INFO)
+
+
+def counted(report: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """Of the fields of a `DropReport`, or of one in a file: what was done ("" for notes), why, and how often."""
+    for name, done in (("reasons", "rows dropped: "), ("responses_dropped", "responses dropped: "), ("notes", "")):
+        for reason, count in Counter(report.get(name, {})).most_common():
+            yield done, reason, count
+
+
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """The same in words, one for each reason."""
+    return [f"{done}{count} ({reason})" if done else f"{count} {reason}" for done, reason, count in counted(report)]
 
 
 def log_report(logger: logging.Logger, title: str, report: Any, level: int = logging.WARNING) -> None:

@@ -67,6 +67,8 @@ class EMDPOTrainer(TypePolicyTrainer):
         ValueError: what EM cannot do, before anything is trained.
     """
 
+    single_training = False
+
     def __init__(self, model, ref_model=None, args: EMDPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, callbacks=None, quantization_config=None, peft_config=None):  # fmt: skip
         if isinstance(eval_dataset, dict):

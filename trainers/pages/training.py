@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import product
 
+from ..data.drops import sentences
 from ..runs.record import Run
 from . import plots
 from .page import Sections, blocks
@@ -22,7 +23,6 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float, str] | None], ...] = (  #
 )
 SHOWN = [name for _, names, _ in CURVES for name in names]
 OTHERS = ("rewards/accuracies", "ranking/ndcg", "ranking/kendall_tau", "prompts/without_signal")  # in the table alone
-PAIRS = {f"{kind}{side}" for kind in ("", "reward_", "kl_") for side in SIDES}  # ends of names that share a picture
 CARDS = {"loss": "Loss", "ranking/pairwise_accuracy": "Ranking accuracy", "rewards/margins": "Reward margin"}
 TIMES = ("_runtime", "_per_second", "_preparation_time")  # ends of what an evaluation says of itself
 POINTS = "Lines are training logs, points in their colour evaluations."
@@ -50,7 +50,7 @@ def sections(runs: Sequence[Run], samples: Sequence[str] = ()) -> Sections:
         "Figures at the end": final(runs),
         "Samples on held-out prompts": [*samples],
         "Data that was left out": data(runs),
-        "Settings": settings(runs[0]) if one else differences(runs),
+        "Settings": settings(runs),
     }
 
 
@@ -132,7 +132,7 @@ def own_curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """A picture for each further metric; those of chosen and rejected share one."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        group = name.rpartition("/")[0] if len(runs) == 1 and end(name) in PAIRS else name
+        group = name.rpartition("/")[0] if len(runs) == 1 and name.endswith(SIDES) else name
         groups.setdefault(group, []).append(name)
     return [curve(TITLES.get(title, title), runs, group) for title, group in groups.items()]
 
@@ -200,12 +200,10 @@ def data(runs: Sequence[Run]) -> list[str]:
 def left_out(run: Run) -> str:
     if "left_out" not in run.record:
         return "There is no run.json, which a run of this version writes: what was left out stands in the run's log."
-    kinds = {"reasons": "row(s): ", "responses_dropped": "response(s): ", "notes": ""}
     rows = []
     for one in run.record["left_out"]:
-        told = [f"{n} {what}{reason}" for kind, what in kinds.items() for reason, n in one.get(kind, {}).items()]
         counts = [str(one.get(name, "")) for name in ("rows_in", "rows_out")]
-        rows.append([one["title"], *counts, one.get("told") or "; ".join(told) or "nothing"])
+        rows.append([one["title"], *counts, one.get("told") or "; ".join(sentences(one)) or "nothing"])
     if not rows:
         return "Nothing was counted: the rows are a stream, which counts in the log."
     return blocks.table(["Pass over the data", "Rows in", "Kept", "Left out or changed"], rows, numbers=False)
@@ -219,25 +217,20 @@ def everything(run: Run) -> dict:
     return own | data | adapter | run.settings
 
 
-def settings(run: Run) -> list[str]:
-    """What is not the default first, the rest folded up."""
-    return _not_default_first(everything(run), run, "All other settings")
-
-
-def differences(runs: Sequence[Run]) -> list[str]:
-    """The settings that are not the same in all runs, and then the others."""
+def settings(runs: Sequence[Run]) -> list[str]:
+    """What differs between runs; of what they have in common, what is not the default first, the rest folded up."""
+    one, first = len(runs) == 1, runs[0]
     known = [everything(run) for run in runs]
-    names = dict.fromkeys(name for one in known for name in one if name not in PLACES)
-    rows = [[name, *(str(one.get(name, "")) for one in known)] for name in names]
-    other = [row for row in rows if len(set(row[1:])) > 1]
-    same = {row[0]: row[1] for row in rows if len(set(row[1:])) == 1}
-    head = ["Setting", *(run.name for run in runs)]
-    told = blocks.table(head, other, numbers=False) if other else "No setting differs." if same else ""
-    return [told, *_not_default_first(same, runs[0], "What else all have in common")]
-
-
-def _not_default_first(values: dict, run: Run, title: str) -> list[str]:
-    changed = run.record.get("changed", ())
-    first = {name: value for name, value in values.items() if name in changed or name not in run.settings}
-    rest = {name: value for name, value in values.items() if name not in first}
-    return [blocks.settings(first) if first else "", blocks.details(title, blocks.settings(rest)) if rest else ""]
+    names = dict.fromkeys(name for of in known for name in of if one or name not in PLACES)
+    values = {name: [str(of.get(name, "")) for of in known] for name in names}
+    other = [[name, *of] for name, of in values.items() if len(set(of)) > 1]
+    same = {name: of[0] for name, of in values.items() if len(set(of)) == 1}
+    shown = {n: v for n, v in same.items() if n in first.record.get("changed", ()) or n not in first.settings}
+    rest = {name: value for name, value in same.items() if name not in shown}
+    alike = "" if one or not same else "No setting differs."
+    title = "All other settings" if one else "What else all have in common"
+    return [
+        blocks.table(["Setting", *(run.name for run in runs)], other, numbers=False) if other else alike,
+        blocks.settings(shown) if shown else "",
+        blocks.details(title, blocks.settings(rest)) if rest else "",
+    ]

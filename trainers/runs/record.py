@@ -14,7 +14,6 @@ from ..data.drops import DropReport
 from ..data.json_rows import plain
 from .checkpoints import SETTINGS, STATE, is_complete
 from .files import read_json, write_json
-from .settings import FREE_OF_ADAPTER
 
 RECORD = "run.json"
 FILLED_IN = ("output_dir", "accelerator_config", "report_to", "ref_cache_dir")  # differ from their default in any run
@@ -51,8 +50,6 @@ def write_record(args: TrainingArguments, left_out: Iterable[tuple[str, Any]], *
         {"title": title, **(vars(report) if isinstance(report, DropReport) else {"told": str(report)})}
         for title, report in left_out
     ]
-    if facts.get("adapter"):
-        facts["adapter"] = {name: value for name, value in facts["adapter"].items() if name not in FREE_OF_ADAPTER}
     content = facts | {"changed": changed(args), "settings": values, "left_out": passes}
     assert args.output_dir is not None  # set by TrainingArguments
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

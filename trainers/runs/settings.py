@@ -61,9 +61,13 @@ def run_settings(
         settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
         settings |= {"mixed_precision": args.mixed_precision, "peft_config": adapter and adapter.peft_type}
     if adapter is not None:
-        fields = {name: value for name, value in adapter.to_dict().items() if name not in FREE_OF_ADAPTER}
-        settings |= {f"peft_config.{name}": value for name, value in fields.items()}
+        settings |= {f"peft_config.{name}": value for name, value in adapter_settings(adapter).items()}
     return plain(settings | more)
+
+
+def adapter_settings(adapter: PeftConfig) -> dict:
+    """What of an adapter's configuration a weight depends on."""
+    return {name: value for name, value in adapter.to_dict().items() if name not in FREE_OF_ADAPTER}
 
 
 def policy_settings(model: str, quantization_config=None, init_kwargs: dict | None = None) -> dict:

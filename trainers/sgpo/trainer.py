@@ -67,6 +67,7 @@ class SGPOTrainer(DPOTrainer):
     config_class = SGPOConfig
     args: SGPOConfig
     method = "SGPO"
+    single_training = False
     paper = ("SGPO: Self-Generated Preference Optimization based on Self-Improver", "2507.20181")
 
     def __init__(self, model, ref_model=None, args: SGPOConfig | None = None, *more, **kwargs):
