@@ -14,8 +14,7 @@ from ..data.tokenization import CONTROL_NOTE, CUT_NOTE
 from ..pages import plots
 from ..pages.page import blocks, write
 
-# From which share on a warning is given; the choice is ours.
-DROPPED, TIED, LONGER, CUT, REPEATED, ONE_ROW, OTHER_SCRIPT = 0.05, 0.1, 0.65, 0.05, 0.01, 0.5, 0.05
+DROPPED, LONGER = 0.05, 0.65  # from which share on a warning is given; this and what follows is our choice
 PAIRS = 30  # that differ, from which length is judged
 WIDE = 100  # the widest spread of scores inside a row in terms of the median one
 LONG, ANSWERS = 1000, 8  # characters of a text, and responses of a row, that are shown
@@ -38,23 +37,51 @@ def share(count: int, total: int) -> str:
 
 # Warnings.
 
+# A count and its whole as `_cell` takes them, the share from which on a warning is given, and its text.
+HELD_OUT = (
+    ("duplicates rows_with_a_prompt_of_train / rows", 0, "rows have a prompt that train has too: they measure what "
+     "was seen."),
+)  # fmt: skip
+TRAIN = (  # of other rows, what is wrong with them spoils a measurement only
+    ("scores rows_all_tied / rows", 0.1, "rows have one score for all their responses: there is no order to learn. "
+     "Leave them out, or take finer scores."),
+    ("duplicates rows_like_an_earlier_one / rows", 0.01, "rows are like an earlier row: drop them, or give weights."),
+    ("duplicates rows_with_equal_responses / rows", 0.01, "rows have two equal responses: their scores differ for "
+     "nothing, or tie."),
+    ("rows_with_an_empty_turn / rows", 0, "rows have an assistant's turn that says and calls nothing."),
+    ("responses_in_another_script / responses", 0.05, "responses are in another script than their prompt."),
+    ("annotators annotators_with_one_row / annotators annotators", 0.5, "annotators judged one row: EM-DPO tells "
+     "types apart by what one person judged several times."),
+    ("tokens responses_too_long / responses", 0.05, "responses do not fit into {room}: see the lengths below, and "
+     "raise it where the end matters."),
+    ("tokens responses_without_end / responses", 0, "responses lack a token that ends them ({ends}), so that no stop "
+     "is learned: take the model's own chat template, or mark them in unfinished_responses."),
+    ("tokens responses_without_text / responses", 0, "responses are nothing but special tokens to the model: the chat "
+     "template leaves out what they hold."),
+)  # fmt: skip
+NOTES = {
+    CONTROL_NOTE: "clean them, or a turn ends there.",
+    CUT_NOTE: "see how they end, or take the model's own chat template.",
+}
+
 
 def warnings_of(report: Report) -> list[str]:
     """What to look at before training: sentences with their numbers and what to do."""
+    cut = report["max_prompt_length"]
+    room = f"max_length={report['max_length']}" + (f" beside a prompt within max_prompt_length={cut}" if cut else "")
     told = []
     for name, split in report["splits"].items():
-        found = _of_rows(split)
-        if name == "train":  # of other rows, what is wrong with them spoils a measurement only
-            found += [*_of_scores(split), *_of_texts(split), *_of_tokens(split, report)]
-        elif seen := split["duplicates"]["rows_with_a_prompt_of_train"]:
-            found.append(
-                f"{share(seen, split['rows'])} rows have a prompt that train has too: they measure what was seen."
-            )
+        found, ends = _of_passes(split), " ".join(_at(split, "tokens ends") or ())
+        for field, least, text in TRAIN if name == "train" else HELD_OUT:
+            count, whole = (_at(split, part) for part in field.split(" / "))
+            if count and count >= least * whole:
+                found.append(f"{share(count, whole)} {text.format(room=room, ends=ends)}")
+        found += _of_train(split) if name == "train" else []
         told += [f"{name}: {text}" for text in found]
     return told
 
 
-def _of_rows(split: Report) -> list[str]:
+def _of_passes(split: Report) -> list[str]:
     told = [error] if (error := split.get("error")) else []
     for one in split["passes"]:
         dropped = sum(one.get("reasons", {}).values())
@@ -64,17 +91,15 @@ def _of_rows(split: Report) -> list[str]:
     return told
 
 
-def _of_scores(split: Report) -> list[str]:
-    told, scores, rows = [], split["scores"], split["rows"]
-    if scores["rows_all_tied"] >= TIED * rows:
+def _of_train(split: Report) -> list[str]:
+    told, spread = [], split["scores"]["spread"]
+    for note, remedy in NOTES.items():
+        if count := sum(one.get("notes", {}).get(note, 0) for one in split["passes"]):
+            told.append(f"{share(count, split['rows'])} {note}: {remedy}")
+    if spread[100] > WIDE * spread[50] > 0:
         told.append(
-            f"{share(scores['rows_all_tied'], rows)} rows have one score for all their responses: there is no order "
-            "to learn. Leave them out, or take finer scores."
-        )
-    if scores["spread"][100] > WIDE * scores["spread"][50] > 0:
-        told.append(
-            f"inside a row scores lie {scores['spread'][50]:.3g} apart in the median and {scores['spread'][100]:.3g} "
-            "at most: losses that use their size see the few widest rows. Rescale them, or take a loss on ranks."
+            f"inside a row scores lie {spread[50]:.3g} apart in the median and {spread[100]:.3g} at most: losses that "
+            "use their size see the few widest rows. Rescale them, or take a loss on ranks."
         )
     pairs, longer = (split["length_and_score"][name] for name in ("pairs", "longer_is_better"))
     if pairs >= PAIRS and not 1 - LONGER < longer < LONGER:
@@ -84,60 +109,6 @@ def _of_scores(split: Report) -> list[str]:
             f"explains much of the scores, and a policy that only grows {word} will look better."
         )
     return told
-
-
-def _of_texts(split: Report) -> list[str]:
-    told, rows, twice = [], split["rows"], split["duplicates"]
-    counts = {
-        "are like an earlier row: drop them, or give weights.": twice["rows_like_an_earlier_one"],
-        "have two equal responses: their scores differ for nothing, or tie.": twice["rows_with_equal_responses"],
-    }
-    told += [f"{share(n, rows)} rows {text}" for text, n in counts.items() if n and n >= REPEATED * rows]
-    if empty := split["rows_with_an_empty_turn"]:
-        told.append(f"{share(empty, rows)} rows have an assistant's turn that says and calls nothing.")
-    other, responses = split["responses_in_another_script"], split["responses"]
-    if other and other >= OTHER_SCRIPT * responses:
-        told.append(f"{share(other, responses)} responses are in another script than their prompt.")
-    judges = split.get("annotators")
-    if judges and judges["annotators_with_one_row"] >= ONE_ROW * judges["annotators"] > 0:
-        told.append(
-            f"{share(judges['annotators_with_one_row'], judges['annotators'])} annotators judged one row: EM-DPO "
-            "tells types apart by what one person judged several times."
-        )
-    return told
-
-
-def _of_tokens(split: Report, limits: Report) -> list[str]:
-    if (tokens := split.get("tokens")) is None:
-        return []
-    told, rows, responses = [], split["rows"], split["responses"]
-    if tokens["responses_too_long"] and tokens["responses_too_long"] >= CUT * responses:
-        cut = limits["max_prompt_length"]
-        beside = f" beside a prompt within max_prompt_length={cut}" if cut else ""
-        told.append(
-            f"{share(tokens['responses_too_long'], responses)} responses do not fit into "
-            f"max_length={limits['max_length']}{beside}: see the lengths below, and raise it where the end matters."
-        )
-    if control := noted(split, CONTROL_NOTE):
-        told.append(f"{share(control, rows)} {CONTROL_NOTE}: clean them, or a turn ends there.")
-    if cut := noted(split, CUT_NOTE):
-        told.append(f"{share(cut, rows)} {CUT_NOTE}: see how they end, or take the model's own chat template.")
-    if endless := tokens["responses_without_end"]:
-        told.append(
-            f"{share(endless, responses)} responses lack a token that ends them ({' '.join(tokens['ends'])}), so that "
-            "no stop is learned: take the model's own chat template, or mark them in unfinished_responses."
-        )
-    if empty := tokens["responses_without_text"]:
-        told.append(
-            f"{share(empty, responses)} responses are nothing but special tokens to the model: the chat template "
-            "leaves out what they hold."
-        )
-    return told
-
-
-def noted(split: Report, note: str) -> int:
-    """How often the passes over a split noted this."""
-    return sum(one.get("notes", {}).get(note, 0) for one in split["passes"])
 
 
 # The page.
