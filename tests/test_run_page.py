@@ -129,6 +129,11 @@ def test_samples_are_those_of_the_start_and_of_the_policy(runs, data, capsys):
         write_report(runs / "fast", ["--samples", "-1"])
 
 
+def sampled(path):
+    """The flags for answers to prompts of a file."""
+    return flags(samples=2, max_new_tokens=6, dataset_name=path, dataset_test_split="train")
+
+
 def kl_of(page, name="after"):
     """Nats per answer from the policy before, of the table of samples."""
     return float(re.search(rf"\n{name}6\.0100%(.*)\n", page.text)[1])
@@ -154,8 +159,7 @@ def test_a_run_that_goes_on_from_an_adapter_names_it_and_its_samples_begin_there
     assert (record["model"], record["start_adapter"]) == (str(start), str(sft))
     assert (record["reference"], record["adapter_name"]) == ("a frozen copy of the adapter as it was", "default")
     assert f"DPOTrainer`, from the adapter `{sft}`." in (tmp_path / "run/README.md").read_text()
-    given = ["--samples", "2", "--max_new_tokens", "6", "--dataset_name", str(data / "test.jsonl")]
-    given += ["--dataset_test_split", "train"]
+    given = sampled(data / "test.jsonl")
     page = page_of(tmp_path / "run", given=given)
     assert f"DPO from {sft} on {start}, on " in page.text and f"start_adapter{sft}" in page.text
     assert f"before is {sft}, the adapter on {start} that training went on from" in page.text
@@ -185,8 +189,7 @@ def test_the_policy_of_two_adapters_is_found_where_peft_saves_it(sft, start, dat
     made.save_model()
     record = read_run(tmp_path / "two").record
     assert (record["reference"], record["start_adapter"]) == ("the adapter 'sft'", "'policy' of a PeftModel")
-    given = ["--samples", "2", "--max_new_tokens", "6", "--dataset_name", str(data / "test.jsonl")]
-    given += ["--dataset_test_split", "train"]
+    given = sampled(data / "test.jsonl")
     page = page_of(tmp_path / "two", given=given)
     assert kl_of(page) != 0 and "went on from ('policy' of a PeftModel), not on disk" in page.text
     assert kl_of(page_of(tmp_path / "two", given=[*given, "--model_name_or_path", str(sft)])) == 0
@@ -213,9 +216,8 @@ def test_samples_say_that_they_cannot_have_options_of_the_template(runs, data, t
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     chats = [row | {"tools": [tool], "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows(3)]
     write_rows(tmp_path / "tools.jsonl", [chats[0] | {"tools": None}, *chats[1:]])
-    given = ["--dataset_name", str(tmp_path / "tools.jsonl"), "--dataset_test_split", "train"]
     with pytest.raises(ValueError, match="'tools' cannot be used where answers are sampled"):
-        write_report(runs / "fast", ["--samples", "2", *given])
+        write_report(runs / "fast", sampled(tmp_path / "tools.jsonl"))
     shutil.copytree(runs / "fast", tmp_path / "run")
     record = json.loads((tmp_path / "run/run.json").read_text())
     record["settings"]["chat_template_kwargs"] = {"enable_thinking": False}

@@ -11,13 +11,13 @@ import numpy as np
 from polypo.recipes import split_recipe
 
 from .. import PreferenceConfig
+from ..data.facts import plain
 from ..data.rows import refuse_template_kwargs, refuse_template_options
 from ..forward import policy as policies
 from ..generation.sampler import plain_prompt
 from ..pages.page import blocks
 from ..runs.checkpoints import last_checkpoint
 from ..runs.record import Run
-from ..sgpo.text import turns
 from . import config_files
 from .arguments import DataArguments, ModelArguments
 from .compare_samples import SampleOptions, sample_and_measure
@@ -138,10 +138,9 @@ def _table(measured: dict[str, dict]) -> str:
 
 
 def _pair(index: int, prompt, measured: dict[str, dict]) -> str:
-    text = "\n".join(turn["content"] for turn in turns(prompt))
     sides = []
     for side, of in measured.items():
         cut = ", cut off" if of["truncated"][index] else ""
         caption = f"{side}, {of['tokens'][index]} tokens{cut}"
         sides.append(("" if side == "before" else "after", caption, of["texts"][index].strip()))
-    return blocks.pair(text, sides)
+    return blocks.pair(plain(prompt), sides)

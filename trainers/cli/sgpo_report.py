@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.facts import plain
 from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import Series
@@ -16,7 +17,6 @@ from ..runs.stage import MANIFEST, SETTINGS
 from ..sgpo.filters import OUTLIER
 from ..sgpo.monitor import RULES, alarms
 from ..sgpo.stages import STAGES
-from ..sgpo.text import turns
 
 SAMPLES = 6
 TEXTS = (
@@ -135,7 +135,7 @@ def samples(last: Path) -> dict[str, list[str]]:
 def edit(prompt, before: str | None, after: str | None) -> str:
     texts = map(blocks.edits, word_diff(before or "", after or ""))
     sides = [*zip(("", "after"), ("before", "after"), texts, strict=True)]
-    return blocks.pair("\n".join(turn["content"] for turn in turns(prompt)), sides)
+    return blocks.pair(plain(prompt), sides)
 
 
 def word_diff(before: str, after: str) -> tuple[list, list]:
