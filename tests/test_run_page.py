@@ -1,6 +1,7 @@
 """The page of any run: what a training leaves for it, and what it shows of one that is done, amid, broken, of two."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -256,6 +257,17 @@ def test_a_run_amid_its_training(runs, tmp_path):
         write_report(tmp_path / "amid")
     with pytest.raises(ValueError, match="nowhere does not exist"):
         write_report(tmp_path / "nowhere")
+
+
+def test_the_log_is_that_of_the_end_where_a_copy_has_lost_the_times(runs, tmp_path):
+    shutil.copytree(runs / "fast", tmp_path / "copy")
+    os.utime(tmp_path / "copy/checkpoint-4/trainer_state.json", (2e9, 2e9))
+    assert read_run(tmp_path / "copy", "fast") == read_run(runs / "fast", "fast")
+    (tmp_path / "copy/checkpoint-4/trainer_state.json").write_text(  # of a run that began anew after that
+        json.dumps({"log_history": [{"step": 1, "loss": 0.25}], "global_step": 1})
+    )
+    os.utime(tmp_path / "copy/checkpoint-4/trainer_state.json", (2e9, 2e9))
+    assert read_run(tmp_path / "copy").checkpoint == "checkpoint-4"
 
 
 def test_what_is_no_number_of_a_step_is_passed_over(tmp_path):

@@ -71,7 +71,7 @@ def changed(args: TrainingArguments) -> list[str]:
 def read_run(folder: str | Path, name: str | None = None) -> Run:
     """What is known of the training in `folder`, an output folder or a checkpoint; `name` is by default its path.
 
-    The log is the newest of that in the folder and those of its whole checkpoints.
+    The log is the newest of that in the folder and those of its whole checkpoints, or the one that goes on with it.
 
     Raises:
         ValueError: there is neither a log nor run.json, or one of them cannot be read.
@@ -91,16 +91,25 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     known = {} if record is None else read_json(record)
     if not states:
         return Run(name or str(folder), known, [])
-    newest = max(states, key=lambda path: (path.stat().st_mtime, path.parent == folder))
+    newest = max(_ends(states), key=lambda path: (path.stat().st_mtime, path.parent == folder))
     saved = newest.parent / SETTINGS
     if record is None and saved.is_file():
         known = {"settings": read_json(saved).get("settings", {})}
     state = read_json(newest)
-    if not isinstance(state.get("log_history"), list):
-        raise ValueError(f"{newest} is no state of a Trainer: it has no log_history.")
     checkpoint = newest.parent.name if newest.parent.name.startswith("checkpoint-") else ""
     steps = state.get("global_step", 0), state.get("max_steps", 0)
     return Run(name or str(folder), known, _numbers(state["log_history"]), *steps, checkpoint)
+
+
+def _ends(states: list[Path]) -> list[Path]:
+    """Those whose log no other one goes on with: times alone do not tell, as a copy may have new ones."""
+    logs = {}
+    for path in states:
+        log = read_json(path).get("log_history")
+        if not isinstance(log, list):
+            raise ValueError(f"{path} is no state of a Trainer: it has no log_history.")
+        logs[path] = repr(log).removesuffix("]")
+    return [path for path, log in logs.items() if not any(o != log and o.startswith(log) for o in logs.values())]
 
 
 def _runs_below(folder: Path) -> str:
