@@ -8,6 +8,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -57,10 +58,15 @@ def main(argv: list[str] | None = None) -> None:
 def mistakes_told() -> Iterator[None]:
     """A mistake of the user ends the program with a line: an error that comes before the first step and says why.
 
-    Any other error keeps its traceback, and with POLYPO_TRACEBACK=1 all do.
+    So does Ctrl-C. Any other error keeps its traceback, and with POLYPO_TRACEBACK=1 all do.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("POLYPO_TRACEBACK"):
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if os.environ.get("POLYPO_TRACEBACK") or any(frame.name == "_inner_training_loop" for frame in frames):

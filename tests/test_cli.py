@@ -149,6 +149,12 @@ def test_a_crash_keeps_its_traceback(monkeypatch):
         polypo.main(["trian"])
 
 
+def test_an_interrupt_ends_the_program_as_shells_expect(capsys):
+    with pytest.raises(SystemExit) as ended, polypo.mistakes_told():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 # Recipes and flags.
 
 CONFIGS = {  # content of a recipe -> what is said of it

@@ -85,18 +85,6 @@ def config(**changes) -> SamplingConfig:
     return SamplingConfig(**options | {"seed": 7} | changes)
 
 
-def test_temperature_zero_is_greedy(policy):
-    model, tokenizer = policy
-    samples = sample_responses(model, tokenizer, PROMPTS, config(temperature=0.0, num_generations=2), **QUIET)
-    for prompt, row in zip(PROMPTS, samples, strict=True):
-        sequence = encode_prompt(tokenizer, prompt)
-        start = len(sequence)
-        while len(sequence) < start + 12 and (len(sequence) == start or sequence[-1] != tokenizer.eos_token_id):
-            with torch.no_grad():
-                sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
-        assert row[0].token_ids == row[1].token_ids == sequence[start:]
-
-
 def test_stops_at_every_end_token_and_reports_truncation(policy):
     model, tokenizer = policy
     free = sample_responses(model, tokenizer, PROMPTS, config(max_new_tokens=20), **QUIET)
@@ -142,6 +130,12 @@ def test_prompt_is_the_chat_template_with_generation_prompt(family):
     assert tokenizer.decode(resumed).endswith("it is Par")
 
 
+def test_a_chat_template_sees_the_keys_that_were_given():
+    """A table gives all messages the keys of one, and templates ask which are there."""
+    tokenizer, message = build_tokenizer("{{ messages[0].keys() | join }}"), {"role": "user", "content": "hi"}
+    assert encode_prompt(tokenizer, [message | {"tool_calls": None}]) == encode_prompt(tokenizer, [message])
+
+
 def test_plain_prompts_keep_no_end_token_and_are_never_empty_or_too_long(policy):
     closing = build_tokenizer(add_eos=True)
     assert encode_prompt(closing, "the dog")[-1] != closing.eos_token_id
@@ -149,8 +143,11 @@ def test_plain_prompts_keep_no_end_token_and_are_never_empty_or_too_long(policy)
     assert encode_prompt(build_tokenizer(), "") == [build_tokenizer().bos_token_id]
     with pytest.raises(ValueError, match="has no tokens"):
         encode_prompt(build_tokenizer(bos=None), "")
-    with pytest.raises(ValueError, match="chat.template"):
-        encode_prompt(build_tokenizer(), [{"role": "user", "content": "hi"}])
+    with pytest.raises(ValueError, match="Prompt 1: the chat template refuses .*chat_template is not set"):
+        sample_responses(*policy, ["fine", [{"role": "user", "content": "hi"}]], config(), **QUIET)
+    no_system = family_tokenizer("gemma")
+    with pytest.raises(ValueError, match="Prompt 0: the chat template refuses these messages: no system turn"):
+        sample_responses(policy[0], no_system, [[{"role": "system", "content": "hi"}]], config(), **QUIET)
     with pytest.raises(ValueError, match="Prompt 1 has .* context of 512"):
         sample_responses(*policy, ["fine", "the dog " * 300], config(), **QUIET)
 

@@ -15,6 +15,7 @@ from trainers.data import (
     tokenize_dataset,
     tokenize_row,
 )
+from trainers.generation.sampler import encode_prompt
 
 PLAIN = {"prompt": "say something", "responses": [" kind", " kind today", " the dog"], "scores": [1.0, 2.0, 3.0]}
 
@@ -64,12 +65,12 @@ def test_chat_template_writes_bos_and_end_of_turn_exactly_once(family):
 
 
 @pytest.mark.parametrize("add_eos", [False, True])
-@pytest.mark.parametrize("prompt", ["say something", "<s>say something"])
+@pytest.mark.parametrize("prompt", ["say something", "<s>say something", "say something</s>"])
 def test_text_gets_one_bos_and_one_eos(prompt, add_eos, caplog):
     tokenizer = build_tokenizer(add_eos=add_eos)
-    texts = [" kind", " the dog", " kind" if add_eos else " kind</s>"]
-    row = tokenize_row({**PLAIN, "prompt": prompt, "responses": texts}, tokenizer)
-    assert tokenizer.decode(row["prompt_ids"]) == "<s>say something"
+    row = tokenize_row({**PLAIN, "prompt": prompt, "responses": [" kind", " the dog", " kind</s>"]}, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>" + prompt.removeprefix("<s>")
+    assert row["prompt_ids"] == encode_prompt(tokenizer, prompt)
     assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" kind</s>", " the dog</s>", " kind</s>"]
     assert not caplog.records
 

@@ -56,6 +56,16 @@ def chat_template(tokenizer, options: dict[str, Any]) -> Callable:
     return apply
 
 
+def text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, with one BOS and without the EOS that some tokenizers end every text with."""
+    *ids, probe = tokenizer([*texts, "a"], verbose=False, return_attention_mask=False)["input_ids"]
+    if probe[-1:] == [tokenizer.eos_token_id]:
+        ids = [some[:-1] for some in ids]
+    bos = tokenizer.bos_token_id
+    # A text that was written with a template may begin with BOS, and the tokenizer adds another.
+    return [some[1:] if bos is not None and some[:2] == [bos, bos] else some for some in ids]
+
+
 def _encode_text(rows: list[Row], where: str, tokenizer) -> list[Encoded]:
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -63,13 +73,11 @@ def _encode_text(rows: list[Row], where: str, tokenizer) -> list[Encoded]:
             f"{where} is text, and the tokenizer has no EOS token to end a response with; set tokenizer.eos_token."
         )
     texts = [row["prompt"] + end for row in rows for end in ["", *map(_whole, row["responses"], unfinished(row))]]
-    ids = iter(tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"])
+    ids = iter(text_ids(tokenizer, texts))
     encoded: list[Encoded] = []
     for row in rows:
-        prompt_ids, *full_ids = (_single_bos(next(ids), tokenizer.bos_token_id) for _ in ["", *row["responses"]])
-        if prompt_ids[-1:] == [eos] and not row["prompt"].endswith(tokenizer.eos_token):
-            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS
-        full_ids = [some[:-1] if some[-1] == eos else some for some in full_ids]
+        prompt_ids, *full_ids = islice(ids, 1 + len(row["responses"]))
+        full_ids = [some[:-1] if some[-1:] == [eos] else some for some in full_ids]
         ends = ([] if cut else [eos] for cut in unfinished(row))
         encoded.append((prompt_ids, [some + end for some, end in zip(full_ids, ends, strict=True)], None))
     return encoded
@@ -146,8 +154,3 @@ def _without_ends(rows: list[Row], where: str, encoded: list[Encoded], tokenizer
 def without_none(messages: list[dict]) -> list[dict]:
     """A table gives every message all keys that any message has; templates ask whether a key is defined."""
     return [{key: value for key, value in m.items() if value is not None or key == "content"} for m in messages]
-
-
-def _single_bos(ids: list[int], bos: int | None) -> list[int]:
-    """A text that was written with a template may begin with BOS, and the tokenizer adds another."""
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

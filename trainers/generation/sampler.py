@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ..config import check_options, option
+from ..data.encoding import chat_template, text_ids, without_none
 
 TRANSFORMERS = "transformers"  # the engine in this process
 Prompt = str | list[dict]
@@ -168,26 +170,28 @@ class GumbelSampler(LogitsProcessor):
 
 
 def plain_prompt(prompt: Prompt) -> Prompt:
-    """Arrow gives every message all keys that any message has; chat templates ask whether a key is defined."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in prompt]
+    """A prompt whose messages have the keys that were given."""
+    return prompt if isinstance(prompt, str) else without_none(prompt)
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids after which a response starts: chat template with generation prompt for messages.
 
-    Messages that end with an assistant turn are continued. Special tokens of the template are never doubled.
+    Messages that end with an assistant turn are continued. Special tokens of the template are never doubled. Keys of
+    messages whose value is None are left out: a table gives every message all keys that any message has.
+
+    Raises:
+        ValueError: there are no tokens, or the chat template refuses the messages.
     """
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-            ids.pop()  # some tokenizers close every text with EOS; nothing would follow it
+        [ids] = text_ids(tokenizer, [prompt])
     else:
         resume = prompt[-1]["role"] == "assistant"
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=not resume, continue_final_message=resume, tokenize=True, return_dict=False
-        )
+        options = {"add_generation_prompt": not resume, "continue_final_message": resume}
+        try:
+            ids = chat_template(tokenizer, options)(without_none(prompt), tokenize=True, return_dict=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}.") from error
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
@@ -196,5 +200,11 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
 
 
 def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[list[int]]:
-    """`encode_prompt` for each."""
-    return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    """`encode_prompt` for each. Raises ValueError naming the one that cannot be encoded."""
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt))
+        except ValueError as error:
+            raise ValueError(f"Prompt {i}: {error}") from error
+    return encoded
