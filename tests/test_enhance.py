@@ -166,6 +166,7 @@ def test_the_manifest_says_what_a_round_gave(finished):
 
 
 def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
+    """Also with settings that change no round."""
     before = {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()}
 
     def refuse(*args, **kwargs):
@@ -173,7 +174,7 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
 
     for name in ("load_start", "weights_of"):
         monkeypatch.setattr(enhance, name, refuse)
-    train.main(arguments(inputs, finished))
+    train.main(arguments(inputs, finished, logging_steps=7, layout="rows", options={"batch_size": 2}))
     assert {path: path.read_bytes() for path in finished.glob("round-*/**/*") if path.is_file()} == before
     with pytest.raises(AssertionError, match="a model was loaded"):
         train.main(arguments(inputs, finished, options={"rounds": 3}))
@@ -199,10 +200,6 @@ def test_what_would_mix_or_undo_finished_rounds_is_refused(inputs, finished, cha
     with pytest.raises(ValueError, match=message):
         train.main(arguments(inputs, finished, **changes))
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-
-
-def test_settings_that_change_no_round_may_change(inputs, finished):
-    train.main(arguments(inputs, finished, logging_steps=7, layout="rows", options={"batch_size": 2}))
 
 
 def test_old_samples_are_kept_and_iterations_lengthen_a_round(inputs, tmp_path):
@@ -267,6 +264,14 @@ def test_rows_from_python_are_read_as_a_trainer_reads_them(inputs, tmp_path):
     made = pool(tmp_path, 0)
     assert [row["prompt"] for row in made] == [row["prompt"] for row in ROWS[:4]]
     assert [texts(row)[:2] for row in made] == [[TEXTS[i], TEXTS[i - 1]] for i in range(4)]
+
+
+def test_own_responses_of_several_messages_are_refused(inputs, tmp_path):
+    turns = [{"role": "assistant", "content": "let me see"}, {"role": "tool", "content": "4"}]
+    rows = [ROWS[0], ROWS[1] | {"responses": [turns, ROWS[1]["responses"][0]], "scores": [1.0, 0.0]}]
+    args = LIREConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", self_enhance=OPTIONS)
+    with pytest.raises(ValueError, match="training row 1 has a response of several messages.*own_responses"):
+        LIRETrainer.run(args, {"train": Dataset.from_list(rows)}, str(inputs / "model"))
 
 
 def die_and_train(phase, count, argv):

@@ -32,7 +32,7 @@ from .forward.policy import load_tokenizer
 from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from .generation.collect import MADE, columns_of
 from .generation.engine import opened
-from .generation.options import EnhanceOptions
+from .generation.options import EnhanceOptions, read_options
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer, compared_scorer
@@ -96,13 +96,15 @@ class Rounds:
         dataset=None, left_out=(), quantization_config=None, peft_config=None,
     ):  # fmt: skip
         refuse_unsupported(args, "self_enhance")
-        options = EnhanceOptions.parse(args.self_enhance)
+        options = read_options("self_enhance", args.self_enhance, EnhanceOptions)
         if options.dtype is not None:  # one that holds on another machine too
             options = dataclasses.replace(options, dtype=dtype_for_all(options.dtype, args.device))
         self.trainer_class, self.args, self.model, self.options = trainer_class, args, model, options
         self.eval_dataset, self.dataset, self.peft_config = eval_dataset, dataset, peft_config
         self.quantization_config, self.left_out, self.processes = quantization_config, left_out, Processes()
         self.rows, self.held_out = ([*map(_with_plain_prompt, rows or [])] for rows in (train_dataset, eval_dataset))
+        if options.own_responses:
+            _refuse_turns(self.rows)
         check_scorer(options.scorer, columns_of(self.rows))  # before anything is sampled for it
         own = {f"self_enhance.{k}": v for k, v in dataclasses.asdict(options).items() if k not in UNCOMPARED}
         own |= {"self_enhance.scorer": compared_scorer(options.scorer)}
@@ -272,6 +274,17 @@ def describe(manifest: dict) -> str:
 def _with_plain_prompt(row: dict) -> dict:
     refuse_template_options(row)
     return row | {"prompt": plain_prompt(row["prompt"])}
+
+
+def _refuse_turns(rows: list[dict]) -> None:
+    """A pool holds texts, and would make one text of several messages, a tool's among them."""
+    for i, row in enumerate(rows):
+        messages = [response for response in row["responses"] if not isinstance(response, str)]
+        if any(len(response) > 1 or not isinstance(response[0]["content"], str) for response in messages):
+            raise ValueError(
+                f"self_enhance: training row {i} has a response of several messages or without text, which is no "
+                "candidate beside sampled texts: set own_responses to false."
+            )
 
 
 def _row(row: dict, pool: list[Candidate], scores: dict[str, float]) -> dict:

@@ -28,7 +28,7 @@ from ..forward import policy as policies
 from ..forward.attention import FLEX
 from ..forward.parts import slots
 from ..forward.run import Runner
-from ..generation.options import EnhanceOptions
+from ..generation.options import EnhanceOptions, read_options
 from ..generation.scorer import asked_of_servers
 from ..inputs import prepare_rows, prepare_training_rows
 from .arguments import ModelArguments
@@ -254,7 +254,7 @@ def _asked(args: PreferenceConfig, rows: list[Lengths], held_out: Dataset | None
     """What all rounds ask of servers, where nothing is known and no text is there twice."""
     if args.self_enhance is None:
         return ""
-    options = EnhanceOptions.parse(args.self_enhance)
+    options = read_options("self_enhance", args.self_enhance, EnhanceOptions)
     drawn = [
         (rows, options.rounds * options.num_generations),
         (token_lengths(held_out) if held_out is not None else [], (options.rounds + 1) * options.held_out_generations),

@@ -76,8 +76,3 @@ class EnhanceOptions(SamplingOptions):
         super().__post_init__()
         if self.num_generations < 2 and not self.own_responses:
             raise ValueError("num_generations must be at least 2 without own_responses.")
-
-    @classmethod
-    def parse(cls, value: dict[str, Any] | str) -> "EnhanceOptions":
-        """From the dict of a YAML file or the JSON of a flag. Raises ValueError naming what is wrong."""
-        return read_options("self_enhance", value, cls)
