@@ -13,7 +13,7 @@ from ..pages import plots
 from ..pages.page import Sections, blocks
 from ..pages.plots import AFTER, BEFORE, Series
 from ..pages.text import interval, markdown
-from ..runs.files import read_journal, read_json, write_atomic
+from ..runs.files import Journal, read_json, write_atomic
 from ..runs.record import Run, read_run
 from ..statistics import bootstrap_interval
 from .answers import MEASURES, Answer, matched_gain, per_prompt
@@ -65,10 +65,7 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
 
 def read_answers(folder: Path) -> list[list[Answer]]:
     """The sampled answers of one policy with their scores, by prompt and then in the order they were drawn."""
-    samples, scores = (
-        [record for path in (folder / name).glob(f"{name}-*.jsonl") for record in read_journal(path)]
-        for name in ("samples", "scores")
-    )
+    samples, scores = (Journal(folder / name, name).read() for name in ("samples", "scores"))
     drawn = {
         (s["prompt"], s["index"]): {n: s[n] for n in ("text", "truncated")} | {"tokens": len(s["token_ids"])}
         for s in samples

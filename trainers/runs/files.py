@@ -29,12 +29,9 @@ class Journal:
         """
         if self.folder is None:
             return []
-        paths = sorted(self.folder.glob(f"{self.name}-*.jsonl"))
-        if self.processes.is_main_process:
-            for path in paths:
-                repair_journal(path)
         self.processes.wait_for_everyone()
-        records = [record for path in paths for record in read_rows(path)]
+        paths = sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+        records = [record for path in paths for record in read_journal(path)]
         self.processes.wait_for_everyone()
         return records
 
@@ -44,19 +41,20 @@ class Journal:
 
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
-    """Appends one JSON line per record and returns when they are on disk. One process per file."""
+    """Appends one JSON line per record, in the place of a last line that a kill left unfinished.
+
+    Returns when they are on disk. One process per file.
+    """
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def repair_journal(path: str | Path) -> None:
-    """Cuts off a last line that a kill left unfinished, so that the next append starts on a line of its own."""
-    with open(path, "rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
 
 
 def read_journal(path: str | Path) -> list[dict]:
