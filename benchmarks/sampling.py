@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.generation import HuggingFace, Request, Sample, SamplingConfig
-from trainers.generation.engine import Weights, opened
+from trainers.generation.engine import opened
 from trainers.generation.sampler import TRANSFORMERS, encode_prompts, sample_seed
+from trainers.generation.start import Weights
 
 PROMPTS, COUNT, TURNS = Path(__file__).resolve().parents[1] / "data/demo/prompts.jsonl", 8, 3
 CONFIG = SamplingConfig(num_generations=4, max_new_tokens=128, temperature=0.8, batch_size=16)
@@ -42,7 +43,7 @@ def measure(path: str, engines: list[str], folder: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    weights, wanted = Weights(path, None, lambda *_: model, tokenizer, "float32"), requests(tokenizer)
+    weights, wanted = Weights(path, None, tokenizer, "float32"), requests(tokenizer)
     with ExitStack() as stack:
         ways: dict[str, Callable] = {"generate": lambda: in_batches(HuggingFace(model, tokenizer), wanted)}
         for engine in [TRANSFORMERS, *engines]:

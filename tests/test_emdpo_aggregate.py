@@ -177,7 +177,7 @@ def test_a_run_may_be_moved_and_keeps_its_samples(start, tmp_path, monkeypatch):
     aggregate.main(command(tmp_path / "old", start))
     report = overview(tmp_path / "old/aggregate")
     (tmp_path / "old").rename(tmp_path / "new")
-    monkeypatch.setattr("trainers.emdpo.aggregate.load_start", None)  # nothing is sampled or scored again
+    monkeypatch.setattr("trainers.generation.start.load_start", None)  # nothing is sampled or scored again
     aggregate.main(command(tmp_path / "new", start))
     assert overview(tmp_path / "new/aggregate") == report
     assert len(MixturePolicy.from_pretrained(tmp_path / "new").models) == 2

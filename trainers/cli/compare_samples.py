@@ -8,15 +8,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 
 from ..forward.cache import score_rows
-from ..forward.policy import base_model
 from ..generation import sample_responses
 from ..generation.rewards import as_completion
 from ..generation.sampler import SamplingConfig, encode_prompt
 from ..generation.scorer import load_scorer
-from ..generation.start import load_start
+from ..generation.start import Weights, load_start
 from ..runs.processes import Processes
 
 TOKENS_PER_FORWARD = 2048
@@ -61,11 +59,8 @@ def sample_and_measure(
     if not prompts:
         return {}
     init_kwargs = init_kwargs if options.dtype is None else (init_kwargs or {}) | {"dtype": options.dtype}
-    model = load_start(name, start, init_kwargs=init_kwargs)
-    if isinstance(model, PeftModel) and base_model(model).dtype == torch.float32:
-        model = model.merge_and_unload()  # faster; elsewhere it would round
-    samples = sample_responses(model.to(device).eval(), tokenizer, prompts, options)
-    del model
+    weights = Weights(name, start, tokenizer, init_kwargs=init_kwargs)
+    samples = sample_responses(weights.whole(device=device), tokenizer, prompts, options)
     rows = Dataset.from_list([
         {"prompt_ids": encode_prompt(tokenizer, prompt), "response_ids": [sample.token_ids for sample in row]}
         for prompt, row in zip(prompts, samples, strict=True)

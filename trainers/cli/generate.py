@@ -26,15 +26,15 @@ from ..config import option
 from ..data.json_rows import digest
 from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
-from ..forward import policy as policies
+from ..forward.policy import find_adapter
 from ..generation import SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
 from ..generation.collect import MADE, columns_of
-from ..generation.engine import Weights, opened
+from ..generation.engine import opened
 from ..generation.options import DTYPES
 from ..generation.sampler import encode_prompts
 from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
 from ..generation.served import Counts
-from ..generation.start import dtype_for_all
+from ..generation.start import Weights, dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory, join_launcher
 from ..runs.settings import model_fingerprint, refuse_other_settings, run_settings
@@ -132,17 +132,11 @@ def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
 
 def policy_of(args: GenerateArguments) -> Weights:
     """What is sampled from: a model, or an adapter on the base that it names."""
-    adapter, start = policies.find_adapter(args.model), None
-    model = args.model
-    if adapter is not None:
-        model, start = adapter.base_model_name_or_path or "", Path(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-
-    def load(dtype: str | None, device):
-        options = {"init_kwargs": {"dtype": dtype}}
-        return (policies.load_adapter(args.model, **options) or policies.load_policy(args.model, **options)).to(device)
-
-    return Weights(model, start, load, tokenizer, args.dtype)
+    tokenizer, adapter = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), find_adapter(args.model)
+    if adapter is None:
+        return Weights(args.model, None, tokenizer, args.dtype)
+    base = adapter.base_model_name_or_path or ""
+    return Weights(base, Path(args.model), tokenizer, args.dtype, {"revision": adapter.revision or "main"})
 
 
 def scored(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:

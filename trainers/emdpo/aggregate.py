@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from ..data.json_rows import digest
 from ..forward.cache import score_rows
 from ..generation.collect import collect_samples
-from ..generation.engine import Weights, opened
+from ..generation.engine import opened
 from ..generation.sampler import Sample, SamplingConfig, encode_prompts
-from ..generation.start import load_start
+from ..generation.start import Weights
 from ..runs.processes import Processes, free_memory
 from ..runs.settings import model_fingerprint
 from ..runs.stage import Stage
@@ -67,18 +67,10 @@ class Arena:
         model = str(player.start or self.mixture["base"])
         return model_fingerprint(model) or model
 
-    def load(self, player: Player, dtype: str | None = None):
-        """The policy of a player; ZeRO-3 shards it as it is read, but inside `whole_weights`."""
-        kwargs = (self.mixture["model_init_kwargs"] or {}) | ({} if dtype is None else {"dtype": dtype})
-        return load_start(self.mixture["base"], player.start, init_kwargs=kwargs)
-
     def weights(self, player: Player) -> Weights:
-        """What answers and scores: the whole policy of a player."""
-
-        def load(dtype: str | None, device):
-            return self.load(player, dtype).to(device).eval()
-
-        return Weights(self.mixture["base"], player.start, load, self.tokenizer)
+        """What answers and scores: the policy of a player."""
+        keywords = self.mixture["model_init_kwargs"]
+        return Weights(self.mixture["base"], player.start, self.tokenizer, init_kwargs=keywords)
 
     def samples_of(self, player: Player) -> Path:
         """The folder of a player's answers."""

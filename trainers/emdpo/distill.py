@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.json_rows import digest
 from ..generation.sampler import Sample, encode_prompts
+from ..generation.start import load_start
 from ..runs.files import read_json, write_json
 from ..runs.processes import join_launcher
 from ..runs.stage import train_into
@@ -75,7 +76,7 @@ def distilled(arena: Arena, weights: list[float], *, seed: int, **training) -> P
             bf16=precision == "bf16", fp16=precision == "fp16", seed=seed, use_cpu=processes.device.type == "cpu",
             **training,
         )  # fmt: skip
-        model = arena.load(arena.reference)
+        model = load_start(arena.mixture["base"], None, init_kwargs=arena.mixture["model_init_kwargs"])
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=arena.tokenizer)
         trainer.train()
         trainer.save_model()

@@ -73,13 +73,18 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero3: bool)
     return get_peft_model(model, peft_config, autocast_adapter_dtype=not zero3 or quantized)
 
 
+def is_adapter(path: str, revision: str | None = None) -> bool:
+    """Whether a path or hub id holds an adapter, and not a whole model."""
+    return find_adapter_config_file(path, revision=revision or "main") is not None
+
+
 def find_adapter(path: str, revision: str | None = None) -> PeftConfig | None:
     """The config of the adapter at a path or hub id; None where there is none.
 
     Raises:
         ValueError: the adapter names no base to load it on, or the folder holds adapters in folders of their names.
     """
-    if find_adapter_config_file(path, revision=revision or "main") is None:
+    if not is_adapter(path, revision):
         recipes.refuse_named_adapters(path)
         return None
     config = PeftConfig.from_pretrained(path, revision=revision or "main")

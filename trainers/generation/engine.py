@@ -10,22 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig
 
-from ..data.json_rows import digest
-from ..runs.processes import Processes, whole_weights
-from ..runs.settings import model_fingerprint
+from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, end_ids
 from .sampler import TRANSFORMERS, encode_prompt, is_address
 from .server import KEY_VARIABLE, Server, ServerError
+from .start import Weights
 from .vllm import VLLMServer
 
 # Variables of a launcher, which are about the processes of the training.
@@ -37,45 +35,6 @@ TAIL = 3000  # characters of a log in an error
 # Of the check that the weights are the right ones.
 ASKED, CHECKED, LENGTH = "Write a few sentences about the sea.", 4, 64  # a prompt, samples of it, and their tokens
 MOST = 0.1  # mean nats per token that bfloat16 explains
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is sampled from.
-
-    Args:
-        model: path or hub id.
-        start: folder with full weights in the place of the model's, or with an adapter on it; None is the model.
-        load: `load(dtype, device)` gives the policy in this process; use `whole`.
-        tokenizer: with a pad token.
-        dtype: to sample in, None for that of the weights.
-    """
-
-    model: str
-    start: Path | None
-    load: Callable
-    tokenizer: PreTrainedTokenizerBase
-    dtype: str | None = None
-
-    def whole(self, dtype: str | None = None, device: torch.device | None = None):
-        """The policy in this process, whole whatever engine trains; by default to sample from on its device."""
-        with whole_weights():
-            return self.load(dtype or self.dtype, device or Processes().device)
-
-    @property
-    def adapter(self) -> bool:
-        return self.start is not None and (self.start / "adapter_config.json").is_file()
-
-    @property
-    def folder(self) -> str:
-        """Of the full weights, under an adapter those of its base."""
-        return self.model if self.start is None or self.adapter else str(self.start)
-
-    @property
-    def name(self) -> str:
-        """A name that other weights do not have."""
-        files = [model_fingerprint(str(path)) or str(path) for path in (self.folder, self.start or "")]
-        return f"policy-{digest(files)[:12]}"
 
 
 @contextmanager
@@ -125,7 +84,9 @@ def _find(server: Server, offered: dict, weights: Weights, processes: Processes,
     """The name under which a given server offers the weights. An adapter that it lacks is loaded for a while."""
     if weights.adapter:
         if weights.name not in offered and processes.is_main_process:
-            adapter = {"lora_name": weights.name, "lora_path": str(Path(str(weights.start)).resolve())}
+            assert weights.start is not None
+            path = weights.start.resolve() if weights.start.exists() else weights.start  # a hub id stays one
+            adapter = {"lora_name": weights.name, "lora_path": str(path)}
             try:
                 server.send("/v1/load_lora_adapter", adapter)
             except ServerError as error:

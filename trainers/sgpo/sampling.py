@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from ..forward.cache import score_rows
 from ..generation.backends import Backend
 from ..generation.collect import collect, collect_samples, in_chunks
-from ..generation.engine import Weights, opened
+from ..generation.engine import opened
 from ..generation.sampler import Prompt, encode_prompts
-from ..generation.start import weights_of
+from ..generation.start import Weights, weights_of
 from ..runs.files import Journal
 from ..runs.processes import Processes, free_memory
 from .config import SGPOConfig
