@@ -6,7 +6,6 @@ With POLYPO_VLLM, the command of a real engine ("vllm serve"), the tests at the 
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -171,22 +171,20 @@ def test_a_killed_process_takes_its_engine_along(tmp_path):
     starter = f"import subprocess, time; subprocess.Popen({words!r}, stdin=subprocess.PIPE); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", starter])
     deadline = time.monotonic() + 30
-    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def wait(until):
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def ended():
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    wait(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
     pid = int((tmp_path / "child").read_text())
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        state = Path(f"/proc/{pid}/stat").read_text().split()[2]
-        if state == "Z":
-            return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(ended)
 
 
 REAL = os.environ.get("POLYPO_VLLM")  # the command of a real engine

@@ -2,14 +2,9 @@
 
 import os
 import shlex
-import socket
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
-import requests
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -17,9 +12,10 @@ from helpers import family_tokenizer
 from servers import serving
 from test_judge import NONE
 from test_scorer import PROMPTS, TEXTS, save_reward_model
-from trainers.generation import leash
+from trainers.generation.engine import started
 from trainers.generation.scorer import load_scorer
 from trainers.generation.server import ServerError
+from trainers.generation.start import Weights
 
 
 @pytest.fixture(scope="module", params=["pad", "eos as pad", "no pad"])
@@ -90,12 +86,6 @@ def test_what_is_not_one_score_per_text_is_refused_and_not_kept(tmp_path, data):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_served_reward_model_must_have_one_output(tmp_path):
-    save_reward_model(tmp_path, family_tokenizer("llama3"), num_labels=2)
-    with pytest.raises(ValueError, match="has 2 outputs"):
-        load_scorer({"reward_server": "http://localhost:1", "model": str(tmp_path)})
-
-
 ENGINE = os.environ.get("POLYPO_VLLM")
 
 
@@ -104,40 +94,15 @@ def test_the_real_engine_gives_the_scores_of_the_local_model(tmp_path):
     tokenizer = family_tokenizer("llama3")  # its chats end with the pad token
     shape = {"max_position_embeddings": 1024, "head_dim": 32}  # the CPU's attention knows no heads of 8
     save_reward_model(tmp_path / "rm", tokenizer, pad_token_id=tokenizer.eos_token_id, **shape)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(ENGINE)
-    place = words.index("serve") + 1  # where vLLM wants the model
-    options = f"--dtype float32 --host 127.0.0.1 --port {port} --served-model-name rm"
-    with open(tmp_path / "log", "wb") as log:
-        engine = subprocess.Popen(
-            [sys.executable, leash.__file__, *words[:place], str(tmp_path / "rm"), *words[place:], *options.split()],
-            stdin=subprocess.PIPE, stdout=log, stderr=log,
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        )  # fmt: skip
-    try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
-        while not answers(url):
-            assert engine.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(1)
-        spec = {"reward_server": url, "model": str(tmp_path / "rm"), "served_model_name": "rm", "cache": str(tmp_path)}
-        prompts, texts = [*PROMPTS, LONG * 20], [*TEXTS, "jumps"]
-        counts = {}
+    weights, counts = Weights(str(tmp_path / "rm"), None, tokenizer, "float32"), {}
+    prompts, texts = [*PROMPTS, LONG * 20], [*TEXTS, "jumps"]
+    with started(shlex.split(ENGINE), weights, tmp_path / "log") as url:
+        names = {"model": weights.model, "served_model_name": weights.name}
+        spec = {"reward_server": url, "cache": str(tmp_path), **names}
         scores = load_scorer(spec, batch_size=2, counts=counts)(prompts, texts)
         with pytest.raises(ServerError, match="does not exist"):
             load_scorer(spec | {"served_model_name": "other", "cache": str(tmp_path / "none")})(prompts, texts)
-    finally:
-        engine.stdin.close()
-        engine.wait(60)
     expected = load_scorer(str(tmp_path / "rm"), device="cpu")(prompts, texts)
     assert scores == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.1 and max(map(abs, expected)) > 1  # no probabilities
     assert counts["scorer_calls"] == 3 and counts["scorer_prompt_tokens"] > 100
-
-
-def answers(url) -> bool:
-    try:
-        return requests.get(f"{url}/health", timeout=5).ok
-    except requests.ConnectionError:
-        return False

@@ -140,5 +140,6 @@ def test_reward_model_keeps_the_end_of_long_texts_and_says_so(tmp_path, caplog):
 
 def test_reward_model_must_have_one_output(tmp_path):
     save_reward_model(tmp_path, family_tokenizer("llama3"), num_labels=2)
-    with pytest.raises(ValueError, match="has 2 outputs"):
-        load_scorer(str(tmp_path))
+    for spec in (str(tmp_path), {"reward_server": "http://localhost:1", "model": str(tmp_path)}):
+        with pytest.raises(ValueError, match="has 2 outputs"):
+            load_scorer(spec)

@@ -13,7 +13,7 @@ from ..config import option
 from ..data.json_rows import digest
 from .options import read_mapping
 from .rewards import completion_text
-from .served import Counts, ServedOptions, ServedScorer, add_counts
+from .served import Counts, ServedScorer, add_counts
 from .server import ServerError
 
 TEMPLATE = """\
@@ -40,9 +40,9 @@ NUMBER = re.compile(r"(?<![\w.,])(-?\d+(?:\.\d+)?)(?!\w|[.,]\d)(?:\s*(?:/|out of
 CHARACTERS_PER_TOKEN = 4  # of English text, for estimates
 
 
-@dataclass(frozen=True, kw_only=True)
-class JudgeOptions(ServedOptions):
-    """The keys of a judge."""
+@dataclass(kw_only=True)
+class Judge(ServedScorer):
+    """Asks a chat model, one response per question, and reads the last number of what it answers."""
 
     judge: str = option(MISSING, "Address of the server, such as https://api.openai.com/v1.")
     template: str | None = option(
@@ -66,6 +66,8 @@ class JudgeOptions(ServedOptions):
             raise ValueError(f"fallback={self.fallback} is outside of scale={self.scale}.")
         if missing := {"prompt", "completion"} - self.names:
             raise ValueError(f"template {self.template}: {{{min(missing)}}} is not in it.")
+        if self.fallback is not None:
+            self.unscored = self.fallback
 
     @property
     def url(self) -> str:
@@ -102,44 +104,34 @@ class JudgeOptions(ServedOptions):
     def compared(self) -> dict:
         return {**self.cached_for, "template": digest(self.question), "fallback": self.fallback}
 
-    def scorer(self, batch_size: int, counts: Counts) -> "Judge":
-        return Judge(self, counts)
-
     def forecast(self, responses: int, tokens: int, batch_size: int) -> str:
         tokens += responses * len(self.question) // CHARACTERS_PER_TOKEN
         answers = responses * self.request.get("max_completion_tokens", self.request.get("max_tokens", 0))
         return self._forecast(f"{responses:,} calls and one more for each answer without a score", tokens, answers)
 
-
-class Judge(ServedScorer):
-    """Asks a chat model, one response per question, and reads the last number of what it answers."""
-
-    def __init__(self, options: JudgeOptions, counts: Counts):
-        super().__init__(options, 1, counts)
-        self.options = options
-        if options.fallback is not None:
-            self.unscored = options.fallback
+    def connect(self, batch_size: int, counts: Counts) -> ServedScorer:
+        return super().connect(1, counts)
 
     def encode(self, prompt, completion, columns: dict) -> str:
-        own = {name: columns.get(name) for name in self.options.columns}
+        own = {name: columns.get(name) for name in self.columns}
         if missing := [name for name, value in own.items() if value is None]:
-            raise ValueError(f"template {self.options.template}: a row has no {missing[0]!r}.")
-        return self.options.question.format(prompt=as_text(prompt), completion=completion_text(completion), **own)
+            raise ValueError(f"template {self.template}: a row has no {missing[0]!r}.")
+        return self.question.format(prompt=as_text(prompt), completion=completion_text(completion), **own)
 
     def ask(self, texts: list[str]) -> tuple[list[float | None], Counts]:
         counts: Counts = {}
         said: str | None = None
         for question in (texts[0], texts[0] + AGAIN):
-            content = {"messages": [{"role": "user", "content": question}], **self.options.request}
-            answer = self.server.ask("/v1/chat/completions", {"model": self.options.model, **content})
+            content = {"messages": [{"role": "user", "content": question}], **self.request}
+            answer = self.server.ask("/v1/chat/completions", {"model": self.model, **content})
             add_counts(counts, self.used(answer))
             score, said = self._read(answer)
             if score is not None:
                 return [score], counts
-        if self.options.fallback is None:
-            low, high = self.options.scale
+        if self.fallback is None:
+            low, high = self.scale
             raise ServerError(
-                f"{self.options.model} gave no score from {low} to {high} when asked twice; it said {said!r:.300} of "
+                f"{self.model} gave no score from {low} to {high} when asked twice; it said {said!r:.300} of "
                 f"{texts[0]!r:.2000}. With `fallback` such responses get a score and are counted."
             )
         return [None], counts | {"scorer_without_score": 1}
@@ -151,8 +143,8 @@ class Judge(ServedScorer):
             said, whole = choice["message"]["content"] or "", choice["finish_reason"] != "length"
             numbers = [float(number) for number in NUMBER.findall(said)]
         except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(f"{self.options.url} gave half an answer: {answer!s:.300}") from error
-        low, high = self.options.scale
+            raise ServerError(f"{self.url} gave half an answer: {answer!s:.300}") from error
+        low, high = self.scale
         return (numbers[-1] if whole and numbers and low <= numbers[-1] <= high else None), said
 
 

@@ -8,13 +8,13 @@ from transformers import AutoConfig
 from ..config import option
 from ..runs.settings import model_fingerprint
 from .reward_model import RewardText
-from .served import Counts, ServedOptions, ServedScorer
+from .served import Counts, ServedScorer
 from .server import ServerError
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardServerOptions(ServedOptions):
-    """The keys of a reward model on a server."""
+@dataclass(kw_only=True)
+class RewardServer(ServedScorer):
+    """Asks `vllm serve` of a model with one output for its raw scores, as `RewardModelScorer` gives them."""
 
     model: str = option(MISSING, "Folder or hub id of the reward model, whose tokenizer is read here.")
     reward_server: str = option(MISSING, "Address of a vLLM server of a model with one output.")
@@ -28,17 +28,9 @@ class RewardServerOptions(ServedOptions):
     def cached_for(self) -> dict:
         return {"reward_server": model_fingerprint(self.model) or self.model}
 
-    def scorer(self, batch_size: int, counts: Counts) -> "RewardServer":
-        return RewardServer(self, batch_size, counts)
-
-
-class RewardServer(ServedScorer):
-    """Asks `vllm serve` of a model with one output for its raw scores, as `RewardModelScorer` gives them."""
-
-    def __init__(self, options: RewardServerOptions, batch_size: int, counts: Counts):
-        super().__init__(options, batch_size, counts)
-        self.text = RewardText(options.model, AutoConfig.from_pretrained(options.model, trust_remote_code=False))
-        self.name = options.served_model_name or options.model
+    def connect(self, batch_size: int, counts: Counts) -> ServedScorer:
+        self.text = RewardText(self.model, AutoConfig.from_pretrained(self.model, trust_remote_code=False))
+        return super().connect(batch_size, counts)
 
     def encode(self, prompt, completion, columns: dict) -> list[int]:
         ids = self.text.encode(prompt, completion)
@@ -48,7 +40,8 @@ class RewardServer(ServedScorer):
 
     def ask(self, texts: list[list[int]]) -> tuple[list[float | None], Counts]:
         # Without an activation the "probability" of the one class is the model's output itself.
-        answer = self.server.ask("/classify", {"model": self.name, "input": texts, "use_activation": False})
+        content = {"model": self.served_model_name or self.model, "input": texts, "use_activation": False}
+        answer = self.server.ask("/classify", content)
         try:
             data = sorted(answer["data"], key=lambda item: item["index"])
             scores = [float(score) for item in data for score in item["probs"]]
@@ -56,5 +49,5 @@ class RewardServer(ServedScorer):
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise ServerError(f"{self.served.url} gave other than a score for {len(texts)} texts: {answer!s:.300}")
+            raise ServerError(f"{self.url} gave other than a score for {len(texts)} texts: {answer!s:.300}")
         return [*scores], self.used(answer)

@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 
-from .judge import JudgeOptions
+from .judge import Judge
 from .options import Spec, read_mapping, read_options
 from .reward_model import RewardModelScorer
-from .reward_server import RewardServerOptions
-from .served import Counts, ServedOptions
+from .reward_server import RewardServer
+from .served import Counts, ServedScorer
 
 Scorer = Callable[..., list[float]]
-KINDS: dict[str, Any] = {
-    "judge": JudgeOptions,
-    "reward_server": RewardServerOptions,
-}  # by the key that holds the address
+Part = tuple[float, str, Scorer | None]  # weight, name and what scores; None for a reward model
+KINDS: dict[str, type] = {"judge": Judge, "reward_server": RewardServer}  # by the key that holds the address
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -35,9 +33,9 @@ def load_scorer(
 
     Args:
         spec: dotted import path of a callable; folder or hub id of a sequence-classification reward model with one
-            output; a callable; `{"spec": ..., "weight": ...}`; the keys of `JudgeOptions` or `RewardServerOptions`
-            for a server, with a weight among them or without, as a mapping or as JSON; or a list of these, which
-            gives the weighted sum.
+            output; a callable; `{"spec": ..., "weight": ...}`; the keys of `Judge` or `RewardServer` for a server,
+            with a weight among them or without, as a mapping or as JSON; or a list of these, which gives the weighted
+            sum.
         batch_size: texts per forward pass, or per request, of a reward model.
         dtype: of a reward model's weights; None is the dtype they were saved in.
         device: of a reward model; None is CUDA when there is one, else the CPU.
@@ -49,12 +47,12 @@ def load_scorer(
     Raises:
         ValueError: as `check_scorer`, and a reward model with several outputs.
     """
-    counts = {} if counts is None else counts
+    asked: Counts = {} if counts is None else counts
 
-    def load(name: str, found: Callable | ServedOptions | None) -> Callable:
+    def load(name: str, found: Callable | None) -> Callable:
         if found is None:
             return RewardModelScorer(name, batch_size=batch_size, dtype=dtype, device=device)
-        return found.scorer(batch_size, counts) if isinstance(found, ServedOptions) else found
+        return found.connect(batch_size, asked) if isinstance(found, ServedScorer) else found
 
     parts = [(weight, name, load(name, found)) for weight, name, found in check_scorer(spec)]
 
@@ -68,10 +66,8 @@ def load_scorer(
     return score
 
 
-def check_scorer(
-    spec: Spec, columns: Collection[str] | None = None
-) -> list[tuple[float, str, Callable | ServedOptions | None]]:
-    """Weight, name and what scores of each part; that of a reward model is None. It loads and asks none.
+def check_scorer(spec: Spec, columns: Collection[str] | None = None) -> list[Part]:
+    """The parts of a scorer, of which it loads and asks none.
 
     Args:
         columns: of the rows; None where they are not known.
@@ -84,7 +80,7 @@ def check_scorer(
         raise ValueError("The list of scorers is empty: name at least one.")
     parts = [_part(as_mapping(part)) for part in (spec if isinstance(spec, list) else [spec])]
     for _, name, found in parts:
-        if columns is not None and isinstance(found, ServedOptions) and not found.columns <= {*columns}:
+        if columns is not None and isinstance(found, ServedScorer) and not found.columns <= {*columns}:
             missing = min(found.columns - {*columns})
             raise ValueError(f"Scorer {name}: its template names {missing!r}, but rows have {sorted(columns)}.")
     return parts
@@ -92,7 +88,7 @@ def check_scorer(
 
 def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -> list[str]:
     """The forecast of each part that is on a server."""
-    found = [served for _, _, served in check_scorer(spec) if isinstance(served, ServedOptions)]
+    found = [served for _, _, served in check_scorer(spec) if isinstance(served, ServedScorer)]
     return [served.forecast(responses, tokens, batch_size) for served in found]
 
 
@@ -124,18 +120,17 @@ def _split(part: dict) -> tuple[float, dict]:
     return part.get("weight", 1.0), {name: value for name, value in part.items() if name != "weight"}
 
 
-def _served(own: dict) -> ServedOptions:
-    kind = next(kind for key, kind in KINDS.items() if key in own)
-    return read_options("scorer", own, kind)
+def _served(own: dict) -> ServedScorer:
+    return read_options("scorer", own, next(kind for key, kind in KINDS.items() if key in own))
 
 
-def _part(part: dict) -> tuple[float, str, Callable | ServedOptions | None]:
+def _part(part: dict) -> Part:
     weight, own = _split(part)
     name: Any
-    found: Callable | ServedOptions | None
+    found: Scorer | None
     if asks_server(own):
-        found = _served(own)
-        name = f"{found.model} at {found.url}"
+        found = served = _served(own)
+        name = f"{served.model} at {served.url}"
     else:
         spec = read_mapping("scorer", own, ["spec", "weight", *KINDS]).get("spec")
         name, found = (repr(spec), spec) if callable(spec) else (spec, _function(spec))
