@@ -1,12 +1,15 @@
 """What is asked over HTTP: requests as vLLM wants them, attempts that are repeated, errors that say what failed."""
 
+import os
 import resource
+import signal
 import threading
 import time
 from contextlib import nullcontext
 
 import pytest
 
+import processes
 from helpers import build_tokenizer
 from servers import serving
 from trainers.generation import SamplingConfig, collect_samples, server
@@ -123,6 +126,24 @@ def test_a_server_that_is_not_there_is_named():
 def test_the_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "secret")
     assert Server("http://localhost", key="SOME_KEY")._session.headers["Authorization"] == "Bearer secret"
+
+
+def ask_twice(url):
+    list(in_flight(lambda _: Server(url).ask("/slow"), [1, 2], 2))
+
+
+def test_a_program_that_is_interrupted_does_not_wait_for_its_calls(tmp_path):
+    hold = threading.Event()
+    with serving(lambda *_: (200, {"held": hold.wait(100)})) as served:
+        [process] = processes.start(ask_twice, served.url, log=tmp_path / "log")
+        while len(served.requests) < 2 and process.is_alive():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(50)
+        code = process.exitcode
+        hold.set()
+        process.kill()
+    assert code == 1 and "KeyboardInterrupt" in (tmp_path / "log").read_text()
 
 
 def test_calls_overlap_as_far_as_asked_for():

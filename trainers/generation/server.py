@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import requests
@@ -106,19 +106,18 @@ def in_flight(function: Callable[[Any], Any], items: list, at_once: int) -> Iter
 
     After a call that fails no further one starts; its error comes when those under way have given their results.
     """
-    pool, failed = ThreadPoolExecutor(max_workers=at_once), None
-    try:
-        calls = {pool.submit(function, item): at for at, item in enumerate(items)}
-        for call in as_completed(calls):
-            if call.cancelled():
-                continue
-            if call.exception() is None:
-                yield {calls[call]: call.result()}
-            elif failed is None:
-                failed = call.exception()
-                for other in calls:
-                    other.cancel()
-        if failed is not None:
-            raise failed
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    errors: list[Exception] = []
+
+    def call(pair: tuple[int, Any]) -> dict[int, Any]:
+        at, item = pair
+        try:
+            return {} if errors else {at: function(item)}
+        except Exception as error:
+            errors.append(error)
+            return {}
+
+    # Its threads, unlike those of an executor, end with a program that is interrupted.
+    with ThreadPool(max(1, min(at_once, len(items)))) as pool:
+        yield from filter(None, pool.imap_unordered(call, enumerate(items)))
+    if errors:
+        raise errors[0]
