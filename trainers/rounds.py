@@ -29,14 +29,13 @@ from .data.canonical import canonicalize
 from .data.json_rows import digest
 from .data.rows import UNFINISHED, refuse_template_kwargs, refuse_template_options, unfinished
 from .forward.policy import load_tokenizer
-from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from .generation import Backend, Sample, SamplingConfig, collect_samples, collect_scores, summarize
 from .generation.collect import MADE, columns_of
 from .generation.engine import opened
 from .generation.options import EnhanceOptions, read_options
 from .generation.rewards import as_completion, completion_text
 from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer, compared_scorer
-from .generation.served import Counts
 from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import STATE, last_checkpoint
@@ -221,9 +220,7 @@ class Rounds:
 
     def _score(self, folder: Path, rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
         Stage(folder, {"run": self.stage.key}).open()
-        counts: Counts = {}
-        options = {"batch_size": self.options.scorer_batch_size, "device": self.processes.device, "counts": counts}
-        return collect_scores(folder, lambda: load_scorer(self.options.scorer, **options), rows, texts, counts)
+        return collect_scores(folder, self.options.scorer, rows, texts, batch_size=self.options.scorer_batch_size)[0]
 
     def _manifest(self, index: int, statistics: dict, rewards: list) -> dict:
         """What a round gave."""
@@ -243,7 +240,7 @@ class Rounds:
             "gain_of_this_round": [a - b for a, b in zip(now, last, strict=True)],
             "gain_of_all_rounds": [a - b for a, b in zip(now, first, strict=True)],
         }
-        return manifest | {"held_out": {name: bootstrap_interval(found) for name, found in values.items()}}
+        return manifest | {"held_out": {name: bootstrap_interval(own) for name, own in values.items()}}
 
 
 def refuse_unsupported(args, method: str) -> None:

@@ -27,13 +27,12 @@ from ..data.json_rows import digest
 from ..data.load import read_dataset
 from ..data.rows import refuse_template_options
 from ..forward.policy import find_adapter
-from ..generation import SamplingConfig, collect_samples, collect_scores, load_scorer, summarize
+from ..generation import SamplingConfig, collect_samples, collect_scores, summarize
 from ..generation.collect import MADE, columns_of
 from ..generation.engine import opened
 from ..generation.options import DTYPES
 from ..generation.sampler import encode_prompts
 from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
-from ..generation.served import Counts
 from ..generation.start import Weights, dtype_for_all
 from ..runs.files import read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory, join_launcher
@@ -146,9 +145,7 @@ def scored(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
     free_memory()  # for the reward model
     responses = [[sample.text for sample in drawn] for drawn in samples]
     scorer = parse_scorers(args.scorer)
-    counts: Counts = {}
-    options = {"batch_size": args.scorer_batch_size, "device": Processes().device, "counts": counts}
-    scores = collect_scores(parts, lambda: load_scorer(scorer, **options), rows, responses, counts)
+    scores, counts = collect_scores(parts, scorer, rows, responses, batch_size=args.scorer_batch_size)
 
     def write(output: Path) -> None:
         cut = [[sample.truncated for sample in drawn] for drawn in samples]

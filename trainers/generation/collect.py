@@ -18,9 +18,10 @@ from ..data.rows import UNFINISHED
 from ..runs.files import Journal
 from ..runs.processes import Processes
 from .backends import Backend, HuggingFace, Request
+from .options import Spec
 from .rewards import as_completion
 from .sampler import TRANSFORMERS, Key, Prompt, Sample, SamplingConfig, encode_prompts, sample_seed
-from .scorer import Scorer
+from .scorer import Scorer, load_scorer
 from .served import Counts, add_counts
 
 SCORE_CHUNK = 16  # prompts per call of the scorer and per journal entry
@@ -127,19 +128,23 @@ def _sample(backend: Backend, todo: list[Key], prompts, config, journal: Journal
 
 
 def collect_scores(
-    folder: str | Path, load: Callable[[], Scorer], rows: list[dict], responses: list[list[str]],
-    counts: Counts | None = None,
-) -> list[list[float]]:  # fmt: skip
-    """Scores all responses to the prompts of `rows`, kept in `folder`.
+    folder: str | Path, spec: Spec, rows: list[dict], responses: list[list[str]], *, batch_size: int = 8
+) -> tuple[list[list[float]], Counts]:
+    """Scores of all responses to the prompts of `rows`, kept in `folder`, and what servers were asked for them.
 
-    `load()` returns a scorer and is not called when all scores are there already. A prompt of messages has its
-    responses handed over as assistant messages; further columns of the rows go to the scorer too.
+    A prompt of messages has its responses handed over as assistant messages; further columns of the rows go to the
+    scorer too.
 
     Args:
-        counts: to which the scorer adds what it asks of servers. In the end it is what all processes asked, in earlier
-            starts too; what a kill cut off is missing there, and its answers count as known.
+        spec: of the scorer, which is not loaded when all scores are there already; see `load_scorer`.
+        batch_size: texts per forward pass, or per request, of a reward model.
+
+    Returns:
+        the scores, and the counts of all processes, in earlier starts too; what a kill cut off is missing there, and
+        its answers count as known.
     """
-    journal, asked, counts = Journal(folder, "scores"), Journal(folder, "asked"), {} if counts is None else counts
+    journal, asked, processes = Journal(folder, "scores"), Journal(folder, "asked"), Processes()
+    counts: Counts = {}
 
     def keep() -> None:
         if counts:
@@ -152,7 +157,8 @@ def collect_scores(
 
     known = {record["prompt"]: record["scores"] for record in journal.read()}
     if todo := [i for i in range(len(rows)) if i not in known]:
-        scorer, names = load(), columns_of(rows)
+        names = columns_of(rows)
+        scorer = load_scorer(spec, batch_size=batch_size, device=processes.device, counts=counts)
         score = in_chunks(lambda at: _score(scorer, at, rows, responses, names), SCORE_CHUNK)
         try:
             known |= collect(todo, score, save, title="scoring")
@@ -161,8 +167,8 @@ def collect_scores(
     for record in asked.read():
         add_counts(counts, record)
     if counts:
-        Processes().say("  " + ", ".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items()))
-    return [known[i] for i in range(len(rows))]
+        processes.say("  " + ", ".join(f"{name.replace('_', ' ')}: {value:,}" for name, value in counts.items()))
+    return [known[i] for i in range(len(rows))], counts
 
 
 def columns_of(rows: list[dict]) -> list[str]:

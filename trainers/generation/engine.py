@@ -99,13 +99,13 @@ def _find(server: Server, offered: dict, weights: Weights, processes: Processes,
         return weights.name
     names = {weights.name, weights.folder, str(Path(weights.folder).resolve())}
     whole = [name for name, entry in offered.items() if not entry.get("parent")]
-    found = [name for name in whole if {name, offered[name].get("root")} & names] or whole
-    if len(found) != 1:
+    fitting = [name for name in whole if {name, offered[name].get("root")} & names] or whole
+    if len(fitting) != 1:
         raise ServerError(
             f"{server.url} offers {', '.join(whole) or 'no model'}, and none by the name {weights.folder}: start it "
             f"with --served-model-name {weights.folder}."
         )
-    return found[0]
+    return fitting[0]
 
 
 def _unload(server: Server, adapter: str) -> None:
@@ -203,10 +203,10 @@ def check(backend: VLLMServer, weights: Weights) -> None:
         own = logps.gather(-1, rows[0, len(ids) :, None])[:, 0]
         differences.append((own - torch.tensor(choice["logprobs"]["token_logprobs"])).abs())
     tokens = torch.cat(differences)
-    found = f"the log-probabilities of {len(tokens)} sampled tokens differ by {tokens.mean():.2g} nats on average"
+    told = f"the log-probabilities of {len(tokens)} sampled tokens differ by {tokens.mean():.2g} nats on average"
     if tokens.mean() > MOST:
         raise ServerError(
-            f"{backend.server.url} does not serve the policy of {weights.start or weights.model}: {found}, and "
+            f"{backend.server.url} does not serve the policy of {weights.start or weights.model}: {told}, and "
             f"rounding explains {MOST}. Start it with these weights, and give the same command again."
         )
-    print(f"  {backend.server.url} serves the policy: {found}", flush=True)
+    print(f"  {backend.server.url} serves the policy: {told}", flush=True)

@@ -49,12 +49,12 @@ def load_scorer(
     """
     asked: Counts = {} if counts is None else counts
 
-    def load(name: str, found: Callable | None) -> Callable:
-        if found is None:
+    def load(name: str, scorer: Callable | None) -> Callable:
+        if scorer is None:
             return RewardModelScorer(name, batch_size=batch_size, dtype=dtype, device=device)
-        return found.connect(batch_size, asked) if isinstance(found, ServedScorer) else found
+        return scorer.connect(batch_size, asked) if isinstance(scorer, ServedScorer) else scorer
 
-    parts = [(weight, name, load(name, found)) for weight, name, found in check_scorer(spec)]
+    parts = [(weight, name, load(name, scorer)) for weight, name, scorer in check_scorer(spec)]
 
     def score(prompts, completions, **columns) -> list[float]:
         scored = [
@@ -79,17 +79,17 @@ def check_scorer(spec: Spec, columns: Collection[str] | None = None) -> list[Par
     if spec == []:
         raise ValueError("The list of scorers is empty: name at least one.")
     parts = [_part(as_mapping(part)) for part in (spec if isinstance(spec, list) else [spec])]
-    for _, name, found in parts:
-        if columns is not None and isinstance(found, ServedScorer) and not found.columns <= {*columns}:
-            missing = min(found.columns - {*columns})
+    for _, name, scorer in parts:
+        if columns is not None and isinstance(scorer, ServedScorer) and not scorer.columns <= {*columns}:
+            missing = min(scorer.columns - {*columns})
             raise ValueError(f"Scorer {name}: its template names {missing!r}, but rows have {sorted(columns)}.")
     return parts
 
 
 def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -> list[str]:
     """The forecast of each part that is on a server."""
-    found = [served for _, _, served in check_scorer(spec) if isinstance(served, ServedScorer)]
-    return [served.forecast(responses, tokens, batch_size) for served in found]
+    served = [scorer for _, _, scorer in check_scorer(spec) if isinstance(scorer, ServedScorer)]
+    return [scorer.forecast(responses, tokens, batch_size) for scorer in served]
 
 
 def compared_scorer(spec: Spec | None) -> Spec | None:
@@ -127,16 +127,16 @@ def _served(own: dict) -> ServedScorer:
 def _part(part: dict) -> Part:
     weight, own = _split(part)
     name: Any
-    found: Scorer | None
+    scorer: Scorer | None
     if asks_server(own):
-        found = served = _served(own)
+        scorer = served = _served(own)
         name = f"{served.model} at {served.url}"
     else:
         spec = read_mapping("scorer", own, ["spec", "weight", *KINDS]).get("spec")
-        name, found = (repr(spec), spec) if callable(spec) else (spec, _function(spec))
+        name, scorer = (repr(spec), spec) if callable(spec) else (spec, _function(spec))
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"Scorer {name}: its weight must be a finite number, not {weight!r}.")
-    return weight, name, found
+    return weight, name, scorer
 
 
 def _function(path: Any) -> Callable | None:

@@ -68,12 +68,12 @@ class Server:
         """
         text = self.send(path, content)
         try:
-            found = json.loads(text)
+            answer = json.loads(text)
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            answer = None
+        if not isinstance(answer, dict):
             raise ServerError(f"{self.url}{path} did not answer with a JSON object: {self._shown(text):.300}")
-        return found
+        return answer
 
     def send(self, path: str, content: dict | None = None) -> str:
         """The text of an answer.

@@ -156,10 +156,10 @@ def check_checkpoint(checkpoint: str | Path, model: nn.Module, settings: dict, *
     if isinstance(model, PeftModel) and engine is None:
         adapter = str(adapter_folder("", model.active_adapter) / ADAPTER)
         needed[adapter] = f"the adapter {model.active_adapter!r}"
-    for pattern, what in needed.items():
+    for pattern, state in needed.items():
         if not any(folder.glob(pattern)):
             raise ValueError(
-                f"resume_from_checkpoint: {folder} has no {pattern}, so {what} would start anew (save_only_model "
+                f"resume_from_checkpoint: {folder} has no {pattern}, so {state} would start anew (save_only_model "
                 "leaves it out): put the file back, go on under the same engine, or take another checkpoint."
             )
     if adapter is not None:

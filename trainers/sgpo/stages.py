@@ -31,8 +31,7 @@ from ..data.json_rows import digest
 from ..forward.policy import set_pad_token
 from ..generation.collect import collect_scores
 from ..generation.rewards import as_completion
-from ..generation.scorer import compared_scorer, load_scorer
-from ..generation.served import Counts
+from ..generation.scorer import compared_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import STATE, last_checkpoint
 from ..runs.files import read_json, read_rows, write_rows
@@ -381,12 +380,8 @@ class Run:
             return {}
         folder = folder / f"{name}-scores"
         folder.mkdir(exist_ok=True)
-        counts: Counts = {}
-        scores = collect_scores(
-            folder, lambda: load_scorer(scorer, device=self.processes.device, counts=counts),
-            [{name: row[name] for name in ("prompt", "reference")} for row in rows],
-            [[row["chosen"], row["rejected"]] for row in rows], counts,
-        )  # fmt: skip
+        own = [{name: row[name] for name in ("prompt", "reference")} for row in rows]
+        scores, _ = collect_scores(folder, scorer, own, [[row["chosen"], row["rejected"]] for row in rows])
         gain = bootstrap_interval([chosen - rejected for chosen, rejected in scores])
         wins = [float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores]
         return {
