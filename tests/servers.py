@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+from trainers.generation import server
+
+server.PAUSE = 0.0  # between attempts
+
 
 @contextmanager
 def serving(answer, port=0):
@@ -39,12 +43,12 @@ def serving(answer, port=0):
             pass
 
     lock, seen = threading.Lock(), []
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    httpd = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", requests=seen)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}", requests=seen)
     finally:
-        server.shutdown()
-        server.server_close()
+        httpd.shutdown()
+        httpd.server_close()
         thread.join()

@@ -52,11 +52,6 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(server, "PAUSE", 0.0)
-
-
 def weights(inputs, start=None):
     args = SGPOConfig(output_dir=str(inputs), use_cpu=True, report_to="none")
     return weights_of(str(inputs / "model"), start and inputs / start, args)

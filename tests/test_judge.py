@@ -14,7 +14,6 @@ from servers import serving
 from test_scorer import PROMPTS, TEXTS
 from trainers import LIREConfig, LIRETrainer
 from trainers.cli import generate
-from trainers.generation import server
 from trainers.generation.judge import AGAIN, TEMPLATE
 from trainers.generation.scorer import check_scorer, compared_scorer, load_scorer
 from trainers.generation.server import ServerError
@@ -22,11 +21,6 @@ from trainers.rounds import Rounds
 
 SECRET = "sk-do-not-write-me"
 NONE = {"scorer_calls": 0, "scorer_repeated": 0, "scorer_answers_known": 0}
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(server, "PAUSE", 0.0)
 
 
 def said(text, reason="stop"):

@@ -22,11 +22,6 @@ CONFIG = SamplingConfig(num_generations=3, max_new_tokens=12, top_p=0.9, seed=7)
 END = 2
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(server, "PAUSE", 0.0)
-
-
 def choice(content) -> dict:
     ids = [content["seed"] % 97 + 3, END][: 1 + content["seed"] % 2]
     return {"token_ids": ids, "text": "", "finish_reason": "stop" if ids[-1] == END else "length"}
