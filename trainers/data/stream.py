@@ -22,7 +22,7 @@ from ..config import PreferenceConfig
 from .drops import EVENTS, GIVE_UP, KEPT, DropReport, collected_reports, is_first_process, none_usable
 from .json_rows import digest, plain
 from .rows import NOT_TEXT, TEMPLATE, UNFINISHED, Row, describe
-from .tokenization import BATCH, CUT, IDS, counted_batch, how_to_tokenize, warn_of_cut
+from .tokenization import BATCH, CUT, IDS, RowTokenizer, warn_of_cut
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,6 @@ class TokenStream(torch.utils.data.IterableDataset):
         buffer: int = 1024,
         mixed: bool = True,
         seed: int = 0,
-        chat_template_kwargs: dict[str, Any] | None = None,
         **options,
     ):
         self.source, self.buffer, self.mixed, self.seed = source.with_format(None), buffer, mixed, seed
@@ -109,8 +108,8 @@ class TokenStream(torch.utils.data.IterableDataset):
             self.known = {*OWN, *IDS, *columns}
             self.names = [name for name in kinds if name in self.known]
             kinds = {name: kinds[name] for name in self.names}
-            self.how = how_to_tokenize(kinds, tokenizer, columns, chat_template_kwargs, **options)
-            self.how["columns"].pop("prompt", None)  # of no use without an index
+            self.how = RowTokenizer(tokenizer, kinds, columns, **options)
+            self.how.features.pop("prompt", None)  # of no use without an index
             while not (kept := self._tokenized(some, range(self.report.rows_in, self.report.rows_in + len(some)))):
                 some = list(islice(rows, BATCH))
                 if not some:
@@ -226,7 +225,7 @@ class TokenStream(torch.utils.data.IterableDataset):
         given = [(row, index) for row, index in zip(rows, indices, strict=True) if row.get(KEPT, True)]
         columns = {name: [row[name] for row, _ in given] for name in self.names}
         none: dict[str, list] = {KEPT: [], EVENTS: [], CUT: []}
-        batch = counted_batch(columns, [index for _, index in given], **self.how) if given else none
+        batch = self.how.counted_batch(columns, [index for _, index in given]) if given else none
         warn_of_cut(batch[CUT])
         for row in rows:
             if not row.get(KEPT, True):  # of a source that leaves counting to its reader
@@ -237,13 +236,13 @@ class TokenStream(torch.utils.data.IterableDataset):
         self.unusable = 0 if kept else self.unusable + len(rows)
         if self.unusable >= GIVE_UP:
             raise none_usable(self.unusable, self.report)
-        usable = [{name: batch[name][i] for name in self.how["columns"]} for i in kept]
+        usable = [{name: batch[name][i] for name in self.how.features} for i in kept]
         if usable:
             self.check(self._table(usable))
         return usable
 
     def _table(self, rows: list[Row]) -> Dataset:
-        kinds = self.how["columns"]  # None where the source has no types
+        kinds = self.how.features  # None where the source has no types
         return Dataset.from_list(rows, features=Features(kinds) if None not in kinds.values() else None)
 
     def _end_pass(self, block: Block) -> None:

@@ -29,14 +29,7 @@ from .drops import (
 )
 from .encoding import Encoded, chat_options, chat_template, encode, without_none
 from .json_rows import rows_in
-from .rows import (
-    TRAINED,
-    UNFINISHED,
-    Row,
-    checked_row,
-    is_per_token,
-    unpadded,
-)
+from .rows import TRAINED, UNFINISHED, Row, checked_row, is_per_token, unpadded
 from .truncation import fit, fixed_ends
 
 logger = logging.getLogger(__name__)
@@ -79,10 +72,9 @@ def tokenize_row(
     Raises:
         ValueError: if the row has no room or tokens for two responses.
     """
-    control, limits = _control_tokens(tokenizer), Truncation(max_length, **truncation)
-    options = chat_template_kwargs or {}
-    [encoded] = [None] if "response_ids" in row else encode([row], "row 0", tokenizer, options, assistant_only_loss)
-    out, reasons, cut = _tokenize(row, encoded, "row 0", tokenizer, options, limits, control)
+    options: dict[str, Any] = {"max_length": max_length, "assistant_only_loss": assistant_only_loss, **truncation}
+    rows = RowTokenizer(tokenizer, row, chat_template_kwargs=chat_template_kwargs, **options)
+    [(out, reasons, cut)] = rows.tokenized([row], ["row 0"])
     if cut is not None:
         _warn_of_cut(cut)
     if out is None:
@@ -133,51 +125,22 @@ def tokenize_dataset(
     """
     dataset = without_format(dataset)
     options: dict[str, Any] = {"invalid": invalid, "as_chat": as_chat, "assistant_only_loss": assistant_only_loss}
-    options |= {"max_length": max_length, **truncation}
-    how = how_to_tokenize(dataset.features, tokenizer, columns, chat_template_kwargs, **options)
+    options |= {"max_length": max_length, "chat_template_kwargs": chat_template_kwargs, **truncation}
+    rows = RowTokenizer(tokenizer, dataset.features, columns, **options)
     mapped = dataset.map(
-        counted_batch,
+        rows.counted_batch,
         with_indices=True,
         batched=True,
         batch_size=BATCH,
         remove_columns=dataset.column_names,
-        features=Features({**how["columns"], **COUNTED, CUT: Value("string")}),
+        features=Features({**rows.features, **COUNTED, CUT: Value("string")}),
         num_proc=num_proc,
-        fn_kwargs=how,
+        fn_kwargs={"code": source_digest()},
         desc="Tokenising",
     )
     warn_of_cut(mapped[CUT][:])
     unused = [CUT] if mapped.data.column(TRAINED).null_count < len(mapped) else [CUT, TRAINED]
     return split_off_drops(mapped.remove_columns(unused))
-
-
-def how_to_tokenize(
-    source: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[str, ...],
-    chat_template_kwargs: dict[str, Any] | None,
-    *,
-    invalid: str,
-    as_chat: bool,
-    assistant_only_loss: bool = True,
-    **truncation,
-) -> dict[str, Any]:
-    """Keywords of `counted_batch` for rows with the columns of `source`; "columns" are the features that it gives."""
-    features = {name: source[name] for name in ("weight", "annotator", *columns) if name in source}
-    # The prompt's text stays for callbacks that sample answers to it.
-    text = {"prompt": Json()} if "prompt" in source or "prompt_ids" not in source else {}
-    return {
-        "invalid": invalid,
-        "as_chat": as_chat,
-        "limits": Truncation(**truncation),
-        "source": dict(source),
-        "columns": features | text | IDS,
-        "code": source_digest(),
-        "tokenizer": tokenizer,
-        "assistant_only_loss": assistant_only_loss,
-        "template_kwargs": chat_template_kwargs or {},
-        "control": _control_tokens(tokenizer),
-    }
 
 
 def warn_of_cut(ends: Iterable[str | None]) -> None:
@@ -200,95 +163,114 @@ def prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **opti
     return dataset
 
 
-def counted_batch(batch: Mapping[str, list], indices: list[int], **how) -> dict[str, list]:
-    """Columns of tokenised rows, one for each row of `batch`; those of `COUNTED` and `CUT` say what became of it."""
-    rows = list(rows_in(batch))
-    try:
-        counted = _counted_rows(rows, indices, **how)
-    except Exception:  # of any of them: one by one, the first with a fault names itself
-        counted = [_counted_rows([row], [index], **how)[0] for row, index in zip(rows, indices, strict=True)]
-    return {name: [row[name] for row in counted] for name in counted[0]}
+class RowTokenizer:
+    """Tokenises rows with the columns of `source`; the other arguments are those of `tokenize_dataset`.
 
+    `features` are the columns that are left, and their types.
+    """
 
-def _counted_rows(
-    rows: list[Row],
-    indices: list[int],
-    invalid: str,
-    as_chat: bool,
-    source: dict[str, Any],
-    columns: dict[str, Any],
-    code: str,
-    tokenizer,
-    assistant_only_loss: bool,
-    template_kwargs: dict[str, Any],
-    **how,
-) -> list[Row]:
-    places = [f"row {index}" for index in indices]
-    rows = [unpadded(row, source) for row in rows]
-    has_tokens = "prompt_ids" in source
-    given: list[tuple[Row | None, list[str]]] = [
-        (row, []) if has_tokens else checked_row(row, where, as_chat=as_chat)
-        for row, where in zip(rows, places, strict=True)
-    ]
-    texts = [row for row, _ in given if row is not None and "response_ids" not in row]
-    encoded = iter(encode(texts, places[0], tokenizer, template_kwargs, assistant_only_loss))
-    counted = []
-    for (row, reasons), where in zip(given, places, strict=True):
-        result: Result = None, [], None
-        if row is not None:
-            ids = None if "response_ids" in row else next(encoded)
-            result = _tokenize(row, ids, where, tokenizer, template_kwargs, **how)
-        out, more, cut = result
-        reasons = reasons + more
-        faults = [reason for reason in reasons if not reason.startswith("note")]
-        if faults and invalid == "error":
-            refuse(where, faults[0])
-        packed = {name: as_json(out[name], kind) if out else None for name, kind in columns.items()}
-        counted.append(packed | {EVENTS: reasons, KEPT: out is not None, CUT: cut})
-    return counted
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Mapping[str, Any],
+        columns: tuple[str, ...] = (),
+        *,
+        invalid: str = "drop",
+        as_chat: bool = False,
+        assistant_only_loss: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **truncation,
+    ):
+        self.tokenizer, self.source, self.limits = tokenizer, dict(source), Truncation(**truncation)
+        self.invalid, self.as_chat, self.assistant_only_loss = invalid, as_chat, assistant_only_loss
+        self.template_kwargs = chat_template_kwargs or {}
+        kept = {name: source[name] for name in ("weight", "annotator", *columns) if name in source}
+        # The prompt's text stays for callbacks that sample answers to it.
+        text = {"prompt": Json()} if "prompt" in source or "prompt_ids" not in source else {}
+        self.features: dict[str, Any] = kept | text | IDS
+        # Special tokens in a text: written by a user they end a turn or begin another.
+        tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
+    def counted_batch(self, batch: Mapping[str, list], indices: list[int], code: str = "") -> dict[str, list]:
+        """Columns of tokenised rows, one for each row of `batch`; those of `COUNTED` and `CUT` say what became of it.
 
-def _tokenize(
-    row: Row, encoded: Encoded | None, where: str, tokenizer, template_kwargs: dict[str, Any], limits: Truncation,
-    control: re.Pattern | None,
-) -> Result:  # fmt: skip
-    """The tokenised row or None, the reasons, and the end cut off the prompt or None; `encoded` unless it has ids."""
-    prompt = None if encoded is None else row["prompt"]
-    ends = partial(
-        fixed_ends, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where,
-        whole=encoded and encoded[0], tokenizer=tokenizer,
-        apply=chat_template(tokenizer, chat_options(row, template_kwargs)), keep_system=limits.keep_system,
-    )  # fmt: skip
-    if encoded is None:
+        `code` is there for the cache of `datasets`.
+        """
+        rows, places = list(rows_in(batch)), [f"row {index}" for index in indices]
+        try:
+            counted = self._counted(rows, places)
+        except Exception:  # of any of them: one by one, the first with a fault names itself
+            counted = [self._counted([row], [where])[0] for row, where in zip(rows, places, strict=True)]
+        return {name: [row[name] for row in counted] for name in counted[0]}
+
+    def _counted(self, rows: list[Row], places: list[str]) -> list[Row]:
+        rows, tokenised = [unpadded(row, self.source) for row in rows], "prompt_ids" in self.source
+        given: list[tuple[Row | None, list[str]]] = [
+            (row, []) if tokenised else checked_row(row, where, as_chat=self.as_chat)
+            for row, where in zip(rows, places, strict=True)
+        ]
+        usable = [row for row, _ in given if row is not None]
+        left = [where for (row, _), where in zip(given, places, strict=True) if row is not None]
+        results = iter(self.tokenized(usable, left))
+        counted = []
+        for (row, reasons), where in zip(given, places, strict=True):
+            out, more, cut = (None, [], None) if row is None else next(results)
+            reasons = reasons + more
+            faults = [reason for reason in reasons if not reason.startswith("note")]
+            if faults and self.invalid == "error":
+                refuse(where, faults[0])
+            packed = {name: as_json(out[name], kind) if out else None for name, kind in self.features.items()}
+            counted.append(packed | {EVENTS: reasons, KEPT: out is not None, CUT: cut})
+        return counted
+
+    def tokenized(self, rows: list[Row], places: list[str]) -> list[Result]:
+        """Canonical rows, or tokenised ones that are made to fit; an error of several names the first."""
+        texts = [row for row in rows if "response_ids" not in row]
+        encoded = iter(
+            encode(texts, next(iter(places), ""), self.tokenizer, self.template_kwargs, self.assistant_only_loss)
+        )
+        return [
+            self._of_ids(row, where) if "response_ids" in row else self._of_text(row, next(encoded), where)
+            for row, where in zip(rows, places, strict=True)
+        ]
+
+    def _of_ids(self, row: Row, where: str) -> Result:
         row = {TRAINED: None} | row
         if (marks := row[TRAINED]) and not (
             is_per_token(marks, [len(ids) for ids in row["response_ids"]])
             and all(mark in (0, 1) for own in marks for mark in own)
         ):
             raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
-        return *fit(row, limits, where, ends), None
-    if row.get(TRAINED):
-        raise ValueError(
-            f"{where}: {TRAINED!r} says which token ids are trained on, and the row has none: give 'prompt_ids' and "
-            "'response_ids' beside it, or remove the column."
-        )
-    prompt_ids, full_ids, masks = encoded
-    n = len(commonprefix([prompt_ids, *full_ids]))
-    tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
-    tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
-    out, reasons = fit(tokenised, limits, where, ends)
-    cut = None
-    if n < len(prompt_ids) and (masks is None or any(mask[n] for mask in masks if len(mask) > n)):
-        # Some decoders drop a space at the beginning, so both are decoded from there.
-        cut = tokenizer.decode(prompt_ids)[len(tokenizer.decode(prompt_ids[:n])) :]
-    reasons += [] if cut is None else [f"note: {CUT_NOTE}"]
-    messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
-    if control and any(control.search(message["content"] or "") for message in messages):
-        reasons.append(f"note: {CONTROL_NOTE}")
-    return out, reasons, cut
+        return *fit(row, self.limits, where, self._ends(row, None, where)), None
 
+    def _of_text(self, row: Row, encoded: Encoded, where: str) -> Result:
+        if row.get(TRAINED):
+            raise ValueError(
+                f"{where}: {TRAINED!r} says which token ids are trained on, and the row has none: give 'prompt_ids' "
+                "and 'response_ids' beside it, or remove the column."
+            )
+        prompt_ids, full_ids, masks = encoded
+        n = len(commonprefix([prompt_ids, *full_ids]))
+        tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
+        tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
+        out, reasons = fit(tokenised, self.limits, where, self._ends(row, prompt_ids, where))
+        cut: str | None = None
+        if n < len(prompt_ids) and (masks is None or any(mask[n] for mask in masks if len(mask) > n)):
+            # Some decoders drop a space at the beginning, so both are decoded from there.
+            whole, kept = (str(self.tokenizer.decode(ids)) for ids in (prompt_ids, prompt_ids[:n]))
+            cut = whole[len(kept) :]
+            reasons.append(f"note: {CUT_NOTE}")
+        messages = [m for text in [row["prompt"], *row["responses"]] if isinstance(text, list) for m in text]
+        if self.control and any(self.control.search(message["content"] or "") for message in messages):
+            reasons.append(f"note: {CONTROL_NOTE}")
+        return out, reasons, cut
 
-def _control_tokens(tokenizer) -> re.Pattern | None:
-    """Finds special tokens in a text: written by a user they end a turn or begin another."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+    def _ends(self, row: Row, whole: list[int] | None, where: str) -> partial:
+        """What `fit` asks of a prompt that is cut, whose token ids are `whole` where they were made here."""
+        prompt = None if whole is None else row["prompt"]
+        return partial(
+            fixed_ends, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where, whole=whole,
+            tokenizer=self.tokenizer, apply=chat_template(self.tokenizer, chat_options(row, self.template_kwargs)),
+            keep_system=self.limits.keep_system,
+        )  # fmt: skip

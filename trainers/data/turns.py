@@ -5,7 +5,7 @@ and with that turn, must be how it begins the whole chat: the turn lies between 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from os.path import commonprefix  # of any sequences
 
@@ -34,8 +34,8 @@ def has_turns(responses: list[list[dict]]) -> bool:
 
 def encode_turns(
     chats: list[list[dict]], begins: list[int | None], apply: Callable, template: str, where: str
-) -> tuple[list[list[int]], list[list[bool] | None]]:
-    """Token ids of chats, and which of them the assistant wrote or None.
+) -> Iterator[tuple[list[int], list[bool] | None]]:
+    """Token ids of each chat, and which of them the assistant wrote or None.
 
     Args:
         begins: from which message of each chat on the assistant's tokens are asked for; None where they are not.
@@ -52,8 +52,6 @@ def encode_turns(
         for i, begin in enumerate(begins)
         if begin is not None
     }
-    if not asked:
-        return apply(chats, return_dict=True)["input_ids"], [None] * len(chats)
     if MARKS.search(template):
         encoded = apply(chats, return_dict=True, return_assistant_tokens_mask=True)
         found = {i: list(map(bool, encoded["assistant_masks"][i])) for i in asked}
@@ -64,7 +62,7 @@ def encode_turns(
         render = partial(apply, tokenize=False)
         spans = {i: _spans(chats[i], turns, render, where) for i, turns in asked.items()}
         found = {i: _within(encoded["offset_mapping"][i], own) for i, own in spans.items()}
-    return encoded["input_ids"], [found.get(i) for i in range(len(chats))]
+    return ((ids, found.get(i)) for i, ids in enumerate(encoded["input_ids"]))
 
 
 def _spans(chat: list[dict], turns: list[int], render: Render, where: str) -> list[Span]:
