@@ -22,6 +22,7 @@ from trainers.cli.arguments import ModelArguments
 from trainers.cli.dry_run import cheaper, estimate_of, part_of
 from trainers.estimate import Plan
 from trainers.forward.attention import FLEX
+from trainers.forward.layout import lay_out
 from trainers.forward.policy import load_policy
 from trainers.forward.run import prepare_forward, run
 from trainers.swepo import swepo_loss
@@ -108,7 +109,8 @@ def backward(model, batch: dict, shared: bool) -> torch.Tensor:
     """The log-probabilities (B,K,R); the gradient is that of a sum with fixed weights."""
     reason = prepare_forward(model, share=shared)
     assert reason is None, reason
-    logps = run(model, batch, shared=shared, flex=model.config._attn_implementation == FLEX).logps
+    inputs = lay_out(batch, "shared" if shared else "rows")
+    logps = run(model, batch, inputs, flex=model.config._attn_implementation == FLEX).logps
     (logps * torch.linspace(-1, 1, logps.size(-1)).to(logps)).sum().backward()
     return logps.detach()
 

@@ -14,7 +14,7 @@ from batches import RAGGED, make_batch, own_log_softmax, real_responses
 from test_forward import VOCAB, build
 from trainers.forward.divergence import FrozenHead, frozen_head, logps_and_kl
 from trainers.forward.head import LogitRule, Pass, add_logps_head
-from trainers.forward.layout import to_responses
+from trainers.forward.layout import lay_out, to_responses
 from trainers.forward.run import prepare_forward, run
 
 
@@ -40,11 +40,12 @@ def naive(policy, reference, batch):
     return logps, kls
 
 
-def chunked(policy, reference, batch, shared):
+def chunked(policy, reference, batch, layout):
+    inputs = lay_out(batch, layout)
     with torch.no_grad():
-        hidden = run(reference, batch, shared=shared, reading=read_hidden).values["hidden"]
+        hidden = run(reference, batch, inputs, reading=read_hidden).values["hidden"]
     frozen = frozen_head(reference, torch.device("cpu"))
-    found = run(policy, batch, shared=shared, reading=partial(read_kl, frozen=frozen, hidden=hidden))
+    found = run(policy, batch, inputs, reading=partial(read_kl, frozen=frozen, hidden=hidden))
     return found.logps, to_responses(found.values["kls"], batch["response_mask"])
 
 
@@ -71,23 +72,23 @@ def pair(name, lora):
 
 
 @pytest.mark.usefixtures("exact_softmax")
-@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
+@pytest.mark.parametrize("layout", ["rows", "shared"])
 @pytest.mark.parametrize(
     "name, lora",
     [("llama", None), ("gpt2", None), ("phi", None), ("cohere", None), ("gemma2", None), ("llama", "body"),
      ("qwen2", "head")],
 )  # fmt: skip
-def test_values_and_gradients_equal_those_from_logits(name, lora, shared):
-    if shared and name in ("cohere", "gemma2"):
+def test_values_and_gradients_equal_those_from_logits(name, lora, layout):
+    if layout == "shared" and name in ("cohere", "gemma2"):
         pytest.skip("this model cannot share prompts")
     batch, (policy, reference) = make_batch(RAGGED, VOCAB), pair(name, lora)
     expected = naive(policy, reference, batch)
     expected_gradients = gradients(policy, *expected)
     base = policy.get_base_model() if lora else policy
     for model in (base, reference):
-        assert prepare_forward(model, share=shared) is None
+        assert prepare_forward(model, share=layout == "shared") is None
         add_logps_head(model, chunk_elements=14 * VOCAB)  # 7 tokens of two models
-    found = chunked(policy, reference, batch, shared)
+    found = chunked(policy, reference, batch, layout)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert found[1].max() > 0.01 and found[1].min() >= -1e-12
@@ -177,11 +178,11 @@ def test_underflowing_probabilities_count_zero():
     assert kls.item() == pytest.approx(200.0) and hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
-def test_policy_equal_to_reference_has_no_divergence_in_bfloat16(shared):
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_policy_equal_to_reference_has_no_divergence_in_bfloat16(layout):
     batch, model = make_batch(RAGGED, VOCAB), build("llama", dtype=torch.bfloat16)
-    prepare_forward(model, share=shared)
-    logps, kls = chunked(model, model, batch, shared)
+    prepare_forward(model, share=layout == "shared")
+    logps, kls = chunked(model, model, batch, layout)
     assert logps.dtype == kls.dtype == torch.float32 and kls.abs().max() < 1e-6
 
 

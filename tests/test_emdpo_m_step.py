@@ -92,7 +92,7 @@ def test_normalisation_of_the_weighted_loss(tmp_path, start, name):
     logps.requires_grad_()
     batch = {"scores": scores, "mask": mask, "ref_logps": reference, **column}
     losses, _ = TypePolicyTrainer.loss(trainer, batch, Forward(logps.unsqueeze(-1)), None)
-    weight = trainer._weights(batch).double()
+    weight = trainer._weights(batch, trainer.signal(batch)).double()
     loss = (losses * weight).sum() / weight.sum()
     close(loss, case["expected"]["loss"], "float32" if normalize == "posterior" else "float64")
     loss.backward()

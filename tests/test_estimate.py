@@ -19,7 +19,7 @@ from trainers.emdpo.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
 from trainers.estimate import Estimate, Fed, Plan, Run, fed, read_plan
 from trainers.forward import divergence, tree
 from trainers.forward.head import CPU_CHUNK_ELEMENTS
-from trainers.forward.layout import rows_layout, shared_layout
+from trainers.forward.layout import lay_out
 from trainers.forward.policy import add_adapter, base_model
 from trainers.forward.run import prepare_forward, run
 
@@ -65,7 +65,7 @@ def test_activations_are_what_autograd_saves(widths, lengths, dtype, autocast, s
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", BF16, enabled=autocast):
-            logps = run(model, batch, shared=shared).logps
+            logps = run(model, batch, lay_out(batch, "shared" if shared else "rows")).logps
     assert logps.requires_grad
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     size = fed(lengths, shared=shared)
@@ -178,7 +178,7 @@ def test_peak_in_each_precision_and_layout(
 def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
     monkeypatch.setattr(tree, "PIECE", piece)
     batch = make_batch(RAGGED, vocab=10**6)  # no two responses begin alike
-    shared, rows = shared_layout(batch), rows_layout(batch)
+    shared, rows = lay_out(batch, "shared"), lay_out(batch, "rows")
     branches = shared.branches
     assert fed(RAGGED, shared=True) == Fed(
         tokens=shared.input_ids.numel(),

@@ -26,14 +26,8 @@ from transformers import (
 from batches import RAGGED, make_alike, make_batch, own_logps, real_responses, with_holes
 from trainers.forward import head, tree
 from trainers.forward.attention import flex_mask
-from trainers.forward.layout import rows_layout, shared_layout, token_counts
-from trainers.forward.run import (
-    cheaper_shared,
-    check_first_batch,
-    prepare_forward,
-    run,
-    sliding_window,
-)
+from trainers.forward.layout import lay_out
+from trainers.forward.run import Runner, check_first_batch, prepare_forward, run, sliding_window
 
 VOCAB = 61
 compiles = pytest.mark.skipif(shutil.which("c++") is None, reason="compiles a kernel, and there is no C++ compiler")
@@ -101,6 +95,10 @@ def reference_logps(model, batch):
     return out * batch["response_mask"]
 
 
+def logps_in(layout, model, batch):
+    return run(model, batch, lay_out(batch, layout)).logps
+
+
 def gradients(model, batch, logps_of):
     weights = torch.linspace(-1, 2, batch["response_mask"].numel(), dtype=torch.float64)
     model.zero_grad()
@@ -116,20 +114,20 @@ def same(found, expected):
 
 @pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("kind", list(BATCHES))
-@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
+@pytest.mark.parametrize("layout", ["rows", "shared"])
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_values_and_gradients_equal_the_models_own_logits(name, shared, kind):
-    if shared and name not in SHARING:
+def test_values_and_gradients_equal_the_models_own_logits(name, layout, kind):
+    if layout == "shared" and name not in SHARING:
         pytest.skip("this model cannot share prompts")
     model, batch = build(name), BATCHES[kind]
     expected = reference_logps(model, batch)
     expected_gradients = gradients(model, batch, reference_logps)
-    assert prepare_forward(model, share=shared) is None
+    assert prepare_forward(model, share=layout == "shared") is None
     head.add_logps_head(model, chunk_elements=7 * VOCAB)  # 7 positions in a chunk
-    logps = run(model, batch, shared=shared).logps
+    logps = logps_in(layout, model, batch)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-10)
     assert not logps[~batch["response_mask"]].any()
-    same(gradients(model, batch, lambda m, b: run(m, b, shared=shared).logps), expected_gradients)
+    same(gradients(model, batch, partial(logps_in, layout)), expected_gradients)
 
 
 @pytest.mark.parametrize("call", [0, 2**14])
@@ -143,42 +141,42 @@ def test_cutting_long_nodes_and_joining_calls_changes_nothing(kind, piece, call,
     monkeypatch.setattr(tree, "CALL", call)
     model = build("llama")
     prepare_forward(model, share=True)
-    calls = shared_layout(batch).branches.calls
+    calls = lay_out(batch, "shared").branches.calls
     masks = [mask for c in calls for mask in c.masks if mask is not None]
     longest = max(p.end for c in calls for p in c.pieces if c.masks[0] is not None)
     assert max(mask.size(2) for mask in masks) == min(piece, longest)
     assert len(calls) == 2 if call else len(calls) > 5
-    torch.testing.assert_close(run(model, batch, shared=True).logps, expected, rtol=0, atol=1e-10)
-    same(gradients(model, batch, lambda m, b: run(m, b, shared=True).logps), expected_gradients)
+    torch.testing.assert_close(logps_in("shared", model, batch), expected, rtol=0, atol=1e-10)
+    same(gradients(model, batch, partial(logps_in, "shared")), expected_gradients)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_shared_equals_rows_with_checkpointing_and_lora(lora, reentrant):
     batch, results = BATCHES["alike"], []
-    for shared in (False, True):
+    for layout in ("rows", "shared"):
         model = build("llama")
         if lora:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
         base = model.get_base_model() if lora else model
-        prepare_forward(base, share=shared)
+        prepare_forward(base, share=layout == "shared")
         base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         base.enable_input_require_grads()
         model.train()
-        results.append(gradients(model, batch, lambda m, b, s=shared: run(m, b, shared=s).logps))
+        results.append(gradients(model, batch, partial(logps_in, layout)))
     same(*results)
     assert all("lora" in key for key in results[0]) == lora
     assert max(v.abs().max() for v in results[0].values()) > 0.1
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
-def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(shared):
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_bfloat16_is_as_near_to_float64_as_the_models_own_bfloat16_logits(layout):
     batch, model = make_batch(RAGGED, VOCAB), build("llama", dtype=torch.bfloat16)
     exact = reference_logps(build("llama"), batch)
     theirs = (reference_logps(model, batch) - exact).abs()[batch["response_mask"]].mean()
-    prepare_forward(model, share=shared)
-    logps = run(model, batch, shared=shared).logps
+    prepare_forward(model, share=layout == "shared")
+    logps = logps_in(layout, model, batch)
     assert logps.dtype == torch.float32
     assert (logps.double() - exact).abs()[batch["response_mask"]].mean() < 1.5 * theirs
 
@@ -192,7 +190,7 @@ def test_flex_attention_gives_the_same_values():
     flexible = build("llama", dtype=torch.float32, attn_implementation="flex_attention").eval()
     assert prepare_forward(flexible, share=True) is None
     with torch.no_grad():
-        found = run(flexible, batch, shared=True, flex=True).logps
+        found = run(flexible, batch, lay_out(batch, "shared"), flex=True).logps
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
 
 
@@ -204,8 +202,9 @@ def test_flex_attention_is_not_compiled_again_for_each_new_length():
     torch.compiler.reset()
     before, graphs = counters["stats"]["unique_graphs"], []
     for lengths in ([30, 100, 70], [130, 200, 71], [330, 200, 171], [40, 500, 90], [21, 333, 222, 111]):
+        batch = make_batch([(9, lengths)], VOCAB)
         with torch.no_grad():
-            run(model, make_batch([(9, lengths)], VOCAB), shared=True, flex=True)
+            run(model, batch, lay_out(batch, "shared"), flex=True)
         graphs.append(counters["stats"]["unique_graphs"] - before)
     # once for the first length, once for all others
     assert graphs == [1, 2, 2, 2, 2]
@@ -217,7 +216,7 @@ def test_the_flex_mask_shows_a_token_its_own_sequence():
     for slot, ids in enumerate(([10, 11, 1], [20, 1], [10, 12, 13, 1])):
         batch["response_ids"][0, slot, : len(ids)] = torch.tensor(ids)
     batch["response_ids"][1, 0, :2], batch["response_ids"][1, 1, :3] = torch.tensor([9, 1]), torch.tensor([14, 15, 1])
-    inputs = shared_layout(batch)
+    inputs = lay_out(batch, "shared")
     assert inputs.input_ids.tolist() == [[5, 6, 7, 10, 11, 12, 13, 20, 8, 9, 14, 15]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 5, 3, 0, 1, 1, 2]]
     rule = flex_mask(inputs.branches).mask_mod  # its blocks are too coarse
@@ -244,24 +243,23 @@ def test_only_response_positions_reach_the_head_and_chunks_bound_the_logits(name
         model.lm_head.forward = count(model.lm_head.forward)
     head.add_logps_head(model, chunk_elements=10 * VOCAB)
     with torch.no_grad():
-        run(model, batch, shared=False)
+        logps_in("rows", model, batch)
     assert sum(rows) == batch["response_mask"].sum() and max(rows) <= 10
 
 
 def test_what_sequences_begin_with_is_fed_once_and_nothing_is_padded():
     batch = make_batch(RAGGED, 10**6)  # no two responses begin alike
     prompts, responses = int(batch["prompt_mask"].sum()), int(batch["response_mask"].sum())
-    shared, rows = shared_layout(batch), rows_layout(batch)
+    shared, rows = lay_out(batch, "shared"), lay_out(batch, "rows")
     assert shared.input_ids.shape == (1, prompts + responses - int(batch["mask"].sum()))
     assert rows.input_ids.shape == (12, 13)
-    assert token_counts(batch) == (rows.input_ids.numel(), shared.input_ids.numel())
     alike = BATCHES["alike"]
     beginnings = {
         (*prompt.tolist(), *response.tolist())[:n]
         for _, _, prompt, response in real_responses(alike)
         for n in range(1, len(prompt) + len(response))
     }
-    assert shared_layout(alike).input_ids.numel() == token_counts(alike)[1] == len(beginnings)
+    assert lay_out(alike, "shared").input_ids.numel() == len(beginnings)
 
 
 @pytest.mark.parametrize("kind", list(BATCHES))
@@ -271,7 +269,7 @@ def test_a_position_reaches_the_head_once_for_each_of_its_targets(kind, monkeypa
     linear = head.linear
     monkeypatch.setattr(head, "linear", lambda hidden, *more: rows.append(len(hidden)) or linear(hidden, *more))
     with torch.no_grad():
-        run(model, batch, shared=True)
+        logps_in("shared", model, batch)
     beginnings = {
         (*prompt.tolist(), *response.tolist())[: len(prompt) + n + 1]
         for i, j, prompt, response in real_responses(batch)
@@ -284,9 +282,9 @@ def test_what_follows_the_last_token_that_is_trained_on_is_not_fed():
     batch = make_batch([(3, [6, 2])], 10**6)
     batch["response_mask"][0, 0] = torch.tensor([False, True, False, True, False, False])
     prompt, (long, short) = batch["prompt_ids"][0].tolist(), batch["response_ids"][0].tolist()
-    rows, shared = rows_layout(batch), shared_layout(batch)
+    rows, shared = lay_out(batch, "rows"), lay_out(batch, "shared")
     assert rows.input_ids.tolist() == [[*prompt, *long[:3]], [*prompt, short[0], 0, 0]]
-    assert shared.input_ids.numel() == token_counts(batch)[1] == 3 + 3 + 1
+    assert shared.input_ids.numel() == 3 + 3 + 1
     for inputs in (rows, shared):
         assert inputs.input_ids.flatten()[inputs.positions].tolist() == [long[0], long[2], prompt[2], short[0]]
         assert inputs.targets.tolist() == [long[1], long[3], *short[:2]]
@@ -296,7 +294,7 @@ def test_the_first_batch_is_checked_where_it_begins_with_a_turn_that_is_not_trai
     batch, model = make_batch([(3, [90, 80])], VOCAB), build("llama")
     batch["response_mask"][0, :, :70] = False
     prepare_forward(model, share=True)
-    assert check_first_batch(model, batch, shared=True) < 1e-9  # not NaN
+    assert check_first_batch(model, batch, "shared") < 1e-9  # not NaN
 
 
 def test_generation_is_untouched_by_the_head_and_the_attention():
@@ -328,26 +326,39 @@ def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window(monkeypat
     monkeypatch.setattr(tree, "SAVED", 16)
     long_prompt = make_batch([(30, [5, 5, 5, 5])], VOCAB)
     no_prompt = make_batch([(1, [6, 6])], VOCAB)
-    assert cheaper_shared(long_prompt, None) and cheaper_shared(long_prompt, 35)
-    assert not cheaper_shared(no_prompt, None)
-    assert not cheaper_shared(long_prompt, 34)
+    for batch, window, shares in (
+        (long_prompt, None, True), (long_prompt, 35, True), (long_prompt, 34, False), (no_prompt, None, False)
+    ):  # fmt: skip
+        assert (lay_out(batch, "auto", window).branches is not None) == shares
     assert sliding_window(build("mistral")) == 20 and sliding_window(build("qwen2")) is None
+
+
+def test_a_batch_is_laid_out_once_for_policy_and_reference_and_anew_where_it_differs():
+    model, batch = build("llama"), BATCHES["alike"]
+    runner, other = Runner([model], "auto"), batch | {"response_mask": BATCHES["holes"]["response_mask"]}
+    first = runner.inputs(batch)
+    assert runner.inputs(dict(batch)) is first
+    for given in (other, batch):
+        expected = logps_in("shared", model, given)
+        torch.testing.assert_close(runner(model, given).logps, expected, rtol=0, atol=0)
+    runner.layout = "rows"  # as after a check that failed
+    assert runner.inputs(batch).branches is None
 
 
 def test_first_batch_check_sees_a_wrong_head_and_a_wrong_layout(monkeypatch):
     batch = make_batch(RAGGED, VOCAB)
     model = build("cohere")
     prepare_forward(model, share=True)
-    assert check_first_batch(model, batch, shared=True) < 1e-9
+    assert check_first_batch(model, batch, "shared") < 1e-9
     blind = build("cohere")
     scale, blind.config.logit_scale = blind.config.logit_scale, None
     prepare_forward(blind, share=True)
     blind.config.logit_scale = scale
-    assert check_first_batch(blind, batch, shared=True) > 0.1
+    assert check_first_batch(blind, batch, "shared") > 0.1
 
-    def shifted(batch):
-        inputs = shared_layout(batch)
+    def shifted(batch, layout):
+        inputs = lay_out(batch, layout)
         return inputs._replace(position_ids=torch.arange(inputs.input_ids.size(1))[None])
 
-    monkeypatch.setattr("trainers.forward.run.shared_layout", shifted)
-    assert check_first_batch(model, batch, shared=True) > 1e-3
+    monkeypatch.setattr("trainers.forward.run.lay_out", shifted)
+    assert check_first_batch(model, batch, "shared") > 1e-3

@@ -14,7 +14,7 @@ from batches import RAGGED, make_batch, real_responses
 from helpers import build_tokenizer
 from test_trainer import LORA, Grab, signal_rows, trainer
 from trainers.forward import tree
-from trainers.forward.layout import rows_layout
+from trainers.forward.layout import lay_out
 from trainers.forward.router import router_loss
 from trainers.forward.run import prepare_forward, run
 
@@ -33,7 +33,7 @@ def mixtral(vocab=VOCAB, coefficient=100.0):
 
 def own_loss(model, batch):
     """What the model itself gives for padded rows that end before the last token."""
-    inputs = rows_layout(batch)
+    inputs = lay_out(batch, "rows")
     lengths = batch["prompt_mask"].sum(1, keepdim=True) + batch["response_mask"].sum(2) - 1
     at = torch.arange(inputs.input_ids.size(1))
     mask = (at < lengths[batch["mask"]].unsqueeze(1)).long()
@@ -53,6 +53,9 @@ def own_loss_of_shared_prompts(model, batch):
     return load_balancing_loss_func(tuple(map(torch.cat, layers)), 4, 2)
 
 
+OWN = [("rows", own_loss), ("shared", own_loss_of_shared_prompts)]
+
+
 @pytest.fixture(autouse=True)
 def shared_from_the_first_token_on(monkeypatch):
     monkeypatch.setattr(tree, "SAVED", 1)
@@ -65,15 +68,15 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("shared, own", [(False, own_loss), (True, own_loss_of_shared_prompts)])
-def test_the_loss_and_its_gradient_are_the_models_own(shared, own, checkpointing):
+@pytest.mark.parametrize("layout, own", OWN)
+def test_the_loss_and_its_gradient_are_the_models_own(layout, own, checkpointing):
     model, batch = mixtral(), make_batch(RAGGED, VOCAB)
     expected = own(model, batch)
     expected_gradients = gradients(model, expected)
-    assert prepare_forward(model, share=shared) is None
+    assert prepare_forward(model, share=layout == "shared") is None
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    found = run(model, batch, shared=shared)
+    found = run(model, batch, lay_out(batch, layout))
     assert not found.values  # the loss is no value of a token
     torch.testing.assert_close(found.aux_loss, expected, rtol=1e-5, atol=0)
     found_gradients = gradients(model, found.aux_loss)
@@ -100,7 +103,7 @@ def step(tmp_path, coefficient, batch, accumulation, **keywords):
     return t.state.log_history[0], grab.gradients, batches, t
 
 
-@pytest.mark.parametrize("layout, own", [("rows", own_loss), ("shared", own_loss_of_shared_prompts)])
+@pytest.mark.parametrize("layout, own", OWN)
 @pytest.mark.parametrize("batch, accumulation", [(6, 1), (2, 3)])
 def test_a_step_adds_the_mean_over_its_micro_batches(tmp_path, layout, own, batch, accumulation):
     without, plain, _, _ = step(tmp_path, 0.0, batch, accumulation, layout=layout)
@@ -121,7 +124,7 @@ def test_prompts_without_a_signal_do_not_dilute_the_loss(tmp_path, tokenizer):
     """A micro-batch weighs as its prompts do, so one of a prompt that is left out counts for nothing."""
     t = trainer(tmp_path, tokenizer, mixtral(len(tokenizer)))
     batch = t._prepare_inputs(t.data_collator([t.train_dataset[i] for i in (2, 3)]))
-    aux = own_loss_of_shared_prompts(t.model, batch) if t.runner.shared(batch) else own_loss(t.model, batch)
+    aux = own_loss_of_shared_prompts(t.model, batch) if t.runner.inputs(batch).branches else own_loss(t.model, batch)
     rest = t.compute_loss(t.model, batch) - 100 * aux
     t.runner.router = t.runner.router._replace(coefficient=0.0)
     torch.testing.assert_close(rest, t.compute_loss(t.model, batch), rtol=0, atol=1e-3)
@@ -147,7 +150,7 @@ def test_reentrant_checkpointing_is_refused_as_the_router_would_not_learn(tmp_pa
     prepare_forward(model, share=False)
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    assert not run(model, batch, shared=False).aux_loss.requires_grad
+    assert not run(model, batch, lay_out(batch, "rows")).aux_loss.requires_grad
     with pytest.raises(ValueError, match="use_reentrant.*output_router_logits"):
         step(tmp_path, 1.0, 2, 1, gradient_checkpointing=True,
              gradient_checkpointing_kwargs={"use_reentrant": True})  # fmt: skip

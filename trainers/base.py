@@ -24,7 +24,6 @@ from .data.stream import TokenStream
 from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.identity import reference_fingerprint, start_of_run
-from .forward.layout import token_counts
 from .forward.parts import PartedPass
 from .forward.reference import SyncReference, make_reference, named_reference, start_of_reference
 from .forward.run import Forward, Runner, without_dropout
@@ -237,8 +236,8 @@ class PreferenceTrainer(ReferringTrainer):
         """Losses and weights of the prompts (B,); the metrics are recorded."""
         losses, metrics = self.loss(batch, policy, reference)
         assert losses.shape == batch["scores"].shape[:1], f"loss must return (B,), got {tuple(losses.shape)}"
+        signal = self.signal(batch)
         if self.args.sft_weight:
-            signal = self.signal(batch)
             weights = self.preferred(batch).masked_fill(~signal.unsqueeze(-1), 0)
             term = sft_loss(policy.logps, batch["response_mask"], weights, reduction=self.args.sft_reduction)
             losses = losses + self.args.sft_weight * term
@@ -247,36 +246,29 @@ class PreferenceTrainer(ReferringTrainer):
             assert self.runner.router is not None
             losses = losses + self.runner.router.coefficient * policy.aux_loss.to(losses)
             metrics = metrics | {"aux_loss": policy.aux_loss}
-        weights = self._weights(batch)
-        self._record(batch, losses, weights, metrics | self._common_metrics(batch, policy))
-        return losses, weights
-
-    def _common_metrics(self, batch: Batch, policy: Forward) -> dict[str, Tensor]:
-        logps, lengths = policy.logps.detach().sum(-1), batch["response_mask"].sum(-1).float()
+        metrics = metrics | {"prompts/without_signal": 1 - signal.float()}
         best, worst = best_and_worst(batch["scores"], batch["mask"])
-        metrics = {"prompts/without_signal": 1 - self.signal(batch).float()}
-        for name, values in (("logps", logps), ("length", lengths)):
-            for side, index in (("chosen", best), ("rejected", worst)):
-                metrics[f"{name}/{side}"] = take(values, index)
-        return metrics
+        responses = {"logps": policy.logps.detach().sum(-1), "length": batch["response_mask"].sum(-1).float()}
+        for name, values in responses.items():
+            metrics |= {f"{name}/chosen": take(values, best), f"{name}/rejected": take(values, worst)}
+        weights = self._weights(batch, signal)
+        self._record(batch, losses, weights, metrics)
+        return losses, weights
 
     def _check_streamed(self, args: PreferenceConfig, models: list[PreTrainedModel], rows: Dataset) -> None:
         """What is asked of all rows before the first step, of the next ones of a stream."""
         self.check_rows(rows, args, training=True)
         check_ranges([rows], models)
 
-    def _weights(self, batch: Batch) -> Tensor:
+    def _weights(self, batch: Batch, signal: Tensor) -> Tensor:
         """(B,) weight of each prompt in the average: its `weight` column (1 without), 0 without a signal."""
-        signal = self.signal(batch).float()
-        if "weight" not in batch:
-            return signal
-        assert batch["weight"].shape == signal.shape, f"weight must be (B,), got {tuple(batch['weight'].shape)}"
-        return signal * batch["weight"]
+        weight = batch.get("weight", torch.ones_like(signal))
+        assert weight.shape == signal.shape, f"weight must be (B,), got {tuple(weight.shape)}"
+        return signal.float() * weight
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As the Trainer reckons, for `total_flos`: 6 operations per weight and token that is fed to the policy."""
-        rows, shared = token_counts(inputs)
-        tokens = shared if self.runner.shared(inputs) else rows
+        tokens = self.runner.inputs(inputs).input_ids.numel()
         return 6 * tokens * policies.base_model(self.model).num_parameters(exclude_embeddings=True)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -284,7 +276,7 @@ class PreferenceTrainer(ReferringTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.accelerator.gradient_state.end_of_dataloader:
             mark_repeated(batches[-1], self.accelerator, self.callback_handler.train_dataloader)
-        weight = sum((self._weights(batch).sum() for batch in batches), torch.zeros(()))
+        weight = sum((self._weights(batch, self.signal(batch)).sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(weight.to(device), reduction="sum")
 
     # Data.

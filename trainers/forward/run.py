@@ -1,8 +1,9 @@
-"""One forward pass: choose a layout for a batch, run the model, give per-token log-probabilities back."""
+"""One forward pass: lay a batch out, run the model, give per-token log-probabilities back."""
 
 import inspect
 import logging
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .attention import FLEX, SHARED_SDPA, flex_mask
 from .head import Reading, add_logps_head, read_logps, widen
-from .layout import ModelInputs, read_lengths, rows_layout, shared_layout, to_responses, token_counts
+from .layout import ModelInputs, lay_out, read_lengths, rows_layout, to_responses
 from .policy import has_dropout
 from .router import RouterLoss, router_loss
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Mean difference in log-probability per token that rounding explains; a wrong mask or position is far above it.
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+LAID_OUT = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "mask")  # what a layout reads of a batch
 CHECK_PROMPT, CHECK_RESPONSE = 128, 64  # tokens of the group that the first batch is checked on
 
 
@@ -70,13 +72,17 @@ class Runner:
         self.router = router_loss(models[0].config)
         self._flex = models[0].config._attn_implementation == FLEX
         self._checked = False
+        self._last: tuple[list, ModelInputs] | None = None
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], reading: Reading = read_logps) -> Forward:
-        return run(model, batch, shared=self.shared(batch), flex=self._flex, reading=reading)
+        return run(model, batch, self.inputs(batch), flex=self._flex, reading=reading)
 
-    def shared(self, batch: dict[str, Tensor]) -> bool:
-        """Whether this batch goes through the model in the `shared` layout."""
-        return self.layout == "shared" or self.layout == "auto" and cheaper_shared(batch, self._window)
+    def inputs(self, batch: dict[str, Tensor]) -> ModelInputs:
+        """The batch in its layout; of the last batch those that were made before, for policy and reference alike."""
+        given = [self.layout, *(batch[name] for name in LAID_OUT)]
+        if self._last is None or not all(map(operator.is_, given, self._last[0])):
+            self._last = given, lay_out(batch, self.layout, self._window)
+        return self._last[1]
 
     @torch.no_grad()
     def check(self, model: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> None:
@@ -93,8 +99,8 @@ class Runner:
         model = getattr(model, "_orig_mod", model)  # torch.compile would compile for these calls alone
         with accelerator.autocast(), without_dropout(model):
             limit = agreement(model)
-            shared = self.layout != "rows"
-            difference = check_first_batch(model, batch, shared=shared, flex=self._flex, router=self.router)
+            layout = "rows" if self.layout == "rows" else "shared"
+            difference = check_first_batch(model, batch, layout, flex=self._flex, router=self.router)
         difference = float(accelerator.gather(torch.tensor([difference], device=accelerator.device)).max())
         if difference <= limit:
             return
@@ -141,13 +147,12 @@ def prepare_forward(model: PreTrainedModel, *, share: bool) -> str | None:
 def run(
     model: nn.Module,
     batch: dict[str, Tensor],
+    inputs: ModelInputs,
     *,
-    shared: bool,
     flex: bool = False,
     reading: Reading = read_logps,
 ) -> Forward:
-    """Feed a batch to a prepared model (wrapped by DDP, DeepSpeed, FSDP or PEFT, or bare)."""
-    inputs = shared_layout(batch) if shared else rows_layout(batch)
+    """Feed a batch, as it was laid out, to a prepared model (wrapped by DDP, DeepSpeed, FSDP or PEFT, or bare)."""
     values = dict(model(**_keywords(inputs, flex), reading=reading))
     logps = values.pop("logps")
     aux_loss = values.pop("aux_loss", None)
@@ -166,19 +171,6 @@ def _keywords(inputs: ModelInputs, flex: bool) -> dict:
     # ids. The attention function reads `branches` instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device)
     return keywords | {"branches": inputs.branches, "attention_mask": no_mask}
-
-
-def cheaper_shared(batch: dict[str, Tensor], window: int | None) -> bool:
-    """Whether the `shared` layout saves work for this batch; never when a row outgrows the sliding window.
-
-    Linear layers cost the same per token in both layouts and attention is computed per branch in both, so the tokens
-    that are fed decide. Gathering keys and values costs about as much as 5 % of the tokens (measured on CPU).
-    """
-    lengths = batch["prompt_mask"].sum(1) + read_lengths(batch["response_mask"]).amax(1)
-    if window is not None and int(lengths.max()) > window:
-        return False
-    rows, shared = token_counts(batch)
-    return shared * 1.05 < rows
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
@@ -209,8 +201,8 @@ def _why_not_shared(model: PreTrainedModel) -> str | None:
 def check_first_batch(
     model: nn.Module,
     batch: dict[str, Tensor],
+    layout: str,
     *,
-    shared: bool,
     flex: bool = False,
     router: RouterLoss | None = None,
 ) -> float:
@@ -223,7 +215,7 @@ def check_first_batch(
             router.check(own)
         logits = widen(own.logits.flatten(0, 1).index_select(0, inputs.positions))
         expected = logits.log_softmax(-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
-        found = run(model, group, shared=shared, flex=flex).logps[group["response_mask"]]
+        found = run(model, group, lay_out(group, layout), flex=flex).logps[group["response_mask"]]
     return float((found - expected).abs().mean())
 
 
