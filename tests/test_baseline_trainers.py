@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trl
 from datasets import Dataset
 
 import trainers
 from batches import own_logps
-from helpers import tiny_llama
 from test_trainer import config, rows, signal_rows, trainer
 from trainers import (
     DPOTrainer,
@@ -125,37 +123,6 @@ def test_a_prompt_without_a_signal_cannot_spoil_the_sft_term(tmp_path, tokenizer
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in t.model.parameters())])
     assert left_out.any() and all(map(torch.equal, *found))
-
-
-@pytest.mark.parametrize("cls, smoothing", [(DPOTrainer, 0.0), (DPOTrainer, 0.2), (SWEPOTrainer, None)])
-def test_two_responses_give_trls_dpo_loss_and_gradients(tmp_path, tokenizer, cls, smoothing):
-    words = " the cat sat on a mat and saw the sun rise over an old green hill".replace(" ", "| ").split("|")[1:]
-    rows = [{"prompt": words[i] + words[i + 2], "chosen": "".join(words[i : i + 4]),
-             "rejected": "".join(words[i + 3 : 2 * i + 5])} for i in range(5)]  # fmt: skip
-    policy, reference = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9)
-    common = {
-        "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 5,
-        "bf16": False, "max_length": 64, "beta": 0.3, "gradient_checkpointing": False, "disable_tqdm": True,
-    }  # fmt: skip
-    robust = {} if smoothing is None else {"label_smoothing": smoothing}
-    loss_type = {} if smoothing is None else {"loss_type": "robust"}
-    losses, gradients = [], []
-    for method, args in (
-        (trl.DPOTrainer, trl.DPOConfig(**common, **robust, **loss_type)),
-        (cls, cls.config_class(**common, **robust)),
-    ):
-        t = method(
-            copy.deepcopy(policy), ref_model=copy.deepcopy(reference), args=args,
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        )  # fmt: skip
-        loss = t.compute_loss(t.model.train(), t.data_collator([t.train_dataset[i] for i in range(5)]))
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append({n: p.grad for n, p in t.model.named_parameters()})
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)  # the sums of log-probabilities are float32
-    assert abs(losses[0] - math.log(2)) > 1e-3
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 THEIRS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}  # of transformers

@@ -23,6 +23,20 @@ CONSTANT = {**BEST, "metric_for_best_model": "eval_length/chosen"}
 FOLDERS = ("checkpoint-1", "checkpoint-3")  # of the best weights there, and of the last
 
 
+def launch(tmp_path, start, **options):
+    """Arguments of the launcher for a run in `out`."""
+    named = {
+        "trainer": "DPOTrainer", "model_name_or_path": start, "dataset_test_split": "train[:4]", "use_cpu": "true",
+        "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()), "output_dir": tmp_path / "out",
+        "report_to": "none",
+    }  # fmt: skip
+    return flags(**named | options)
+
+
+def steps_made(tmp_path):
+    return json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"]
+
+
 @pytest.mark.parametrize("peft, file", [(None, "model.safetensors"), (LORA, "adapter_model.safetensors")])
 def test_training_stops_and_the_best_weights_are_saved(tmp_path, tokenizer, peft, file, capsys):
     values = iter([1.0, 3.0, 2.0, 2.5, *[9.0] * 8])
@@ -109,38 +123,29 @@ def test_a_resumed_training_counts_on_and_one_that_had_stopped_keeps_its_best(tm
 
 
 def test_the_launcher_stops_and_leaves_a_stopped_run_as_it_is(tmp_path, start, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", rows())
-    options = {
-        "trainer": "DPOTrainer", "model_name_or_path": start, "dataset_name": data, "dataset_test_split": "train[:4]",
-        "output_dir": tmp_path / "out", "use_cpu": "true", "report_to": "none", "resume_from_checkpoint": "true",
-    }  # fmt: skip
+    arguments = launch(tmp_path, start, resume_from_checkpoint="true", **CONSTANT)
     for told in ("training begins at step 0", "is finished: nothing is trained"):
-        train.main(flags(**options, **CONSTANT))
-        assert told in capsys.readouterr().out
-        assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+        train.main(arguments)
+        assert told in capsys.readouterr().out and steps_made(tmp_path) == 3
     shutil.rmtree(tmp_path / "out/checkpoint-3")
     (tmp_path / "out/README.md").unlink()
-    train.main(flags(**options, **CONSTANT))
-    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+    train.main(arguments)
+    assert steps_made(tmp_path) == 3
 
 
 @pytest.mark.parametrize("limit", [{"save_total_limit": 1}, {"save_strategy": "best"}])
 @pytest.mark.parametrize("early", [True, False])
 def test_a_run_is_finished_also_where_its_best_checkpoint_alone_is_kept(tmp_path, start, capsys, limit, early):
-    out, options = tmp_path / "out", {**CONSTANT, **limit}
+    options = {**CONSTANT, **limit, "resume_from_checkpoint": "true"}
     if not early:
         del options["early_stopping_patience"]
-    options |= {
-        "trainer": "DPOTrainer", "model_name_or_path": start, "dataset_test_split": "train[:4]", "use_cpu": "true",
-        "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()), "output_dir": out, "report_to": "none",
-    }  # fmt: skip
     for told in ("training begins at step 0", "is finished: nothing is trained"):
-        train.main(flags(**options, resume_from_checkpoint="true"))
+        train.main(launch(tmp_path, start, **options))
         assert told in capsys.readouterr().out
-        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     if not early:
-        train.main(flags(**options | {"max_steps": 9}, resume_from_checkpoint="true"))
-        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 9
+        train.main(launch(tmp_path, start, **options | {"max_steps": 9}))
+        assert steps_made(tmp_path) == 9
 
 
 def train_and_leave(argv):
@@ -149,12 +154,10 @@ def train_and_leave(argv):
 
 
 def test_two_processes_stop_together_with_the_best_weights(tmp_path, start):
-    options = {"model_name_or_path": start, "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()),
-               "dataset_test_split": "train[:4]", "output_dir": tmp_path / "out", "use_cpu": "true",
-               "per_device_train_batch_size": 2, "learning_rate": 0.01}  # fmt: skip
-    codes, output = processes.run(train_and_leave, flags(**options, **CONSTANT), count=2)
+    arguments = launch(tmp_path, start, per_device_train_batch_size=2, learning_rate=0.01, **CONSTANT)
+    codes, output = processes.run(train_and_leave, arguments, count=2)
     assert codes == [0, 0], output
-    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+    assert steps_made(tmp_path) == 3
     saved, best, last = (load_file(tmp_path / "out" / n / "model.safetensors") for n in ("", *FOLDERS))
     assert all(saved[name].equal(best[name]) for name in best) and any(not last[n].equal(best[n]) for n in best)
 
@@ -162,16 +165,12 @@ def test_two_processes_stop_together_with_the_best_weights(tmp_path, start):
 def test_where_it_has_no_best_weights_it_is_refused():
     with pytest.raises(ValueError, match="early_stopping_patience would keep the last weights"):
         SWEPOConfig(use_cpu=True, early_stopping_patience=2)
-    with pytest.raises(ValueError, match="early_stopping_patience=0 must be a finite number, at least 1"):
-        SWEPOConfig(use_cpu=True, **BEST | {"early_stopping_patience": 0})
     with pytest.raises(ValueError, match="early_stopping_patience: SGPO's trainings are not evaluated"):
         SGPOConfig(use_cpu=True, **BEST)
 
 
 def test_a_probe_measures_such_a_run(tmp_path, start, capsys):
-    options = {"model_name_or_path": start, "dataset_name": write_rows(tmp_path / "rows.jsonl", rows()),
-               "dataset_test_split": "train[:4]", "output_dir": tmp_path / "out", "use_cpu": "true"}  # fmt: skip
-    train.main([*flags(**options, **BEST), "--probe"])
+    train.main([*launch(tmp_path, start, **BEST), "--probe"])
     assert "steps" in capsys.readouterr().out
 
 

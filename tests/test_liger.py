@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers.trainer
 from transformers.models.llama import modeling_llama
-from transformers.utils import is_liger_kernel_available
 
 import trainers.forward.policy
 from helpers import tiny_llama
@@ -26,12 +25,6 @@ def test_the_losses_are_off_and_the_other_kernels_as_the_user_has_them():
     off = {"fused_linear_cross_entropy": False, "cross_entropy": False}
     assert DPOConfig(use_liger_kernel=True, **options).liger_kernel_config == {"rope": False} | off
     assert DPOConfig(**options).liger_kernel_config == options["liger_kernel_config"]
-
-
-@pytest.mark.skipif(is_liger_kernel_available(), reason="liger-kernel is installed")
-def test_without_the_package_the_error_of_transformers_says_what_to_install(tmp_path, tokenizer):
-    with pytest.raises(ImportError, match="pip install liger-kernel"):
-        trainer(tmp_path, tokenizer, use_liger_kernel=True)
 
 
 @pytest.mark.parametrize("given", [False, True])

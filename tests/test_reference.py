@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from batches import own_logps
 from helpers import tiny_llama
 from test_trainer import LORA, signal_rows, trainer
+from trainers.forward.identity import adapter_weights
 
 TWO = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 KINDS = {
@@ -148,19 +149,24 @@ def loaded(adapters, tokenizer, **folders):
 
 
 @pytest.mark.parametrize("precompute", [False, True])
-def test_an_adapter_of_the_user_called_reference_is_the_reference(adapters, tokenizer, precompute):
+@pytest.mark.parametrize("name", ["reference", "sft"])
+def test_an_adapter_of_the_user_is_the_reference(adapters, tokenizer, name, precompute):
+    """The one that is called so, or another one by its name."""
     fields = {"data": signal_rows(5), "learning_rate": 0.3, "precompute_ref_logps": precompute, "max_steps": 3,
               "ref_cache_dir": str(adapters / "cache")}  # fmt: skip
     trainer(adapters, tokenizer, model=loaded(adapters, tokenizer, policy="first"), **fields).train()
-    t = trainer(adapters, tokenizer, model=loaded(adapters, tokenizer, policy="first", reference="second"), **fields)
+    asked, others = ({}, {}) if name == "reference" else ({"ref_model": name}, {"reference": "first"})
+    model = loaded(adapters, tokenizer, policy="first", **others, **{name: "second"})
+    t = trainer(adapters, tokenizer, model=model, **asked, **fields)
+    assert t.ref_model is None and t.reference.adapter == name
     policy, reference = predicted(t)
-    first, second = (summed(loaded(adapters, tokenizer, one=name).eval(), t) for name in ("first", "second"))
+    first, second = (summed(loaded(adapters, tokenizer, one=one).eval(), t) for one in ("first", "second"))
     torch.testing.assert_close(policy, first, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(reference, second, rtol=1e-5, atol=1e-4)
-    before = {n: p.detach().clone() for n, p in t.model.named_parameters() if ".reference." in n}
-    assert before and not any(t.model.get_parameter(name).requires_grad for name in before)
+    before = {place: weight.clone() for place, weight in adapter_weights(t.model, name).items()}
+    assert before and not any(weight.requires_grad for weight in adapter_weights(t.model, name).values())
     t.train()
-    assert all(torch.equal(t.model.get_parameter(name), value) for name, value in before.items())
+    assert all(torch.equal(weight, before[place]) for place, weight in adapter_weights(t.model, name).items())
     torch.testing.assert_close(predicted(t)[1], second, rtol=1e-5, atol=1e-4)
 
 

@@ -48,26 +48,6 @@ def test_a_beginning_is_shared_where_it_saves_enough(monkeypatch):
     assert grow(three).tokens == 3 + 3
 
 
-@pytest.mark.parametrize("call", [0, 20, 10**6])
-@pytest.mark.parametrize("piece", [1, 2, 100])
-def test_every_token_is_a_query_of_one_piece_that_meets_all_before_it(call, piece, monkeypatch):
-    monkeypatch.setattr(tree, "SAVED", 1)
-    monkeypatch.setattr(tree, "PIECE", piece)
-    monkeypatch.setattr(tree, "CALL", call)
-    nodes, asked = grow(sequences(0)).nodes, []
-    grouped = groups(nodes)
-    for group in grouped:
-        assert len({node.begin > 0 for node in group}) == 1
-        for part in pieces(group):
-            assert part.end - part.begin <= piece or group[0].begin == 0
-            tokens = [[*range(n.begin + part.begin, min(n.begin + part.end, n.end))] for n in group[: part.rows]]
-            assert all(tokens) and part.keys == max(max(own) for own in tokens) + 1
-            asked += [(node.first, token) for node, own in zip(group, tokens, strict=False) for token in own]
-    assert sorted(asked) == sorted((node.first, token) for node in nodes for token in range(node.begin, node.end))
-    if call == 10**6:
-        assert len(grouped) == 2
-
-
 def test_nodes_of_like_size_share_a_group_and_others_do_not(monkeypatch):
     monkeypatch.setattr(tree, "CALL", 300)
     monkeypatch.setattr(tree, "PIECE", 6)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import build_tokenizer, tiny_llama, write_rows
 from test_trainer import LORA
-from trainers import DPOConfig, DPOTrainer, NCATrainer
+from trainers import DPOConfig, DPOTrainer, NCATrainer, SWEPOTrainer
 from trainers.cli.config_files import OF_TRL
 
 PAGE = (Path(__file__).parents[1] / "docs/trl.md").read_text()
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
     get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False)).save_pretrained(folder / "sft")
     row = re.search(r"```json\n(.*?)```", PAGE, flags=re.S).group(1)
     assert len(json.loads(row)["prompt"]) == 3 and '"tool_calls"' in row and '"tools"' in row
-    cities = [
+    cities = (
         "Lima",
         "the quick fox",
         "Paris",
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
         "Bern",
         "Bonn, of course",
         "Oslo",
-    ]
+    )
     write_rows(folder / "tools.jsonl", [json.loads(row.replace("Lima", city)) for city in cities])
     return folder
 
@@ -110,20 +111,20 @@ def test_a_model_by_its_path_has_the_dtype_that_the_page_says(tmp_path):
     assert found == [torch.float32, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize(
-    "theirs, cls, ours, count",
-    [
-        ({"loss_type": "nca_pair"}, NCATrainer, {"alpha": 1e4}, 4),
-        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, DPOTrainer, {"sft_weight": 0.5}, 1),
-        ({"loss_type": "robust", "label_smoothing": 0.2}, DPOTrainer, {"label_smoothing": 0.2}, 4),
-        ({"label_smoothing": 0.2}, DPOTrainer, {}, 4),
-    ],
-)
+@pytest.mark.parametrize("theirs, cls, ours, count", [
+    ({}, DPOTrainer, {}, 5),
+    ({}, SWEPOTrainer, {}, 5),
+    ({"loss_type": "nca_pair"}, NCATrainer, {"alpha": 1e4}, 4),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, DPOTrainer, {"sft_weight": 0.5}, 1),
+    ({"loss_type": "robust", "label_smoothing": 0.2}, DPOTrainer, {"label_smoothing": 0.2}, 5),
+    ({"label_smoothing": 0.2}, DPOTrainer, {}, 4),
+])  # fmt: skip
 def test_the_losses_that_the_page_calls_equal_are(tmp_path, tokenizer, theirs, cls, ours, count):
     words = " the quick fox jumps over a lazy dog and so on".split(" ")
     rows = [{"prompt": " ".join(words[: i + 2]), "chosen": " " + " ".join(words[i + 1 : i + 4]),
              "rejected": " " + words[i + 5]} for i in range(count)]  # fmt: skip
-    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False, "beta": 0.3}
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "bf16": False, "beta": 0.3,
+              "gradient_checkpointing": False}  # fmt: skip
     policy, reference, found = tiny_llama(len(tokenizer)), tiny_llama(len(tokenizer), seed=9), []
     for method, args in (
         (trl.DPOTrainer, trl.DPOConfig(**common, **theirs)),
@@ -131,5 +132,10 @@ def test_the_losses_that_the_page_calls_equal_are(tmp_path, tokenizer, theirs, c
     ):
         t = method(copy.deepcopy(policy), ref_model=copy.deepcopy(reference), args=args,
                    train_dataset=Dataset.from_list(rows), processing_class=tokenizer)  # fmt: skip
-        found.append(t.compute_loss(t.model.eval(), t.data_collator(list(t.train_dataset))).item())
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
+        loss = t.compute_loss(t.model.train(), t.data_collator(list(t.train_dataset)))
+        loss.backward()
+        found.append((loss.item(), {name: weight.grad for name, weight in t.model.named_parameters()}))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)  # the sums of log-probabilities are float32
+    assert abs(found[0][0] - math.log(2)) > 1e-3
+    for name, expected in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from .base import PreferenceTrainer
 from .config import PreferenceConfig, check_choice, option
+from .metrics import preferred_pairs
 
 PAIRS = ("best_worst", "best_rest", "all")
 
@@ -72,8 +73,7 @@ def score_pairs(scores: Tensor, mask: Tensor, pairs: str = "best_worst") -> Tens
         ValueError: `pairs` is unknown.
     """
     check_choice("pairs", pairs, PAIRS)
-    mask = mask.bool()
-    preferred = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    mask, preferred = mask.bool(), preferred_pairs(scores, mask)
     if pairs == "all":
         return preferred
     best = scores >= scores.masked_fill(~mask, -math.inf).amax(-1, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import REDUCTIONS, check_choice
+from .metrics import preferred_pairs
 
 
 def stage_logps(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -26,8 +27,7 @@ def stage_logps(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     assert rewards.shape == scores.shape == mask.shape, (rewards.shape, scores.shape, mask.shape)
     mask = mask.bool()
     rewards = rewards.masked_fill(~mask, 0)
-    lower = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    available = lower | torch.eye(mask.size(-1), dtype=torch.bool, device=mask.device)
+    available = preferred_pairs(scores, mask) | torch.eye(mask.size(-1), dtype=torch.bool, device=mask.device)
     return rewards - torch.logsumexp(rewards.unsqueeze(-2).masked_fill(~available, -math.inf), -1)
 
 
@@ -41,9 +41,8 @@ def ordered_stages(scores: Tensor, mask: Tensor, top: int | None = None) -> Tens
         top: at most so many stages; 1 is the best of K. None for the whole ranking.
     """
     mask = mask.bool()
-    pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
-    above = ((scores.unsqueeze(-2) > scores.unsqueeze(-1)) & pairs).sum(-1)
-    below = ((scores.unsqueeze(-2) < scores.unsqueeze(-1)) & pairs).sum(-1)
+    pairs = preferred_pairs(scores, mask)
+    above, below = pairs.sum(-2), pairs.sum(-1)
     tied = mask & (above + below + 1 < mask.sum(-1, keepdim=True))
     # Responses are above or at the first tie where none of the tied ones has a higher or the same score.
     first_tie = scores.masked_fill(~tied, -math.inf).amax(-1, keepdim=True)

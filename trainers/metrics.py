@@ -26,8 +26,14 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 def scores_differ(scores: Tensor, mask: Tensor) -> Tensor:
     """(B,) bool: prompts with at least two different scores. Values in masked slots never matter."""
+    lowest, highest = _score_range(scores, mask.bool())
+    return (highest > lowest).squeeze(-1)
+
+
+def preferred_pairs(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B,K) x 2 -> (B,K,K) bool: true at [i, j] where i has a higher score than j and both are real responses."""
     mask = mask.bool()
-    return scores.masked_fill(~mask, -torch.inf).amax(-1) > scores.masked_fill(~mask, torch.inf).amin(-1)
+    return (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
 
 
 def best_worst(rewards: Tensor, scores: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -56,7 +62,7 @@ def pairwise_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     first step) is at chance and not at 0. This differs from `rewards/accuracies`, which follows TRL.
     """
     rewards, scores, mask, defined = _prepare(rewards, scores, mask)
-    pairs = _pair_signs(scores, mask) > 0
+    pairs = preferred_pairs(scores, mask)
     credit = 0.5 * (1 + _pair_signs(rewards, mask))
     return ((credit * pairs).sum((-2, -1)) / pairs.sum((-2, -1))).masked_fill(~defined, torch.nan)
 
@@ -152,9 +158,7 @@ def _prepare(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     # Garbage may be NaN or inf, which a product with a zero mask would keep.
     rewards = rewards.detach().to(dtype).masked_fill(~mask, 0)
     scores = scores.detach().to(dtype).masked_fill(~mask, 0)
-    lowest, highest = _score_range(scores, mask)
-    defined = (highest > lowest).squeeze(-1) & ~rewards.isnan().any(-1)
-    return rewards, scores, mask, defined
+    return rewards, scores, mask, scores_differ(scores, mask) & ~rewards.isnan().any(-1)
 
 
 def _score_range(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,17 +172,15 @@ def _pair_signs(values: Tensor, mask: Tensor) -> Tensor:
 
     By comparison, since the difference of two equal infinities is NaN.
     """
-    first, second = values.unsqueeze(-1), values.unsqueeze(-2)
-    signs = (first > second).to(values.dtype) - (first < second).to(values.dtype)
-    return signs * (mask.unsqueeze(-1) & mask.unsqueeze(-2))
+    above = preferred_pairs(values, mask).to(values.dtype)
+    return above - above.transpose(-1, -2)
 
 
 def _discounts(values: Tensor, mask: Tensor) -> Tensor:
     """Discount of each response when ranked by falling `values`, averaged within ties: (B,K) -> (B,K)."""
-    first, second = values.unsqueeze(-1), values.unsqueeze(-2)
-    start = ((second > first) & mask.unsqueeze(-2)).sum(-1)
+    start = preferred_pairs(values, mask).sum(-2)
     # At least 1, for masked slots: their gain is 0, but 0 times NaN would not be.
-    ties = ((second == first) & mask.unsqueeze(-2)).sum(-1).clamp(min=1)
+    ties = ((values.unsqueeze(-1) == values.unsqueeze(-2)) & mask.unsqueeze(-2)).sum(-1).clamp(min=1)
     ranks = torch.arange(values.shape[-1], device=values.device, dtype=values.dtype)
     cumulative = torch.nn.functional.pad((1 / torch.log2(ranks + 2)).cumsum(0), (1, 0))
     return (cumulative[start + ties] - cumulative[start]) / ties

@@ -5,8 +5,8 @@ says so (pytorch/pytorch#146508). Whether it does is measured: what the CPU repo
 """
 
 import logging
-import time
-from functools import cache
+import timeit
+from functools import cache, partial
 
 import torch
 
@@ -24,16 +24,11 @@ def slowdown(dtype: torch.dtype) -> float:
     torch.set_num_threads(1)  # threads would wait for each other where other processes are busy
     try:
         factors = {kind: torch.ones(SIZE, SIZE, dtype=kind) for kind in (torch.float32, dtype)}
-        seconds = {kind: [_seconds(factor) for _ in range(TURNS)] for kind, factor in factors.items()}
+        seconds = {kind: min(timeit.repeat(partial(torch.mm, factor, factor), number=1, repeat=TURNS))
+                   for kind, factor in factors.items()}  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    return min(seconds[dtype]) / min(seconds[torch.float32])
-
-
-def _seconds(factor: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    factor @ factor
-    return time.perf_counter() - begin
+    return seconds[dtype] / seconds[torch.float32]
 
 
 def settle_dtype(dtype: str | None, device: torch.device) -> tuple[str | None, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import PreferenceTrainer
 from .config import REDUCTIONS, PreferenceConfig, option
-from .metrics import best_and_worst, take
+from .metrics import best_and_worst, preferred_pairs, take
 
 
 @dataclass
@@ -52,7 +52,7 @@ def rrhf_terms(logps: Tensor, scores: Tensor, mask: Tensor, lengths: Tensor) -> 
     mask = mask.bool()
     logps = logps.masked_fill(~mask, 0)
     per_token = logps / lengths.masked_fill(~mask, 1)
-    preferred = (scores.unsqueeze(-1) > scores.unsqueeze(-2)) & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    preferred = preferred_pairs(scores, mask)
     hinge = torch.relu(per_token.unsqueeze(-2) - per_token.unsqueeze(-1)) * preferred
     nll = torch.where(preferred.any(-1).any(-1), -take(logps, best_and_worst(scores, mask)[0]), 0.0)
     return hinge.sum((-2, -1)), nll

@@ -13,12 +13,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
-from .policy import SAFE, base_model, load_policy
+from .policy import base_model, load_policy
 
 # In a checkpoint, where the reference moves. Not beside the policy's file, which some load by its suffix.
 REFERENCE = "ref_model/model.safetensors"
@@ -333,7 +333,7 @@ def _frozen(policy: PeftModel, adapter: str) -> str:
     return adapter
 
 
-def _frozen_copy(policy: PreTrainedModel, init_kwargs: dict) -> PreTrainedModel:
+def _frozen_copy(policy: PreTrainedModel, init_kwargs: dict) -> nn.Module:
     if not is_deepspeed_zero3_enabled():
         return copy.deepcopy(policy)
     # Under ZeRO-3 this process holds only its own share of each weight, so there is nothing whole to copy.
@@ -343,4 +343,4 @@ def _frozen_copy(policy: PreTrainedModel, init_kwargs: dict) -> PreTrainedModel:
             "Under ZeRO-3 the reference is read from the policy's path, but this model has none: pass the model as a "
             "path or hub id, or pass ref_model."
         )
-    return AutoModelForCausalLM.from_pretrained(path, **{**SAFE, **init_kwargs, "dtype": policy.dtype})
+    return load_policy(path, init_kwargs=init_kwargs | {"dtype": policy.dtype})
