@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import close
+from trainers import Forward, LIRETrainer, SWEPOTrainer
 from trainers.dpo import dpo_loss, score_pairs
 from trainers.infonca import infonca_loss, nca_loss
 from trainers.likelihood import ranking_logps, sft_loss
@@ -91,6 +92,23 @@ def test_a_padded_batch(name):
         close(mean, case["expected"]["loss"])
         mean.backward()
         close(inputs[key].grad, case["expected"][f"grad_{key}_of_loss"])
+
+
+@pytest.mark.parametrize("cls", [LIRETrainer, SWEPOTrainer])
+def test_trainers_sum_over_tokens_and_do_not_average(tmp_path, cls):
+    for case in VECTORS[cls.method.lower()]["token_cases"]:
+        inputs = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["inputs"].items()}
+        logps, tokens = inputs["logps"].requires_grad_(), inputs["completion_mask"].bool()
+        options = case["options"] if cls is LIRETrainer else swepo_options(case)
+        trainer = cls.__new__(cls)
+        trainer.args = cls.config_class(output_dir=str(tmp_path), use_cpu=True, **options)
+        batch = {"scores": inputs["scores"], "mask": tokens.any(-1), "response_mask": tokens}
+        reference = Forward(inputs.get("ref_logps", torch.zeros_like(logps)) * tokens)
+        losses, _ = trainer.loss(batch, Forward(logps * tokens), reference)
+        losses.sum().backward()
+        close(losses[0], case["expected"]["loss"])
+        close(logps.grad, case["expected"]["grad_logps"])
+        assert abs(losses.item() - case["not_expected"]["loss_if_token_mean_were_used"]) > 1e-3
 
 
 # What all losses share. x stands for log-ratios or, for the methods without a reference, log-probabilities.
