@@ -51,3 +51,18 @@ def start(tmp_path_factory):
     from helpers import save_start  # torch, after the settings above
 
     return save_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture
+def adapters(tmp_path, tokenizer):
+    """Folders of two adapters of different rank, on the same base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from helpers import tiny_llama
+
+    for seed, (name, rank) in enumerate({"first": 4, "second": 8}.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=False)
+        get_peft_model(tiny_llama(len(tokenizer)), config).save_pretrained(tmp_path / name)
+    return tmp_path

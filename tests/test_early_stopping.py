@@ -122,30 +122,30 @@ def test_a_resumed_training_counts_on_and_one_that_had_stopped_keeps_its_best(tm
         assert all(weights[name].equal(value) for name, value in best.items())
 
 
-def test_the_launcher_stops_and_leaves_a_stopped_run_as_it_is(tmp_path, start, capsys):
-    arguments = launch(tmp_path, start, resume_from_checkpoint="true", **CONSTANT)
-    for told in ("training begins at step 0", "is finished: nothing is trained"):
-        train.main(arguments)
-        assert told in capsys.readouterr().out and steps_made(tmp_path) == 3
-    shutil.rmtree(tmp_path / "out/checkpoint-3")
-    (tmp_path / "out/README.md").unlink()
-    train.main(arguments)
-    assert steps_made(tmp_path) == 3
-
-
-@pytest.mark.parametrize("limit", [{"save_total_limit": 1}, {"save_strategy": "best"}])
+@pytest.mark.parametrize("limit, kept", [
+    ({}, ["checkpoint-1", "checkpoint-2", "checkpoint-3"]),
+    ({"save_total_limit": 1}, ["checkpoint-1"]),
+    ({"save_strategy": "best"}, ["checkpoint-1"]),
+])  # fmt: skip
 @pytest.mark.parametrize("early", [True, False])
-def test_a_run_is_finished_also_where_its_best_checkpoint_alone_is_kept(tmp_path, start, capsys, limit, early):
-    options = {**CONSTANT, **limit, "resume_from_checkpoint": "true"}
+def test_the_launcher_leaves_a_finished_run_as_it_is(tmp_path, start, capsys, limit, kept, early):
+    """Also where its best checkpoint alone is kept."""
+    out, options = tmp_path / "out", {**CONSTANT, **limit, "resume_from_checkpoint": "true"}
     if not early:
+        options |= {"max_steps": 3}
         del options["early_stopping_patience"]
     for told in ("training begins at step 0", "is finished: nothing is trained"):
         train.main(launch(tmp_path, start, **options))
-        assert told in capsys.readouterr().out
-        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+        assert told in capsys.readouterr().out and steps_made(tmp_path) == 3
+        assert sorted(path.name for path in out.glob("checkpoint-*")) == kept
     if not early:
-        train.main(launch(tmp_path, start, **options | {"max_steps": 9}))
-        assert steps_made(tmp_path) == 9
+        train.main(launch(tmp_path, start, **options | {"max_steps": 5}))
+        assert steps_made(tmp_path) == 5
+    elif not limit:  # it had stopped, but not said so yet
+        shutil.rmtree(out / "checkpoint-3")
+        (out / "README.md").unlink()
+        train.main(launch(tmp_path, start, **options))
+        assert steps_made(tmp_path) == 3
 
 
 def train_and_leave(argv):

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import trainers
 from helpers import tiny_llama
-from test_trainer import LORA, Grab, config, rows, trainer
+from test_trainer import LORA, config, one_step, rows, trainer
 from trainers import PreferenceCollator, SWEPOTrainer
 from trainers.data.tokenization import tokenize_dataset
 from trainers.forward.parts import split
@@ -30,17 +30,12 @@ def tiny(tokenizer, layout, seed=0):
 
 def gradients(tmp_path, tokenizer, cls=SWEPOTrainer, **kwargs):
     """Of one step on eight rows with 2 to 5 responses, in float64, and what it logged."""
-    grab, layout = Grab(), kwargs.setdefault("layout", "shared")
-    model = tiny(tokenizer, layout)
-    reference = (
-        {"ref_model": tiny(tokenizer, layout, seed=9)} if cls.needs_reference and "peft_config" not in kwargs else {}
-    )
-    torch.manual_seed(0)
-    own = {"max_steps": 1, "per_device_train_batch_size": 8, "sft_weight": 0.2} | kwargs
-    t = trainer(tmp_path, tokenizer, model, cls=cls, callbacks=[grab], **reference, **own)
-    t.train()
+    options = {"layout": "shared", "sft_weight": 0.2} | kwargs
+    if cls.needs_reference and "peft_config" not in kwargs:
+        options["ref_model"] = tiny(tokenizer, options["layout"], seed=9)
+    found, t = one_step(tmp_path, tokenizer, tiny(tokenizer, options["layout"]), cls=cls, **options)
     names = ("loss", "logps/chosen", "ranking/pairwise_accuracy", "sft_loss")
-    return grab.gradients, {name: t.state.log_history[0][name] for name in names}
+    return found, {name: t.state.log_history[0][name] for name in names}
 
 
 def same(found, expected):

@@ -126,16 +126,6 @@ def test_a_reference_that_shares_weights_with_the_policy_is_refused(tmp_path, to
     assert policy.model.embed_tokens.weight.requires_grad
 
 
-@pytest.fixture
-def adapters(tmp_path, tokenizer):
-    """Folders of two adapters of different rank, on the same base."""
-    for seed, (name, rank) in enumerate({"first": 4, "second": 8}.items()):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=False)
-        get_peft_model(tiny_llama(len(tokenizer)), config).save_pretrained(tmp_path / name)
-    return tmp_path
-
-
 def loaded(adapters, tokenizer, **folders):
     """The first name is in training."""
     model = tiny_llama(len(tokenizer))

@@ -16,7 +16,7 @@ from trl import DPOConfig, SyncRefModelCallback
 from trl import DPOTrainer as TRLsDPOTrainer
 
 from helpers import tiny_llama
-from test_reference import KINDS, Stop, adapters, loaded, predicted, summed  # noqa: F401
+from test_reference import KINDS, Stop, loaded, predicted
 from test_trainer import LORA, logged, signal_rows, trainer
 from trainers import DPOTrainer, EMDPOTrainer, RRHFTrainer, SGPOTrainer, SparsePOTrainer
 from trainers.forward.identity import adapter_weights
@@ -89,7 +89,7 @@ def test_losses_are_those_of_trl_across_mixtures(tmp_path, tokenizer, how):
 
 
 @pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "adalora"), "by name"])  # adalora's first steps are tiny
-def test_an_adapter_is_mixed_weight_by_weight_into_the_reference(adapters, tokenizer, kind):  # noqa: F811
+def test_an_adapter_is_mixed_weight_by_weight_into_the_reference(adapters, tokenizer, kind):
     fields, weights = {"peft_config": copy.deepcopy(KINDS.get(kind))}, Weights()
     if kind == "by name":
         model = loaded(adapters, tokenizer, policy="first", sft="first")
@@ -132,7 +132,7 @@ def test_a_reference_that_is_the_policy_at_every_step_keeps_the_loss_at_ln_2(tmp
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "pretrained", "TRL's callback"])
-def test_a_run_that_goes_on_has_the_reference_that_it_had(adapters, tokenizer, kind):  # noqa: F811
+def test_a_run_that_goes_on_has_the_reference_that_it_had(adapters, tokenizer, kind):
     def run(folder, *callbacks, resume=None):
         fields = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "learning_rate": 0.1, **SYNC}
         fields |= {"ref_model_sync_steps": 3, "sync_ref_model": kind != "TRL's callback"}
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_has_the_reference_that_it_had(adapters, tokenizer, k
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_the_best_checkpoint_is_evaluated_against_its_own_reference(adapters, tokenizer, named):  # noqa: F811
+def test_the_best_checkpoint_is_evaluated_against_its_own_reference(adapters, tokenizer, named):
     fields = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6,
               "load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "learning_rate": 0.1,
               "greater_is_better": False}  # fmt: skip
@@ -192,7 +192,7 @@ def test_what_cannot_follow_says_so(tmp_path, tokenizer, cls, options, message):
         trainer(tmp_path, tokenizer, cls=cls, **SYNC | options)
 
 
-def test_a_reference_of_other_weights_cannot_follow(adapters, tokenizer):  # noqa: F811
+def test_a_reference_of_other_weights_cannot_follow(adapters, tokenizer):
     small = tiny_llama(len(tokenizer), num_hidden_layers=1)
     large = tiny_llama(len(tokenizer), num_hidden_layers=3)
     for options, message in (
@@ -236,7 +236,7 @@ def test_an_adapter_whose_weights_count_otherwise_cannot_follow(tmp_path, tokeni
     ("policy", "ref_model='policy' is the adapter in training: omit ref_model"),
     ("stf", r"ref_model='stf' is no adapter of the model \(policy, sft\), and no model that can be loaded"),
 ])  # fmt: skip
-def test_a_wrong_name_of_an_adapter_is_an_error(adapters, tokenizer, name, message):  # noqa: F811
+def test_a_wrong_name_of_an_adapter_is_an_error(adapters, tokenizer, name, message):
     model = loaded(adapters, tokenizer, policy="first", sft="second")
     with pytest.raises(ValueError, match=message):
         trainer(adapters, tokenizer, model=model, ref_model=name)

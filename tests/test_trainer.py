@@ -98,22 +98,24 @@ class Grab(TrainerCallback):
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def gradients_after(tmp_path, tokenizer, batch, accumulation, **kwargs):
-    """Gradients of one optimiser step over the same eight rows."""
-    torch.manual_seed(0)
-    grab, size = Grab(), {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    result = trainer(tmp_path, tokenizer, callbacks=[grab], max_steps=1, **size, **kwargs).train()
-    return grab.gradients, result.training_loss
+def one_step(tmp_path, tokenizer, model=None, **kwargs):
+    """Gradients of one optimiser step, by default over all eight rows, and the trainer that made it."""
+    grab, options = Grab(), {"max_steps": 1, "per_device_train_batch_size": 8} | kwargs
+    t = trainer(tmp_path, tokenizer, model, callbacks=[grab], **options)
+    t.train()
+    return grab.gradients, t
 
 
 @pytest.mark.parametrize("layout, sft_weight", [("rows", 0.0), ("shared", 0.3)])
 def test_micro_batches_do_not_change_the_gradients(tmp_path, tokenizer, layout, sft_weight):
     fields = {"layout": layout, "sft_weight": sft_weight}
-    whole, loss = gradients_after(tmp_path, tokenizer, 8, 1, **fields)
+    whole, t = one_step(tmp_path, tokenizer, **fields)
+    loss = logged(t)
     assert max(g.abs().max() for g in whole.values()) > 1e-4
     for batch, accumulation in ((2, 4), (1, 8), (4, 2)):
-        parts, parts_loss = gradients_after(tmp_path, tokenizer, batch, accumulation, **fields)
-        assert parts_loss == pytest.approx(loss, rel=1e-5)
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        parts, t = one_step(tmp_path, tokenizer, **size, **fields)
+        assert logged(t) == pytest.approx(loss, rel=1e-5)
         for name, gradient in whole.items():
             torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
