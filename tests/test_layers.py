@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom to the top: a module imports from its own room, and from rooms below.
 ROOMS = (
-    ("config", "statistics", "precision", "likelihood"),
+    ("config", "statistics", "precision", "metrics", "likelihood"),
     ("data",),
     ("forward",),
-    ("metrics", "inputs", "runs"),
+    ("inputs", "runs"),
     ("generation", "pages"),
     ("rounds",),
     ("streaming",),

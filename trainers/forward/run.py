@@ -232,10 +232,8 @@ def _small_group(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     length = int(batch["prompt_mask"][0].sum())
     kept = slice(max(0, length - CHECK_PROMPT), length)
     # All tokens that are read: the first of them need not hold one that is trained on.
-    lengths, steps = (
-        read_lengths(batch["response_mask"][:1]),
-        torch.arange(CHECK_RESPONSE, device=batch["mask"].device),
-    )
+    lengths = read_lengths(batch["response_mask"][:1])
+    steps = torch.arange(CHECK_RESPONSE, device=batch["mask"].device)
     return {
         "prompt_ids": batch["prompt_ids"][:1, kept],
         "prompt_mask": batch["prompt_mask"][:1, kept],
