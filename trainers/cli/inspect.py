@@ -96,14 +96,11 @@ def main(argv: list[str]) -> None:
     data.max_train_rows = own.max_rows or data.max_train_rows
     if data.streaming and data.max_train_rows is None:
         raise ValueError("max_rows is missing: a stream has no end that is known, so say how many rows to look at.")
-    output = Path(own.output or f"runs/inspect/{_file_name(data.names)}.html")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", "+".join(data.names)).strip("-.")
+    output = Path(own.output or f"runs/inspect/{name}.html")
     if output.suffix != ".html":
         raise ValueError(f"--output {output}: give a name that ends in .html.")
     print("\n".join(inspect(data, args, model, output, columns=trainer_class.columns)))
-
-
-def _file_name(names: list[str]) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", "+".join(names)).strip("-.")
 
 
 def inspect(

@@ -45,6 +45,8 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
         f"{len(rounds)} round(s); shares are of all texts of a stage, before anything is dropped."
     )
     last = paths[-1]
+    improver = [read_run(path) for path in [last / "improver/model"] if path.is_dir()]
+    pictures = [histogram(last), *(curve("Improver: loss per token", [run], ["loss"]) for run in improver)]
     sections = {
         "": [about],
         "What the monitor found": warnings(paths, rounds),
@@ -53,7 +55,7 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
             blocks.table(["Metric", *(f"round {i}" for i, _ in enumerate(rounds, 1))], figures),
             blocks.figures(curves(metrics) if len(rounds) > 1 else []),
         ],
-        "The last round": [blocks.figures([histogram(last), improver(last)])],
+        "The last round": [blocks.figures(pictures)],
     }
     trained = {f"round {i}": path / "dpo/model" for i, path in enumerate(paths, 1) if (path / "dpo/model").is_dir()}
     runs = [read_run(path, name) for name, path in trained.items()]
@@ -115,12 +117,6 @@ def histogram(last: Path) -> str:
     labels = {"xlabel": "gain in log-probability per token", "ylabel": "examples"}
     groups = {"kept": inside, "dropped": outside}
     return plots.histogram("Filtered statistic, fences dashed", groups, bins, marks=marks, **labels)
-
-
-def improver(last: Path) -> str:
-    if not (last / "improver/model").is_dir():
-        return ""
-    return curve("Improver: loss per token", [read_run(last / "improver/model")], ["loss"])
 
 
 def samples(last: Path) -> dict[str, list[str]]:

@@ -135,7 +135,8 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         name = _folder(values)
         if name in runs:
             raise ValueError(f"values: two combinations give the same folder {name}: leave one out.")
-        texts = {option: _text(value) for option, value in values.items()}
+        # Numbers and truth values as a recipe gives them to an option, which then reads its own kind only.
+        texts = {option: json.dumps(v) if isinstance(v, bool | int | float) else v for option, v in values.items()}
         own = {"run_name": name} | recipe | texts | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
         stage = Stage(folder / name, _settings(*train.read(flags, own), fingerprint))
         runs[name] = Run(values, stage, flags, own)
@@ -203,11 +204,6 @@ def _result(run: Run, metric: str, error: str | None) -> dict:
         value = metrics[metric] if math.isfinite(metrics[metric]) else None
         error = None if value is not None else f"{metric} is not finite"
     return {"folder": str(run.stage.folder), "values": run.values, "value": value, "error": error, "metrics": metrics}
-
-
-def _text(value):
-    """Numbers and truth values as a recipe gives them to an option, which then reads its own kind only."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 def _folder(values: dict[str, Any]) -> str:
