@@ -19,8 +19,8 @@ from benchmarks import machine, ratios, step
 from benchmarks.run import write_synthetic
 from trainers import SWEPOTrainer
 from trainers.cli.arguments import ModelArguments
-from trainers.cli.dry_run import cheaper, estimate_of, part_of
-from trainers.estimate import Plan
+from trainers.cli.dry_run import estimate_of, part_of
+from trainers.estimate import Plan, fed
 from trainers.forward.attention import FLEX
 from trainers.forward.layout import lay_out
 from trainers.forward.policy import load_policy
@@ -182,7 +182,7 @@ def lora(job: dict) -> tuple[dict, dict]:
     figures["first loss, off by"] = abs(result["losses"][0] - float(first))
     if "bits" not in job:
         reckoned = estimate_of(SWEPOTrainer, trainer.args, ModelArguments(), trainer.model, Plan())
-        largest = cheaper(part_of(lengths[:prompts], trainer.args.tokens_per_backward), "shared")
+        largest = fed(part_of(lengths[:prompts], trainer.args.tokens_per_backward), "shared")
         figures["estimate, GiB"] = sum(reckoned.memory(largest).values()) / ratios.GIB
         if cuda:  # on a CPU the peak is that of the whole process
             figures["peak over estimate"] = figures["peak, GiB"] / figures["estimate, GiB"]

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from trainers.cli import train
-from trainers.cli.dry_run import build_model, cheaper, estimate_of, plan_batches
-from trainers.estimate import read_plan
+from trainers.cli.dry_run import build_model, estimate_of, plan_batches
+from trainers.estimate import fed, read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, BEGIN, END = ROOT / "docs/scale.md", "<!-- tables -->\n", "<!-- end -->"
@@ -62,7 +62,7 @@ def peak(name: str, hardware: str, method: str, engine: str) -> float:
     estimate = estimate_of(trainer_class, args, model_args, build_model(model_args, args, plan), plan)
     lengths = draw(args.max_length, 2 if method == "sgpo" else 4)
     large = plan_batches(lengths, args, plan.processes).at(0.99)
-    return sum(estimate.memory(cheaper([lengths[i] for i in large])).values())
+    return sum(estimate.memory(fed([lengths[i] for i in large])).values())
 
 
 def parse(name: str, hardware: str, method: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).resolve().parent  # with configs/ and data/ beside it, in a checkout and in a wheel
+CONFIG, ADAPTER = "config.json", "adapter_config.json"  # in the folder of a model, and of an adapter
 BOOL, TEXT, DATE, *NUMBERS = (f"tag:yaml.org,2002:{name}" for name in ("bool", "str", "timestamp", "int", "float"))
 
 
@@ -125,10 +126,20 @@ def refuse_missing(**names) -> None:
             )
 
 
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether a folder on disk holds an adapter; `trainers.forward.policy.is_adapter` asks the hub as well."""
+    return Path(folder, ADAPTER).is_file()
+
+
+def holds_policy(folder: str | Path) -> bool:
+    """Whether a folder on disk holds a model or an adapter."""
+    return Path(folder, CONFIG).is_file() or holds_adapter(folder)
+
+
 def refuse_named_adapters(folder: str) -> None:
     """Raises ValueError for a folder without a model that holds adapters, saved by PEFT in folders of their names."""
-    below = sorted(str(path.parent) for path in Path(folder).glob("*/adapter_config.json"))
-    if below and not Path(folder, "config.json").is_file():
+    below = sorted(str(path.parent) for path in Path(folder).glob(f"*/{ADAPTER}"))
+    if below and not Path(folder, CONFIG).is_file():
         raise ValueError(f"model_name_or_path: {folder} holds its adapters in folders: name {' or '.join(below)}.")
 
 
@@ -141,14 +152,14 @@ def refuse_missing_model(flags: list[str], recipe: dict) -> None:
         return
     from huggingface_hub import snapshot_download  # not for a usage
 
-    files = ["config.json", "adapter_config.json"]
+    options = {"revision": revision, "allow_patterns": [CONFIG, ADAPTER]}
     try:
-        folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, allow_patterns=files)
+        folder = model if Path(model).is_dir() else snapshot_download(model, **options)
     except (ValueError, OSError) as error:
         raise ValueError(f"model_name_or_path: {model} is no folder, and no model of the hub: {error}") from error
-    if not any(Path(folder, name).is_file() for name in files):
+    if not holds_policy(folder):
         refuse_named_adapters(folder)
-        raise ValueError(f"model_name_or_path: {model} has neither config.json nor adapter_config.json.")
+        raise ValueError(f"model_name_or_path: {model} has neither {CONFIG} nor {ADAPTER}.")
 
 
 def accelerate_file(name: str) -> str:

@@ -16,7 +16,7 @@ from helpers import build_tokenizer
 from trainers.cli.dry_run import estimate_of
 from trainers.data.budget import token_lengths
 from trainers.emdpo.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
-from trainers.estimate import Estimate, Fed, Plan, Run, fed, read_plan
+from trainers.estimate import Estimate, Fed, Plan, Training, fed, read_plan
 from trainers.forward import divergence, tree
 from trainers.forward.head import CPU_CHUNK_ELEMENTS
 from trainers.forward.layout import lay_out
@@ -68,8 +68,8 @@ def test_activations_are_what_autograd_saves(widths, lengths, dtype, autocast, s
             logps = run(model, batch, lay_out(batch, "shared" if shared else "rows")).logps
     assert logps.requires_grad
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    size = fed(lengths, shared=shared)
-    facts = Run(autocast, recompute, frozen_copy=False, chunk_elements=CPU_CHUNK_ELEMENTS)
+    size = fed(lengths, "shared" if shared else "rows")
+    facts = Training(autocast, recompute, frozen_copy=False, chunk_elements=CPU_CHUNK_ELEMENTS)
     # The mask is in memory all the time, and so not saved once more.
     expected = Estimate(model, Plan(), facts).step(size)["activations"] - size.mask
     # In `rows` without a copy of its output, attention may or may not save it twice.
@@ -105,7 +105,7 @@ def check_peak(cls, model, groups, folder, *, rel, lora=False, **options):
     peak = max(itertools.accumulate(e["args"]["Bytes"] for e in events))
     estimate = estimate_of(type(trainer), trainer.args, ModelConfig(), trainer.model, Plan())
     estimate.run = estimate.run._replace(chunk_elements=CPU_CHUNK_ELEMENTS)
-    batch = fed(token_lengths(trainer.train_dataset), shared=trainer.runner.layout != "rows")
+    batch = fed(token_lengths(trainer.train_dataset), "rows" if trainer.runner.layout == "rows" else "shared")
     assert sum(estimate.step(batch).values()) == pytest.approx(peak, rel=rel)
     there = sum(estimate.states()[name] for name in STATES)
     reference = trainer.reference and trainer.reference.model
@@ -180,7 +180,7 @@ def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
     batch = make_batch(RAGGED, vocab=10**6)  # no two responses begin alike
     shared, rows = lay_out(batch, "shared"), lay_out(batch, "rows")
     branches = shared.branches
-    assert fed(RAGGED, shared=True) == Fed(
+    assert fed(RAGGED, "shared") == Fed(
         tokens=shared.input_ids.numel(),
         predicted=shared.targets.numel(),
         queries=branches.token.numel(),
@@ -188,20 +188,20 @@ def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
         mask=sum(mask.numel() for call in branches.calls for mask in call.masks if mask is not None),
     )
     size, packed = rows.input_ids.numel(), shared.input_ids.numel()
-    assert fed(RAGGED, shared=False) == Fed(size, rows.targets.numel(), size, size, 0)
-    assert fed(RAGGED, shared=True, flex=True) == Fed(packed, shared.targets.numel(), packed, packed, 0)
+    assert fed(RAGGED, "rows") == Fed(size, rows.targets.numel(), size, size, 0)
+    assert fed(RAGGED, "shared", flex=True) == Fed(packed, shared.targets.numel(), packed, packed, 0)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_meta_device_gives_the_same_estimate(lora):
-    there, meta = (Estimate(build(WIDE, lora=lora, device=device), Plan(), Run()) for device in ("cpu", "meta"))
-    assert there.memory(fed(TWO, shared=True)) == meta.memory(fed(TWO, shared=True))
+    there, meta = (Estimate(build(WIDE, lora=lora, device=device), Plan(), Training()) for device in ("cpu", "meta"))
+    assert there.memory(fed(TWO, "shared")) == meta.memory(fed(TWO, "shared"))
 
 
 def states(*, plan=Plan(), lora=False, bits=None, **facts):  # noqa: B008
     """States of a bfloat16 model, and the number of its weights: trained, frozen, in linear layers."""
     model = build(TALL, dtype=BF16, lora=lora, device="meta")
-    estimate = Estimate(model, plan, Run(half=True, **facts), bits=bits)
+    estimate = Estimate(model, plan, Training(half=True, **facts), bits=bits)
     counts = estimate.trained, estimate.parameters - estimate.trained, estimate.layers * estimate.linears
     return estimate.states(), counts
 

@@ -103,16 +103,19 @@ class Fed(NamedTuple):
     mask: int  # elements; with a mask, attention has a copy of the keys above it for each node
 
 
-def fed(rows: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
+def fed(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) -> Fed:
     """Lengths of prompts P and of their responses R -> what one micro-batch of them costs.
 
     `shared`: the tree of sequences that have their prompt in common and no more (forward/tree.py); FlexAttention
     (`flex`) needs no tables.
     `rows`: T = responses x longest (P + R - 1), without a mask.
+    `auto`: whichever feeds fewer tokens.
     """
+    if layout == "auto":
+        return min((fed(rows, own, flex=flex) for own in ("shared", "rows")), key=lambda batch: batch.tokens)
     responses = [r for _, lengths in rows for r in lengths]
     predicted = sum(responses)
-    if not shared:
+    if layout == "rows":
         tokens = len(responses) * max(p + max(lengths) - 1 for p, lengths in rows)
         return Fed(tokens, predicted, tokens, tokens, 0)
     marks = iter(range(len(rows), len(rows) + len(responses)))  # a token for each prompt and for each response
@@ -129,7 +132,7 @@ def fed(rows: list[Lengths], *, shared: bool, flex: bool = False) -> Fed:
     return Fed(tree.tokens, predicted, queries, keys, mask)
 
 
-class Run(NamedTuple):
+class Training(NamedTuple):
     """What the arithmetic needs to know of the training arguments."""
 
     half: bool = False  # bf16 or fp16, from the recipe or the accelerate file
@@ -150,7 +153,7 @@ class Estimate:
         bits: per weight of the layers' linear layers if bitsandbytes is to store them, None if it is not.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, run: Run, *, bits: float | None = None):
+    def __init__(self, model: nn.Module, plan: Plan, run: Training, *, bits: float | None = None):
         self.plan, self.run, base = plan, run, base_model(model)
         config, head, layers = base.config.get_text_config(), base.get_output_embeddings(), _layers(base)
         layer, self.layers, self.hidden = layers[0], len(layers), config.hidden_size

@@ -91,7 +91,7 @@ class CompareArguments(RowOptions):
                                  f"it out if it is one of {', '.join(SET_HERE)}.")  # fmt: skip
 
 
-class Run(NamedTuple):
+class Trial(NamedTuple):
     """One method with one seed, or the base model, which has no seed."""
 
     name: str
@@ -191,7 +191,7 @@ class Data:
         print(self.facts)
 
 
-def plan(arguments: CompareArguments, data: Data) -> list[Run]:
+def plan(arguments: CompareArguments, data: Data) -> list[Trial]:
     """All runs with their parsed configs, the base model first; a wrong option of any method ends it here.
 
     The YAML that says it all stays in the folder of each run.
@@ -219,11 +219,11 @@ def plan(arguments: CompareArguments, data: Data) -> list[Run]:
                 raise ValueError(f"{name}: EM-DPO has several policies, and what is compared is one: leave it out.")
             fixed["base.dtype"] = model.dtype  # the one that "fast" is here
             settings = {**fixed, **{f"{name}.{key}": value for key, value in own.items()}, "seed": seed}
-            runs.append(Run(name, seed, Stage(folder, settings), trainer, args, model))
+            runs.append(Trial(name, seed, Stage(folder, settings), trainer, args, model))
     return [runs[0]._replace(name=BASE, seed=None, stage=Stage(data.folder / "base", fixed)), *runs]
 
 
-def measure(run: Run, data: Data) -> dict:
+def measure(run: Trial, data: Data) -> dict:
     """Trains, but for the base model, ranks the held-out rows and samples on their prompts.
 
     The base model is a method before its training, so that rounding is the same and falls out of the log-ratios.

@@ -23,7 +23,7 @@ from ..data.budget import Lengths, TokenBudgetSampler, packed_tokens, token_leng
 from ..data.drops import collected_reports
 from ..data.load import load_split
 from ..data.stream import TokenStream
-from ..estimate import Estimate, Fed, Plan, Run, fed, read_plan
+from ..estimate import Estimate, Fed, Plan, Training, fed, read_plan
 from ..forward import policy as policies
 from ..forward.attention import FLEX
 from ..forward.parts import slots
@@ -53,7 +53,7 @@ def describe(trainer_class: type[PreferenceTrainer], data, args: PreferenceConfi
     estimate = estimate_of(trainer_class, args, model_args, model, plan)
     layout, flex = _layout(policies.base_model(model), args)
     large, largest = (
-        cheaper(part_of([lengths[i] for i in batches.at(q)], args.tokens_per_backward), layout, flex=flex)
+        fed(part_of([lengths[i] for i in batches.at(q)], args.tokens_per_backward), layout, flex=flex)
         for q in (0.99, 1)
     )
     sections = {
@@ -132,7 +132,7 @@ def estimate_of(trainer_class, args: PreferenceConfig, model_args: ModelArgument
     window = args.accelerator_config.gradient_accumulation_kwargs or {}  # type: ignore[union-attr]
     optimizer, demands = str(getattr(args.optim, "value", args.optim)), args.demands
     full = not isinstance(model, PeftModel)
-    run = Run(
+    run = Training(
         half=args.bf16 or args.fp16 or plan.half,
         recompute=args.gradient_checkpointing or plan.recompute,
         whole_gradients=plan.engine == "fsdp"
@@ -190,12 +190,6 @@ def part_of(rows: list[Lengths], budget: int | None) -> list[Lengths]:
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(own) for own in lengths], batch_first=True)
     parts = [[(p, own[part]) for p, own in rows if own[part]] for part in slots(table, torch.tensor(prompts), budget)]
     return max(parts, key=lambda part: sum(map(packed_tokens, part)))
-
-
-def cheaper(rows: list[Lengths], layout: str = "auto", *, flex: bool = False) -> Fed:
-    """The micro-batch in its layout; under "auto" in the one that feeds fewer tokens."""
-    layouts = {"rows": (False,), "shared": (True,), "auto": (True, False)}[layout]
-    return min((fed(rows, shared=shared, flex=flex) for shared in layouts), key=lambda batch: batch.tokens)
 
 
 def _layout(base: PreTrainedModel, args: PreferenceConfig) -> tuple[str, bool]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from polypo.recipes import holds_policy
+
 from .. import SparsePOConfig, SparsePOTrainer
 from ..config import option
 from ..data.rows import trained_tokens
@@ -58,7 +60,7 @@ def write_report(argv: list[str]) -> Path:
     """
     show, data, args, model = config_files.read(argv, ShowArguments, DataArguments, SparsePOConfig, ModelArguments)
     folder = Path(show.checkpoint)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not holds_policy(folder):
         raise ValueError(f"{folder} holds no policy: name the output folder of a finished run, or a checkpoint.")
     if not (model.model_name_or_path and data.dataset_name):
         raise ValueError("The masks are read with the run's own model and data: give its recipe with --config.")

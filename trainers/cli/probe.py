@@ -22,9 +22,9 @@ from trl import get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
-from ..estimate import read_plan
+from ..estimate import fed, read_plan
 from ..runs.processes import peak_rss
-from .dry_run import Batches, build_model, cheaper, estimate_of, plan_batches, read_splits
+from .dry_run import Batches, build_model, estimate_of, plan_batches, read_splits
 
 # Steps. The first warms up; the second has the optimizer's states beside the longest rows, and so the peak of memory.
 LONGEST, TYPICAL = 2, 4
@@ -142,7 +142,7 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
 
 def fed_tokens(lengths: list[Lengths], batches: list[list[int]], layout: str) -> int:
     """Tokens that the model is fed for micro-batches of rows of these lengths."""
-    return sum(cheaper([lengths[i] for i in batch], layout).tokens for batch in batches)
+    return sum(fed([lengths[i] for i in batch], layout).tokens for batch in batches)
 
 
 class Clock(TrainerCallback):
@@ -194,10 +194,10 @@ def advise(measured: Measured, trainer_class, args, model_args, lengths: list[Le
     if args.gradient_checkpointing:
         plan = read_plan()
         estimate = estimate_of(trainer_class, args, model_args, build_model(model_args, args, plan), plan)
-        fed = cheaper(rows, args.layout)
-        recomputed = sum(estimate.step(fed).values())
+        largest = fed(rows, args.layout)
+        recomputed = sum(estimate.step(largest).values())
         estimate.run = estimate.run._replace(recompute=False)
-        factor = sum(estimate.step(fed).values()) / recomputed
+        factor = sum(estimate.step(largest).values()) / recomputed
         if factor * added <= room:
             saves = "gradient_checkpointing: false saves a forward pass per step and"
             lines.append(f"{saves} {needs(factor)}; the factor {factor:.2g} on what a step adds is the estimate's.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from polypo.recipes import split_recipe
+from polypo.recipes import holds_adapter, holds_policy, split_recipe
 
 from .. import PreferenceConfig
 from ..data.facts import plain
@@ -24,8 +24,6 @@ from .compare_samples import SampleOptions, sample_and_measure
 
 MODEL = "model_name_or_path"
 ROWS = ("dataset_name", "dataset_config", "dataset_test_split", "data_format")
-ADAPTER = "adapter_config.json"
-WEIGHTS = ("config.json", ADAPTER)
 
 
 def sample_parts(folders: Sequence[Path], runs: Sequence[Run], asked, flags: Sequence[str]) -> list[str]:
@@ -79,7 +77,7 @@ def _policy(folder: Path, run: Run) -> Path:
     """The folder of the trained policy: the run's own, or its newest checkpoint; PEFT saves a named adapter in it."""
     for path in (folder, *map(Path, filter(None, [last_checkpoint(folder)]))):
         for policy in (path, path / (run.record.get("adapter_name") or "")):
-            if any((policy / name).is_file() for name in WEIGHTS):
+            if holds_policy(policy):
                 return policy
     raise ValueError(f"--samples: {folder} holds no policy yet, nor a whole checkpoint with one.")
 
@@ -92,13 +90,13 @@ def _before(named: str, runs: Sequence[Run], trained: Sequence[Path]) -> tuple[s
         trained: the folders of the policies, one of which may have been written over the adapter.
     """
     adapters = {run.record.get("start_adapter") or "" for run in runs}
-    if (Path(named) / ADAPTER).is_file() and (config := policies.find_adapter(named)):
+    if holds_adapter(named) and (config := policies.find_adapter(named)):
         named, adapters = str(config.base_model_name_or_path), {named}
     told = " and ".join(filter(None, sorted(adapters)))
     if not told:
         return named, None, f"{named}, the model that was trained on"
     adapter = Path(told)
-    there = len(adapters) == 1 and (adapter / ADAPTER).is_file()
+    there = len(adapters) == 1 and holds_adapter(adapter)
     if there and adapter.resolve() not in [path.resolve() for path in trained]:
         return named, adapter, f"{told}, the adapter on {named} that training went on from"
     left = f"not on disk as it was, or not one for all: --{MODEL} FOLDER names it"
