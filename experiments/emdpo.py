@@ -124,7 +124,7 @@ EXPERIMENT = Experiment(
     claim="One ranking of three per annotator identifies the types, and one pair does not",
     run=run,
     seeds=tuple(range(501, 511)),
-    minutes=(200, 1),
+    minutes=200,
     settings=dict(annotators=ANNOTATORS, held=HELD, rounds=ROUNDS, epochs=EPOCHS, batch=BATCH, taste=TASTE),
     primary=Contrast("ranking of 3", "one pair", 0.4),
     secondary=(

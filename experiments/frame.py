@@ -56,7 +56,7 @@ class Experiment:
     """What is claimed, and how it is found out.
 
     Args:
-        minutes: about how long all seeds take on two cores, and the quick version.
+        minutes: about how long all seeds take on two cores; the quick version takes one.
         run: (seed, quick) -> the curve of every arm; every point holds `x` and `value`.
         settings: sizes that a result depends on; a folder of other ones is refused.
         x, value: names in the points, and what the axes say.
@@ -69,7 +69,7 @@ class Experiment:
     primary: Contrast
     secondary: tuple[Contrast, ...] = ()
     seeds: tuple[int, ...] = tuple(range(101, 111))
-    minutes: tuple[float, float] = (60, 1)
+    minutes: float = 60
     settings: dict = dataclasses.field(default_factory=dict)
     x: tuple[str, str] = ("kl", KL)
     value: tuple[str, str] = ("reward", "reward")
@@ -93,7 +93,7 @@ def main(experiment: Experiment, argv: list[str] | None = None) -> dict:
     published = not quick and set(seeds) == set(experiment.seeds)
     report = options.report or (Path("docs/results") / experiment.name if published else output / "report")
     primary = experiment.primary
-    print(f"{experiment.name}: {len(seeds)} seeds, about {experiment.minutes[quick]:g} minutes in all.")
+    print(f"{experiment.name}: {len(seeds)} seeds, about {1 if quick else experiment.minutes:g} minutes in all.")
     print(f"Primary: {primary.title}, expected {primary.expected:+.3g}.", flush=True)
     runs = []
     for seed in tqdm(seeds, desc=experiment.name, unit="seed"):

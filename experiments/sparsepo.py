@@ -9,6 +9,8 @@ tells the slot from the filler (area under the ROC curve).
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ FILLER, GOOD, BAD = 120, 8, 8  # different words
 PAIRS, STEPS, BATCH, EVERY, NOISE = 64, 50, 16, 5, 0.3
 LEARNED = {"mask": "learned", "mask_init": "dense", "mask_learning_rate": 1e-2}
 ARMS = {
-    "DPO": None,
+    "DPO": {},
     "TDPO1": {"mask": "ones"},
     "random mask": {"mask": "random"},
     "oracle mask": {"mask": "ones"},
@@ -105,19 +107,20 @@ def measuring(reference, filler: int, seed: int, samples: int):
     return measure
 
 
-def fit(
-    arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int, watch=None
-) -> list[Point]:
-    options = {"learning_rate": 3e-4, "beta": 0.3, "max_steps": steps, "per_device_train_batch_size": BATCH,
-               "seed": seed, **(ARMS[arm] or {})}  # fmt: skip
-    trainer = DPOTrainer if arm == "DPO" else OracleTrainer if arm == "oracle mask" else SparsePOTrainer
-    watch = watch or (masked if "learned" in options.values() else None)
-    return train(
-        trainer, options, copy.deepcopy(reference), rows, TOKENIZER, measure, every=EVERY, start=start, watch=watch
-    )
+def fit(arm: str, reference, rows: list[dict], measure, start: Point, seed: int, steps: int, **more) -> list[Point]:
+    options = {"learning_rate": 3e-4, "max_steps": steps, "seed": seed, **ARMS[arm]}
+    return fit_arm(arm, options, copy.deepcopy(reference), rows, TOKENIZER, measure, every=EVERY, start=start, **more)
 
 
-def masked(trainer, slot_of=is_adjective) -> Point:
+def fit_arm(arm: str, options: dict, *inputs, oracle: type[OracleTrainer] = OracleTrainer, **more) -> list[Point]:
+    """The curve of an arm, by `train`; learned masks are watched, unless something else is."""
+    trainer = {"DPO": DPOTrainer, "oracle mask": oracle}.get(arm, SparsePOTrainer)
+    watched = {"watch": partial(masked, slot_of=oracle.slot)} if options.get("mask") == "learned" else {}
+    options = {"beta": 0.3, "per_device_train_batch_size": BATCH, **options}
+    return train(trainer, options, *inputs, **watched | more)
+
+
+def masked(trainer, slot_of: Callable) -> Point:
     """How well the reward mask tells slots from filler, the share of exact zeros on filler, and its mean."""
     rows = [trainer.train_dataset[i] for i in range(BATCH)]
     values = trainer.token_values(rows)["reward_mask"]
@@ -131,7 +134,7 @@ EXPERIMENT = Experiment(
     claim="A sparse mask finds the tokens that decide the score, and spends its KL there",
     run=run,
     seeds=tuple(range(413, 425)),
-    minutes=(75, 1),
+    minutes=75,
     settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "doses": DOSES, "arms": list(ARMS)},
     primary=Contrast(SPARSE, "DPO", 0.05, AT),
     secondary=(

@@ -12,13 +12,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from trainers import DPOTrainer, SparsePOTrainer
 from trainers.generation.rewards import vader_sentiment
 
 from .frame import Contrast, Curves, Experiment, Point, main
-from .sparsepo import BATCH, NOISE, PAIRS, OracleTrainer, masked
+from .sparsepo import BATCH, NOISE, PAIRS, OracleTrainer, fit_arm
 from .stories import prompts, rating, scored_rows, story_model, tokenizer
-from .training import train
 from .worlds import sample
 
 TOKENS, STEPS, EVERY, AT = 24, 24, 4, 2.0  # the last in nats
@@ -71,11 +69,9 @@ def run(seed: int, quick: bool) -> Curves:
 
 
 def fit(arm: str, rows: list[dict], measure, start: Point, seed: int, steps: int) -> list[Point]:
-    options = {"learning_rate": 1e-4, "beta": 0.3, "max_steps": steps, "per_device_train_batch_size": BATCH,
-               "seed": seed, **ARMS[arm]}  # fmt: skip
-    trainer = {"DPO": DPOTrainer, "oracle mask": FirstWordTrainer}.get(arm, SparsePOTrainer)
-    watch = (lambda trainer: masked(trainer, first_word)) if "learned" in options.values() else None
-    return train(trainer, options, story_model(), rows, tokenizer(), measure, every=EVERY, start=start, watch=watch)
+    options = {"learning_rate": 1e-4, "max_steps": steps, "seed": seed, **ARMS[arm]}
+    return fit_arm(arm, options, story_model(), rows, tokenizer(), measure, every=EVERY, start=start,
+                   oracle=FirstWordTrainer)  # fmt: skip
 
 
 EXPERIMENT = Experiment(
@@ -83,7 +79,7 @@ EXPERIMENT = Experiment(
     claim="A sparse mask finds the word that decides the score in real text",
     run=run,
     seeds=tuple(range(431, 443)),
-    minutes=(20, 1),
+    minutes=20,
     settings={"pairs": PAIRS, "steps": STEPS, "batch": BATCH, "noise": NOISE, "tokens": TOKENS, "arms": list(ARMS)},
     primary=Contrast(SPARSE, "DPO", 0, AT),  # the pilot's mask did not tell the word from the rest
     secondary=tuple(Contrast(arm, "DPO", None, AT) for arm in ("TDPO1", "random mask", "oracle mask")),

@@ -85,7 +85,7 @@ EXPERIMENT = Experiment(
     claim="Sets of many scored responses, weighted by score, gain more reward at equal KL than the best pair",
     run=run,
     seeds=tuple(range(201, 217)),
-    minutes=(100, 1),
+    minutes=100,
     settings={"openings": OPENINGS, "steps": STEPS, "batch": BATCH, "tokens": TOKENS, "wrong": WRONG},
     primary=contrast("SWEPO absolute", "K=16", 0.06),
     secondary=(

@@ -17,9 +17,8 @@ def end_with_launcher() -> None:
     A training would go on alone, and write into its folder beside one that was told to go on there.
     """
     launcher = int(os.environ.get(LAUNCHER, 0))
-    if (
-        sys.platform == "linux" and os.getppid() == launcher
-    ):  # not so with launchers that have processes of their own in between
+    # Launchers that have processes of their own in between are left alone.
+    if sys.platform == "linux" and os.getppid() == launcher:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:
             sys.exit("The program that started this process was ended meanwhile.")

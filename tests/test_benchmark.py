@@ -34,10 +34,6 @@ def run(variant, seconds, turn=0, **changes):
     }  # fmt: skip
 
 
-def test_flops_by_hand():
-    assert ratios.shared_flops(SHAPE, GROUP) == FLOPS
-
-
 def test_share_of_the_matrix_product():
     found = ratios.figures(run("shared", 4.0), product=2.0 * FLOPS)
     assert (found["share"], found["share in the model"]) == pytest.approx((50, 100 * 4 / 3 / 2))
@@ -225,8 +221,3 @@ def test_page_has_what_a_gpu_found_and_no_try_on_a_cpu():
     assert "| 7B LoRA | ok | prompts/s | 3.5 |" in report.page(results(), {**found, "command": "benchmarks.gpu"})
     for gpu in (None, {**found, "command": "benchmarks.gpu --device cpu --quick"}):
         assert "**Not measured yet.**" in report.page(results(), gpu)
-
-
-def test_numbers_keep_their_digits():
-    shown = [report.number(value) for value in (0.02434, 0, 9.994, 12.345, 5213.4)]
-    assert shown == ["0.0243", "0", "9.99", "12.3", "5,213"]

@@ -115,13 +115,10 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "generate --model {model}": "arguments are required: --prompts",
     "generate --modle {model}": "'modle' is not known: did you mean model",
     "generate --model {model} --prompts no.jsonl --output x.jsonl --scorer x": "no file or folder 'no.jsonl'",
-    "types --bteta=3": "'bteta' is not known: did you mean beta",
     "types --beta 0": "beta=0.0 must be a finite number, above 0",
     "inspect --model {model}": "dataset_name is missing",
     "inspect no.jsonl": "no file or folder 'no.jsonl'",
     "inspect no.jsonl --output page.md": "page.md: give a name that ends in .html",
-    "inspect no.jsonl --max_row 3": "'max_row' is not known: did you mean max_rows",
-    "prepare --dataset_name no.jsonl --output x.jsonl": "no file or folder 'no.jsonl'",
 }
 
 
@@ -164,8 +161,6 @@ CONFIGS = {  # content of a recipe -> what is said of it
     "beta: 1\nbeta: 2": "the key 'beta' is there twice",
     "learning_rat: 1": "'learning_rat' is not known: did you mean learning_rate",
     "loss_type: sigmoid": "'loss_type' is not known: the loss is the trainer's",
-    "ref_model: x": "'ref_model' is not known: the reference is the model that training starts from",
-    "precompute_ref_log_probs: true": "'precompute_ref_log_probs' is not known: it is precompute_ref_logps here",
     "warmup_rat: 1": "'warmup_rat' is not known: see --help",
     "utilisation: 0.3": "utilisation is no option any more: hours .* --probe",
     "max_steps: true": "max-steps: needs a whole number, not 'true'",
