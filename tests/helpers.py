@@ -119,12 +119,12 @@ def tiny_llama(vocab_size: int, *, seed: int = 0, **kwargs) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**config))
 
 
-def tiny_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
-    """A randomly initialised Gemma 3 with a tower for images, in float32."""
+def tiny_gemma3(vocab_size: int, *, depth: int = 1) -> Gemma3ForConditionalGeneration:
+    """A randomly initialised Gemma 3 with a tower of so many layers for images, in float32."""
     size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     text = {**size, "vocab_size": vocab_size + 3, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
     config = Gemma3Config(
-        text_config=text, vision_config={**size, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        text_config=text, vision_config={**size, "num_hidden_layers": depth, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4, image_token_index=vocab_size, boi_token_index=vocab_size + 1,
         eoi_token_index=vocab_size + 2,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 import trainers
 from batches import RAGGED, make_batch
-from helpers import build_tokenizer
+from helpers import build_tokenizer, tiny_gemma3
 from trainers.cli.dry_run import estimate_of
 from trainers.data.budget import token_lengths
 from trainers.emdpo.m_step import POSTERIOR, REFERENCE, TypePolicyTrainer
@@ -196,6 +196,10 @@ def test_fed_counts_what_the_layouts_feed(piece, monkeypatch):
 def test_the_meta_device_gives_the_same_estimate(lora):
     there, meta = (Estimate(build(WIDE, lora=lora, device=device), Plan(), Training()) for device in ("cpu", "meta"))
     assert there.memory(fed(TWO, "shared")) == meta.memory(fed(TWO, "shared"))
+
+
+def test_the_layers_are_those_of_the_text_beside_a_deeper_tower_for_images():
+    assert Estimate(tiny_gemma3(100, depth=3), Plan(), Training()).layers == 2
 
 
 def states(*, plan=Plan(), lora=False, bits=None, **facts):  # noqa: B008

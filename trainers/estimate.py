@@ -155,7 +155,7 @@ class Estimate:
 
     def __init__(self, model: nn.Module, plan: Plan, run: Training, *, bits: float | None = None):
         self.plan, self.run, base = plan, run, base_model(model)
-        config, head, layers = base.config.get_text_config(), base.get_output_embeddings(), _layers(base)
+        config, head, layers = base.config.get_text_config(), base.get_output_embeddings(), _layers(base.get_decoder())
         layer, self.layers, self.hidden = layers[0], len(layers), config.hidden_size
         embedding = base.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
@@ -317,7 +317,7 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers: the longest list of modules."""
+    """The layers of a decoder: the longest list of modules."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
