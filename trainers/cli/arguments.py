@@ -6,7 +6,7 @@ from functools import cache
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from polypo.recipes import accelerate_file, shipped
 
@@ -138,6 +138,11 @@ class ModelArguments(ModelConfig):
         "elsewhere.",
         choices=["auto", "fast", "bfloat16", "float16", "float32"],
     )
+
+    @property
+    def of_trainer(self) -> dict:
+        """The keywords of a trainer that these options come to."""
+        return {"quantization_config": get_quantization_config(self), "peft_config": get_peft_config(self)}
 
 
 def set_model_options(args, model: ModelArguments, *, planned_for: str | None = None) -> None:

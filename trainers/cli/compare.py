@@ -19,7 +19,6 @@ from typing import NamedTuple
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import get_peft_config, get_quantization_config
 
 from polypo.recipes import refuse_missing
 
@@ -235,8 +234,7 @@ def measure(run: Trial, data: Data) -> dict:
         train_dataset=data.train,
         eval_dataset=data.test,
         processing_class=data.tokenizer,
-        quantization_config=get_quantization_config(run.model),
-        peft_config=get_peft_config(run.model),
+        **run.model.of_trainer,
     )
     results = {}
     if start is not None:

@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from trl import get_peft_config, get_quantization_config
 
 from .. import PreferenceConfig, PreferenceTrainer
 from ..data.budget import Lengths, batch_loader, packed_tokens, token_lengths
@@ -129,8 +128,7 @@ def measure(trainer_class, args: PreferenceConfig, model_args, tokenizer, rows, 
         clock = Clock(args.device)
         trainer = Probing(
             model_args.model_name_or_path, args=args, train_dataset=rows, processing_class=tokenizer,
-            callbacks=[clock], quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            callbacks=[clock], **model_args.of_trainer,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -10,8 +10,6 @@ import os
 import sys
 from collections.abc import Mapping
 
-from trl import get_peft_config, get_quantization_config
-
 from polypo import recipes, usage
 
 from .. import PreferenceConfig, PreferenceTrainer
@@ -38,13 +36,7 @@ def train(flags: list[str], recipe: dict) -> None:
         if args.process_index == 0:
             print(report)
         return
-    trainer_class.run(
-        args,
-        data,
-        model.model_name_or_path,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    trainer_class.run(args, data, model.model_name_or_path, **model.of_trainer)
 
 
 def parse(argv: list[str]) -> tuple[type[PreferenceTrainer], DataArguments, PreferenceConfig, ModelArguments]:

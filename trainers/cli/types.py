@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from trl import get_peft_config, get_quantization_config
 
 from .. import EMDPOTrainer
 from ..config import check_options, option
@@ -50,10 +49,7 @@ def main(argv: list[str]) -> dict:
     for types in range(1, options.max_types + 1):
         own_args = copy.copy(args)
         own_args.num_types, own_args.output_dir = types, str(folder / f"types-{types}")
-        trainer = EMDPOTrainer.run(
-            own_args, splits, model.model_name_or_path, quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )  # fmt: skip
+        trainer = EMDPOTrainer.run(own_args, splits, model.model_name_or_path, **model.of_trainer)
         assert isinstance(trainer, EMDPOTrainer)
         trainer.manifest["held_out"]["coin"] = coin(trainer)
         trainer.processes.main(partial(write_json, Path(own_args.output_dir) / "result.json", trainer.manifest))
