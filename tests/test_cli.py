@@ -116,6 +116,7 @@ MISTAKES = {  # command line -> what is said of it; {model} is there
     "generate --modle {model}": "'modle' is not known: did you mean model",
     "generate --model {model} --prompts no.jsonl --output x.jsonl --scorer x": "no file or folder 'no.jsonl'",
     "types --beta 0": "beta=0.0 must be a finite number, above 0",
+    "types --output_dir x --use_cpu true --streaming true": "streaming: annotators are held out of all rows",
     "inspect --model {model}": "dataset_name is missing",
     "inspect no.jsonl": "no file or folder 'no.jsonl'",
     "inspect no.jsonl --output page.md": "page.md: give a name that ends in .html",

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> dict:
         argv, TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments
     )
     set_model_options(args, model)
+    if data.streaming:
+        raise ValueError("streaming: annotators are held out of all rows, which are read before: leave it out.")
     rows = data.load(args, "train")
     held_out = held_out_annotators(rows["annotator"], options.held_out, args.seed)
     inside = np.array([name in held_out for name in rows["annotator"]])
