@@ -208,3 +208,6 @@ def test_the_command_line_names_what_is_wrong(inputs, tmp_path):
             config_files.read([*argv, *more], generate.GenerateArguments)
     (args,) = config_files.read([*argv, "--scorer", "x.y", "z.u=0.5"], generate.GenerateArguments)
     assert args.scorer == ["x.y", "z.u=0.5"] and args.answers is None
+    parsed = generate.parse_scorers([*args.scorer, "runs/lr=1e-5/rm", '{"judge": "u"}'])
+    weights = {"x.y": 1.0, "z.u": 0.5, "runs/lr=1e-5/rm": 1.0}
+    assert parsed == [*({"spec": name, "weight": weight} for name, weight in weights.items()), {"judge": "u"}]

@@ -107,15 +107,19 @@ def parse_scorers(specs: list | None) -> list[dict]:
     """`NAME`, `NAME=weight`, JSON or mappings -> the dicts `load_scorer` takes.
 
     Raises:
-        ValueError: a weight that is no number, what is no JSON.
+        ValueError: JSON that cannot be read.
     """
     return [_named(spec) if isinstance(spec, str) else spec for spec in specs or []]
 
 
 def _named(spec: str) -> dict:
-    own = as_mapping(spec)
+    if (own := as_mapping(spec)) != {"spec": spec}:
+        return own
     name, _, last = spec.rpartition("=")
-    return own if own != {"spec": spec} else {"spec": name or last, "weight": float(last) if name else 1.0}
+    try:
+        return {"spec": name or last, "weight": float(last) if name else 1.0}
+    except ValueError:  # the name of a folder may have such a sign
+        return {"spec": spec, "weight": 1.0}
 
 
 def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
