@@ -5,7 +5,7 @@ import ast
 import importlib.util
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,8 +91,9 @@ def command(name: str) -> str:
 
 
 def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", about: str | None = None) -> str:
+    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=119)
     own = {"usage": usage, "description": about, "epilog": rest}
-    parser = argparse.ArgumentParser(**own, add_help=False, formatter_class=_formatter)
+    parser = argparse.ArgumentParser(**own, add_help=False, formatter_class=shape)
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for name, (kind, default, told) in group.items():
@@ -100,10 +101,6 @@ def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", ab
             told = " ".join(told.split()).replace("%", "%%") + shown
             section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=told)
     return parser.format_help()
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=119)
 
 
 # Reading source.

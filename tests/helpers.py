@@ -147,6 +147,17 @@ def flags(**options) -> list[str]:
     return [str(part) for name, parts in values.items() for part in (f"--{name}", *parts)]
 
 
+def launch(inputs: Path, output: Path, **options) -> None:
+    """`polypo train` in this process, with the `model` and the `rows.jsonl` of a folder."""
+    from trainers.cli import train  # which takes seconds
+
+    common = {
+        "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
+        "output_dir": output, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    train.main(flags(**common | options))
+
+
 def vectors(name: str) -> dict[str, dict]:
     """The hand-worked cases of tests/vectors/NAME.json by their id."""
     content = json.loads((Path(__file__).parent / f"vectors/{name}.json").read_text())

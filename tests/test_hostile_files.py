@@ -6,15 +6,16 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from helpers import flags, save_start
+import helpers
+from helpers import save_start
 from test_trainer import rows as make_rows
-from trainers.cli import train
 from trainers.data import load_preferences
 from trainers.forward.policy import load_policy
 from trainers.generation.start import load_start
@@ -134,12 +135,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def launch(inputs, output, **changes):
-    options = {
-        "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
-        "output_dir": output, "use_cpu": True, "report_to": "none", "max_steps": 1, "disable_tqdm": True, **changes,
-    }  # fmt: skip
-    train.main(flags(**options))
+launch = partial(helpers.launch, max_steps=1)
 
 
 @pytest.mark.parametrize("wanted", ["absent", "file", "empty", "a\x00b", "maybe"])

@@ -7,13 +7,12 @@ import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from helpers import flags, save_start
+from helpers import launch, save_start
 from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli.arguments import ModelArguments, set_model_options
 from trainers.cli.dry_run import plan_batches
 from trainers.cli.probe import GIB, LONGEST, TYPICAL, Measured, advise, choose_batches, fed_tokens
-from trainers.cli.train import main
 from trainers.data.budget import packed_tokens
 
 # Of 60 rows, one is much longer than all others.
@@ -97,11 +96,9 @@ def test_advice_to_recompute_nothing_and_to_cut_the_longest_row(folder):
     assert cut == f"max_length: 14 would cut 2 responses and needs about {6 + 4 * 22 / 84:.2f} of 40.00 GiB."
 
 
-def launch(folder, out, **changes):
-    common = {"trainer": "SWEPOTrainer", "model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl",
-              "output_dir": out, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2,
-              "max_steps": 3, "seed": 3, "disable_tqdm": True, "learning_rate": 0.01}  # fmt: skip
-    main(flags(**common | changes))
+def run(folder, out, **changes):
+    options = {"per_device_train_batch_size": 2, "max_steps": 3, "seed": 3, "learning_rate": 0.01}
+    launch(folder, out, **options | changes)
 
 
 SGPO = {"trainer": "SGPOTrainer", "sft_target_source": "best", "preference_split": "train[10:]",
@@ -123,16 +120,16 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 def test_every_method_is_probed_and_nothing_stays(changes, told, folder, tmp_path, capsys):
     if "sft_target_source" in changes:
         changes = changes | {"dataset_name": folder / "answers.jsonl"}
-    launch(folder, tmp_path / "out", ref_cache_dir=tmp_path / "cache", probe=True, **changes)
+    run(folder, tmp_path / "out", ref_cache_dir=tmp_path / "cache", probe=True, **changes)
     report = capsys.readouterr().out
     assert told in report and "GiB at the peak" in report and "typical batches" in report
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_after_a_probe_is_the_run_without_it(folder, tmp_path):
-    launch(folder, tmp_path / "before")
-    launch(folder, tmp_path / "after", probe=True)
-    launch(folder, tmp_path / "after")
+    run(folder, tmp_path / "before")
+    run(folder, tmp_path / "after", probe=True)
+    run(folder, tmp_path / "after")
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
@@ -150,6 +147,6 @@ class Columns(SWEPOTrainer):
 def test_a_method_with_columns_of_its_own_is_probed(folder, tmp_path, capsys):
     dataset = Dataset.from_list([row | {"factor": 2.0} for row in rows(8)])
     dataset.to_json(tmp_path / "rows.jsonl")
-    launch(folder, tmp_path / "out", probe=True, eval_on_start=True, trainer="test_probe.Columns",
+    run(folder, tmp_path / "out", probe=True, eval_on_start=True, trainer="test_probe.Columns",
            dataset_name=tmp_path / "rows.jsonl")  # fmt: skip
     assert "GiB at the peak" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from helpers import flags, save_start
+from helpers import flags, launch, save_start
 from test_trainer import rows
 from trainers import SWEPOTrainer
 from trainers.cli import train
@@ -29,13 +29,9 @@ def inputs(tmp_path_factory):
 
 
 def run(inputs, output, **changes):
-    options = {
-        "trainer": "SWEPOTrainer", "model_name_or_path": inputs / "model", "dataset_name": inputs / "rows.jsonl",
-        "dataset_test_split": "train[:4]", "output_dir": output, "use_cpu": True, "report_to": "none",
-        "per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1,
-        "logging_steps": 1, "disable_tqdm": True, "learning_rate": 0.01, **changes,
-    }  # fmt: skip
-    train.main(flags(**options))
+    options = {"dataset_test_split": "train[:4]", "per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 1,
+               "save_strategy": "steps", "logging_steps": 1, "learning_rate": 0.01}  # fmt: skip
+    launch(inputs, output, **options | changes)
 
 
 def contents(folder):
