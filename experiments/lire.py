@@ -11,9 +11,9 @@ where each round samples from the policy as it is then ("fresh"), against the sa
 from trainers import DPOTrainer, LIRETrainer
 
 from .frame import Contrast, Curves, Experiment, main
-from .stories import TOKENS, measuring, prompts, scored_rows, sentiment, story_model, tokenizer
+from .stories import TOKENS, measuring, prompts, sentiment, story_model, tokenizer
 from .training import train
-from .worlds import sample
+from .worlds import sample, scored_rows
 
 OPENINGS, STEPS, BATCH = 24, 15, 6
 EVOLVE = {"openings": 96, "samples": 8, "rounds": 4, "steps": 6, "batch": 16}

@@ -20,7 +20,7 @@ from trainers import DPOTrainer, SparsePOTrainer
 
 from .frame import Contrast, Curves, Experiment, Point, main
 from .training import train
-from .worlds import exact_kl, pretrain, sample, word_model, word_tokenizer
+from .worlds import exact_kl, pretrain, sample, scored_rows, word_model, word_tokenizer
 
 FILLER, GOOD, BAD = 120, 8, 8  # different words
 PAIRS, STEPS, BATCH, EVERY, NOISE = 64, 50, 16, 5, 0.3
@@ -89,11 +89,11 @@ def pretrained(seed: int, filler: int, texts: int = 20_000, steps: int = 400):
 
 def preferences(reference, filler: int, seed: int) -> list[dict]:
     """Pairs of the reference's samples, scored by the number of good adjectives with noise."""
-    drawn, _ = sample(reference, [[ASK]] * PAIRS, 2, filler + 2, seed)
+    asked = [[ASK]] * PAIRS
+    drawn, _ = sample(reference, asked, 2, filler + 2, seed)
     good = ((drawn >= FIRST_GOOD) & (drawn < FIRST_BAD)).sum(-1).numpy()
     scores = good + np.random.default_rng(seed).normal(0, NOISE, good.shape)
-    return [{"prompt_ids": [ASK], "response_ids": pair.tolist(), "scores": values.tolist()}
-            for pair, values in zip(drawn, scores, strict=True)]  # fmt: skip
+    return scored_rows(asked, drawn, scores)
 
 
 def measuring(reference, filler: int, seed: int, samples: int):

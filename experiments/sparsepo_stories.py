@@ -16,8 +16,8 @@ from trainers.generation.rewards import vader_sentiment
 
 from .frame import Contrast, Curves, Experiment, Point, main
 from .sparsepo import BATCH, NOISE, PAIRS, OracleTrainer, fit_arm
-from .stories import prompts, rating, scored_rows, story_model, tokenizer
-from .worlds import sample
+from .stories import prompts, rating, story_model, tokenizer
+from .worlds import sample, scored_rows
 
 TOKENS, STEPS, EVERY, AT = 24, 24, 4, 2.0  # the last in nats
 OPENINGS = (

@@ -63,14 +63,6 @@ def sentiment(samples: torch.Tensor) -> np.ndarray:
     return np.reshape(vader_sentiment([None] * len(texts), texts), samples.shape[:2])
 
 
-def scored_rows(questions: list[list[int]], samples: torch.Tensor, scores: np.ndarray) -> list[dict]:
-    """Tokenised rows of all samples and scores."""
-    return [
-        {"prompt_ids": question, "response_ids": row.tolist(), "scores": values.tolist()}
-        for question, row, values in zip(questions, samples, scores, strict=True)
-    ]
-
-
 def measuring(reference, seed: int, *, openings: int = 32, samples: int = 8):
     """`rating` of the sentiment of samples on held-out openings, which are those of the seed."""
     return rating(reference, prompts("test", openings, seed), seed, sentiment, samples, TOKENS)

@@ -12,9 +12,9 @@ import numpy as np
 from trainers import DPOTrainer, InfoNCATrainer, SWEPOTrainer
 
 from .frame import Contrast, Curves, Experiment, main
-from .stories import TOKENS, measuring, prompts, scored_rows, sentiment, story_model, tokenizer
+from .stories import TOKENS, measuring, prompts, sentiment, story_model, tokenizer
 from .training import train
-from .worlds import sample
+from .worlds import sample, scored_rows
 
 OPENINGS, STEPS, BATCH = 24, 18, 6
 WRONG = 0.1

@@ -7,8 +7,9 @@ the responses above the mean is added.
 """
 
 from .frame import Contrast, Curves, Experiment, main
-from .stories import TOKENS, scored_rows
+from .stories import TOKENS
 from .swepo import AT, BATCH, OPENINGS, STEPS, fit, world
+from .worlds import scored_rows
 
 WEIGHTS = (0.0, 0.1, 1.0)
 NONE, LIGHT, HEAVY = (f"sft_weight {weight:g}" for weight in WEIGHTS)

@@ -70,6 +70,14 @@ def sample(policy, prompts: list[list[int]], count: int, tokens: int, seed: int)
     return drawn.sequences[:, -tokens:].reshape(shape), torch.stack(drawn.logits, 1).reshape(*shape, -1)
 
 
+def scored_rows(questions: list[list[int]], samples: torch.Tensor, scores: np.ndarray) -> list[dict]:
+    """Tokenised rows of all samples and scores."""
+    return [
+        {"prompt_ids": question, "response_ids": row.tolist(), "scores": values.tolist()}
+        for question, row, values in zip(questions, samples, scores, strict=True)
+    ]
+
+
 @torch.no_grad()
 def exact_kl(logits: torch.Tensor, reference, prompts: list[list[int]], samples: torch.Tensor) -> np.ndarray:
     """(P,count) KL(policy || reference) along each sample: the sum over positions of that of the next-token laws.
