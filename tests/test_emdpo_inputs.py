@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from emdpo_runs import LORA, em, em_config, groups, opposed_rows, quick_collection, same, trained, weights  # noqa: F401
-from trainers.emdpo import init
+from trainers.emdpo import EMDPOTrainer, init
 from trainers.emdpo.mixture import match_types
 from trainers.emdpo.rounds import EM, Round
 from trainers.emdpo.tables import read_annotators
@@ -54,6 +54,8 @@ def test_rows_that_em_cannot_use_are_named(tmp_path, start):
     ):
         with pytest.raises(ValueError, match=word):
             em(tmp_path, start, data)
+    with pytest.raises(ValueError, match="train_dataset is missing"):
+        EMDPOTrainer(str(start), args=em_config(tmp_path))
     with pytest.raises(ValueError, match="num_types=9 is more than the"):
         em(tmp_path, start, rows, num_types=9)
     for table, word in (

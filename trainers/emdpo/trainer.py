@@ -74,6 +74,8 @@ class EMDPOTrainer(TypePolicyTrainer):
         if isinstance(eval_dataset, dict):
             raise ValueError("eval_dataset must be one data set of held-out annotators, not a dict.")
         refuse_stream(train_dataset, "EM-DPO")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: EM-DPO looks for the types of its annotators.")
         super().__init__(
             model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
             processing_class=processing_class, quantization_config=quantization_config, peft_config=peft_config,
