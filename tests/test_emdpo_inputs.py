@@ -115,7 +115,8 @@ def test_a_fall_of_the_likelihood_is_warned_of(tmp_path, score_on, first):
     said = []
     owner = SimpleNamespace(owner=np.zeros(4, int))
     args = em_config(tmp_path, score_on=score_on)
-    run = EM(SimpleNamespace(args=args, processes=None, judged=owner, held_out=None, warn=said.append))
+    trainer = SimpleNamespace(args=args, processes=None, judged=owner, held_out=None, warn=said.append)
+    run = EM(trainer, np.ones((1, 2)))
     for levels in ([-3, -2, -1], [-3, -1, -2]):
         manifests = [{"log_likelihood_per_annotator": level} for level in first + levels]
         run._warn_of_a_fall([Round(tmp_path, np.ones((1, 2)), manifest) for manifest in manifests])

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Annotators:
         Raises:
             ValueError: there is no such column, or a row names no annotator.
         """
-        column = list(dataset["annotator"]) if "annotator" in dataset.column_names else [None]
+        column = dataset["annotator"][:] if "annotator" in dataset.column_names else [None]
         if None in column:
             raise ValueError(
                 f"{label} has no column 'annotator' that says of every row who judged it: row {column.index(None)} is "
@@ -57,11 +58,11 @@ class Judged:
     def of(cls, dataset: Dataset, top_q: int | None, label: str) -> "Judged":
         """Raises ValueError where nobody is named, or where no row says who was best."""
         annotators = Annotators.of(dataset, label)
-        kept = np.flatnonzero(usable(list(dataset["scores"]), top_q))
+        kept = np.flatnonzero(usable(dataset["scores"][:], top_q))
         if not len(kept):
             raise ValueError(f"no row of {label} says who was best: the best scores of each row tie.")
         rows = dataset.select(kept)
-        weights = np.asarray(rows["weight"], float) if "weight" in rows.column_names else np.ones(len(rows))
+        weights = np.asarray(rows["weight"][:], float) if "weight" in rows.column_names else np.ones(len(rows))
         return cls(rows, Annotators(annotators.names, annotators.owner[kept]), weights, len(dataset) - len(kept))
 
     @property
@@ -82,7 +83,7 @@ class Judged:
     def log_likelihood(self, logps: list[list[float]], *, beta: float, top: int | None) -> np.ndarray:
         """(J,) log-likelihood, in float64, of each row's ranking under a policy with these log-probabilities, times
         the row's weight."""
-        scores, mask = _pad(list(self.rows["scores"]))
+        scores, mask = _pad(self.rows["scores"][:])
         assert self.reference is not None
         rewards = beta * (_pad(logps)[0] - _pad(self.reference)[0])
         return self.weights * ranking_logps(rewards, scores, mask, top=top).numpy()
@@ -107,6 +108,8 @@ def halves(owner: np.ndarray, seed: int) -> np.ndarray:
 
 def _pad(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
     """(J,K) values in float64, and which slots hold one."""
-    values = [torch.tensor(row, dtype=torch.float64) for row in rows]
     sizes = torch.tensor([len(row) for row in rows])
-    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True), torch.arange(int(sizes.max())) < sizes[:, None]
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    values = torch.zeros(mask.shape, dtype=torch.float64)
+    values[mask] = torch.tensor([*chain.from_iterable(rows)], dtype=torch.float64)  # at once, which is fast
+    return values, mask

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet
 from datasets import Dataset
 from scipy.cluster.vq import ClusterError, kmeans2
+from scipy.linalg import eigh
 from scipy.sparse import csr_matrix
 
 from .annotators import Annotators, Judged
@@ -71,9 +72,9 @@ def agreement(rows: Dataset, annotators: Annotators, types: int, random: np.rand
     # Norms over the shared pairs only: |x_i| where j voted too.
     norm = np.sqrt(np.maximum((squares @ seen.T).toarray() * (seen @ squares.T).toarray(), 1e-12))
     matrix = (centred @ centred.T).toarray() / norm
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    leading = np.argsort(-values)[: max(1, types - 1)]
-    return _clusters(vectors[:, leading] * np.sqrt(np.maximum(values[leading], 0)), types, random)
+    size = len(matrix)
+    values, vectors = eigh((matrix + matrix.T) / 2, subset_by_index=[size - (types - 1), size - 1])
+    return _clusters(vectors * np.sqrt(np.maximum(values, 0)), types, random)
 
 
 def kmeans(rows: Dataset, annotators: Annotators, types: int, random: np.random.Generator) -> np.ndarray:
@@ -134,14 +135,14 @@ def _votes(rows: Dataset, annotators: Annotators) -> csr_matrix:
     """(N, pairs of responses): +1 or -1 for who won, an explicit 0 for ties; repeated votes are averaged."""
     columns: dict[tuple, int] = {}
     votes = defaultdict(list)
-    own = rows.select_columns(["prompt_ids", "response_ids", "scores"])
-    for owner, row in zip(annotators.owner, own, strict=True):
-        prompt, texts = tuple(row["prompt_ids"]), [tuple(ids) for ids in row["response_ids"]]
+    own = (rows[name][:] for name in ("prompt_ids", "response_ids", "scores"))
+    for owner, prompt_ids, response_ids, scores in zip(annotators.owner, *own, strict=True):
+        prompt, texts = tuple(prompt_ids), [*map(tuple, response_ids)]
         for a in range(len(texts)):
             for b in range(a + 1, len(texts)):
                 first, second = sorted((a, b), key=lambda k: texts[k])
                 column = columns.setdefault((prompt, texts[first], texts[second]), len(columns))
-                votes[owner, column].append(np.sign(row["scores"][first] - row["scores"][second]))
+                votes[owner, column].append(np.sign(scores[first] - scores[second]))
     index = np.array(list(votes)).reshape(-1, 2).T
     data = [float(np.mean(values)) for values in votes.values()]
     return csr_matrix((data, (index[0], index[1])), shape=(len(annotators), len(columns)))

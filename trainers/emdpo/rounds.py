@@ -52,9 +52,13 @@ class Round(NamedTuple):
 
 
 class EM:
-    """The rounds of an `EMDPOTrainer`, which trains, scores, logs and warns; `run` does what is not done yet."""
+    """The rounds of an `EMDPOTrainer`, which trains, scores, logs and warns; `run` does what is not done yet.
 
-    def __init__(self, trainer):
+    `guess` (N,T) is the first guess of the first restart.
+    """
+
+    def __init__(self, trainer, guess: np.ndarray):
+        self.guess = guess
         self.trainer, self.args, self.processes = trainer, trainer.args, trainer.processes
         self.folder, self.types = Path(self.args.output_dir), self.args.num_types
         self.rows, self.held_out = trainer.judged, trainer.held_out
@@ -95,7 +99,7 @@ class EM:
 
     def _start(self, restart: int, path: Path) -> np.ndarray:
         def write() -> None:
-            gamma = first_guess(self.args, self.rows, restart)
+            gamma = first_guess(self.args, self.rows, restart) if restart else self.guess
             path.parent.mkdir(parents=True, exist_ok=True)
             write_annotators(path, self.rows.annotators.names, self.rows.items(), gamma)
 

@@ -122,7 +122,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         """
         refuse_checkpoint(resume_from_checkpoint)
         folder = Path(self.args.output_dir)
-        first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
+        guess = first_guess(self.args, self.judged)  # what is wrong with it shall be said before anything is written
         self.processes.say(f"First guess of the types: {kind_of_guess(self.args, self.judged)}.")
         self._save_start(folder / tables.START)
         Stage(folder, self._whole_settings(), settings_name="emdpo.json").open()
@@ -134,7 +134,7 @@ class EMDPOTrainer(TypePolicyTrainer):
         for judged, logps in zip(parts, reference, strict=True):
             judged.reference = logps
         self._ref_model = None
-        runs, rounds = EM(self).run()
+        runs, rounds = EM(self, guess).run()
         _, self.posterior, self.manifest = rounds[-1]
         self.policies = rounds[-1].policies
         self.processes.main(lambda: self._publish(folder, runs, rounds))
