@@ -113,7 +113,12 @@ def test_the_table_compares_every_aggregate():
     few = compare(gains[..., :4], names, shares, resamples=20)
     assert few["interval"] is None and "low" not in few["table"]["uniform mixture"]
     said = {"samples": {}, "settings": {"num_generations": 2, "max_new_tokens": 6}}
-    assert "No intervals: 4 prompts" in aggregate.table(few | said)
+    assert "No intervals: 4 prompts" in aggregate.table(few | said) and "No type regrets" not in aggregate.table(
+        few | said
+    )
+    # A policy that went so far that another type's log-ratios favour it over that type's own.
+    far = compare(gains + np.array([[0, 9, 0], [0, 0, 0]])[..., None], names, shares, resamples=10)
+    assert far["mixture"] == [0, 1] and "No type regrets the answers of type-1," in aggregate.table(far | said)
 
 
 # The command.

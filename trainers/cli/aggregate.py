@@ -156,6 +156,14 @@ def caption(report: dict) -> list[str]:
         lines.append(f"The min-max weights minimise the largest regret after the factors: {terms}.")
     if note := about_intervals(report["prompts"], "prompts"):
         lines.append(note)
+    types = range(len(report["mixture"]))
+    favourites = [f"type-{k}" for k in types if max(row[k] for row in report["regret"]) <= 0]
+    if favourites and len(types) > 1:
+        lines.append(
+            f"No type regrets the answers of {', '.join(favourites)}, so the weights say little. Policies that hardly "
+            "differ give that, and policies that no longer write like their reference: look at samples, and train the "
+            "types once more from the reference (docs/emdpo.md)."
+        )
     worst = {name: report["table"][name]["max"] for name in (DISTILLED, BASE) if name in report["table"]}
     if len(worst) == 2 and worst[DISTILLED] >= worst[BASE]:
         lines.append(
