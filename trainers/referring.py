@@ -48,10 +48,9 @@ class ReferringTrainer(MeasuringTrainer):
             self._restore_reference(checkpoint)
 
     def release(self) -> None:
-        """Ends the engines of policy and reference: another training can follow in this process."""
         if self.reference is not None:
             self.reference.release()
-        self.accelerator.free_memory()
+        super().release()
 
     def precompute_reference(self) -> None:
         """Score the rows that the cache lacks, check some that it has, and let go of the reference if it is a copy.

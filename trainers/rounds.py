@@ -38,9 +38,9 @@ from .generation.sampler import plain_prompt
 from .generation.scorer import check_scorer, compared_scorer
 from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
-from .runs.checkpoints import STATE, last_checkpoint
+from .runs.checkpoints import STATE
 from .runs.files import read_json, read_rows, write_json, write_rows
-from .runs.processes import Processes, refuse_partial_weights, share_engine
+from .runs.processes import Processes, share_engine
 from .runs.settings import policy_settings, run_settings
 from .runs.stage import Stage, train_into
 from .statistics import bootstrap_interval
@@ -147,11 +147,7 @@ class Rounds:
             peft_config=self.peft_config if start is None else None,
             processing_class=load_tokenizer(policy),
         )
-        trainer.left_out[:0] = self.left_out
-        trainer.start_adapter = trainer.start_adapter and str(start)  # which the trainer got as a model
-        refuse_partial_weights(trainer.accelerator, "the next round")
-        trainer.train_and_save(last_checkpoint(folder), self.dataset)
-        trainer.release()
+        trainer.train_stage(start, self.dataset, self.left_out, "the next round")
 
     def _round(self, index: int, rewards: list) -> dict:
         """Does what is missing of a round, and adds the rewards of its policy; returns the manifest."""

@@ -32,6 +32,7 @@ from .runs.checkpoints import (
     refuse_other_run,
 )
 from .runs.files import read_json
+from .runs.processes import refuse_partial_weights
 from .runs.record import write_record
 from .runs.settings import adapter_settings, run_settings
 from .streaming import StreamingTrainer
@@ -127,6 +128,25 @@ class RunningTrainer(StreamingTrainer):
         self.create_model_card(dataset=dataset)
         if self.args.push_to_hub:
             self.push_to_hub(dataset=dataset)
+
+    def train_stage(self, start: Path | None, dataset, left_out, then: str) -> None:
+        """`train_and_save` as one training of several, from its last whole checkpoint on, and lets go of the model.
+
+        Args:
+            start: where the policy was read from, which the trainer got loaded.
+            dataset: name of the data.
+            left_out: what reading the data left out, for the record.
+            then: what reads the policy from disk, for the error of an engine that would leave no whole weights there.
+        """
+        self.left_out[:0] = left_out
+        self.start_adapter = self.start_adapter and str(start)
+        refuse_partial_weights(self.accelerator, then)
+        self.train_and_save(last_checkpoint(self.args.output_dir), dataset)
+        self.release()
+
+    def release(self) -> None:
+        """Ends the engine: another training can follow in this process."""
+        self.accelerator.free_memory()
 
     def begin(self, checkpoint: str | None) -> None:
         """What is done before the first step of a training, which goes on from `checkpoint` if there is one."""

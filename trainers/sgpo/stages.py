@@ -33,9 +33,9 @@ from ..generation.collect import collect_scores
 from ..generation.rewards import as_completion
 from ..generation.scorer import compared_scorer
 from ..generation.start import load_start
-from ..runs.checkpoints import STATE, last_checkpoint
+from ..runs.checkpoints import STATE
 from ..runs.files import read_json, read_rows, write_rows
-from ..runs.processes import Processes, refuse_partial_weights, share_engine
+from ..runs.processes import Processes, share_engine
 from ..runs.settings import model_fingerprint, policy_settings, run_settings
 from ..runs.stage import Stage, train_into
 from ..statistics import bootstrap_interval
@@ -249,11 +249,7 @@ class Run:
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
             )
-            trainer.left_out[:0] = self.left_out
-            trainer.start_adapter = trainer.start_adapter and str(start)  # which the trainer got as a model
-            refuse_partial_weights(trainer.accelerator, "the next stage")
-            trainer.train_and_save(last_checkpoint(training), self.dataset)
-            trainer.release()
+            trainer.train_stage(start, self.dataset, self.left_out, "the next stage")
 
         train_into(folder / MODEL, train)
         state = read_json(folder / MODEL / STATE)
@@ -347,17 +343,14 @@ class Run:
         before = self.at("gate", 0) / "before"
         rows = self.sampler.draw(before, self.rows.held_out, "answer", self.start(0), "sampling", 0)
         counts |= self._held_out(folder, "improver", self.at("improver", index), rows)
-        return counts | self._over_greedy(folder, index)
-
-    def _over_greedy(self, folder: Path, index: int) -> dict:
-        """Improved answers against the most likely plain ones, which teach a model without any improver."""
         if self.args.scorer is None:
-            return {}
+            return counts
+        # And against the most likely plain answers, which teach a model without any improver.
         model, rows = self.at("improver", index) / MODEL, read_rows(folder / "improver.jsonl.gz")
         rows = self.sampler.draw(folder / "greedy", rows, "greedy", model, "sampling", 0, greedy=True)
         self._write(folder / "greedy.jsonl.gz", rows)
         usable = [row | {"rejected": row["greedy"]} for row in rows if row["greedy"] is not None]
-        return self._scores(folder, "over_greedy", usable)
+        return counts | self._scores(folder, "over_greedy", usable)
 
     def _measure(self, index: int, folder: Path) -> dict:
         rows = read_rows(self.at("gate", index) / "improver.jsonl.gz")
