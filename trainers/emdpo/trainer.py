@@ -89,7 +89,9 @@ class EMDPOTrainer(TypePolicyTrainer):
         self._init_kwargs, self._quantization_config = self.args.model_init_kwargs, quantization_config
         self._ref_model, self._peft_config, self._callbacks = ref_model, peft_config, callbacks
         self.processes = Processes()
-        self._refuse_unsupported()
+        refuse_partial_weights(self.accelerator, self.method)
+        if is_deepspeed_zero3_enabled() and self._name is None:
+            raise ValueError("Under ZeRO-3 each M-step reads the policy from its path: pass the model as a path.")
         parts = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         self.parts = {name: Judged.of(rows, self.args.top_q, name) for name, rows in parts.items() if rows}
         self.judged, self.held_out = self.parts["train_dataset"], self.parts.get("eval_dataset")
@@ -302,9 +304,3 @@ class EMDPOTrainer(TypePolicyTrainer):
     def warn(self, text: str) -> None:
         if self.args.process_index == 0:
             logger.warning(text)
-
-    def _refuse_unsupported(self) -> None:
-        """Raises ValueError for what EM cannot do under this engine."""
-        refuse_partial_weights(self.accelerator, self.method)
-        if is_deepspeed_zero3_enabled() and self._name is None:
-            raise ValueError("Under ZeRO-3 each M-step reads the policy from its path: pass the model as a path.")

@@ -76,9 +76,9 @@ class MaskHeads(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return {name: head(states) for name, head in self.heads.items()}
 
-    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the heads, or the given state of them, to `folder`."""
-        state = {name: value.detach().cpu().contiguous() for name, value in (state or self.state_dict()).items()}
+    def save(self, folder: str | Path, state: Mapping[str, Tensor]) -> None:
+        """Write a state of the heads to `folder`."""
+        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(state, Path(folder) / FILE, metadata={"settings": json.dumps(self.shape)})
 
     @classmethod
