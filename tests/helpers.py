@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -163,6 +164,12 @@ def vectors(name: str) -> dict[str, dict]:
     content = json.loads((Path(__file__).parent / f"vectors/{name}.json").read_text())
     assert content["tolerance"].items() >= TOLERANCE.items()
     return {case["id"]: case for case in content["cases"]}
+
+
+def cases_of(name: str, function: str):
+    """Parametrises a test by the hand-worked cases of a function in tests/vectors/NAME.json."""
+    cases = [case for case in vectors(name).values() if case["function"] == function]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case["id"])
 
 
 def close(found, expected, dtype="float64") -> None:

@@ -100,19 +100,6 @@ def test_normalisation_of_the_weighted_loss(tmp_path, start, name):
         close(gradient[: len(want)], want, "float32")
 
 
-@pytest.mark.parametrize("normalize", ["batch", "posterior"])
-def test_micro_batches_do_not_change_an_m_step(tmp_path, start, normalize):
-    found = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        trainer = trained(
-            tmp_path / f"{batch}", start, opposed_rows(items=4)[:16], normalize=normalize, optim="sgd", rounds=1,
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=0.1,
-        )  # fmt: skip
-        found.append(weights(trainer.policies[0]))
-    same(found[1], found[0], rtol=1e-4, atol=1e-6)
-    assert max(float((found[0][n] - v).abs().max()) for n, v in weights(start).items()) > 1e-3
-
-
 @pytest.mark.parametrize("peft", [False, True])
 def test_one_policy_is_in_memory_at_a_time(tmp_path, start, peft):
     alive = []

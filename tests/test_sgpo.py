@@ -2,23 +2,20 @@
 
 import math
 import random
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import close, vectors
+from helpers import cases_of, close
 from trainers.sgpo import filters, sgpo_loss
 from trainers.sgpo.filters import fault, filter_statistic, iqr_fences, iqr_keep, meta_text
 from trainers.sgpo.monitor import distinct_n, edit_distance, edit_metrics, round_metrics
 from trainers.sgpo.text import BLOCKS, MARKER, free_marker, improver_prompt, parse_revision, reviser_prompt
 
-
-def cases(function):
-    found = [case for case in vectors("sgpo").values() if case["function"] == function]
-    return pytest.mark.parametrize("case", found, ids=lambda case: case["id"])
+cases = partial(cases_of, "sgpo")
 
 
 # The loss.
