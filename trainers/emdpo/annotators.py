@@ -100,8 +100,8 @@ def halves(owner: np.ndarray, seed: int) -> np.ndarray:
     Which half gets an odd row is random too, so that annotators with one row lie in both.
     """
     random, out = np.random.default_rng((seed, 1)), np.empty(len(owner), dtype=np.int64)
-    for annotator in range(int(owner.max()) + 1):
-        rows = random.permutation(np.flatnonzero(owner == annotator))
+    for own in np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1]):
+        rows = random.permutation(own)
         out[rows] = (np.arange(len(rows)) + random.integers(2)) % 2
     return out
 
