@@ -2,22 +2,18 @@
 
 import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 import transformers
 
-from distributed_matrix import torchrun
-from processes import die_after
+import processes
+from helpers import leave_processes
 from sgpo_rows import SAMPLING, command, counts, finished_run, history, rows, same, weights
 from trainers.cli import train
 from trainers.forward import cache
 from trainers.runs import files
 from trainers.runs.stage import Stage
 from trainers.sgpo.stages import STAGES
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,61 +26,42 @@ def finished(tmp_path_factory):
     return finished_run(tmp_path_factory.getbasetemp())[1]
 
 
-def run_and_die(argv, patch):
-    """Runs the launcher in a forked process that kills itself with signal 9."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)
-        try:
-            patch()
-            train.main(argv)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-
-
-def in_journal(part):
-    def patch():
-        files.append_records = die_after(files.append_records, 1, lambda path, _: part in str(path))
-
-    return patch
-
-
-def in_training():
-    transformers.Trainer.training_step = die_after(transformers.Trainer.training_step, 3)
-
-
-def in_filter():
-    cache.WRITE_EVERY, cache._write = 1, die_after(cache._write, 1)
-
-
-def before_manifest(name):
-    def patch():
+def die_and_train(argv, stage, where):
+    """Train until the process kills itself: in a training, among scores or samples, or before a stage has ended."""
+    if where == "training":
+        transformers.Trainer.training_step = processes.die_after(transformers.Trainer.training_step, 3)
+    elif where == "scores":
+        cache.WRITE_EVERY, cache._write = 1, processes.die_after(cache._write, 1)
+    elif where == "manifest":
         finish = Stage.finish
 
         def wrapped(self, **content):
-            if self.folder.name == name:
+            if self.folder.name == stage:
                 os.kill(os.getpid(), signal.SIGKILL)
             finish(self, **content)
 
         Stage.finish = wrapped
+    else:
+        files.append_records = processes.die_after(files.append_records, 1, lambda path, _: where in str(path))
+    train.main(argv)
 
-    return patch
+
+def train_and_leave(argv):
+    train.main(argv)
+    leave_processes()
 
 
 def test_survives_kill_9_in_every_stage(inputs, finished, tmp_path):
     argv = command(inputs, tmp_path)
     kills = [
-        ("sft", in_training), ("current", in_journal("current/samples")), ("targets", in_journal("targets/samples")),
-        ("filter", in_filter), ("filter", before_manifest("filter")), ("improver", in_training),
-        ("improver", before_manifest("improver")), ("pairs", in_journal("pairs/rejected")),
-        ("pairs", in_journal("pairs/chosen")), ("gate", in_journal("gate/before")),
-        ("gate", in_journal("improver-scores")), ("dpo", in_training),
-        ("measure", in_journal("measure/policy/rejected")), ("measure", in_journal("policy-scores")),
+        ("sft", "training"), ("current", "current/samples"), ("targets", "targets/samples"), ("filter", "scores"),
+        ("filter", "manifest"), ("improver", "training"), ("improver", "manifest"), ("pairs", "pairs/rejected"),
+        ("pairs", "pairs/chosen"), ("gate", "gate/before"), ("gate", "improver-scores"), ("dpo", "training"),
+        ("measure", "measure/policy/rejected"), ("measure", "policy-scores"),
     ]  # fmt: skip
-    for stage, patch in kills:
-        run_and_die(argv, patch)
+    for stage, where in kills:
+        codes, output = processes.run(die_and_train, argv, stage, where)
+        assert codes == [-signal.SIGKILL], output
         done = [name for name in STAGES if (tmp_path / "round-00" / name / "manifest.json").exists()]
         assert done == list(STAGES[: STAGES.index(stage)])
         for journal in tmp_path.glob(f"round-00/{stage}/**/*.jsonl"):
@@ -115,15 +92,8 @@ def test_two_processes_make_the_same_data(inputs, tmp_path):
     """Samples, targets and filter do not depend on the number of processes; training sees other batches."""
     single, double = tmp_path / "single", tmp_path / "double"
     train.main(command(inputs, single, sft=None))
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import sys\nfrom trainers.cli import train\nfrom helpers import leave_processes\n"
-        "train.main(sys.argv[1:])\nleave_processes()\n"
-    )
-    launch = [*torchrun(), str(worker), *command(inputs, double, sft=None)]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    done = subprocess.run(launch, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = processes.run(train_and_leave, command(inputs, double, sft=None), count=2)
+    assert codes == [0, 0], output
     for name in ("current", "targets", "filter"):
         assert rows(double, name) == rows(single, name)
     journals = [double / f"round-00/current/samples/samples-0000{rank}.jsonl" for rank in (0, 1)]
