@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 from transformers import TrainerCallback
 
 from helpers import tiny_llama
-from test_trainer import config, rows, signal_rows, trainer
+from test_trainer import config, logged, rows, signal_rows, trainer
 from trainers import EMDPOTrainer, SWEPOTrainer
 from trainers.data import PreferenceCollator
 
@@ -24,10 +24,6 @@ class ByLength(PreferenceCollator):
     def __call__(self, rows):
         batch = super().__call__(rows)
         return batch | {"weight": batch["response_mask"][:, 0].sum(-1).float()}
-
-
-def losses(t):
-    return [log["loss"] for log in t.state.log_history if "loss" in log]
 
 
 @pytest.mark.parametrize("fields", [
@@ -44,11 +40,11 @@ def test_a_collator_that_adds_weights_trains_as_rows_that_hold_them(tmp_path, to
         t = trainer(tmp_path, tokenizer, data=data, eval_data=data, data_collator=collator, **fields)
         before = t.evaluate()["eval_loss"]
         t.train()
-        found.append([before, *losses(t), t.evaluate()["eval_loss"]])
+        found.append([before, *logged(t), t.evaluate()["eval_loss"]])
     assert t.data_collator is collator and found[1] == pytest.approx(found[0], abs=1e-6)  # cached values are rounded
     other = trainer(tmp_path, tokenizer, data=rows(24), eval_data=rows(24), **fields)
     other.train()
-    assert max(abs(a - b) for a, b in zip(losses(other), found[0][1:-1], strict=True)) > 1e-4
+    assert max(abs(a - b) for a, b in zip(logged(other), found[0][1:-1], strict=True)) > 1e-4
 
 
 def test_the_reference_is_cached_for_the_rows_and_not_for_what_a_collator_makes_of_them(tmp_path, tokenizer):
@@ -169,7 +165,7 @@ def test_the_example_of_the_page_runs(tmp_path, tokenizer):
     scope = {}
     exec(compile(script, "python.md", "exec"), scope)
     t = scope["trainer"]
-    assert len(losses(t)) == 3 and 0 <= t.evaluate()["eval_first_is_best"] <= 1
+    assert len(logged(t)) == 3 and 0 <= t.evaluate()["eval_first_is_best"] <= 1
     assert isinstance(t._get_train_sampler(), WeightedRandomSampler)
 
 
@@ -214,7 +210,7 @@ def test_rows_are_those_that_an_own_sampler_draws(tmp_path, tokenizer, cls):
     in_order = trainer(tmp_path, tokenizer, data=[data[i] for i in (6, 1, 1, 4, 0, 5)],
                        train_sampling_strategy="sequential", **fields)  # fmt: skip
     in_order.train()
-    assert losses(t) == losses(in_order) and len(losses(t)) == seen.length == 3
+    assert logged(t) == logged(in_order) and len(logged(t)) == seen.length == 3
 
 
 def test_a_sampler_that_draws_nothing_is_an_error(tmp_path, tokenizer):

@@ -150,18 +150,6 @@ def test_which_responses_were_cut_comes_through_files_and_goes_no_further(tmp_pa
         tokenize_row(turns, tokenizer)
 
 
-def test_truncation_is_per_response_and_counted():
-    tokenizer = build_tokenizer()
-    full = tokenize_row(PLAIN, tokenizer)
-    p, lengths = len(full["prompt_ids"]), [len(ids) for ids in full["response_ids"]]
-    room = min(lengths)
-    assert max(lengths) > room
-    dataset, report = tokenize_dataset(as_dataset(PLAIN), tokenizer, max_length=p + room)
-    assert dataset[0]["prompt_ids"] == full["prompt_ids"]
-    assert dataset[0]["response_ids"] == [ids[:room] for ids in full["response_ids"]]
-    assert report.notes == {"responses truncated to fit max_length": sum(n > room for n in lengths)}
-
-
 def test_prompt_that_fills_the_window_is_dropped_and_one_token_less_is_kept():
     tokenizer = build_tokenizer()
     p = len(tokenize_row(PLAIN, tokenizer)["prompt_ids"])

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trl import LogCompletionsCallback, RichProgressCallback
 
 from helpers import family_tokenizer, save_start, tiny_llama
-from test_trainer import LORA, config, rows, trainer
+from test_trainer import LORA, config, logged, rows, trainer
 from trainers import SWEPOConfig, SWEPOTrainer
 from trainers.cli import train
 from trainers.config import COMPILES
@@ -39,10 +39,6 @@ def chat_pairs(n=8):
     ]  # fmt: skip
 
 
-def losses(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
 # Data, models, callbacks.
 
 
@@ -62,11 +58,11 @@ def test_trl_pairs_a_peft_model_trl_callbacks_and_tensorboard(data, tmp_path, ca
     steps, prompts, texts = zip(*completions.table, strict=True)
     assert steps == ("1",) * 3 + ("2",) * 3 and all(isinstance(text, str) for text in texts)
     assert all(row["prompt"].strip() in prompt for row, prompt in zip(pairs(3) * 2, prompts, strict=True))
-    assert losses(t)[1] != pytest.approx(losses(t)[0], abs=1e-6)
+    assert logged(t)[1] != pytest.approx(logged(t)[0], abs=1e-6)
     assert "100%" in capsys.readouterr().out  # of the progress bar
     [events] = tmp_path.rglob("events.out.tfevents*")
     found = EventAccumulator(str(events)).Reload()
-    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(losses(t))
+    assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(logged(t))
     assert len(found.Scalars("eval/rewards/margins")) == 2
 
 
@@ -122,7 +118,7 @@ def test_two_lines_of_a_trl_script_make_it_swepo(inputs, tmp_path):
     assert [t.state.global_step for t in found] == [2, 2]
     assert max(len(row) for row in found[1].train_dataset["scores"]) > 2
     for t in found:
-        assert losses(t)[0] != pytest.approx(losses(t)[1], abs=1e-6)
+        assert logged(t)[0] != pytest.approx(logged(t)[1], abs=1e-6)
 
 
 TRL_FILE = {
@@ -165,7 +161,7 @@ def test_fields_that_must_change_no_number(options, common, tmp_path, tokenizer)
     for changes in ({}, options):
         t = trainer(tmp_path, tokenizer, **common, **changes)
         t.train()
-        seen.append(losses(t))
+        seen.append(logged(t))
     assert seen[1] == pytest.approx(seen[0], rel=1e-5)
 
 

@@ -275,20 +275,19 @@ def token_stream(
     columns: tuple[str, ...],
     **options,
 ) -> TokenStream:
-    """The stream of a training; `options` are those of `tokenize_dataset`."""
-    check_stream_options(args)
+    """The stream of a training; `options` are those of `tokenize_dataset`.
+
+    Raises:
+        ValueError: an option of the training that a stream cannot follow.
+    """
+    for name, (follows, fix) in REFUSED.items():
+        if not follows(args):
+            raise ValueError(f"With a stream {name}={getattr(args, name)!r} {fix}")
     seed = args.seed if args.data_seed is None else args.data_seed
     mixed = args.train_sampling_strategy != "sequential"
     return TokenStream(
         source, tokenizer, columns=columns, buffer=args.stream_buffer, mixed=mixed, seed=seed, **options
     )
-
-
-def check_stream_options(args: PreferenceConfig) -> None:
-    """Raises ValueError for an option that a stream cannot follow."""
-    for name, (follows, fix) in REFUSED.items():
-        if not follows(args):
-            raise ValueError(f"With a stream {name}={getattr(args, name)!r} {fix}")
 
 
 def refuse_stream(rows, who: str) -> None:
