@@ -99,11 +99,18 @@ def test_half_a_character_is_an_error_that_names_the_row(prompt):
         read([{**GOOD, "prompt": prompt}])
 
 
-def test_a_column_that_comes_late_is_named():
-    with pytest.raises(ValueError, match="row 1100: column 'note' is not in the rows before it; give it in every row"):
-        read([*[GOOD] * 1100, {**GOOD, "note": "x"}])
-    with pytest.raises(ValueError, match="row 1100: 'note' is the str '7', unlike in the rows before it"):
-        read([*[{**GOOD, "note": 7}] * 1100, {**GOOD, "note": "7"}])
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ({}, {"note": "x"}, "column 'note' is not in the rows before it; give it in every row"),
+        ({"note": 7}, {"note": "7"}, "'note' is the str '7', unlike in the rows before it"),
+        ({"note": 1.5}, {"note": 2**60 + 1}, "'note' is the int 1152921504606846977, unlike"),  # a float rounds it
+        ({"note": 1}, {"note": 2**64}, "'note' is the int 18446744073709551616, unlike"),
+    ],
+)
+def test_a_column_that_comes_or_changes_late_is_named(first, last, message):
+    with pytest.raises(ValueError, match=f"row 1100: {message}"):
+        read([*[GOOD | first] * 1100, GOOD | last])
 
 
 # The layouts of the hub: every column of a good row, replaced by values of another type.

@@ -49,8 +49,8 @@ def test_numbers_may_be_whole_at_first_and_values_missing(tmp_path):
 
 
 VALUES = [
-    (1.5, True), ({"a": [1.5]}, {"a": [False]}), (2**60 + 1, 1.5), (7, "007"), (1, 2.5), (2**64 - 1, None),
-    ("2024-01-01", "x"), ([1], [0.1 + 0.2]), ("a", ["a"]),
+    (1.5, True), ({"a": [1.5]}, {"a": [False]}), (2**60 + 1, 1.5), (1.5, 2**60 + 1), (7, "007"), (1, 2.5),
+    (2**64 - 1, None), ("2024-01-01", "x"), ([1], [0.1 + 0.2]), ("a", ["a"]),
 ]  # fmt: skip
 
 
@@ -91,8 +91,6 @@ def test_the_files_of_a_folder_may_differ_in_what_loses_nothing(tmp_path):
     found = load_preferences(tmp_path)
     assert found["scores"][:] == [[1.0, 0.0], [0.5, 0.25]] and found["annotator"][:] == [None, "z"]
     assert load_preferences(tmp_path, split="train[1:]")["annotator"][:] == ["z"]
-    with pytest.raises(ValueError, match=r"unknown split 'tset' of .*; give one of \['train'\]"):
-        load_preferences(tmp_path, split="tset")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -123,7 +121,7 @@ def test_slices_of_a_saved_data_set(tmp_path):
     assert load_preferences(tmp_path / "one", split="train[:2]")["prompt"][:] == ["0", "1"]
     assert load_preferences(tmp_path / "two", split="train[90%:]+test")["prompt"][:] == ["9", "9"]
     for name, split in (("one", "test"), ("one", "trian"), ("two", "trian")):
-        with pytest.raises(ValueError, match=f"unknown split '{split}' of '{name}'"):
+        with pytest.raises(ValueError, match=f"unknown split '{split}' of '{name}'; give one of .*'train'"):
             load_preferences(tmp_path / name, split=split)
 
 

@@ -5,7 +5,7 @@ responses, the adapter is a generator function instead: it reads the rows one af
 rows. Both raise (a generator yields) `Drop(reason)` for what they leave out.
 
 The columns of the result have one fixed type each: texts, or JSON for messages, and float64 for scores. Further
-columns keep the type that they have in a table; those of an adapter get one of `column_type`.
+columns keep the type that they have in a table; those of JSON or an adapter get one of `column_type`.
 """
 
 import inspect
@@ -31,7 +31,7 @@ from .drops import (
     split_off_drops,
     without_format,
 )
-from .json_rows import column_type, rows_in, rows_of, types_of, undecoded
+from .json_rows import EXACT, column_type, is_json, rows_in, rows_of, types_of, undecoded
 from .rows import NO_WEIGHT, TEMPLATE, UNFINISHED, Row, checked_row, describe, unpadded
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,15 @@ logger = logging.getLogger(__name__)
 Adapter = Callable[[Row], Row | None] | Callable[[Iterable[Row]], Iterator[Row | Drop]]
 Result = tuple[Row | None, list[str]]  # the row to keep or None, and what was left out of it
 
-SAMPLE = 1024  # kept rows from which the columns are taken that an adapter gives
+SAMPLE = 1024  # kept rows from which the columns of JSON or an adapter are taken
 FIXED = {"weight": Value("float64"), UNFINISHED: List(Value("bool")), **dict.fromkeys(TEMPLATE, Json())}
-KINDS = {"string": str, "large_string": str, "bool": bool, "int64": int, "float64": int | float}
+CHECKED = {"responses", "scores", *FIXED}  # whose types the check of a row sees to
+KINDS: dict[str, Any] = {"string": str, "large_string": str, "bool": bool, "int64": (), "float64": float}
+WHOLE = {"int64": range(-(2**63), 2**63), "float64": range(-EXACT, EXACT + 1)}  # whole numbers that fit
+
+
+class Misfit(ValueError):
+    """A row does not fit the columns that were taken from the first rows."""
 
 
 def canonicalize(
@@ -69,32 +75,45 @@ def canonicalize(
         raise ValueError("the dataset has no rows.")
     dataset = without_format(dataset)
     options: dict[str, Any] = {"adapter": adapter, "invalid": invalid, "as_chat": as_chat}
+    is_text = adapter is None and is_json(dataset)
+    try:  # most files are of one kind, and a pass over all of their values takes long
+        mapped = _mapped(dataset, {} if is_text or adapter else dataset.features, num_proc, options)
+    except Misfit:
+        if not is_text:
+            raise
+        mapped = _mapped(dataset, types_of(dataset), num_proc, options)
+    kept, report = split_off_drops(mapped)
+    report.source_rows = len(dataset) if inspect.isgeneratorfunction(adapter) else None
+    return kept, report
+
+
+def _mapped(dataset: Dataset, known: dict[str, Any], num_proc: int | None, options: dict[str, Any]) -> Dataset:
+    """All rows, with the columns of `COUNTED`.
+
+    Raises:
+        Misfit: a row goes neither with the first ones nor with the types in `known`.
+    """
     sample = Reading(rows_of(dataset), dataset.features)
-    columns = row_features(_results(sample, **options), types_of(dataset) if adapter is None else {})
-    options |= {"columns": columns, "code": source_digest(adapter)}
+    columns = row_features(_results(sample, **options), known)
     features = Features({**columns, **COUNTED})
-    grouped = inspect.isgeneratorfunction(adapter)
-    if grouped:
+    options = {"columns": columns, "code": source_digest(options["adapter"]), **options}
+    if inspect.isgeneratorfunction(options["adapter"]):
         try:
             keywords = {"dataset": dataset, **options}
-            mapped = Dataset.from_generator(_counted_groups, features=features, gen_kwargs=keywords)
+            return Dataset.from_generator(_counted_groups, features=features, gen_kwargs=keywords)
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
-    else:
-        shards = min(num_proc or 1, len(dataset))
-        mapped = undecoded(dataset).map(
-            _counted_batch,
-            with_indices=True,
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=features,
-            num_proc=shards if shards > 1 else None,
-            fn_kwargs={"source": dict(dataset.features), **options},
-            desc="Reading",
-        )
-    kept, report = split_off_drops(mapped)
-    report.source_rows = len(dataset) if grouped else None
-    return kept, report
+    shards = min(num_proc or 1, len(dataset))
+    return undecoded(dataset).map(
+        _counted_batch,
+        with_indices=True,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        num_proc=shards if shards > 1 else None,
+        fn_kwargs={"source": dict(dataset.features), **options},
+        desc="Reading",
+    )
 
 
 def canonical_stream(
@@ -205,7 +224,7 @@ def _results(
     pending: list[str] = []
     row: Row | None
     for source in (_groups if grouped else _adapted)(rows, adapter):
-        where = _where(rows, adapter)
+        where = _where(rows, grouped)
         if isinstance(source, Drop):
             row, reasons = None, [f"{source.kind if grouped else 'row'}: {source}"]
         else:
@@ -230,7 +249,7 @@ def _adapted(rows: Reading, adapter: Callable | None) -> Iterator[Row | Drop]:
         except Drop as drop:
             row = drop
         except Exception as error:
-            raise _explained(error, rows, adapter) from error
+            raise _explained(error, rows, adapter, grouped=False) from error
         yield Drop(f"left out by {_name(adapter)}") if row is None else row
 
 
@@ -238,17 +257,16 @@ def _groups(rows: Reading, adapter) -> Iterator[Row | Drop]:
     try:
         yield from adapter(iter(rows))
     except Exception as error:
-        raise _explained(error, rows, adapter) from error
+        raise _explained(error, rows, adapter, grouped=True) from error
 
 
-def _where(rows: Reading, adapter: Callable | None) -> str:
-    row = f"row {rows.count - 1}"
-    return f"the group that was read up to {row}" if inspect.isgeneratorfunction(adapter) else row
+def _where(rows: Reading, grouped: bool) -> str:
+    return f"{'the group that was read up to ' if grouped else ''}row {rows.count - 1}"
 
 
-def _explained(error: Exception, rows: Reading, adapter: Callable | None) -> Exception:
+def _explained(error: Exception, rows: Reading, adapter: Callable | None, grouped: bool) -> Exception:
     """The error of an adapter with the row and, as far as it is known, the field."""
-    where = _where(rows, adapter)
+    where = _where(rows, grouped)
     if isinstance(error, KeyError):
         return ValueError(f"{where}: no field {error} for this data_format; found columns {sorted(rows.last)}.")
     if isinstance(error, ValueError):
@@ -307,10 +325,11 @@ def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:
         ValueError: a value does not fit the type of its column, which `datasets` would turn into another value.
     """
     if new := sorted(row.keys() - columns.keys()):
-        raise ValueError(f"{where}: column {new[0]!r} is not in the rows before it; give it in every row.")
-    for name, value in row.items():
-        if name not in FIXED and not _fits(value, columns[name], name):
-            raise ValueError(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")
+        raise Misfit(f"{where}: column {new[0]!r} is not in the rows before it; give it in every row.")
+    for name in row.keys() - CHECKED:
+        value, kind = row[name], columns[name]
+        if not (isinstance(value, list) if name == "prompt" and isinstance(kind, Json) else _fits(value, kind)):
+            raise Misfit(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")
     return {name: as_json(row.get(name), kind) for name, kind in columns.items()}
 
 
@@ -319,12 +338,11 @@ def as_json(value: Any, kind: Any) -> Any:
     return json.dumps(value) if isinstance(kind, Json) and value is not None else value
 
 
-def _fits(value: Any, kind: Any, name: str) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     if value is None:
         return True
     if isinstance(kind, List):
-        return isinstance(value, list) and all(_fits(item, kind.feature, "") for item in value)
-    if isinstance(kind, Json):
-        return name not in ("prompt", "responses") or isinstance(value, list)
-    expected = KINDS.get(kind.dtype, object) if isinstance(kind, Value) else object
-    return isinstance(value, expected) and (expected in (bool, object) or not isinstance(value, bool))
+        return isinstance(value, list) and all(_fits(item, kind.feature) for item in value)
+    if not isinstance(kind, Value) or kind.dtype not in KINDS:
+        return True
+    return value in WHOLE.get(kind.dtype, ()) if type(value) is int else isinstance(value, KINDS[kind.dtype])

@@ -44,16 +44,18 @@ def json_stream(paths: Sequence[Path]) -> IterableDataset:
     return IterableDataset.from_generator(_rows, gen_kwargs={"paths": list(map(str, paths))})  # a shard each
 
 
+def is_json(rows: Dataset | IterableDataset) -> bool:
+    """Whether it is a table of `json_table`."""
+    return rows.column_names == [TEXT]
+
+
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:
     """The columns of a data set; JSON has those of its first row."""
-    names = rows.column_names
-    return sorted(next(iter(rows), {})) if names in (None, [TEXT]) else names
+    return sorted(next(iter(rows), {})) if rows.column_names is None or is_json(rows) else rows.column_names
 
 
 def types_of(rows: Dataset) -> dict[str, Any]:
-    """The types of the columns of a data set; JSON has those that `column_type` gives all of its values."""
-    if rows.column_names != [TEXT]:
-        return rows.features
+    """The types that `column_type` gives the columns of JSON, by all of their values."""
     kinds: dict[str, Kinds] = {}
     for row in rows_of(rows):
         for name, value in row.items():
@@ -76,7 +78,7 @@ def rows_in(batch: Mapping[str, list]) -> Iterator[dict[str, Any]]:
 
 def undecoded(dataset: Dataset) -> Dataset:
     """The texts of JSON rows in place of the rows: a batch of rows would give all of them the same columns."""
-    return dataset.with_format(None) if dataset.column_names == [TEXT] else dataset
+    return dataset.with_format(None) if is_json(dataset) else dataset
 
 
 @contextmanager

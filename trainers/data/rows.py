@@ -30,7 +30,7 @@ UNFINISHED = "unfinished_responses"  # column: which of the K responses stopped 
 TRAINED = "assistant_masks"  # column of tokenised rows: which response tokens are trained on, None for all
 MIN_RESPONSES = 2
 NO_WEIGHT = "weight is missing or not finite"
-NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+NOT_TEXT = {"image", "images", "video", "videos", "audio", "audios"}
 ASKED = ("question", "instruction", "input", "query", "system", "history", "messages", "conversation", "conversations")
 LARGEST_SCORE = float(np.finfo(np.float32).max)  # batches hold scores in float32
 
@@ -89,8 +89,8 @@ def to_canonical(row: Row) -> Row:
     if row.get(UNFINISHED) is not None:
         unfinished(row)
     out |= {name: _template_option(row[name], name) for name in TEMPLATE if name in row}
-    for name in NOT_TEXT:
-        if row.get(name) is not None and row[name] != []:
+    for name in NOT_TEXT & row.keys():
+        if row[name] is not None and row[name] != []:
             raise ValueError(f"{name!r} cannot be used: only text is trained on. Leave such rows out, or the column.")
     return out
 
@@ -184,9 +184,9 @@ def score_fault(score: float | None) -> str | None:
     """Why a score cannot be used."""
     if score is None or math.isnan(score):
         return "missing score"
-    if math.isinf(score):
-        return "infinite score"
-    return "score too large for float32" if abs(score) > LARGEST_SCORE else None
+    if abs(score) <= LARGEST_SCORE:
+        return None
+    return "infinite score" if math.isinf(score) else "score too large for float32"
 
 
 def _fault(response: str | list[dict] | None, score: float | None) -> str | None:
@@ -287,7 +287,7 @@ def describe(value) -> str:
 def _as_list(value, name: str) -> list:
     if value is None:
         return []
-    if isinstance(value, list | Iterable) and not isinstance(value, str | dict):
+    if isinstance(value, Iterable) and not isinstance(value, str | dict):
         return list(value)
     raise ValueError(f"{name!r} is {describe(value)}; give a list with one item per response.")
 
