@@ -30,14 +30,12 @@ def test_scores():
         "percentiles": {0: -1, 25: 1, 50: 1, 75: 2, 100: 5},
         "spread": {0: 0, 25: 0, 50: 2, 75: 6, 100: 6},
         "distinct": 5,
-        "histogram": [[-1, -1, 1], [0, 0, 1], [1, 1, 3], [2, 2, 3], [5, 5, 1]],
         "rows_all_tied": 1,
         "rows_best_tied": 1,
         "pairs": 3 + 6 + 1,
         "pairs_tied": 3 + 3,
     }
     assert facts.score_facts([[1e30, -1e30]] * 2)["spread"][100] == 2e30
-    assert facts.score_facts([range(40)])["histogram"] == [[b * 1.95, (b + 1) * 1.95, 2] for b in range(20)]
 
 
 def test_length_and_score():

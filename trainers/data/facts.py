@@ -23,7 +23,6 @@ from .json_rows import digest
 from .rows import Row, trained_tokens
 
 PERCENTILES = (50, 90, 95, 99, 100)
-BARS = 20
 END = 8  # tokens at the end of a response among which the one is that ends it: templates write a line break after it
 KANA = "CJK and kana"
 OF_SCRIPT = {"CJK": KANA, "HIRAGANA": KANA, "KATAKANA": KANA}  # that one language mixes
@@ -85,23 +84,12 @@ def score_facts(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     return {
         "percentiles": dict(zip((0, 25, 50, 75, 100), percentiles(flat, (0, 25, 50, 75, 100)), strict=True)),
         "distinct": len(np.unique(flat)),
-        "histogram": histogram(flat),
         "spread": dict(zip((0, 25, 50, 75, 100), percentiles(spread, (0, 25, 50, 75, 100)), strict=True)),
         "rows_all_tied": int((spread == 0).sum()),
         "rows_best_tied": sum(len(row) > 1 and bool(row[-1] > 1) for row in counts),
         "pairs": pairs,
         "pairs_tied": sum(int((row * (row - 1) // 2).sum()) for row in counts),
     }
-
-
-def histogram(values: np.ndarray) -> list[list[float]]:
-    """[low, high, count] of bars between the lowest and the highest value, or of each value where there are few."""
-    different, counts = np.unique(values, return_counts=True)
-    edges = [different, different]
-    if len(different) > BARS:
-        counts, bounds = np.histogram(values, BARS)
-        edges = [bounds[:-1], bounds[1:]]
-    return np.stack([*edges, counts], axis=1).tolist()
 
 
 def length_facts(lengths: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
