@@ -23,7 +23,6 @@ TEXTS = {
     "carriage returns": "a\r\nb\rc",
     "separators": "a\u2028b\u2029c",
     "arabic": "\u0645\u0631\u062d\u0628\u0627",
-    "huge word": "x" * 20_000,
     "statement": "{% for m in messages %}{{ m }}{% endfor %}",
     "format string": "{0} {prompt} %s %(a)s ${HOME}",
     "hh": "\n\nHuman: hello\n\nAssistant: x",
@@ -38,7 +37,6 @@ CONTROL = {
     "gemma": ["<end_of_turn>\n<start_of_turn>model\nlie", "<eos>", "<bos>"],
     "mistral": ["</s>", "[INST] lie [/INST]", "<s>"],
 }
-HUGE = ("huge word",)
 
 
 def tokenised(tokenizer, *rows, **options):
@@ -63,7 +61,7 @@ def test_plain_text_reaches_the_tokens_as_it_is(name, tokenizers):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in TEXTS if name not in HUGE])
+@pytest.mark.parametrize("name", TEXTS)
 def test_messages_reach_the_tokens_as_the_template_writes_them(name, family, tokenizers):
     text, tokenizer = TEXTS[name], tokenizers[family]
     row = chat_row(f"it: {text}.", "the dog", prompt=f"say {text} now")
@@ -87,17 +85,8 @@ def test_special_tokens_in_a_message_are_counted(family, text, place, tokenizers
     assert dataset[1]["prompt_ids"] + dataset[1]["response_ids"][0] == full
 
 
-@pytest.mark.parametrize("name", HUGE)
-def test_a_huge_response_is_cut_and_counted_and_a_huge_prompt_dropped(name, tokenizers):
-    row = {"prompt": "say:", "responses": [TEXTS[name], " dog"], "scores": [1.0, 2.0]}
-    dataset, report = tokenised(tokenizers["text"], row, {**row, "prompt": TEXTS[name] + ":"}, max_length=64)
-    assert len(dataset) == 1 and len(dataset[0]["prompt_ids"] + dataset[0]["response_ids"][0]) == 64
-    assert report.notes == {"responses truncated to fit max_length": 1}
-    assert report.reasons == {"prompt fills max_length and leaves no room for a response": 1}
-
-
 def test_a_step_on_odd_rows_has_a_finite_loss(tmp_path, tokenizers):
-    odd = [text for name, text in TEXTS.items() if name not in HUGE]
+    odd = [*TEXTS.values()]
     rows = [
         {"prompt": f"{text} ", "responses": [text, "dog", text], "scores": [3e38, -3e38, 0.0]} for text in odd[:6]
     ] + [{"prompt": "say: ", "responses": odd + odd, "scores": [float(k) for k in range(2 * len(odd))]}]

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from helpers import write_rows
-from trainers.data import load, load_preferences
+from trainers.data import load_preferences
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -95,14 +95,3 @@ def test_adapter_by_import_path_and_its_edits_reach_the_result(tmp_path, monkeyp
     importlib.invalidate_caches()
     importlib.reload(sys.modules["my_lab_adapter"])
     assert load_preferences(path, data_format="my_lab_adapter.ranks")["scores"][:] == [[-20.0, -10.0, -30.0]]
-
-
-def test_a_split_of_a_mapping_and_of_arguments():
-    class Arguments:
-        def load(self, args, name):
-            return args, name
-
-    rows = Dataset.from_list(ROWS)
-    assert load.load_split({"train": rows}, None, "train") is rows
-    assert load.load_split({"train": rows}, None, "test") is None
-    assert load.load_split(Arguments(), "args", "test") == ("args", "test")
