@@ -88,11 +88,7 @@ def canonicalize(
 
 
 def _mapped(dataset: Dataset, known: dict[str, Any], num_proc: int | None, options: dict[str, Any]) -> Dataset:
-    """All rows, with the columns of `COUNTED`.
-
-    Raises:
-        Misfit: a row goes neither with the first ones nor with the types in `known`.
-    """
+    """All rows, with the columns of `COUNTED`; Misfit if one goes neither with the first ones nor with `known`."""
     sample = Reading(rows_of(dataset), dataset.features)
     columns = row_features(_results(sample, **options), known)
     features = Features({**columns, **COUNTED})

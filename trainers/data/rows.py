@@ -84,8 +84,11 @@ def to_canonical(row: Row) -> Row:
         out = chat_row(out)
     if "weight" in row:
         out["weight"] = _number(row["weight"], "weight")
-    if row.get("annotator") is not None:
-        checked_annotator(row["annotator"])
+    annotator = row.get("annotator")
+    if annotator is not None and (isinstance(annotator, bool) or not isinstance(annotator, str | Integral)):
+        raise ValueError(f"'annotator' is {describe(annotator)}; give a str or an int.")
+    if isinstance(annotator, str) and not annotator.strip():
+        raise ValueError("'annotator' is blank; name who judged, or give null where nobody knows.")
     if row.get(UNFINISHED) is not None:
         unfinished(row)
     out |= {name: _template_option(row[name], name) for name in TEMPLATE if name in row}
@@ -93,14 +96,6 @@ def to_canonical(row: Row) -> Row:
         if row[name] is not None and row[name] != []:
             raise ValueError(f"{name!r} cannot be used: only text is trained on. Leave such rows out, or the column.")
     return out
-
-
-def checked_annotator(value) -> None:
-    """The name of who judged: text that is not blank, or an integer; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, str | Integral):
-        raise ValueError(f"'annotator' is {describe(value)}; give a str or an int.")
-    if isinstance(value, str) and not value.strip():
-        raise ValueError("'annotator' is blank; name who judged, or give null where nobody knows.")
 
 
 def unfinished(row: Row) -> list[bool]:
