@@ -34,6 +34,11 @@ def run(variant, seconds, turn=0, **changes):
     }  # fmt: skip
 
 
+def test_numbers_keep_their_digits():
+    shown = [report.number(value) for value in (0.02434, 0, 9.994, 12.345, 5213.4)]
+    assert shown == ["0.0243", "0", "9.99", "12.3", "5,213"]
+
+
 def test_share_of_the_matrix_product():
     found = ratios.figures(run("shared", 4.0), product=2.0 * FLOPS)
     assert (found["share"], found["share in the model"]) == pytest.approx((50, 100 * 4 / 3 / 2))

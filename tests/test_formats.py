@@ -27,6 +27,16 @@ def test_exact_rows_and_drops_by_reason(name):
     assert report.source_rows == (len(source) if name in ("helpsteer2", "prism", "oasst1") else None)
 
 
+def test_aspect_ratings_need_no_overall_score_beside_them():
+    source, expected, *_ = CASES["ultrafeedback_fine_grained"]
+    rows = [
+        row | {"completions": [{k: v for k, v in c.items() if k != "overall_score"} for c in row["completions"]]}
+        for row in source
+    ]
+    dataset, _ = canonicalize(Dataset.from_list(rows), FORMATS["ultrafeedback_fine_grained"].adapter)
+    assert dataset.to_list() == expected
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_files_and_streams_give_the_same_rows_and_auto_says_what_it_recognised(name, tmp_path, caplog):
     source, expected, dropped, responses_dropped = CASES[name]

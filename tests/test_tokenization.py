@@ -283,15 +283,18 @@ def test_rows_in_a_batch_are_those_of_rows_alone(tmp_path):
     assert firsts[0].endswith("1") and firsts[1].endswith("True")
 
 
-def test_rows_are_tokenised_as_the_tokenizer_does_it_whatever_it_did_before():
-    class Lower(PreTrainedTokenizerFast):
-        def __call__(self, text, **options):
-            return super().__call__([some.lower() for some in text], **options)
+@pytest.mark.parametrize("method", ["__call__", "_encode_plus"])
+def test_rows_are_tokenised_as_the_tokenizer_does_it_whatever_it_did_before(method):
+    original = getattr(PreTrainedTokenizerFast, method)
 
+    def lower(self, text, *arguments, **options):
+        return original(self, [some.lower() for some in text], *arguments, **options)
+
+    Lower = type("Lower", (PreTrainedTokenizerFast,), {method: lower})
     plain, used = build_tokenizer(), build_tokenizer()
     used(["used", "before this"], padding=True, truncation=True, max_length=2)
     own = Lower(tokenizer_object=plain.backend_tokenizer, **plain.special_tokens_map)
-    upper = PLAIN | {"responses": [text.upper() for text in PLAIN["responses"]]}
+    upper = PLAIN | {"prompt": PLAIN["prompt"].upper(), "responses": [text.upper() for text in PLAIN["responses"]]}
     assert tokenize_row(PLAIN, plain) == tokenize_row(PLAIN, used)
     assert tokenize_row(upper, own)["response_ids"] == tokenize_row(PLAIN, plain)["response_ids"]
 

@@ -60,10 +60,12 @@ def token_ids(tokenizer, texts: list[str], *, add_special_tokens: bool = False) 
     """What `tokenizer(texts)` gives; nobody asks where the tokens stand, which takes a quarter of its time."""
     options = {"add_special_tokens": add_special_tokens}
     own = type(tokenizer).__call__ is not PreTrainedTokenizerBase.__call__
-    if own or not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return tokenizer(texts, verbose=False, **options)["input_ids"]
-    first = tokenizer(texts[:1], verbose=False, **options)["input_ids"]  # now the backend neither truncates nor pads
-    return first + [some.ids for some in tokenizer.backend_tokenizer.encode_batch_fast(texts[1:], **options)]
+    if not own and isinstance(tokenizer, PreTrainedTokenizerFast):
+        first = tokenizer(texts[:1], verbose=False, **options)["input_ids"]  # then the backend cuts and pads nothing
+        ids = [some.ids for some in tokenizer.backend_tokenizer.encode_batch_fast(texts, **options)]
+        if ids[:1] == first:  # a class may change texts further inside
+            return ids
+    return tokenizer(texts, verbose=False, **options)["input_ids"]
 
 
 def text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
