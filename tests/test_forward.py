@@ -26,7 +26,7 @@ from transformers import (
 from batches import RAGGED, make_alike, make_batch, own_logps, real_responses, with_holes
 from trainers.forward import head, tree
 from trainers.forward.attention import flex_mask
-from trainers.forward.layout import lay_out
+from trainers.forward.layout import count_tokens, lay_out
 from trainers.forward.run import Runner, check_first_batch, prepare_forward, run, sliding_window
 
 VOCAB = 61
@@ -329,7 +329,9 @@ def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window(monkeypat
     for batch, window, shares in (
         (long_prompt, None, True), (long_prompt, 35, True), (long_prompt, 34, False), (no_prompt, None, False)
     ):  # fmt: skip
-        assert (lay_out(batch, "auto", window).branches is not None) == shares
+        inputs = lay_out(batch, "auto", window)
+        assert (inputs.branches is not None) == shares
+        assert count_tokens(batch, "auto", window) == inputs.input_ids.numel()
     assert sliding_window(build("mistral")) == 20 and sliding_window(build("qwen2")) is None
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import save_start, tiny_llama
 from test_trainer import LORA, logged, rows, trainer
+from trainers.forward import run
 
 
 def test_a_policy_of_which_nothing_is_trainable_is_refused(tmp_path, tokenizer):
@@ -44,6 +45,26 @@ def test_operations_are_counted_as_the_trainer_does(tmp_path, tokenizer, layout,
     t.train()
     weights = sum(p.numel() for n, p in t.model.named_parameters() if "embed" not in n)
     assert t.state.total_flos == 3 * 6 * tokens * weights
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_a_group_in_parts_is_counted_and_never_laid_out_as_a_whole(tmp_path, tokenizer, layout, monkeypatch):
+    sizes, whole = [], run.lay_out
+
+    def watched(batch, *options):
+        sizes.append(int(batch["mask"].sum()))
+        return whole(batch, *options)
+
+    monkeypatch.setattr(run, "lay_out", watched)
+    data = [{"prompt_ids": [5, p] * 5, "response_ids": [[k, 2] for k in range(20, 28)], "scores": [*range(8)]}
+            for p in (6, 7)]  # fmt: skip
+    fields, found = {"data": data, "layout": layout, "per_device_train_batch_size": 2, "max_steps": 1}, []
+    for budget in (None, 20):
+        sizes.clear()
+        t = trainer(tmp_path, tokenizer, tokens_per_backward=budget, **fields)
+        t.train()
+        found.append((t.state.total_flos, max(sizes)))
+    assert found[0] == (found[1][0], 16) and found[1][1] < 16
 
 
 def test_a_path_to_an_adapter_goes_on_with_it(tmp_path, tokenizer):

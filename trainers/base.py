@@ -268,8 +268,7 @@ class PreferenceTrainer(ReferringTrainer):
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As the Trainer reckons, for `total_flos`: 6 operations per weight and token that is fed to the policy."""
-        tokens = self.runner.inputs(inputs).input_ids.numel()
-        return 6 * tokens * policies.base_model(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * self.runner.tokens(inputs) * policies.base_model(self.model).num_parameters(exclude_embeddings=True)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect an accumulation window and the weight of its prompts over all processes."""

@@ -65,12 +65,29 @@ def lay_out(batch: dict[str, Tensor], layout: str, window: int | None = None) ->
     Args:
         window: the longest distance that every layer can look back; `auto` shares nothing where a row outgrows it.
     """
+    shared = _worth_sharing(batch, layout, window)
+    return rows_layout(batch) if shared is None else _shared_layout(batch, *shared)
+
+
+def count_tokens(batch: dict[str, Tensor], layout: str, window: int | None = None) -> int:
+    """Tokens that `lay_out` feeds a model, padding included; its tables, which may be large, are not made."""
+    shared = _worth_sharing(batch, layout, window)
+    if shared is not None:
+        return shared[-1].tokens
+    prompt_lengths, lengths, owner, _ = _lengths(batch)
+    return len(owner) * int((prompt_lengths[owner] + lengths - 1).max())
+
+
+def _worth_sharing(
+    batch: dict[str, Tensor], layout: str, window: int | None
+) -> tuple[list[np.ndarray], list[int], Tree] | None:
+    """`_sequences` and their tree, None where the layout is that of rows."""
     if layout == "rows":
-        return rows_layout(batch)
+        return None
     sequences, prompts = _sequences(batch)
     longest, tree = max(map(len, sequences)), grow(sequences)
     dear = window is not None and longest >= window or tree.tokens * 1.05 >= len(sequences) * longest
-    return rows_layout(batch) if layout == "auto" and dear else _shared_layout(batch, sequences, prompts, tree)
+    return None if layout == "auto" and dear else (sequences, prompts, tree)
 
 
 def rows_layout(batch: dict[str, Tensor]) -> ModelInputs:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .attention import FLEX, SHARED_SDPA, flex_mask
 from .head import Reading, add_logps_head, read_logps, widen
-from .layout import ModelInputs, lay_out, read_lengths, rows_layout, to_responses
+from .layout import ModelInputs, count_tokens, lay_out, read_lengths, rows_layout, to_responses
 from .policy import has_dropout
 from .router import RouterLoss, router_loss
 
@@ -79,10 +79,24 @@ class Runner:
 
     def inputs(self, batch: dict[str, Tensor]) -> ModelInputs:
         """The batch in its layout; of the last batch those that were made before, for policy and reference alike."""
-        given = [self.layout, *(batch[name] for name in LAID_OUT)]
-        if self._last is None or not all(map(operator.is_, given, self._last[0])):
-            self._last = given, lay_out(batch, self.layout, self._window)
-        return self._last[1]
+        if (inputs := self._laid_out(batch)) is None:
+            inputs = lay_out(batch, self.layout, self._window)
+            self._last = self._given(batch), inputs
+        return inputs
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """Tokens that the batch has in its layout; nothing is laid out for it, as it may have gone in parts."""
+        inputs = self._laid_out(batch)
+        return count_tokens(batch, self.layout, self._window) if inputs is None else inputs.input_ids.numel()
+
+    def _laid_out(self, batch: dict[str, Tensor]) -> ModelInputs | None:
+        if self._last is None:
+            return None
+        given, inputs = self._last
+        return inputs if all(map(operator.is_, self._given(batch), given)) else None
+
+    def _given(self, batch: dict[str, Tensor]) -> list:
+        return [self.layout, *(batch[name] for name in LAID_OUT)]
 
     @torch.no_grad()
     def check(self, model: nn.Module, batch: dict[str, Tensor], accelerator: Accelerator) -> None:
