@@ -12,7 +12,7 @@ from helpers import tiny_llama
 from test_trainer import LORA, config, one_step, rows, trainer
 from trainers import PreferenceCollator, SWEPOTrainer
 from trainers.data.tokenization import tokenize_dataset
-from trainers.forward.parts import split
+from trainers.forward.parts import PartedPass, split
 from trainers.runs.settings import run_settings
 
 METHODS = ("SWEPO", "LIRE", "DPO", "PlackettLuce", "InfoNCA", "NCA", "RRHF")
@@ -71,23 +71,40 @@ def test_parts_go_with_what_else_a_step_does(tmp_path, tokenizer, options):
     same(parted, whole)
 
 
-def test_dropout_is_the_same_in_both_passes_of_a_part(tmp_path, tokenizer, monkeypatch):
-    """The gradient is that of the loss of the pass that gave its numbers: of finite differences with fixed dropout."""
+@pytest.mark.parametrize("more", [0, 2])
+def test_dropout_is_the_same_in_both_passes_of_a_part(tmp_path, tokenizer, monkeypatch, more):
+    """The gradient is that of the loss of the pass that gave its numbers: of finite differences with fixed dropout.
+
+    Args:
+        more: parts of another process, for which this one repeats its last one.
+    """
     options = {"disable_dropout": False, "tokens_per_backward": 1, "layout": "rows", "weighting": "none"}
-    seen = []
-    original = SWEPOTrainer._policy
+    seen, read = [], []
+    policy_of, make, loss_of = SWEPOTrainer._policy, PartedPass.__init__, SWEPOTrainer.loss
 
     def spy(self, model, batch, reference=None):
-        forward = original(self, model, batch, reference)
+        forward = policy_of(self, model, batch, reference)
         seen.append(forward.logps.detach().clone())
         return forward
 
+    def longer(self, parts, passes, *given):
+        make(self, parts, passes + more, *given)
+
+    def reading(self, batch, policy, reference):
+        read.append(policy.logps.detach().clone())
+        return loss_of(self, batch, policy, reference)
+
     monkeypatch.setattr(SWEPOTrainer, "_policy", spy)
+    monkeypatch.setattr(PartedPass, "__init__", longer)
+    monkeypatch.setattr(SWEPOTrainer, "loss", reading)
     model = tiny_llama(len(tokenizer), attention_dropout=0.5)
     trainer(tmp_path, tokenizer, model, max_steps=1, per_device_train_batch_size=8, **options).train()
-    scored, again = seen[:5], seen[5:]  # the last of five parts keeps its graph
-    assert len(again) == 4 and all(torch.equal(a, b) for a, b in zip(scored[:4], again, strict=True))
+    passes = 5 + more
+    scored, again = seen[:passes], seen[passes:]  # the last one keeps its graph
+    assert len(again) == passes - 1 and all(torch.equal(a, b) for a, b in zip(scored[:-1], again, strict=True))
     assert not torch.equal(scored[0], scored[1])
+    for slot, own in enumerate(scored[:5]):
+        assert float(read[0][:, slot].sum()) == pytest.approx(float(own.sum()), rel=1e-5)
 
 
 def test_parts_hold_every_response_once_and_keep_to_the_budget(tokenizer):

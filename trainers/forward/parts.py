@@ -112,7 +112,7 @@ class PartedPass:
 
     def _joined(self, logps: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
         out = logps[0].new_zeros((*batch["mask"].shape, logps[0].size(-1)))
-        for part, own in zip(self.parts, logps, strict=True):
+        for part, own in zip(self.parts[: self._own], logps, strict=False):  # a repeat has another dropout
             out[part.rows, part.slots] = own
         return out
 
