@@ -116,3 +116,9 @@ def test_counts_are_right_when_the_result_comes_from_the_cache(tmp_path):
     assert first.cache_files and first.cache_files == second.cache_files
     assert first_report == second_report
     assert second_report.responses_dropped["missing score"] == 2
+
+
+def test_a_table_keeps_the_types_of_its_columns_also_where_the_first_rows_do_not_tell_them():
+    rows = Dataset.from_list([{**ROW, "note": None}] * 1100 + [{**ROW, "note": 7}])
+    dataset, _ = canonicalize(rows)
+    assert dataset[1100]["note"] == 7 and dataset.features["note"] == rows.features["note"]
