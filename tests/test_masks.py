@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from batches import RAGGED, make_batch
 from test_forward import CONFIGS, VOCAB, build
 from trainers.forward.divergence import frozen_head
+from trainers.forward.layout import lay_out
 from trainers.forward.run import prepare_forward, run
 from trainers.sparsepo import MaskHeads, ReadReference, find_sites
 from trainers.sparsepo.activations import recorded
@@ -42,7 +43,7 @@ def read(model, batch, shared, **what):
     prepare_forward(model, share=shared)
     reading = ReadReference(frozen_head(model, torch.device("cpu")), **what)
     with torch.no_grad():
-        return run(model, batch, shared=shared, reading=reading).values
+        return run(model, batch, lay_out(batch, "shared" if shared else "rows"), reading=reading).values
 
 
 def responses(batch):
@@ -112,7 +113,7 @@ def test_activations_are_read_with_the_adapter_off_and_under_checkpointing():
     policy.train()
     reading = ReadReference(frozen_head(base, torch.device("cpu")), activations=True)
     with torch.no_grad(), policy.disable_adapter():
-        found = run(policy, batch, shared=True, reading=reading).values
+        found = run(policy, batch, lay_out(batch, "shared"), reading=reading).values
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9)
 
