@@ -266,8 +266,14 @@ def test_rows_from_python_are_read_as_a_trainer_reads_them(inputs, tmp_path):
     assert [texts(row)[:2] for row in made] == [[TEXTS[i], TEXTS[i - 1]] for i in range(4)]
 
 
-def test_own_responses_of_several_messages_are_refused(inputs, tmp_path):
-    turns = [{"role": "assistant", "content": "let me see"}, {"role": "tool", "content": "4"}]
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+
+
+@pytest.mark.parametrize("turns", [
+    [{"role": "assistant", "content": "let me see"}, {"role": "tool", "content": "4"}],
+    [{"role": "assistant", "content": "", "tool_calls": CALLS}],
+])  # fmt: skip
+def test_own_responses_that_are_more_than_a_text_are_refused(inputs, tmp_path, turns):
     rows = [ROWS[0], ROWS[1] | {"responses": [turns, ROWS[1]["responses"][0]], "scores": [1.0, 0.0]}]
     args = LIREConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", self_enhance=OPTIONS)
     with pytest.raises(ValueError, match="training row 1 has a response of several messages.*own_responses"):

@@ -270,13 +270,15 @@ def _with_plain_prompt(row: dict) -> dict:
 
 
 def _refuse_turns(rows: list[dict]) -> None:
-    """A pool holds texts, and would make one text of several messages, a tool's among them."""
+    """A pool holds texts: it would make one text of several messages, a tool's among them, and lose tool calls."""
     for i, row in enumerate(rows):
         messages = [response for response in row["responses"] if not isinstance(response, str)]
-        if any(len(response) > 1 or not isinstance(response[0]["content"], str) for response in messages):
+        firsts = [response[0] for response in messages if len(response) == 1]
+        texts = [isinstance(first["content"], str) and not first.get("tool_calls") for first in firsts]
+        if sum(texts) < len(messages):
             raise ValueError(
-                f"self_enhance: training row {i} has a response of several messages or without text, which is no "
-                "candidate beside sampled texts: set own_responses to false."
+                f"self_enhance: training row {i} has a response of several messages, with tool calls or without text, "
+                "which is no candidate beside sampled texts: set own_responses to false."
             )
 
 
