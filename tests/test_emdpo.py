@@ -173,7 +173,8 @@ def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_roun
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):
-    trainer = trained(tmp_path, start, restarts=3, rounds=1, learning_rate=0.01)
+    trainer = trained(tmp_path, start, init="dirichlet", restarts=3, rounds=1, learning_rate=0.01)
+    assert len({path.read_text() for path in tmp_path.glob("restart-*/start.csv")}) == 3
     rounds = list(csv.DictReader((tmp_path / "rounds.csv").open()))
     best = max(rounds, key=lambda row: float(row["log_likelihood"]))
     assert f"restart-{best['restart']}/" in trainer.policies[0].as_posix()
