@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
@@ -61,6 +62,19 @@ def read(path):
     data = Path(path).read_bytes()
     text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_names(inputs, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(inputs / "model"), config, revision="v1")
+    lora.save_pretrained(tmp_path / "adapter")
+    family_tokenizer("llama3").save_pretrained(tmp_path / "adapter")
+    policy = generate.policy_of(arguments(inputs, tmp_path / "out.jsonl", model=str(tmp_path / "adapter")))
+    assert (policy.model, policy.init_kwargs) == (str(inputs / "model"), {"revision": "v1"})
+    found, expected = policy.whole().state_dict(), lora.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
