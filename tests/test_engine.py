@@ -27,7 +27,7 @@ from trainers import SGPOConfig
 from trainers.generation import SamplingConfig, collect_samples, leash, server
 from trainers.generation.engine import opened, started
 from trainers.generation.server import ServerError
-from trainers.generation.start import weights_of
+from trainers.generation.start import policies, weights_of
 
 OWN = shlex.join([sys.executable, str(Path(__file__).with_name("tiny_engine.py")), "serve"])
 CONFIG = SamplingConfig(num_generations=2, max_new_tokens=8, temperature=1.0, top_p=0.9, seed=7, batch_size=4)
@@ -111,6 +111,20 @@ def test_a_server_without_room_for_adapters_says_how_to_start_it(inputs):
 
     with serving(answer) as running, pytest.raises(ServerError, match="--enable-lora --max-lora-rank"):
         draw(running.url, weights(inputs, "adapter"))
+
+
+def test_a_server_is_told_the_absolute_path_of_an_adapter_and_its_hub_id_as_it_is(inputs, monkeypatch):
+    def answer(path, content, count):
+        return (404, {}) if "lora" in path else (200, {"data": []})
+
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(policies, "is_adapter", lambda path, revision=None: True)
+    with serving(answer) as running:
+        for start in ("adapter", "some/adapter"):
+            with pytest.raises(ServerError, match="--enable-lora"):
+                draw(running.url, replace(weights(inputs), start=Path(start)))
+        told = [content["lora_path"] for path, content in running.requests if "lora" in path]
+    assert told == [str(inputs / "adapter"), "some/adapter"]
 
 
 @pytest.mark.parametrize("start", [None, "adapter"])
