@@ -25,6 +25,7 @@ from trainers.generation import SamplingConfig, sample_responses
 from trainers.generation.start import weights_of
 from trainers.runs import files
 from trainers.runs.checkpoints import last_checkpoint
+from trainers.runs.record import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["the dog sleeps", "a lazy day", "say something kind", "Paris, of course", "jumps over", "it rains"]
@@ -163,6 +164,8 @@ def test_the_manifest_says_what_a_round_gave(finished):
     assert held_out["gain_of_all_rounds"]["mean"] == pytest.approx(reward - before)
     assert held_out["gain_of_this_round"]["mean"] == pytest.approx(reward - first["held_out"]["reward"]["mean"])
     assert json.loads((finished / "rounds.json").read_text())["rounds"] == [first, manifest]
+    titles = [part["title"] for part in read_run(finished / "round-01/checkpoint").record["left_out"]]
+    assert titles[0].endswith("rows.jsonl, training rows")  # of the run's data, before those of the round
 
 
 def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
