@@ -71,40 +71,55 @@ def test_parts_go_with_what_else_a_step_does(tmp_path, tokenizer, options):
     same(parted, whole)
 
 
-@pytest.mark.parametrize("more", [0, 2])
-def test_dropout_is_the_same_in_both_passes_of_a_part(tmp_path, tokenizer, monkeypatch, more):
-    """The gradient is that of the loss of the pass that gave its numbers: of finite differences with fixed dropout.
+@pytest.fixture
+def repeats(monkeypatch):
+    """A process makes so many passes more, as another one has more parts."""
 
-    Args:
-        more: parts of another process, for which this one repeats its last one.
-    """
-    options = {"disable_dropout": False, "tokens_per_backward": 1, "layout": "rows", "weighting": "none"}
-    seen, read = [], []
-    policy_of, make, loss_of = SWEPOTrainer._policy, PartedPass.__init__, SWEPOTrainer.loss
+    def more(count):
+        make = PartedPass.__init__
+        longer = lambda self, parts, passes, *given: make(self, parts, passes + count, *given)  # noqa: E731
+        monkeypatch.setattr(PartedPass, "__init__", longer)
+
+    return more
+
+
+def test_passes_for_the_parts_of_other_processes_change_nothing(tmp_path, tokenizer, repeats):
+    whole = gradients(tmp_path, tokenizer)
+    repeats(2)
+    same(gradients(tmp_path, tokenizer, tokens_per_backward=1), whole)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_dropout_is_the_same_in_both_passes_of_a_part(tmp_path, tokenizer, monkeypatch, repeats, more):
+    """The gradient is that of the loss of the pass that gave its numbers: of finite differences with fixed dropout."""
+    options = {"disable_dropout": False, "tokens_per_backward": 1, "layout": "rows", "weighting": "none",
+               "train_sampling_strategy": "sequential", "per_device_train_batch_size": 8}  # fmt: skip
+    seen, read, states = [], [], []
+    policy_of, loss_of = SWEPOTrainer._policy, SWEPOTrainer.loss
 
     def spy(self, model, batch, reference=None):
+        states.append(torch.get_rng_state())
         forward = policy_of(self, model, batch, reference)
         seen.append(forward.logps.detach().clone())
         return forward
-
-    def longer(self, parts, passes, *given):
-        make(self, parts, passes + more, *given)
 
     def reading(self, batch, policy, reference):
         read.append(policy.logps.detach().clone())
         return loss_of(self, batch, policy, reference)
 
     monkeypatch.setattr(SWEPOTrainer, "_policy", spy)
-    monkeypatch.setattr(PartedPass, "__init__", longer)
     monkeypatch.setattr(SWEPOTrainer, "loss", reading)
+    repeats(more)
     model = tiny_llama(len(tokenizer), attention_dropout=0.5)
-    trainer(tmp_path, tokenizer, model, max_steps=1, per_device_train_batch_size=8, **options).train()
+    trainer(tmp_path, tokenizer, model, data=rows(16), max_steps=2, **options).train()
     passes = 5 + more
-    scored, again = seen[:passes], seen[passes:]  # the last one keeps its graph
-    assert len(again) == passes - 1 and all(torch.equal(a, b) for a, b in zip(scored[:-1], again, strict=True))
+    scored, again = seen[:passes], seen[passes : 2 * passes - 1]  # the last one keeps its graph
+    assert len(seen) == 2 * (2 * passes - 1) and all(map(torch.equal, scored, again))
     assert not torch.equal(scored[0], scored[1])
     for slot, own in enumerate(scored[:5]):
         assert float(read[0][:, slot].sum()) == pytest.approx(float(own.sum()), rel=1e-5)
+    # Nor has the next step the dropout of this one.
+    assert not any(torch.equal(states[2 * passes - 1], state) for state in states[: 2 * passes - 1])
 
 
 def test_parts_hold_every_response_once_and_keep_to_the_budget(tokenizer):
