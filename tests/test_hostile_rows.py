@@ -106,6 +106,7 @@ def test_half_a_character_is_an_error_that_names_the_row(prompt):
         ({"note": 7}, {"note": "7"}, "'note' is the str '7', unlike in the rows before it"),
         ({"note": 1.5}, {"note": 2**60 + 1}, "'note' is the int 1152921504606846977, unlike"),  # a float rounds it
         ({"note": 1}, {"note": 2**64}, "'note' is the int 18446744073709551616, unlike"),
+        (dict.fromkeys("dbcae", 1), dict.fromkeys("dbcae", "x"), "'a' is the str 'x', unlike"),  # whatever sets do
     ],
 )
 def test_a_column_that_comes_or_changes_late_is_named(first, last, message):

@@ -322,7 +322,7 @@ def in_columns(row: Row, columns: dict[str, Any], where: str = "a row") -> Row:
     """
     if new := sorted(row.keys() - columns.keys()):
         raise Misfit(f"{where}: column {new[0]!r} is not in the rows before it; give it in every row.")
-    for name in row.keys() - CHECKED:
+    for name in sorted(row.keys() - CHECKED):
         value, kind = row[name], columns[name]
         if not (isinstance(value, list) if name == "prompt" and isinstance(kind, Json) else _fits(value, kind)):
             raise Misfit(f"{where}: {name!r} is {describe(value)}, unlike in the rows before it; give one type.")

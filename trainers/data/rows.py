@@ -92,7 +92,7 @@ def to_canonical(row: Row) -> Row:
     if row.get(UNFINISHED) is not None:
         unfinished(row)
     out |= {name: _template_option(row[name], name) for name in TEMPLATE if name in row}
-    for name in NOT_TEXT & row.keys():
+    for name in sorted(NOT_TEXT & row.keys()):
         if row[name] is not None and row[name] != []:
             raise ValueError(f"{name!r} cannot be used: only text is trained on. Leave such rows out, or the column.")
     return out
