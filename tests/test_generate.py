@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
@@ -75,6 +75,7 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(inputs, tmp_path):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+    assert isinstance(policy.whole("bfloat16"), PeftModel)  # where merging would round
 
 
 def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
