@@ -10,6 +10,7 @@ from scipy.stats import kendalltau
 from helpers import family_tokenizer, save_start, write_rows
 from test_pages import check_page
 from trainers.cli import inspect
+from trainers.cli.inspect_page import warnings_of
 from trainers.data import facts
 from trainers.data.tokenization import prepare_dataset
 
@@ -280,3 +281,21 @@ def test_the_example_of_the_page_and_a_recipe(told, qwen, monkeypatch):
     assert report["splits"]["train"]["trained_on"] == 20
     report, page, _ = told("--config", "dpo/demo.yaml", "--max_rows", "30", "--model_name_or_path", "")
     assert report["splits"]["train"]["rows"] == 30 and report["data"]["dataset_name"].endswith("preferences.jsonl.gz")
+
+
+@pytest.mark.parametrize("field, least", [
+    ("scores rows_all_tied", 100), ("duplicates rows_like_an_earlier_one", 10),
+    ("duplicates rows_with_equal_responses", 10), ("rows_with_an_empty_turn", 1),
+    ("responses_in_another_script", 50), ("annotators annotators_with_one_row", 500),
+    ("tokens responses_too_long", 50), ("tokens responses_without_end", 1),
+])  # fmt: skip
+def test_a_warning_is_given_from_its_share_on(field, least):
+    """Of 1,000 rows, responses or annotators."""
+    *part, name = field.split()
+    for count in (least - 1, least):
+        split = {"rows": 1000, "responses": 1000, "passes": [], "scores": {"spread": {50: 0.0, 100: 0.0}},
+                 "annotators": {"annotators": 1000}, "length_and_score": {"pairs": 0, "longer_is_better": 0.5},
+                 "duplicates": {}, "tokens": {"ends": ["</s>"]}}  # fmt: skip
+        (split[part[0]] if part else split)[name] = count
+        told = warnings_of({"max_length": 64, "max_prompt_length": None, "splits": {"train": split}})
+        assert len(told) == (count == least)
