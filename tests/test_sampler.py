@@ -7,8 +7,8 @@ from scipy.stats import chisquare
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from helpers import FAMILIES, build_tokenizer, family_tokenizer, tiny_llama
-from trainers.generation import GumbelSampler, SamplingConfig, sample_responses
-from trainers.generation.sampler import encode_prompt, sample_seed
+from trainers.generation import GumbelSampler, SamplingConfig, sample_responses, sampler
+from trainers.generation.sampler import encode_prompt, encode_prompts, sample_seed
 
 PROMPTS = ["the quick brown", "say something kind to a friend who had a bad day today", "what", "of course the dog"]
 QUIET = {"progress": False}
@@ -134,6 +134,15 @@ def test_a_chat_template_sees_the_keys_that_were_given():
     """A table gives all messages the keys of one, and templates ask which are there."""
     tokenizer, message = build_tokenizer("{{ messages[0].keys() | join }}"), {"role": "user", "content": "hi"}
     assert encode_prompt(tokenizer, [message | {"tool_calls": None}]) == encode_prompt(tokenizer, [message])
+
+
+def test_texts_among_messages_are_encoded_in_one_call(monkeypatch):
+    tokenizer, calls = family_tokenizer("llama3"), []
+    prompts = ["the dog", [{"role": "user", "content": "hi"}], "", "a friend"]
+    expected = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    text_ids = sampler.text_ids
+    monkeypatch.setattr(sampler, "text_ids", lambda *given: calls.append(given) or text_ids(*given))
+    assert encode_prompts(tokenizer, prompts) == expected and len(calls) == 1
 
 
 def test_plain_prompts_keep_no_end_token_and_are_never_empty_or_too_long(policy):

@@ -183,28 +183,36 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     Raises:
         ValueError: there are no tokens, or the chat template refuses the messages.
     """
-    if isinstance(prompt, str):
-        [ids] = text_ids(tokenizer, [prompt])
-    else:
-        resume = prompt[-1]["role"] == "assistant"
-        options = {"add_generation_prompt": not resume, "continue_final_message": resume}
+    [ids] = text_ids(tokenizer, [prompt]) if isinstance(prompt, str) else [_chat_ids(tokenizer, prompt)]
+    return _begun(tokenizer, ids)
+
+
+def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[list[int]]:
+    """`encode_prompt` for each, texts in one call. Raises ValueError naming the one that cannot be encoded."""
+    texts = iter(text_ids(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
+    encoded = []
+    for i, prompt in enumerate(prompts):
         try:
-            ids = chat_template(tokenizer, options)(without_none(prompt), tokenize=True, return_dict=False)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}.") from error
+            ids = next(texts) if isinstance(prompt, str) else _chat_ids(tokenizer, prompt)
+            encoded.append(_begun(tokenizer, ids))
+        except ValueError as error:
+            raise ValueError(f"Prompt {i}: {error}") from error
+    return encoded
+
+
+def _chat_ids(tokenizer, messages: list[dict]) -> list[int]:
+    resume = messages[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not resume, "continue_final_message": resume}
+    try:
+        return chat_template(tokenizer, options)(without_none(messages), tokenize=True, return_dict=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}.") from error
+
+
+def _begun(tokenizer, ids: list[int]) -> list[int]:
+    """With a token to start from."""
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise ValueError("the prompt has no tokens and the tokenizer has no BOS token to start from: give some text.")
     return list(ids)
-
-
-def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[list[int]]:
-    """`encode_prompt` for each. Raises ValueError naming the one that cannot be encoded."""
-    encoded = []
-    for i, prompt in enumerate(prompts):
-        try:
-            encoded.append(encode_prompt(tokenizer, prompt))
-        except ValueError as error:
-            raise ValueError(f"Prompt {i}: {error}") from error
-    return encoded
