@@ -190,7 +190,7 @@ class PreferenceConfig(Truncation, TrainingArguments):
     tokens_per_backward: int | None = option(
         None,
         "Go backward through at most so many tokens of a batch at once (prompts counted once; one response of each "
-        "prompt at the least): the same gradients in the memory of a part, for one more forward pass.",
+        "prompt at the least): the same gradients in the memory of a part, for less than one more forward pass.",
         at_least=1,
     )
     sft_weight: float = option(
