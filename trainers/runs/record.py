@@ -91,21 +91,22 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     known = {} if record is None else read_json(record)
     if not states:
         return Run(name or str(folder), known, [])
-    newest = max(_ends(states), key=lambda path: (path.stat().st_mtime, path.parent == folder))
+    read = {path: read_json(path) for path in states}
+    newest = max(_ends(read), key=lambda path: (path.stat().st_mtime, path.parent == folder))
     saved = newest.parent / SETTINGS
     if record is None and saved.is_file():
         known = {"settings": read_json(saved).get("settings", {})}
-    state = read_json(newest)
+    state = read[newest]
     checkpoint = newest.parent.name if newest.parent.name.startswith("checkpoint-") else ""
     steps = state.get("global_step", 0), state.get("max_steps", 0)
     return Run(name or str(folder), known, _numbers(state["log_history"]), *steps, checkpoint)
 
 
-def _ends(states: list[Path]) -> list[Path]:
+def _ends(states: dict[Path, dict]) -> list[Path]:
     """Those whose log no other one goes on with: times alone do not tell, as a copy may have new ones."""
     logs = {}
-    for path in states:
-        log = read_json(path).get("log_history")
+    for path, state in states.items():
+        log = state.get("log_history")
         if not isinstance(log, list):
             raise ValueError(f"{path} is no state of a Trainer: it has no log_history.")
         logs[path] = repr(log).removesuffix("]")
