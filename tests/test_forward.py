@@ -322,6 +322,13 @@ def test_models_that_cannot_share_say_why(config, word):
     assert word in prepare_forward(AutoModelForCausalLM.from_config(config), share=True)
 
 
+@pytest.mark.parametrize("layout", ["auto", "shared"])
+def test_rows_that_outgrow_the_window_get_the_models_own_values(layout):
+    model, batch = build("mistral"), make_batch([(30, [5, 9, 3])], VOCAB)
+    expected = reference_logps(model, batch)
+    torch.testing.assert_close(Runner([model], layout)(model, batch).logps, expected, rtol=0, atol=1e-6)
+
+
 def test_auto_shares_when_tokens_are_saved_and_never_beyond_the_window(monkeypatch):
     monkeypatch.setattr(tree, "SAVED", 16)
     long_prompt = make_batch([(30, [5, 5, 5, 5])], VOCAB)

@@ -63,7 +63,8 @@ def lay_out(batch: dict[str, Tensor], layout: str, window: int | None = None) ->
     that are fed decide. Gathering keys and values costs about as much as 5 % of the tokens (measured on CPU).
 
     Args:
-        window: the longest distance that every layer can look back; `auto` shares nothing where a row outgrows it.
+        window: the longest distance that every layer can look back; nothing is shared where a row outgrows it, as the
+            attention of `shared` has no window.
     """
     shared = _worth_sharing(batch, layout, window)
     return rows_layout(batch) if shared is None else _shared_layout(batch, *shared)
@@ -85,8 +86,11 @@ def _worth_sharing(
     if layout == "rows":
         return None
     sequences, prompts = _sequences(batch)
-    longest, tree = max(map(len, sequences)), grow(sequences)
-    dear = window is not None and longest >= window or tree.tokens * 1.05 >= len(sequences) * longest
+    longest = max(map(len, sequences))
+    if window is not None and longest >= window:
+        return None
+    tree = grow(sequences)
+    dear = tree.tokens * 1.05 >= len(sequences) * longest
     return None if layout == "auto" and dear else (sequences, prompts, tree)
 
 
