@@ -78,6 +78,21 @@ def test_what_does_not_change_the_reference_reuses_the_cache(tmp_path, tokenizer
     assert second.scored == lora.scored == 0
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_policy_that_keeps_its_dropout_stands_in_for_its_reference_without(tmp_path, tokenizer, kind):
+    adapter = {"peft_config": LoraConfig(**LORA)} if kind == "lora" else {}
+    options = adapter | {"disable_dropout": False, "layout": "rows"}
+
+    def cached(name):
+        model = tiny_llama(len(tokenizer), attention_dropout=0.5)
+        t = make(tmp_path, tokenizer, model=model, ref_cache_dir=str(tmp_path / name), **options)
+        t.train()
+        return dict(t.table.entries)
+
+    entries = cached("one")
+    assert cached("one") == entries and cached("other") == pytest.approx(entries, rel=1e-5)
+
+
 def test_only_new_responses_are_scored(tmp_path, tokenizer):
     make(tmp_path, tokenizer).train()
     data = rows()

@@ -11,7 +11,7 @@ from .data import PreferenceCollator
 from .forward import policy as policies
 from .forward.cache import LogpsCache
 from .forward.reference import Reference
-from .forward.run import Forward, Runner
+from .forward.run import Forward, Runner, without_dropout
 from .inputs import Batch, parts
 from .measuring import MeasuringTrainer
 
@@ -72,10 +72,11 @@ class ReferringTrainer(MeasuringTrainer):
                 return self.forward(self.model_wrapped, batch).logps
 
         rows = parts(self.train_dataset, self.eval_dataset)
-        scored = table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
-        logger.info("Reference cache %s: %d responses scored now.", table.path, scored)
-        if reference.in_memory or stands_in:
-            table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
+        with without_dropout(self.model_wrapped):  # a draw would be that of all epochs and later runs
+            scored = table.fill(rows, score, self.accelerator, budget=self.args.ref_tokens_per_batch)
+            logger.info("Reference cache %s: %d responses scored now.", table.path, scored)
+            if reference.in_memory or stands_in:
+                table.verify(rows, score, self.accelerator, dtype=self.compute_dtype, seed=self.args.seed)
         if reference.own:
             reference.model = None
 
