@@ -110,9 +110,16 @@ def changed_model(tokenizer):
     return model
 
 
-def pretrained(tokenizer):
+def pretrained(tokenizer, **kwargs):
     torch.manual_seed(5)
-    return get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA, init_lora_weights=False))
+    return get_peft_model(tiny_llama(len(tokenizer)), LoraConfig(**LORA | kwargs, init_lora_weights=False))
+
+
+def test_adapters_of_the_same_weights_and_another_scaling_share_no_cache(tmp_path, tokenizer):
+    for alpha in (8, 9):
+        t = make(tmp_path, tokenizer, model=pretrained(tokenizer, lora_alpha=alpha))
+        t.train()
+        assert t.scored == total(rows())
 
 
 @pytest.mark.parametrize("change", [

@@ -52,6 +52,7 @@ def reference_fingerprint(source: nn.Module, args, *, adapter: str | None, per_t
     config = {k: v for k, v in base.config.to_dict().items() if k not in IRRELEVANT and not k.startswith("_attn")}
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "off"
     options = [config, f"{base.dtype}, autocast {autocast}", per_token]
+    options += [] if adapter is None else [adapter_numbers(source, adapter)]
     digest = xxhash.xxh3_128(weights_digest(source, adapter=adapter).encode())
     digest.update(json.dumps(options, sort_keys=True, default=str).encode())
     return digest.hexdigest()
@@ -125,6 +126,16 @@ def owners(model: PeftModel) -> dict[str, str]:
 def adapter_weights(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """The weights of one adapter, by names in which that of the adapter is left out."""
     return {name: parameter for _, owner, name, parameter in _of_adapters(model) if owner == adapter}
+
+
+def adapter_numbers(model: nn.Module, adapter: str | None) -> dict[str, float]:
+    """What the layers hold of an adapter beside its weights, such as their scaling, by the layer's name."""
+    return {
+        f"{path}.{name}": entries[adapter]
+        for path, module in model.named_modules()
+        for name, entries in vars(module).items()
+        if isinstance(entries, dict) and isinstance(entries.get(adapter), int | float)
+    }
 
 
 def _of_adapters(model: PeftModel) -> Iterator[tuple[str, str, str, nn.Parameter]]:

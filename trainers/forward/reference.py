@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from .identity import adapter_weights, read_whole, reference_parameters, whole, write_whole
+from .identity import adapter_numbers, adapter_weights, read_whole, reference_parameters, whole, write_whole
 from .policy import base_model, load_policy
 
 # In a checkpoint, where the reference moves. Not beside the policy's file, which some load by its suffix.
@@ -126,12 +126,11 @@ class Reference:
     def check_weights(self, policy: nn.Module) -> None:
         """Raises ValueError where the weights that the policy trains are not those of the reference, or count more."""
         adapters = [policy.active_adapter, self.adapter] if isinstance(policy, PeftModel) and not self.own else []
-        for module in policy.modules() if adapters else ():
-            for name, entries in vars(module).items():  # numbers of a layer by adapter, such as its scaling
-                if isinstance(entries, dict) and {*adapters} <= entries.keys():
-                    trained, kept = (entries[adapter] for adapter in adapters)
-                    if isinstance(kept, int | float) and kept != trained:
-                        raise ValueError(UNLIKE.format(f"the adapter has {name} {kept} there, not {trained}"))
+        own, other = (adapter_numbers(policy, adapter) for adapter in adapters) if adapters else ({}, {})
+        for name, number in own.items():
+            if other.get(name, number) != number:
+                told = f"the adapter has {name.rpartition('.')[2]} {other[name]} there, not {number}"
+                raise ValueError(UNLIKE.format(told))
         for name, (kept, trained) in self._weights(policy).items():
             with whole(kept), whole(trained):
                 if kept.shape != trained.shape:
