@@ -173,6 +173,13 @@ def test_prompt_without_tokens_is_dropped():
     assert report.reasons == {"prompt has no tokens, so the first response token would have no context": 1}
 
 
+def test_token_ids_with_a_weight_that_no_average_takes_are_dropped_as_texts_are():
+    rows = Dataset.from_list([token_row(weight=weight) for weight in (0.5, None, float("nan"), -1.0)])
+    dataset, report = tokenize_dataset(rows, build_tokenizer())
+    assert dataset["weight"][:] == [0.5]
+    assert report.reasons == {"weight is missing or not finite": 2, "weight is negative": 1}
+
+
 def test_token_ids_are_accepted_and_truncated_with_their_per_token_columns():
     given = token_row(weights=[[0.1, 0.2, 0.3], [0.4]], ref=[-1.5, -2.5], annotator="anna")
     holed = {

@@ -145,12 +145,8 @@ def clean_row(row: Row) -> tuple[Row | None, list[str]]:
     """
     if _is_blank(row["prompt"]):
         return None, ["row: prompt is empty"]
-    if "weight" in row:
-        weight = row["weight"]
-        if weight is None or not math.isfinite(weight):
-            return None, [f"row: {NO_WEIGHT}"]
-        if weight < 0:
-            return None, ["row: weight is negative"]
+    if fault := weight_fault(row.get("weight", 1.0)):
+        return None, [f"row: {fault}"]
     if len(row["responses"]) < MIN_RESPONSES:
         return None, [f"row: fewer than {MIN_RESPONSES} responses given"]
     faults = [_fault(*pair) for pair in zip(row["responses"], row["scores"], strict=True)]
@@ -182,6 +178,13 @@ def score_fault(score: float | None) -> str | None:
     if abs(score) <= LARGEST_SCORE:
         return None
     return "infinite score" if math.isinf(score) else "score too large for float32"
+
+
+def weight_fault(weight: float | None) -> str | None:
+    """Why a weight cannot be used."""
+    if weight is None or not math.isfinite(weight):
+        return NO_WEIGHT
+    return "weight is negative" if weight < 0 else None
 
 
 def _fault(response: str | list[dict] | None, score: float | None) -> str | None:

@@ -29,7 +29,7 @@ from .drops import (
 )
 from .encoding import Encoded, chat_options, chat_template, encode, without_none
 from .json_rows import rows_in
-from .rows import TRAINED, UNFINISHED, Row, checked_row, is_per_token, unpadded
+from .rows import TRAINED, UNFINISHED, Row, checked_row, is_per_token, unpadded, weight_fault
 from .truncation import fit, fixed_ends
 
 logger = logging.getLogger(__name__)
@@ -242,6 +242,8 @@ class RowTokenizer:
             and all(mark in (0, 1) for own in marks for mark in own)
         ):
             raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
+        if fault := weight_fault(row.get("weight", 1.0)):
+            return None, [f"row: {fault}"], None
         return *fit(row, self.limits, where, self._ends(row, None, where)), None
 
     def _of_text(self, row: Row, encoded: Encoded, where: str) -> Result:
