@@ -117,7 +117,7 @@ def parts(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.shutil, "rmtree", lambda *args, **kwargs: None)
         generate.generate(arguments(inputs, folder / "out.jsonl"))
-    return folder / "out.jsonl.parts", (folder / "out.jsonl").read_bytes()
+    return folder / "out.jsonl.parts.done", (folder / "out.jsonl").read_bytes()
 
 
 def fraction_of(name, share):
@@ -198,8 +198,23 @@ def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs
     assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
 
 
+def test_a_kill_amid_the_deletion_of_the_parts_leaves_a_finished_output(inputs, tmp_path, monkeypatch):
+    def killed(folder, **kwargs):
+        (folder / "samples-00000.jsonl").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    args, delete = arguments(inputs, tmp_path / "out.jsonl"), shutil.rmtree
+    monkeypatch.setattr(generate.shutil, "rmtree", lambda folder, **kwargs: folder.exists() and killed(folder))
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(args)
+    monkeypatch.setattr(generate.shutil, "rmtree", delete)
+    monkeypatch.setattr(generate, "scored", None)  # nothing is made again
+    generate.generate(args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.manifest.json"]
+
+
 def test_samples_without_their_settings_are_not_mixed_with_new_ones(inputs, parts, tmp_path):
-    """A kill amid the deletion of the parts leaves such a folder."""
+    """An older release left such a folder where it was killed amid the deletion of the parts."""
     shutil.copytree(parts[0], tmp_path / "out.jsonl.parts")
     (tmp_path / "out.jsonl.parts/settings.json").unlink()
     with pytest.raises(ValueError, match="no settings.json that says how they were made"):

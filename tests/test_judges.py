@@ -141,7 +141,7 @@ def parts(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.shutil, "rmtree", lambda *args, **kwargs: None)
         generate.generate(arguments(inputs, "mt_bench", folder))
-    return folder / "tiny.jsonl.parts", without_time(read(folder / "tiny.jsonl"))
+    return folder / "tiny.jsonl.parts.done", without_time(read(folder / "tiny.jsonl"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])

@@ -184,12 +184,18 @@ def generate(args: GenerateArguments) -> dict:
     args = replace(args, dtype=dtype_for_all(args.dtype, processes.device))  # its settings hold on another machine too
     if args.scorer:
         check_scorer(parse_scorers(args.scorer), columns_of(rows))
-    output, manifest, parts = (Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts"))
+    output, manifest, parts, gone = (
+        Path(f"{args.output}{end}") for end in ("", ".manifest.json", ".parts", ".parts.done")
+    )
     stage = Stage(parts, settings_of(args, rows), ways_out=WAYS_OUT)
-    if args.overwrite and processes.is_main_process:
-        shutil.rmtree(parts, ignore_errors=True)
-        output.unlink(missing_ok=True)
-    processes.wait_for_everyone()
+
+    def clear() -> None:
+        shutil.rmtree(gone, ignore_errors=True)
+        if args.overwrite:
+            shutil.rmtree(parts, ignore_errors=True)
+            output.unlink(missing_ok=True)
+
+    processes.main(clear)
     if output.exists() and not parts.exists():  # the parts go last
         if not manifest.exists():
             raise ValueError(f"{output} exists, but not {manifest.name}: choose another --output or --overwrite.")
@@ -207,7 +213,8 @@ def generate(args: GenerateArguments) -> dict:
         used |= {name: version(name) for name in ("torch", "transformers")}
         known = {"settings": stage.settings, "hash": stage.key, "statistics": statistics}
         write_json(manifest, {**known, "made_with": used})
-        shutil.rmtree(parts)
+        # Renamed first: half of its files would be sampled anew after a kill amid their deletion, or refused.
+        shutil.rmtree(parts.rename(gone))
 
     processes.main(write)
     return statistics
