@@ -91,6 +91,13 @@ def log_probability(model, prompt_ids, response_ids):
     return sum(float(logps[len(prompt_ids) - 1 + t, token]) for t, token in enumerate(response_ids))
 
 
+def test_the_rows_of_the_package_are_found_from_any_folder(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {"dataset_name": "data/demo/preferences.jsonl.gz", "dataset_split": "train[:12]"}
+    (arguments,) = config_files.read(config(inputs, tmp_path, **changes), compare.CompareArguments)
+    assert len(compare.Data(arguments).train) == 6
+
+
 def test_figures_follow_from_the_saved_models(inputs, finished):
     """Accuracy and KL of a trained run, recomputed with the model's own logits."""
     tokenizer, rows = family_tokenizer("llama3"), read_rows(finished / "test.jsonl.gz")

@@ -101,6 +101,11 @@ def test_rows_are_canonical_in_prompt_order_and_keep_columns(inputs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.manifest.json"]
 
 
+def test_the_prompts_of_the_package_are_found_from_any_folder(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate.load_prompts(arguments(inputs, tmp_path / "x.jsonl", prompts="data/demo/prompts.jsonl", limit=1))
+
+
 def test_compressed_output_has_the_same_rows_and_the_same_bytes_each_time(inputs, tmp_path):
     generate.generate(arguments(inputs, tmp_path / "plain.jsonl"))
     generate.generate(arguments(inputs, tmp_path / "a.jsonl.gz"))

@@ -20,7 +20,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from polypo.recipes import refuse_missing
+from polypo.recipes import refuse_missing, shipped
 
 from .. import EMDPOTrainer, PreferenceConfig, PreferenceTrainer, load_preferences
 from ..config import JSON, Truncation, check_options, option
@@ -152,7 +152,7 @@ class Data:
         self.tokenizer = AutoTokenizer.from_pretrained(base["model_name_or_path"], trust_remote_code=False)
         policies.set_pad_token(self.tokenizer, base.get("pad_token"))
         rows = load_preferences(
-            arguments.dataset_name,
+            shipped(arguments.dataset_name),
             split=arguments.dataset_split,
             data_format=arguments.data_format,
             as_chat=base.get("as_chat", False),

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from polypo.recipes import shipped
+
 from ..config import option
 from ..data.json_rows import digest
 from ..data.load import read_dataset
@@ -90,7 +92,7 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
     """Rows with a `prompt`, in order. Raises ValueError naming the row that has none, or where there is no row."""
     if args.answers:
         return judges.read_questions(args.prompts, args.answers)[: args.limit]
-    path = Path(args.prompts)
+    path = Path(shipped(args.prompts))
     rows = read_rows(path) if path.is_file() else list(read_dataset(args.prompts, args.split))
     if not rows:
         raise ValueError(f"--prompts: {args.prompts} has no rows.")
