@@ -27,14 +27,14 @@ EVERY = (  # those that need most memory first
 SETTINGS = {  # the most important first
     "K = 8, prompt 256": Setting(8, 256, EVERY, pairs=2),
     "K = 4, prompt 256": Setting(4, 256, ("rows", "shared", "trl_all_pairs")),
+    "drafts and improved answers": Setting(8, 256, ("shared", "trunk"), draft=0.6),
     "K = 16, prompt 256": Setting(16, 256, ("shared", "trl_all_pairs")),
     "K = 8, prompt 64": Setting(8, 64, ("shared", "trl_all_pairs")),
     "K = 8, prompt 512": Setting(8, 512, ("shared",)),
     "K = 8, prompt 2,048": Setting(8, 2048, ("shared", "trl_all_pairs")),
-    "drafts and improved answers": Setting(8, 256, ("shared", "trunk"), draft=0.6),
 }
 MEMORY = {k: (64, [64] * k) for k in (4, 8, 16, 32, 64)}  # tokens of the prompt and of the responses
-MEMORY_PART = 64 + 4 * 64  # tokens at once: what K = 4 has
+MEMORY_PART = 64 + 2 * 64  # tokens at once: two responses, so that K = 4 is in parts as well
 
 
 def main(argv: list[str] | None = None) -> int:
