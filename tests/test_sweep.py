@@ -249,6 +249,11 @@ def test_a_run_over_other_rows_is_not_compared_with_those_that_are_done(kind, op
         ({"dataset_name": [""]}, {}, "^dataset_name is missing"),
         ({"betta": [0.1]}, {}, "'betta' is not known: did you mean beta"),
         ({"beta": [0.1, 0.1]}, {}, "two combinations give the same folder beta-0.1"),
+        (
+            {"learning_rate": ["1e-5", 0.00001], "seed": [1, 2]},
+            {},
+            "1e-5_seed-1 and learning_rate-1e-05_seed-1 are the",
+        ),
         ({"beta": [0.1]}, {"beta": 0.2}, "beta is a flag, which would win over its values"),
         ({"beta": [0.1]}, {"dry_run": "true"}, "no dry_run and no probe"),
         ({"seed": [1]}, {"trainer": "EMDPOTrainer"}, "compares single trainings: EM-DPO in stages or rounds is none"),

@@ -130,6 +130,7 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         if recipes.chosen(name, flags, {}) is not None:
             raise ValueError(f"{name} is a flag, which would win over its values in the sweep: leave one out.")
     runs: dict[str, Run] = {}
+    names: dict[str, str] = {}  # of folders, by the values as they are read
     fingerprint = cache(data_fingerprint)
     for values in arguments.combinations():
         name = _folder(values)
@@ -138,7 +139,11 @@ def plan(arguments: SweepArguments, argv: list[str]) -> tuple[list[Run], Path]:
         # Numbers and truth values as a recipe gives them to an option, which then reads its own kind only.
         texts = {option: json.dumps(v) if isinstance(v, bool | int | float) else v for option, v in values.items()}
         own = {"run_name": name} | recipe | texts | {"output_dir": str(folder / name), "resume_from_checkpoint": True}
-        stage = Stage(folder / name, _settings(*train.read(flags, own), fingerprint))
+        parts = train.read(flags, own)
+        read = str([value for part in parts[1:] for option, value in vars(part).items() if option in values])
+        if (other := names.setdefault(read, name)) != name:
+            raise ValueError(f"values: {other} and {name} are the same run: leave one out.")
+        stage = Stage(folder / name, _settings(*parts, fingerprint))
         runs[name] = Run(values, stage, flags, own)
     for run in runs.values():
         run.stage.done()  # other settings of any run end it here
