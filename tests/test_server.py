@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -139,6 +140,17 @@ def test_a_program_that_is_interrupted_does_not_wait_for_its_calls(tmp_path):
         hold.set()
         process.kill()
     assert code == 1 and "KeyboardInterrupt" in (tmp_path / "log").read_text()
+
+
+def exit_in_a_call(_):
+    list(in_flight(sys.exit, [3, 3], 2))
+
+
+def test_a_call_that_ends_the_program_ends_it(tmp_path):
+    [process] = processes.start(exit_in_a_call, None, log=tmp_path / "log")
+    process.join(50)
+    process.kill()
+    assert process.exitcode == 3
 
 
 def test_calls_overlap_as_far_as_asked_for():

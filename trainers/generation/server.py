@@ -106,13 +106,13 @@ def in_flight(function: Callable[[Any], Any], items: list, at_once: int) -> Iter
 
     After a call that fails no further one starts; its error comes when those under way have given their results.
     """
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def call(pair: tuple[int, Any]) -> dict[int, Any]:
         at, item = pair
         try:
             return {} if errors else {at: function(item)}
-        except Exception as error:
+        except BaseException as error:  # one that ended its thread would be waited for without an end
             errors.append(error)
             return {}
 
