@@ -193,6 +193,14 @@ def test_what_is_no_question_file_is_named(tmp_path, answers, content, message):
     assert not list(tmp_path.glob("*.parts"))
 
 
+def test_a_folder_of_a_reward_model_may_be_called_like_one_with_a_weight(tmp_path):
+    folder = tmp_path / "lr=1e-5"
+    cut, whole = ({"spec": f"{tmp_path}/lr", "weight": 1e-5}, {"spec": str(folder), "weight": 1.0})
+    assert generate.parse_scorers([str(folder)]) == [cut]
+    folder.mkdir()
+    assert generate.parse_scorers([str(folder), f"{folder}=0.5"]) == [whole, whole | {"weight": 0.5}]
+
+
 def test_the_command_line_names_what_is_wrong(inputs, tmp_path):
     with pytest.raises(ValueError, match="no_such_file is no file: --answers mt_bench reads"):
         generate.generate(arguments(inputs, "mt_bench", tmp_path, prompts="no_such_file"))

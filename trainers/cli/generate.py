@@ -15,6 +15,7 @@ command is given again; the samples are the same as those of an uninterrupted ru
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -57,7 +58,7 @@ class GenerateArguments(SamplingConfig):
     scorer: list[str] | None = option(
         None,
         "Import path of a reward function, folder or hub id of a reward model, or JSON that names a server. Several "
-        "give the sum, with weights written as NAME=0.5.",
+        "give the sum, with weights written as NAME=0.5; a folder whose own name ends so is not cut.",
     )
     answers: str | None = option(
         None,
@@ -106,7 +107,7 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
 
 
 def parse_scorers(specs: list | None) -> list[dict]:
-    """`NAME`, `NAME=weight`, JSON or mappings -> the dicts `load_scorer` takes.
+    """`NAME`, `NAME=weight`, JSON or mappings -> the dicts `load_scorer` takes. A folder that exists is a NAME.
 
     Raises:
         ValueError: JSON that cannot be read.
@@ -117,11 +118,11 @@ def parse_scorers(specs: list | None) -> list[dict]:
 def _named(spec: str) -> dict:
     if (own := as_mapping(spec)) != {"spec": spec}:
         return own
-    name, _, last = spec.rpartition("=")
-    try:
-        return {"spec": name or last, "weight": float(last) if name else 1.0}
-    except ValueError:  # the name of a folder may have such a sign
-        return {"spec": spec, "weight": 1.0}
+    name, _, weight = spec.rpartition("=")
+    if name and not Path(spec).is_dir():  # whose name may have such a sign
+        with suppress(ValueError):
+            return {"spec": name, "weight": float(weight)}
+    return {"spec": spec, "weight": 1.0}
 
 
 def settings_of(args: GenerateArguments, rows: list[dict]) -> dict:
