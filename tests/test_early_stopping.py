@@ -148,6 +148,20 @@ def test_the_launcher_leaves_a_finished_run_as_it_is(tmp_path, start, capsys, li
         assert steps_made(tmp_path) == 3
 
 
+def test_with_more_patience_a_run_that_had_stopped_goes_on(tmp_path, start):
+    """As one that had as much from the start; with less it is finished."""
+    options = {**CONSTANT, "resume_from_checkpoint": "true", "learning_rate": 0.01}
+    train.main(launch(tmp_path, start, **options) + flags(output_dir=tmp_path / "whole", early_stopping_patience=4))
+    for patience, steps in ((2, 3), (1, 3), (4, 5)):
+        train.main(launch(tmp_path, start, **options | {"early_stopping_patience": patience}))
+        assert steps_made(tmp_path) == steps
+    one, other = (load_file(tmp_path / run / "checkpoint-5/model.safetensors") for run in ("whole", "out"))
+    assert all(one[name].equal(value) for name, value in other.items())
+    del options["early_stopping_patience"]
+    train.main(launch(tmp_path, start, **options))
+    assert steps_made(tmp_path) == 8
+
+
 def train_and_leave(argv):
     train.main(argv)
     leave_processes()

@@ -292,10 +292,11 @@ class EarlyStopping(EarlyStoppingCallback):
 
     @classmethod
     def at(cls, checkpoint: str | bool | None, patience: int) -> "EarlyStopping":
-        if not checkpoint:
-            return cls(patience)
-        kept = read_json(Path(str(checkpoint)) / STATE).get("stateful_callbacks", {}).get(EARLY_STOPPING)
-        return cls.from_state(kept) if kept else cls(patience)  # none was there in a checkpoint of an older release
+        stopping = cls(patience)
+        if checkpoint:
+            kept = read_json(Path(str(checkpoint)) / STATE).get("stateful_callbacks", {}).get(EARLY_STOPPING, {})
+            vars(stopping).update(kept.get("attributes", {}))  # of a checkpoint of an older release none
+        return stopping
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 
+from ..config import PreferenceConfig
 from ..forward.reference import REFERENCE
 from .files import read_json
 from .settings import refuse_other_settings
@@ -93,7 +94,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
-def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
+def has_ended(args: PreferenceConfig, checkpoint: str) -> bool:
     """Whether a run was written to its end, the model card last, and nothing is to be trained from `checkpoint` on.
 
     With the last checkpoint the run's own state tells: the one of its last step may not have been kept.
@@ -109,8 +110,9 @@ def has_ended(args: TrainingArguments, checkpoint: str) -> bool:
         trained = state["global_step"] >= args.max_steps
     else:
         trained = state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
-    if early := state.get("stateful_callbacks", {}).get(EARLY_STOPPING):
-        trained |= early["attributes"]["early_stopping_patience_counter"] >= early["args"]["early_stopping_patience"]
+    early, patience = state.get("stateful_callbacks", {}).get(EARLY_STOPPING), args.early_stopping_patience
+    if early and patience is not None:
+        trained |= early["attributes"]["early_stopping_patience_counter"] >= patience
     return trained
 
 

@@ -23,7 +23,7 @@ COMPARED = (
     "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha",
     "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
-LENGTH = ("num_train_epochs", "max_steps")
+LENGTH = ("num_train_epochs", "max_steps", "early_stopping_patience")
 # Fields of our configs that change no weight but for rounding, or that callers name in words of their own.
 FREE = (
     "layout", "pad_token", "pad_to_multiple_of", "dataset_num_proc", "precompute_ref_logps", "ref_cache_dir",
@@ -46,7 +46,7 @@ def run_settings(
 
     Args:
         args: of a training; the fields of its own class and those in `COMPARED` count. None where nothing is trained.
-        length: whether `num_train_epochs` and `max_steps` belong to it. They do not where a run may be prolonged.
+        length: whether the names in `LENGTH` belong to it. They do not where a run may be prolonged.
         free: further fields of `args` that do not count.
         adapter: configuration of the adapter that is trained, None for none.
         more: what else decides: `model_fingerprint` of the start, `rows_digest` or `digest` of the data, options.
@@ -54,8 +54,9 @@ def run_settings(
     settings = {}
     if args is not None:
         own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
-        names = (own | {*COMPARED, *(LENGTH if length else ())}) - {*FREE, *free}
         values = args.to_dict()
+        lengths = values.keys() & {*LENGTH}
+        names = (own | {*COMPARED} | lengths) - {*FREE, *free, *(() if length else lengths)}
         settings = {name: values.get(name) for name in sorted(names)}
         batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
         settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size
