@@ -127,6 +127,7 @@ def test_columns_of_a_mixture(tmp_path):
         ({"dataset_max_rows": [5, 1.5]}, r"dataset_max_rows=\[5, 1.5\]: give positive whole numbers"),
         ({"dataset_max_rows": [5, 5, 5]}, "dataset_max_rows has 3 items for 2 data sets"),
         ({"dataset_config": ["x", "y", "z"]}, "dataset_config has 3 items for 2 data sets"),
+        ({"dataset_train_split": ["", None]}, "dataset_train_split is empty: name a split to train on"),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(change, message, tmp_path):

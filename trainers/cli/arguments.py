@@ -69,6 +69,8 @@ class DataArguments:
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != len(names):
                 raise ValueError(f"{name} has {len(value)} items for {len(names)} data sets: give one for each.")
+        if not any(self.each("dataset_train_split")):
+            raise ValueError("dataset_train_split is empty: name a split to train on, of one data set at least.")
         if self.streaming and (len(names) > 1 or (self.dataset_weights, self.dataset_max_rows) != (None, None)):
             raise ValueError(
                 "streaming reads one data set: name one in dataset_name, without dataset_weights and dataset_max_rows "
