@@ -19,11 +19,12 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from peft import get_peft_model
 
 import moved
 import polypo
 import trainers
-from helpers import flags, save_start
+from helpers import flags, save_start, tiny_llama
 from polypo import recipes, usage
 from test_trainer import rows
 from trainers import SWEPOConfig, SWEPOTrainer
@@ -215,6 +216,15 @@ def test_files_flags_and_values_of_every_kind(tmp_path, monkeypatch):
         assert (args.max_grad_norm, model.use_peft, args.disable_tqdm) == (float("inf"), True, False)
         assert (args.run_name, args.hub_model_id) == ("2026-01-02", "0_10")
     assert os.environ.pop("SOME_NAME") == "a"
+
+
+@pytest.mark.parametrize("asked", ["q_proj", "self_attn.q_proj", ".*[.]q_proj"])
+def test_one_target_of_an_adapter_is_a_name_or_a_regular_expression(asked):
+    for flags_of_it, recipe in ((["--lora_target_modules", asked], {}), ([], {"lora_target_modules": asked})):
+        own = {"output_dir": "out", "use_cpu": True, "use_peft": True}
+        model = train.read(flags_of_it, own | recipe)[-1]
+        adapted = get_peft_model(tiny_llama(20), model.of_trainer["peft_config"])
+        assert adapted.targeted_module_names == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
 # Accelerate.

@@ -1,8 +1,10 @@
 """What the command line says beside a method's config: which rows, which model, and how both are read."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
@@ -140,6 +142,12 @@ class ModelArguments(ModelConfig):
         "elsewhere.",
         choices=["auto", "fast", "bfloat16", "float16", "float32"],
     )
+
+    def __post_init__(self):
+        super().__post_init__()  # makes one name of a list, which PEFT takes for a regular expression of whole paths
+        names: Any = self.lora_target_modules
+        if isinstance(names, str) and re.fullmatch(r"[\w.]+", names):
+            self.lora_target_modules = [names]
 
     @property
     def of_trainer(self) -> dict:
