@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from batches import RAGGED, make_alike, make_batch, own_logps, real_responses, with_holes
-from trainers.forward import head, tree
+from trainers.forward import attention, head, tree
 from trainers.forward.attention import flex_mask
 from trainers.forward.layout import count_tokens, lay_out
 from trainers.forward.run import Runner, check_first_batch, prepare_forward, run, sliding_window
@@ -219,12 +219,26 @@ def test_the_flex_mask_shows_a_token_its_own_sequence():
     inputs = lay_out(batch, "shared")
     assert inputs.input_ids.tolist() == [[5, 6, 7, 10, 11, 12, 13, 20, 8, 9, 14, 15]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 5, 3, 0, 1, 1, 2]]
-    rule = flex_mask(inputs.branches).mask_mod  # its blocks are too coarse
+    rule = flex_mask(inputs.branches.ends).mask_mod  # its blocks are too coarse
     t = torch.arange(inputs.input_ids.size(1))
     seen = [[bool(rule(0, 0, q, k)) for k in t] for q in t]
     rows = ["x", "xx", "xxx", "xxxx", "xxxxx", "xxxx.x", "xxxx.xx", "xxx....x", "........x", "........xx",
             "........x.x", "........x.xx"]  # fmt: skip
     assert [[c == "x" for c in row.ljust(12, ".")] for row in rows] == seen
+
+
+def test_a_flex_mask_is_made_once_for_policy_and_reference(monkeypatch):
+    masks, given = [], []
+    monkeypatch.setattr(attention, "create_block_mask", lambda *_, **__: masks.append(object()) or masks[-1])
+
+    def model(attention_mask, targets, **_):
+        given.append(attention_mask)
+        return {"logps": torch.zeros(len(targets))}
+
+    runner = Runner([build("llama", attn_implementation="flex_attention")], "shared")
+    for name in ("alike", "alike", "ragged", "ragged", "alike"):
+        runner(model, BATCHES[name])
+    assert len(masks) == 3 and given == [masks[i] for i in (0, 0, 1, 1, 2)]
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])  # the fused head, and the one for heads of any kind

@@ -8,6 +8,8 @@ A model loaded with `attn_implementation="flex_attention"` gets the same pattern
 has no backward on CPUs.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -15,8 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from .layout import Branches
 
 SHARED_SDPA = "sdpa_shared_prompt"
 FLEX = "flex_attention"
@@ -42,9 +42,10 @@ def shared_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return _Move.apply(torch.cat(pieces), branches.slot, branches.token, branches.real).unsqueeze(0), None
 
 
-def flex_mask(branches: Branches) -> BlockMask:
-    """Block mask of a packed row: a token sees itself and what comes before it in its own sequence."""
-    ends, length = branches.ends, len(branches.ends)
+@lru_cache(maxsize=1)  # policy and reference are fed the same row
+def flex_mask(ends: Tensor) -> BlockMask:
+    """(T,) `Branches.ends` -> mask of a packed row: a token sees itself and what is before it in its sequence."""
+    length = len(ends)
     places = torch.arange(length, device=ends.device)  # of the queries: the CPU kernel has no name for q as a number
 
     def visible(b, h, q, k):

@@ -180,7 +180,7 @@ def _keywords(inputs: ModelInputs, flex: bool) -> dict:
         return keywords
     keywords["position_ids"] = inputs.position_ids
     if flex:
-        return keywords | {"attention_mask": flex_mask(inputs.branches)}
+        return keywords | {"attention_mask": flex_mask(inputs.branches.ends)}
     # A mask with four dimensions is passed on as it is; without one the model would build (T,T) from the position
     # ids. The attention function reads `branches` instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device)
