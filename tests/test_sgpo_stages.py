@@ -116,6 +116,25 @@ def test_dpo_starts_at_ln_2_and_moves(finished):
         assert (finished / name).read_bytes() == (finished / "round-00/dpo/model" / name).read_bytes()
 
 
+def test_the_reference_of_full_weights_stays_what_the_stage_starts_from(inputs, finished, tmp_path, monkeypatch):
+    """At its end too, when every weight of the policy is another."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("dpo", "measure"):
+        shutil.rmtree(tmp_path / "round-00" / name)
+    release, policy, reference = SGPOTrainer.release, {}, {}
+
+    def spy(self):
+        for seen, model in ((policy, self.model), (reference, self.reference.model)):
+            seen.update({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        release(self)
+
+    monkeypatch.setattr(SGPOTrainer, "release", spy)
+    train.main(command(inputs, tmp_path))
+    improver = weights(tmp_path / "round-00/improver/model")
+    assert same(reference, improver) and policy.keys() == improver.keys()
+    assert not any(torch.equal(policy[name], weight) for name, weight in improver.items())
+
+
 def test_a_target_has_the_same_tokens_in_the_improver_and_in_dpo():
     tokenizer = family_tokenizer("llama3")
     prompt = [{"role": "user", "content": "where is the dog"}]
