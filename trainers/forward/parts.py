@@ -96,7 +96,7 @@ class PartedPass:
         for i, part in enumerate(self.parts):
             last = i == len(self.parts) - 1
             self._states.append(_random_state(self.accelerator.device))
-            with _without_sync(self.model, self.accelerator), torch.set_grad_enabled(last):
+            with _without_sync(self.model, self.accelerator) if last else torch.no_grad():  # nothing to share
                 policy, reference = forwards(part.batch)
             if policy.values or policy.aux_loss is not None:
                 raise ValueError(
