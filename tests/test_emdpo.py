@@ -170,6 +170,9 @@ def test_policies_on_all_rows_go_on_after_a_kill_and_are_made_anew_for_more_roun
         for found, expected in zip(again.policies, whole.policies, strict=True):
             same(weights(found), weights(expected))
         assert len(list((tmp_path / name).glob("**/policy"))) == 2
+    with pytest.raises(ValueError, match=r"round-00/type-0/policy was deleted when this run went further"):
+        em(tmp_path / "longer", start, rounds=1, **options).train()
+    assert all(policy.is_dir() for policy in again.policies)
 
 
 def test_restarts_keep_the_likeliest_run(tmp_path, start):

@@ -152,6 +152,7 @@ class EM:
         """What `last` gave, with policies that are trained on all rows by its posterior."""
         folder, manifest = last.folder / "final", dict(last.manifest)
         if not (folder / MANIFEST).exists():
+            _refuse_deleted(last.policies)  # those of a round that is not the folder's last, whose own would go
             self.processes.say("\nTraining on all rows")
             seed = self._seed(manifest["restart"], manifest["round"] + 1)
             policies = self._m_steps(folder, last.posterior, self.all, None, seed)
