@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,22 @@ def test_rows_from_python_are_read_as_a_trainer_reads_them(inputs, tmp_path):
     made = pool(tmp_path, 0)
     assert [row["prompt"] for row in made] == [row["prompt"] for row in ROWS[:4]]
     assert [texts(row)[:2] for row in made] == [[TEXTS[i], TEXTS[i - 1]] for i in range(4)]
+
+
+def test_a_run_goes_on_with_a_function_that_was_handed_over(inputs, tmp_path):
+    """In another process the same function lies elsewhere in memory; a copy stands for it."""
+
+    def run(scorer, rounds):
+        args = LIREConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no",
+                          disable_tqdm=True, self_enhance=OPTIONS | {"rounds": rounds, "scorer": scorer})  # fmt: skip
+        LIRETrainer.run(args, {"train": Dataset.from_list(ROWS[:4])}, str(inputs / "model"))
+
+    copied = types.FunctionType(vowels.__code__, globals(), "vowels")
+    run([{"spec": vowels, "weight": 2}], 1)
+    run([{"spec": copied, "weight": 2}], 2)
+    assert len(list(tmp_path.glob("round-*/manifest.json"))) == 2
+    with pytest.raises(ValueError, match=r"self_enhance.scorer was \[.*test_enhance.vowels.* and is \[.*pool"):
+        run([{"spec": pool, "weight": 2}], 2)
 
 
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]

@@ -93,11 +93,14 @@ def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -
 
 
 def compared_scorer(spec: Spec | None) -> Spec | None:
-    """What of a scorer the scores depend on, for the settings of a run: of a server not its address or its prices."""
+    """What of a scorer the scores depend on, for the settings of a run: of a server not its address or its prices, of a
+    function its name, because its text holds a place in memory."""
     if isinstance(spec, list):
         return [compared_scorer(part) for part in spec]
+    if callable(spec):
+        return f"{spec.__module__}.{getattr(spec, '__qualname__', type(spec).__qualname__)}"
     if not asks_server(spec):
-        return spec
+        return spec | {"spec": compared_scorer(spec.get("spec"))} if isinstance(spec, dict) else spec
     weight, own = _split(as_mapping(spec))
     return _served(own).compared | {"weight": weight}
 
