@@ -115,6 +115,32 @@ def test_sft_before_stages_that_were_made_without_it_is_refused_at_once(tmp_path
         Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([row], [row], [], [row])).run()
 
 
+def test_sft_on_conversations_that_max_length_left_out_is_refused_at_another_one(tmp_path):
+    family_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    row = {"prompt": "Hi", "reference": "a"}
+
+    def stage(**options) -> Stage:
+        args = config(tmp_path / "out", **options)
+        run = Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([row], [row], [], [row]))
+        return Stage(run.at("sft", 0), run.settings()["sft"])
+
+    stage(max_length=40).open()
+    stage(max_length=40).finish()
+    assert stage(max_length=50, sft={"max_length": 40}).done()
+    with pytest.raises(ValueError, match="sft/settings.json .*max_length was 40 and is 50"):
+        stage(max_length=50).done()
+
+
+@pytest.mark.parametrize("conversations", [[], [{"prompt": "Hi " * 50, "reference": "a"}]])
+def test_no_conversation_for_sft_ends_the_run_with_its_reason(tmp_path, conversations):
+    family_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    row = {"prompt": "Hi", "reference": "a"}
+    rows = Rows([row], [row], [], conversations)
+    reason = "{'longer than max_length': 1}" if conversations else "{}"
+    with pytest.raises(ValueError, match=f"no conversation is left for sft. Dropped: {reason}"):
+        Run(SGPOTrainer, config(tmp_path / "out", max_length=40), str(tmp_path / "model"), rows).run()
+
+
 def test_a_dropped_row_names_the_option_that_dropped_it(tmp_path):
     family_tokenizer("llama3").save_pretrained(tmp_path / "model")
     args = config(tmp_path / "out", max_length=40, improver={"max_length": 400}, policy_weight=0.3,

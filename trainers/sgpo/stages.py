@@ -148,7 +148,7 @@ class Run:
         }
         measured = {"held-out rows": digest(rows.held_out), "scorer": compared_scorer(args.scorer)}
         own = {
-            "sft": rows.conversations
+            "sft": rows.conversations is not None
             and run_settings(self._sft_config("sft", 0), adapter=adapter, conversations=digest(rows.conversations)),
             "current": sampling | {"improver prompts": digest(rows.improver)},
             "targets": revision | reviser | options("reviser", "reviser_model", "reviser_function"),
@@ -197,7 +197,8 @@ class Run:
     # Trainings.
 
     def _sft_config(self, name: str, index: int, folder: Path | None = None):
-        options = self.args.improver if name == "improver" else {"learning_rate": 2e-5} | (self.args.sft or {})
+        of_sft = {"learning_rate": 2e-5, "max_length": self.args.max_length} | (self.args.sft or {})
+        options = self.args.improver if name == "improver" else of_sft
         options = {key: value for key, value in options.items() if key not in SFT_DATA}
         return sft_config(self.args, options, folder or self.folder, self.args.seed + index)
 
@@ -210,11 +211,12 @@ class Run:
     def _sft(self, index: int, folder: Path) -> dict:
         assert self.rows.conversations is not None
         examples = [(row["prompt"], row["reference"]) for row in self.rows.conversations]
-        own = self.args.sft or {}
-        kept = fits(examples, self.tokenizer, own.get("max_length", self.args.max_length))
-        long = filters.TOO_LONG.format("sft.max_length" if "max_length" in own else "max_length")
+        kept = fits(examples, self.tokenizer, self._sft_config("sft", index).max_length)
+        long = filters.TOO_LONG.format("sft.max_length" if "max_length" in (self.args.sft or {}) else "max_length")
         counts = count_drops([None if fit else long for fit in kept])
         examples = [example for example, fit in zip(examples, kept, strict=True) if fit]
+        if not examples:
+            raise ValueError(f"no conversation is left for sft. Dropped: {counts['dropped']}.")
         return counts | self._train("sft", index, folder, None, examples)
 
     def _improver(self, index: int, folder: Path) -> dict:
