@@ -66,3 +66,18 @@ def adapters(tmp_path, tokenizer):
         config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=False)
         get_peft_model(tiny_llama(len(tokenizer)), config).save_pretrained(tmp_path / name)
     return tmp_path
+
+
+@pytest.fixture
+def revisions(monkeypatch):
+    """Those of all tokenizers that are read from now on."""
+    from transformers import AutoTokenizer
+
+    read, found = AutoTokenizer.from_pretrained, set()
+
+    def noted(*args, revision=None, **kwargs):
+        found.add(revision)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    return found

@@ -286,6 +286,14 @@ def test_a_run_goes_on_with_a_function_that_was_handed_over(inputs, tmp_path):
         run([{"spec": pool, "weight": 2}], 2)
 
 
+def test_the_tokenizer_is_that_of_the_models_revision(inputs, tmp_path, revisions):
+    args = LIREConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no",
+                      disable_tqdm=True, model_init_kwargs={"revision": "b3"},
+                      self_enhance=OPTIONS | {"rounds": 1})  # fmt: skip
+    LIRETrainer.run(args, {"train": Dataset.from_list(ROWS[:4])}, str(inputs / "model"))
+    assert revisions == {"b3"}
+
+
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
 
 

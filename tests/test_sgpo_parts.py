@@ -115,6 +115,13 @@ def test_sft_before_stages_that_were_made_without_it_is_refused_at_once(tmp_path
         Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([row], [row], [], [row])).run()
 
 
+def test_the_tokenizer_is_that_of_the_models_revision(tmp_path, revisions):
+    family_tokenizer("llama3").save_pretrained(tmp_path / "model")
+    args = config(tmp_path / "out", model_init_kwargs={"revision": "b3"})
+    Run(SGPOTrainer, args, str(tmp_path / "model"), Rows([], [], [], None))
+    assert revisions == {"b3"}
+
+
 def test_sft_on_conversations_that_max_length_left_out_is_refused_at_another_one(tmp_path):
     family_tokenizer("llama3").save_pretrained(tmp_path / "model")
     row = {"prompt": "Hi", "reference": "a"}

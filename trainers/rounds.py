@@ -145,7 +145,7 @@ class Rounds:
             train_dataset=Dataset.from_list(rows),
             eval_dataset=self.eval_dataset,
             peft_config=self.peft_config if start is None else None,
-            processing_class=load_tokenizer(policy),
+            processing_class=load_tokenizer(policy, self.args.model_init_kwargs),
         )
         trainer.train_stage(start, self.dataset, self.left_out, "the next round")
 

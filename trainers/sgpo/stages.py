@@ -25,10 +25,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoTokenizer
 
 from ..data.json_rows import digest
-from ..forward.policy import set_pad_token
+from ..forward.policy import set_pad_token, tokenizer_at
 from ..generation.collect import collect_scores
 from ..generation.rewards import as_completion
 from ..generation.scorer import compared_scorer
@@ -76,7 +75,7 @@ class Run:
     def __post_init__(self):
         self.processes = Processes()
         self.folder = Path(self.args.output_dir)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.tokenizer = tokenizer_at(self.model, self.args.model_init_kwargs)
         set_pad_token(self.tokenizer, self.args.pad_token)
         self.sampler = Sampler(self.args, self.model, self.tokenizer, self.quantization_config)
 
