@@ -190,6 +190,7 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
     [
         ({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"),
         ({"options": {"top_p": 0.9}}, "self_enhance.top_p was 1.0 and is 0.9"),
+        ({"dataset_name": "other.jsonl"}, "self_enhance.json .*: held-out columns are others. Set"),
         ({"options": {"rounds": 1}}, "rounds=1, but .* holds more"),
         ({"options": {"scorer": "no_such_lab.kindness"}}, "no_such_lab"),
         ({"options": {"top_p": 2}}, "self_enhance: top_p=2 must be"),
@@ -199,7 +200,10 @@ def test_finished_work_is_not_done_again(inputs, finished, monkeypatch):
     ],
     ids=str,
 )
-def test_what_would_mix_or_undo_finished_rounds_is_refused(inputs, finished, changes, message):
+def test_what_would_mix_or_undo_finished_rounds_is_refused(inputs, finished, changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [row | {"topic": row["topic"] + (i > 3)} for i, row in enumerate(ROWS)]  # of held-out rows
+    Dataset.from_list(others).to_json("other.jsonl")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(ValueError, match=message):
         train.main(arguments(inputs, finished, **changes))

@@ -109,6 +109,8 @@ class Rounds:
         own |= {"self_enhance.scorer": compared_scorer(options.scorer)}
         own |= {"trainer": trainer_class.__name__, "training rows": digest(self.rows)}
         own |= {"held-out prompts": digest([row["prompt"] for row in self.held_out])}
+        if columns := columns_of(self.held_out):  # which the scorer reads
+            own |= {"held-out columns": digest([[row[name] for name in columns] for row in self.held_out])}
         own |= policy_settings(model, quantization_config, args.model_init_kwargs)
         self.stage = Stage(args.output_dir, run_settings(args, adapter=peft_config, **own), settings_name=SETTINGS)
 
