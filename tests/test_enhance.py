@@ -350,6 +350,14 @@ def test_survives_kill_9_while_training(inputs, finished_lora, tmp_path):
     assert (tmp_path / "round-00" / "manifest.json").stat().st_mtime_ns == kept
 
 
+def test_a_killed_round_of_save_only_model_is_trained_anew(inputs, finished, tmp_path):
+    argv = arguments(inputs, tmp_path, save_only_model=True)
+    run_and_die(argv, "training", 5)
+    assert last_checkpoint(tmp_path / "round-00/training").endswith("checkpoint-3")
+    train.main(argv)
+    assert_same(tmp_path, finished)
+
+
 @pytest.mark.slow
 def test_survives_kill_9_in_every_phase_of_one_run(inputs, finished, tmp_path):
     argv = arguments(inputs, tmp_path)

@@ -36,9 +36,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def remove_incomplete_checkpoints(folder: str | Path) -> None:
-    """The trainer counts these folders when it limits their number, and would delete a good one in their favour."""
+    """The trainer counts these folders when it limits their number, and would delete a good one in their favour.
+
+    So go those of `save_only_model`, from which no training goes on.
+    """
     for path in Path(folder).glob("checkpoint-*"):
-        if not is_complete(path):
+        if not is_complete(path) or not any(path.glob("rng_state*.pth")):
             shutil.rmtree(path)
 
 
