@@ -40,7 +40,8 @@ def test_weights_that_are_not_finite_are_not_blamed_on_the_layout(tmp_path, toke
             run()
 
 
-def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer):
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer, prompts):
     """As docs/distributed.md says: it is logged as it is, ends nothing, and is no best checkpoint."""
     fields = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3,
               "load_best_model_at_end": True}  # fmt: skip
@@ -49,7 +50,9 @@ def test_an_evaluation_loss_that_is_not_finite_is_never_the_best(tmp_path, token
 
     def lose(batch, policy, reference):
         losses, metrics = loss(batch, policy, reference)
-        return losses * (float("nan") if not t.model.training and t.state.global_step != 2 else 1), metrics
+        if not t.model.training and t.state.global_step != 2:
+            losses = losses.masked_fill(torch.arange(len(losses)) < prompts, torch.nan)
+        return losses, metrics
 
     t.loss = lose
     t.train()

@@ -56,7 +56,9 @@ class MeasuringTrainer(RunningTrainer):
             return
         # Per-prompt values are gathered so that accelerate can remove the rows it repeats to fill the last batch.
         size = len(losses)
-        columns = {"loss": losses.detach() * weights, "weight": weights, **metrics}
+        own = (losses.detach() * weights).masked_fill(weights == 0, 0)
+        lost = own.isnan()  # unlike another metric's, a NaN is not left out of the mean: inf / inf is one too
+        columns = {"loss": own.masked_fill(lost, torch.inf), "weight": weights.masked_fill(lost, torch.inf), **metrics}
         table = torch.stack([torch.as_tensor(v).to(losses).expand(size) for v in columns.values()], 1)
         table = self.accelerator.gather_for_metrics(table)
         self._meters["eval"].update(dict(zip(columns, table.unbind(1), strict=True)))
