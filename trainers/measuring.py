@@ -56,9 +56,10 @@ class MeasuringTrainer(RunningTrainer):
             return
         # Per-prompt values are gathered so that accelerate can remove the rows it repeats to fill the last batch.
         size = len(losses)
-        own = (losses.detach() * weights).masked_fill(weights == 0, 0)
-        lost = own.isnan()  # unlike another metric's, a NaN is not left out of the mean: inf / inf is one too
-        columns = {"loss": own.masked_fill(lost, torch.inf), "weight": weights.masked_fill(lost, torch.inf), **metrics}
+        weighted = (losses.detach() * weights).masked_fill(weights == 0, 0)
+        lost = weighted.isnan()  # unlike another metric's, a NaN is not left out of the mean: inf / inf is one too
+        parts = {"loss": weighted, "weight": weights}
+        columns = {name: value.masked_fill(lost, torch.inf) for name, value in parts.items()} | metrics
         table = torch.stack([torch.as_tensor(v).to(losses).expand(size) for v in columns.values()], 1)
         table = self.accelerator.gather_for_metrics(table)
         self._meters["eval"].update(dict(zip(columns, table.unbind(1), strict=True)))

@@ -93,8 +93,10 @@ def asked_of_servers(spec: Spec, responses: int, tokens: int, batch_size: int) -
 
 
 def compared_scorer(spec: Spec | None) -> Spec | None:
-    """What of a scorer the scores depend on, for the settings of a run: of a server not its address or its prices, of a
-    function its name, because its text holds a place in memory."""
+    """What of a scorer the scores depend on, for the settings of a run: of a server not its address or its prices.
+
+    A function is known by its name, since its text says where in memory it lies.
+    """
     if isinstance(spec, list):
         return [compared_scorer(part) for part in spec]
     if callable(spec):
