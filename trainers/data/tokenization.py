@@ -27,7 +27,7 @@ from .drops import (
     split_off_drops,
     without_format,
 )
-from .encoding import Encoded, chat_options, chat_template, encode, without_none
+from .encoding import Encoded, encode
 from .json_rows import rows_in
 from .rows import TRAINED, UNFINISHED, Row, checked_row, is_per_token, unpadded, weight_fault
 from .truncation import fit, fixed_ends
@@ -244,7 +244,7 @@ class RowTokenizer:
             raise ValueError(f"{where}: {TRAINED!r} must hold true or false for each token of each response.")
         if fault := weight_fault(row.get("weight", 1.0)):
             return None, [f"row: {fault}"], None
-        return *fit(row, self.limits, where, self._ends(row, None, where)), None
+        return *self._fit(row, where, None), None
 
     def _of_text(self, row: Row, encoded: Encoded, where: str) -> Result:
         if row.get(TRAINED):
@@ -256,7 +256,7 @@ class RowTokenizer:
         n = len(commonprefix([prompt_ids, *full_ids]))
         tokenised = {**row, "prompt_ids": prompt_ids[:n], "response_ids": [ids[n:] for ids in full_ids]}
         tokenised[TRAINED] = masks and [mask[n:] for mask in masks]
-        out, reasons = fit(tokenised, self.limits, where, self._ends(row, prompt_ids, where))
+        out, reasons = self._fit(tokenised, where, prompt_ids)
         cut: str | None = None
         if n < len(prompt_ids) and (masks is None or any(mask[n] for mask in masks if len(mask) > n)):
             # Some decoders drop a space at the beginning, so both are decoded from there.
@@ -268,11 +268,10 @@ class RowTokenizer:
             reasons.append(f"note: {CONTROL_NOTE}")
         return out, reasons, cut
 
-    def _ends(self, row: Row, whole: list[int] | None, where: str) -> partial:
-        """What `fit` asks of a prompt that is cut, whose token ids are `whole` where they were made here."""
-        prompt = None if whole is None else row["prompt"]
-        return partial(
-            fixed_ends, prompt=without_none(prompt) if isinstance(prompt, list) else prompt, where=where, whole=whole,
-            tokenizer=self.tokenizer, apply=chat_template(self.tokenizer, chat_options(row, self.template_kwargs)),
-            keep_system=self.limits.keep_system,
+    def _fit(self, row: Row, where: str, whole: list[int] | None) -> tuple[Row | None, list[str]]:
+        """`whole` are the token ids of the prompt where they were made here."""
+        ends = partial(
+            fixed_ends, row=row, where=where, whole=whole, tokenizer=self.tokenizer,
+            template_kwargs=self.template_kwargs, keep_system=self.limits.keep_system,
         )  # fmt: skip
+        return fit(row, self.limits, where, ends)

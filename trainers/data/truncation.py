@@ -7,6 +7,7 @@ from os.path import commonprefix  # of any sequences
 from jinja2 import TemplateError
 
 from ..config import Truncation
+from .encoding import chat_options, chat_template, without_none
 from .rows import TRAINED, Row, is_per_token, score_fault, without_responses
 
 PROMPT_CUT = "prompts cut on the left to max_prompt_length"
@@ -81,25 +82,29 @@ def fit(
 
 
 def fixed_ends(
-    prompt_ids: list[int], prompt: str | list[dict] | None, where: str, *, whole: list[int] | None, tokenizer,
-    apply: Callable, keep_system: bool,
+    prompt_ids: list[int], row: Row, where: str, *, whole: list[int] | None, tokenizer, template_kwargs: dict,
+    keep_system: bool,
 ) -> tuple[list[int], int]:  # fmt: skip
-    """What stays at the beginning of a prompt that is cut, and how many tokens at its end say nothing.
+    """What stays at the beginning of a row's prompt that is cut, and how many tokens at its end say nothing.
 
     The first is its BOS, or what the template writes for system messages; the second what it writes behind the text of
     the last message. Of a text none, and none that are known of token ids.
 
     Args:
-        prompt: what was tokenised, None where that is not known.
-        whole: its token ids, of which `prompt_ids` are those that stand before all responses.
-        apply: the chat template.
+        whole: the token ids of the prompt, of which `prompt_ids` are those that stand before all responses; None where
+            the row came with its token ids.
 
     Raises:
         ValueError: the system turn is no beginning of the prompt, or the template refuses to tell.
     """
-    head = _head(prompt_ids, prompt, where, tokenizer, apply, keep_system)
-    if whole is None or not isinstance(prompt, list):
+    head = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
+    if keep_system and whole is None:
+        raise ValueError(NO_SYSTEM.format(where, "the row is given as token ids, which do not tell where it ends"))
+    if whole is None or isinstance(row["prompt"], str):
         return head, 0
+    prompt, apply = without_none(row["prompt"]), chat_template(tokenizer, chat_options(row, template_kwargs))
+    if keep_system and (system := list(takewhile(lambda message: message["role"] in SYSTEM, prompt))):
+        head = _head(system, prompt_ids, where, apply)
     *others, last = prompt
     last = {key: value for key, value in last.items() if key != "tool_calls"}
     chats = [[*others, last | {"content": text}] for text in "ab"]  # what is the same behind both is no text
@@ -113,17 +118,7 @@ def fixed_ends(
     return head, max(0, behind - (len(whole) - len(prompt_ids)))
 
 
-def _head(
-    prompt_ids: list[int], prompt: str | list[dict] | None, where: str, tokenizer, apply: Callable, keep_system: bool
-) -> list[int]:
-    bos = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
-    if not keep_system or isinstance(prompt, str):
-        return bos
-    if prompt is None:
-        raise ValueError(NO_SYSTEM.format(where, "the row is given as token ids, which do not tell where it ends"))
-    system = list(takewhile(lambda message: message["role"] in SYSTEM, prompt))
-    if not system:
-        return bos
+def _head(system: list[dict], prompt_ids: list[int], where: str, apply: Callable) -> list[int]:
     try:
         ids = apply(system, return_dict=True)["input_ids"]
     except TemplateError as error:
