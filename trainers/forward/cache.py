@@ -9,7 +9,8 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -198,25 +199,25 @@ def score_rows(
         budget: most tokens of a batch; 1 for a row at a time, so that no number depends, by rounding, on where a pass
             was killed.
     """
-    cache = LogpsCache(folder, per_token=per_token)
-    if cache.missing(datasets):
-        model = load()
-        disable_dropout(model)
-        runner, collate = Runner([base_model(model)], layout), PreferenceCollator(pad_token_id)
-        with _placed(model.requires_grad_(False).eval(), accelerator) as policy:
+    table, collate = LogpsCache(folder, per_token=per_token), PreferenceCollator(pad_token_id)
+    with ExitStack() as stack:
 
-            def score(rows: list[dict]) -> Tensor:
-                batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
-                with torch.no_grad(), accelerator.autocast():
-                    runner.check(policy, batch, accelerator)
-                    return runner(policy, batch).logps
+        @cache
+        def policy() -> tuple[nn.Module, Runner]:
+            model = load()
+            disable_dropout(model)
+            runner = Runner([base_model(model)], layout)
+            return stack.enter_context(_placed(model.requires_grad_(False).eval(), accelerator)), runner
 
-            cache.fill(datasets, score, accelerator, budget=budget, title=title)
-    else:  # also where a kill came after the last part
-        if accelerator.is_main_process:
-            cache.finish()
-        accelerator.wait_for_everyone()
-    return [cache.of_rows(rows) for rows in datasets]
+        def score(rows: list[dict]) -> Tensor:
+            model, runner = policy()
+            batch = {name: tensor.to(accelerator.device) for name, tensor in collate(rows).items()}
+            with torch.no_grad(), accelerator.autocast():
+                runner.check(model, batch, accelerator)
+                return runner(model, batch).logps
+
+        table.fill(datasets, score, accelerator, budget=budget, title=title)
+    return [table.of_rows(rows) for rows in datasets]
 
 
 @contextmanager
