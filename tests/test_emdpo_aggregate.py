@@ -63,6 +63,15 @@ def overview(folder):
     return json.loads((folder / "aggregate.json").read_text())
 
 
+@pytest.mark.parametrize("content, told", [
+    ('{"text": "a"}', "row 0 needs a `prompt`"), ('["a"]', "row 0 needs a `prompt`"), ("", "has no rows"),
+])  # fmt: skip
+def test_prompts_that_are_none_are_named(tmp_path, content, told):
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=told):
+        aggregate.main(["--run_dir", str(tmp_path), "--dataset_name", str(tmp_path / "prompts.jsonl")])
+
+
 # Regrets from samples.
 
 
@@ -306,6 +315,14 @@ def test_choosing_the_number_of_types_holds_out_whole_annotators(start, tmp_path
     assert one["gain_over_coin"]["mean"] == pytest.approx(one["log_likelihood"]["mean"] + 5 * math.log(6))
     assert "| *a coin* | -8.959 |" in (tmp_path / "table.md").read_text()
     assert "a coin" in (tmp_path / "plot.svg").read_text() and two["gain_over_one_less"]["low"] is None
+
+
+def test_choosing_the_number_of_types_trains_nothing_where_a_description_is_asked_for(start, tmp_path):
+    for asked in ("dry_run", "probe"):
+        with pytest.raises(ValueError, match="no dry_run and no probe"):
+            choose_types.main(
+                flags(model_name_or_path=start, dataset_name="none", output_dir=tmp_path, **{asked: True})
+            )
 
 
 # Serving.

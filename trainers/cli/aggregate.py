@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import load_preferences
 from ..config import check_options, option
-from ..data.rows import refuse_template_options
+from ..data.rows import prompt_to_answer
 from ..emdpo.aggregate import MIN_MAX, OTHER_PROMPTS, SHARES, UNIFORM, Arena, Player, compare
 from ..emdpo.distill import DISTILLED, distilled
 from ..emdpo.figures import regrets
@@ -113,11 +113,14 @@ def read_prompts(args: AggregateArguments) -> list:
     """The first different prompts of a file of rows or of a data set."""
     lines = args.dataset_name.removesuffix(".gz").endswith(".jsonl")
     prompts: dict[str, object] = {}
-    for row in read_rows(args.dataset_name) if lines else load_preferences(args.dataset_name, args.dataset_split):
-        refuse_template_options(row)
-        prompts.setdefault(str(row["prompt"]), plain_prompt(row["prompt"]))
+    rows = read_rows(args.dataset_name) if lines else load_preferences(args.dataset_name, args.dataset_split)
+    for i, row in enumerate(rows):
+        prompt = prompt_to_answer(row, f"--dataset_name: row {i}")
+        prompts.setdefault(str(prompt), plain_prompt(prompt))
         if len(prompts) == args.max_prompts:
             break
+    if not prompts:
+        raise ValueError(f"--dataset_name: {args.dataset_name} has no rows.")
     return list(prompts.values())
 
 

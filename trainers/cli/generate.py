@@ -28,7 +28,7 @@ from polypo.recipes import shipped
 from ..config import option
 from ..data.json_rows import digest
 from ..data.load import read_dataset
-from ..data.rows import refuse_template_options
+from ..data.rows import prompt_to_answer
 from ..forward.policy import find_adapter
 from ..generation import SamplingConfig, collect_samples, collect_scores, summarize
 from ..generation.collect import MADE, columns_of
@@ -98,11 +98,9 @@ def load_prompts(args: GenerateArguments) -> list[dict]:
     if not rows:
         raise ValueError(f"--prompts: {args.prompts} has no rows.")
     for i, row in enumerate(rows[: args.limit]):
-        if not isinstance(row, dict) or not row.get("prompt"):
-            raise ValueError(f"--prompts: row {i} needs a `prompt`, text or messages; it has {sorted(row)}.")
-        if args.as_chat and isinstance(row["prompt"], str):
-            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        refuse_template_options(row)
+        prompt = prompt_to_answer(row, f"--prompts: row {i}")
+        if args.as_chat and isinstance(prompt, str):
+            row["prompt"] = [{"role": "user", "content": prompt}]
     return rows[: args.limit]
 
 

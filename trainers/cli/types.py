@@ -40,6 +40,8 @@ def main(argv: list[str]) -> dict:
         argv, TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments
     )
     set_model_options(args, model)
+    if data.dry_run or data.probe:
+        raise ValueError("polypo types has no dry_run and no probe: ask polypo train, with --num_types.")
     if data.streaming:
         raise ValueError("streaming: annotators are held out of all rows, which are read before: leave it out.")
     rows = data.load(args, "train")

@@ -226,6 +226,15 @@ def _is_call(call: Any) -> bool:
     return isinstance(function.get("arguments"), dict | str)
 
 
+def prompt_to_answer(row: Row, where: str):
+    """The prompt of a row of which nothing else need be there; ValueError without one, or where answers cannot follow
+    its options of the chat template."""
+    if not isinstance(row, dict) or not row.get("prompt"):
+        raise ValueError(f"{where} needs a `prompt`, text or messages; it has {sorted(row)}.")
+    refuse_template_options(row)
+    return row["prompt"]
+
+
 def refuse_template_options(row: Row) -> None:
     """Raises ValueError for a row with options of the chat template, where answers are sampled without them."""
     if given := [name for name in TEMPLATE if row.get(name)]:
