@@ -65,6 +65,8 @@ def test_a_row_beyond_the_budget_is_a_batch_of_its_own_and_counted():
 def test_few_rows_give_one_batch_per_row_at_most_and_too_few_are_refused():
     assert len(TokenBudgetSampler([10] * 5, 1000, processes=2)) == 4
     assert sorted(sum(TokenBudgetSampler([10] * 5, 1000, processes=2).batches(0), [])) == [0, 1, 2, 3, 4]
+    alone = TokenBudgetSampler([10] * 5, 10, processes=2)
+    assert len(alone) == 4 == len(alone.batches(0)) and alone.batches(0) != alone.batches(1)
     with pytest.raises(ValueError, match="processes"):
         TokenBudgetSampler([10], 1000, processes=2)
 

@@ -25,7 +25,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     Every row comes once per epoch, in an order that depends on seed and epoch only. The number of batches is the same
     in every epoch and divisible by `processes`, so that accelerate can deal them out evenly; where the packing gives
-    fewer, the largest batches are halved. A row longer than the budget is a batch of its own.
+    fewer, the largest batches are halved. Where it gives more, as nearly every row is a batch, those that do not go
+    round all processes are left out, others in each epoch. A row longer than the budget is a batch of its own.
 
     Args:
         lengths: packed length of every row (`packed_tokens`).
@@ -69,7 +70,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             batch = packed[largest]
             packed[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(packed))
-        return [packed[i] for i in order]
+        return [packed[i] for i in order[: self.count]]
 
     def _pack(self, epoch: int) -> list[list[int]]:
         """Shuffle, sort within windows, fill greedily."""
