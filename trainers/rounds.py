@@ -16,7 +16,6 @@ so it depends on nothing but the files of the round before. A method with a refe
 each round for it, not the model of the first one.
 """
 
-import copy
 import dataclasses
 import logging
 import shutil
@@ -40,9 +39,9 @@ from .generation.start import dtype_for_all, load_start, weights_of
 from .pages.text import interval
 from .runs.checkpoints import STATE
 from .runs.files import read_json, read_rows, write_json, write_rows
-from .runs.processes import Processes, share_engine
+from .runs.processes import Processes, stage_arguments
 from .runs.settings import policy_settings, run_settings
-from .runs.stage import Stage, train_into
+from .runs.stage import Stage, refuse_fewer_rounds, train_into
 from .statistics import bootstrap_interval
 
 logger = logging.getLogger(__name__)
@@ -63,16 +62,6 @@ def canonical(rows: Dataset | None, args) -> Dataset | None:
     rows, report = canonicalize(rows, None, args.invalid_rows, args.dataset_num_proc, args.as_chat)
     report.log(logger, "Reading")
     return rows
-
-
-def round_arguments(args, iterations: int, index: int, folder: Path):
-    """The training arguments of a round: its own folder and order of the rows, `iterations` times the length."""
-    own = copy.copy(args)
-    own.output_dir, own.seed, own.model_init_kwargs = str(folder), args.seed + index, None
-    own.self_enhance = None
-    own.num_train_epochs = args.num_train_epochs * iterations
-    own.max_steps = args.max_steps * iterations if args.max_steps > 0 else args.max_steps
-    return own
 
 
 class Rounds:
@@ -121,11 +110,7 @@ class Rounds:
             ValueError: the folder holds a run with other settings, or more rounds.
         """
         folder, rounds = self.stage.open(), self.options.rounds
-        if (self._at(rounds) / "manifest.json").exists():
-            raise ValueError(
-                f"self_enhance: rounds={rounds}, but {folder} holds more: rounds can only be added. Raise it, or "
-                "choose another output_dir."
-            )
+        refuse_fewer_rounds(folder, rounds, self._at(rounds) / "manifest.json")
         rewards, history = [self._measure(folder / "before", None)], []
         for index in range(rounds):
             history.append(self._round(index, rewards))
@@ -141,9 +126,11 @@ class Rounds:
             self.model, start, trainable=True, init_kwargs=self.args.model_init_kwargs,
             quantization_config=self.quantization_config,
         )  # fmt: skip
+        args, times = self.args, self.options.iterations
+        length = {"num_train_epochs": args.num_train_epochs * times, "max_steps": max(args.max_steps * times, -1)}
         trainer = self.trainer_class(
             policy,
-            args=share_engine(round_arguments(self.args, self.options.iterations, index, folder)),
+            args=stage_arguments(args, folder, args.seed + index, self_enhance=None, **length),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=self.eval_dataset,
             peft_config=self.peft_config if start is None else None,

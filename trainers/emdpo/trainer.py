@@ -30,7 +30,7 @@ from ..forward.identity import weights_digest
 from ..generation.start import load_start
 from ..runs.checkpoints import last_checkpoint
 from ..runs.files import read_json, write_atomic, write_json
-from ..runs.processes import Processes, free_memory, refuse_partial_weights, share_engine
+from ..runs.processes import Processes, free_memory, refuse_partial_weights, stage_arguments
 from ..runs.settings import model_fingerprint, policy_settings, rows_digest, run_settings
 from ..runs.stage import Stage
 from . import tables
@@ -191,14 +191,12 @@ class EMDPOTrainer(TypePolicyTrainer):
 
     def m_step(self, weights: np.ndarray, start: Path | None, seed: int, folder: Path) -> None:
         """An ordinary training in its own folder and order of the rows; it neither evaluates nor loads a model."""
-        args, judged = copy.copy(self.args), self.judged
+        changes, judged = {"eval_strategy": "no", "do_eval": False, "precompute_ref_logps": False}, self.judged
         assert judged.reference is not None
-        args.output_dir, args.seed, args.model_init_kwargs = str(folder), seed, None
-        args.eval_strategy, args.do_eval, args.precompute_ref_logps = "no", False, False
-        share_engine(args)
         trainer = TypePolicyTrainer(
-            self._load(start, trainable=True), args=args, callbacks=copy.copy(self._callbacks),
-            train_dataset=m_step_rows(judged.rows, weights, judged.weights, judged.reference, args.normalize),
+            self._load(start, trainable=True), args=stage_arguments(self.args, folder, seed, **changes),
+            callbacks=copy.copy(self._callbacks),
+            train_dataset=m_step_rows(judged.rows, weights, judged.weights, judged.reference, self.args.normalize),
             processing_class=self.processing_class,
             peft_config=self._peft_config if start is None else None,
         )  # fmt: skip

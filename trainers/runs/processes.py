@@ -1,11 +1,13 @@
 """The processes of a loop over several trainers, and the memory between two of them."""
 
+import copy
 import gc
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,13 @@ def share_engine(args: TrainingArguments) -> TrainingArguments:
     if is_initialized():
         args.deepspeed_plugin = None
     return args
+
+
+def stage_arguments(args, folder: str | Path, seed: int, **changes):
+    """A run's arguments with `changes`, for one training of several whose policy is loaded already."""
+    own = copy.copy(args)
+    vars(own).update({"output_dir": str(folder), "seed": seed, "model_init_kwargs": None} | changes)
+    return share_engine(own)
 
 
 _deepspeed: HfDeepSpeedConfig | None = None  # which transformers refers to weakly

@@ -94,6 +94,15 @@ class Stage:
         return any(path.suffix in WORK and path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
+def refuse_fewer_rounds(folder: Path, rounds: int, further: Path) -> None:
+    """Raises ValueError where `folder` has `further`, which only a run of more rounds leaves there."""
+    if further.exists():
+        raise ValueError(
+            f"rounds={rounds}, but {folder} holds more, whose policy an older one would replace: raise rounds, or "
+            f"{WAYS_OUT}."
+        )
+
+
 def train_into(done: Path, train: Callable[[Path], None]) -> None:
     """Calls `train(folder)` unless `done` is there, which the folder becomes when its training is over.
 

@@ -1,6 +1,5 @@
 """The options of SGPO."""
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..config import CUT_SAMPLES, JSON, option
 from ..dpo import DPOConfig
 from ..generation.options import read_mapping
 from ..generation.sampler import TRANSFORMERS, SamplingConfig
+from ..runs.processes import stage_arguments
 
 REVISERS = {"self": None, "local": "reviser_model", "external": "reviser_function"}  # and the option that each needs
 SAMPLING = {
@@ -124,13 +124,8 @@ class SGPOConfig(DPOConfig):
 
     def of_dpo(self, folder: str | Path, seed: int) -> "SGPOConfig":
         """Arguments of the DPO stage alone, for a policy that is loaded already; without evaluation."""
-        own = copy.copy(self)
-        for f in dataclasses.fields(self):
-            if f.name in OF_STAGES:
-                setattr(own, f.name, f.default)
-        own.output_dir, own.seed = str(folder), seed
-        own.model_init_kwargs, own.eval_strategy, own.do_eval = None, "no", False
-        return own
+        others = {f.name: f.default for f in dataclasses.fields(self) if f.name in OF_STAGES}
+        return stage_arguments(self, folder, seed, eval_strategy="no", do_eval=False, **others)
 
 
 # Fields that the DPO stage does not read: they say how far a run goes, or belong to other stages.

@@ -34,9 +34,9 @@ from ..generation.scorer import compared_scorer
 from ..generation.start import load_start
 from ..runs.checkpoints import STATE
 from ..runs.files import read_json, read_rows, write_rows
-from ..runs.processes import Processes, share_engine
+from ..runs.processes import Processes
 from ..runs.settings import model_fingerprint, policy_settings, run_settings
-from ..runs.stage import Stage, train_into
+from ..runs.stage import Stage, refuse_fewer_rounds, train_into
 from ..statistics import bootstrap_interval
 from . import filters, text
 from .config import SFT_DATA, SGPOConfig
@@ -86,11 +86,7 @@ class Run:
             ValueError: a stage was made with other settings, no row is left to train on, a limit is crossed and
                 `args.on_alarm` is stop, or the folder holds more rounds.
         """
-        if (self.folder / f"round-{self.args.rounds:02d}").exists():
-            raise ValueError(
-                f"rounds={self.args.rounds}, but {self.folder} holds more, whose policy would be replaced by an older "
-                "one: raise rounds, or choose another output_dir."
-            )
+        refuse_fewer_rounds(self.folder, self.args.rounds, self.at("", self.args.rounds))
         earlier, settings, stages = None, self.settings(), []
         for index, name in [(i, n) for i in range(self.args.rounds) for n in settings if n != "sft" or i == 0]:
             own = settings[name] | {"stage": name, "round": index, "earlier stages": earlier}
@@ -246,7 +242,7 @@ class Run:
             trainer = self.trainer_class(
                 self._load(start, trainable=True),
                 ref_model=None if improved else self._load(self.start(0)),
-                args=share_engine(self.args.of_dpo(training, self.args.seed + index)),
+                args=self.args.of_dpo(training, self.args.seed + index),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=self.tokenizer,
             )
