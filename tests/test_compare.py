@@ -223,6 +223,7 @@ def test_other_settings_are_refused_by_name(inputs, finished):
         ({"base": {"seed": 4}}, "base sets seed"),
         ({"base": {"model_name_or_path": None}}, "model_name_or_path is missing"),
         ({"methods": {}}, "methods and seeds: name at least one of each"),
+        ({"seeds": [1, 2, 1]}, "names one twice"),
         ({"methods": {"A": None}}, "methods: A must be a mapping of options"),
         (
             {"methods": {"A": {"trainer": "DPOTrainer", "max_steps": 9}}},
@@ -234,6 +235,7 @@ def test_other_settings_are_refused_by_name(inputs, finished):
         ),
         ({"base": {"chat_template_kwargs": {"enable_thinking": False}}}, "chat_template_kwargs have no effect"),
         ({"methods": {"A b": {"trainer": "DPOTrainer"}, "a-B": {"trainer": "DPOTrainer"}}}, "give the same folder"),
+        ({"methods": {"Base model": {"trainer": "DPOTrainer"}}}, "give the same folder"),
         ({"methods": {"A": {"trainer": "EMDPOTrainer"}}}, "A: EM-DPO has several policies"),
         ({"train_rows": 600}, "need 605 rows, but only 14 fit"),
         ({"base": {"max_length": 23}}, "rows do not fit in max_length"),

@@ -80,6 +80,8 @@ class CompareArguments(RowOptions):
         self.methods = {name: read_mapping(f"methods: {name}", own) for name, own in self.methods.items()}
         if not (self.methods and self.seeds):
             raise ValueError("methods and seeds: name at least one of each.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} names one twice, which would count as two runs.")
         refuse_missing(model_name_or_path=self.base.get("model_name_or_path"), dataset_name=self.dataset_name)
         self.samples = dataclasses.asdict(read_options("samples", self.samples or {}, SampleOptions))
         refuse_template_kwargs(self.base.get("chat_template_kwargs"))
@@ -203,8 +205,11 @@ def plan(arguments: CompareArguments, data: Data) -> list[Trial]:
         "model files": model_fingerprint(arguments.base["model_name_or_path"]),
     }
     slugs = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in arguments.methods}
-    if len({*slugs.values(), "base"}) <= len(slugs):
-        raise ValueError(f"methods: two names, or one and 'base', give the same folder: {', '.join(slugs.values())}.")
+    taken = {"base", "base-model"}
+    if len(taken.union(slugs.values())) < len(taken) + len(slugs):
+        raise ValueError(
+            f"methods: two names, or one and the base model, give the same folder: {', '.join(slugs.values())}."
+        )
     runs = []
     for seed in arguments.seeds:
         for name, own in arguments.methods.items():
