@@ -1,5 +1,8 @@
 """Which models are taken, and which rows: encoders, bodies, tables of tokens and positions, multimodal checkpoints."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -111,6 +114,17 @@ def test_a_row_that_is_longer_than_the_table_of_positions_is_refused_before_trai
     with pytest.raises(ValueError, match=message):
         t.evaluate(Dataset.from_list(longer))
     trainer(tmp_path, tokenizer, model=gpt2(len(tokenizer)), data=longer, max_length=POSITIONS)
+
+
+def test_rows_beyond_what_a_model_with_computed_positions_was_made_for_are_told(tmp_path, tokenizer):
+    fitting, longer = (token_rows(prompt=10, response=POSITIONS - 10 + more) for more in (1, 2))
+    message = f"longer than the {POSITIONS} tokens that LlamaForCausalLM was made for.*set max_length to {POSITIONS}"
+    for rows, told in ((fitting, False), (longer, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = tiny_llama(len(tokenizer), max_position_embeddings=POSITIONS)
+            trainer(tmp_path, tokenizer, model=model, data=rows)
+        assert any(re.search(message, str(warning.message)) for warning in caught) == told
 
 
 def test_a_processor_gives_its_tokenizer(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """The data sets that a trainer is given, as tokenised rows, and which rows of a batch count."""
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -113,6 +114,8 @@ def mark_repeated(batch: Batch, accelerator: Accelerator, loader: DataLoader) ->
 def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None:
     """Compare the token ids and the lengths of tokenised rows with the tables of the models that they will be fed to.
 
+    Rows that are longer than a model without a table was made for are told in a warning.
+
     Raises:
         ValueError: a row holds a token or a position that a model has no entry for, which training might only meet
             after hours.
@@ -134,6 +137,13 @@ def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None
             raise ValueError(
                 f"The longest row has {longest} tokens, but {type(model).__name__} has a table of {positions} "
                 f"positions: set max_length to {positions}."
+            )
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and longest - 1 > context:
+            warnings.warn(
+                f"Some rows are longer than the {context} tokens that {type(model).__name__} was made for "
+                f"(max_position_embeddings), beyond which its numbers mean little: set max_length to {context}.",
+                stacklevel=2,
             )
 
 
