@@ -2,7 +2,7 @@
 
     python -m benchmarks.sampling runs/models/smollm2-135m [ENGINE ...]
 
-Eight prompts of the demo with eight samples each, of at most 128 tokens, 16 at a time, at temperature 0.7 in float32;
+Four prompts of the demo with eight samples each, of at most 128 tokens, 16 at a time, at temperature 0.7 in float32;
 and how many tokens these samples have in the shared layout, with and without the beginnings that some have in common.
 An ENGINE is what the option `engine` takes, as "vllm serve --dtype float32" or the address of a server.
 """
@@ -27,7 +27,7 @@ from trainers.generation.engine import opened
 from trainers.generation.sampler import TRANSFORMERS, encode_prompts, sample_seed
 from trainers.generation.start import Weights
 
-PROMPTS, COUNT, TURNS = Path(__file__).resolve().parents[1] / "data/demo/prompts.jsonl", 8, 3
+PROMPTS, COUNT, TURNS = Path(__file__).resolve().parents[1] / "data/demo/prompts.jsonl", 4, 3
 CONFIG = SamplingConfig(num_generations=8, max_new_tokens=128, temperature=0.7, batch_size=16)
 
 
