@@ -46,8 +46,10 @@ def test_numbers_and_lists_and_messages(tmp_path):
     ]  # fmt: skip
     numbered = "prompt,A0,score_A0,A1,score_A1,A10,score_A10\n1,a,1,b,2,c,-3\n2,a,1,b,.5,,\n"
     found = load_preferences(write(tmp_path / "numbered.csv", numbered), data_format="auto")
-    assert [[chat[0]["content"] for chat in row] for row in found["responses"]] == [["a", "b", "c"], ["a", "b"]]
-    assert found["scores"][:] == [[1.0, 2.0, -3.0], [1.0, 0.5]]
+    assert found.to_list() == [  # texts, and no column that is not there
+        {"prompt": "1", "responses": ["a", "b", "c"], "scores": [1.0, 2.0, -3.0]},
+        {"prompt": "2", "responses": ["a", "b"], "scores": [1.0, 0.5]},
+    ]
     scored = "prompt,chosen,rejected,score_chosen,score_rejected\nq,a,b,007,-1\n"
     found = load_preferences(write(tmp_path / "scored.csv", scored), data_format="auto")
     assert found["scores"][:] == [[7.0, -1.0]]
@@ -56,9 +58,13 @@ def test_numbers_and_lists_and_messages(tmp_path):
 def test_the_example_of_the_page(tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs/data.md").read_text()
     text = page.partition("In CSV files")[2].split("```")[1].lstrip()
-    [row] = load_preferences(write(tmp_path / "a.csv", text), data_format="numbered", as_chat=True)
+    path = write(tmp_path / "a.csv", text)
+    [row] = load_preferences(path, data_format="numbered", as_chat=True)
     assert [chat[0]["content"] for chat in row["responses"]] == ["Red.", "Do it yourself.", 'Blue, or "azure".']
     assert row["scores"] == [7.5, 1.0, 8.0]
+    [plain] = load_preferences(path, data_format="numbered")
+    texts = [chat[0]["content"] for chat in row["responses"]]
+    assert plain == row | {"prompt": "Name a colour.", "responses": texts}
 
 
 def test_a_text_longer_than_the_limit_of_the_reader(tmp_path):

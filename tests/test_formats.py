@@ -37,6 +37,14 @@ def test_aspect_ratings_need_no_overall_score_beside_them():
     assert dataset.to_list() == expected
 
 
+@pytest.mark.parametrize("name, column", [("list_ultrafeedback", "prompt_id"), ("ultrafeedback", "source")])
+def test_a_column_that_is_not_there_is_not_made(name, column):
+    source, expected, *_ = CASES[name]
+    rows = Dataset.from_list([{k: v for k, v in row.items() if k != column} for row in source])
+    dataset, _ = canonicalize(rows, FORMATS[name].adapter)
+    assert dataset.to_list() == [{k: v for k, v in row.items() if k != column} for row in expected]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_files_and_streams_give_the_same_rows_and_auto_says_what_it_recognised(name, tmp_path, caplog):
     source, expected, dropped, responses_dropped = CASES[name]

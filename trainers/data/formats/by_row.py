@@ -56,7 +56,7 @@ def argilla(row: Row) -> Row:
         "prompt": [user(row["instruction"])],
         "responses": [row[f"{side}_response"] for side in ("chosen", "rejected")],
         "scores": [row[f"{side}_avg_rating"] for side in ("chosen", "rejected")],
-        "source": row.get("source"),
+        **_if_there(row, "source"),
     }
 
 
@@ -148,7 +148,7 @@ def _completions(row: Row, score: Callable[[dict], float | None]) -> Row:
         "responses": [completion["response"] for completion in completions],
         "scores": [score(completion) for completion in completions],
         "models": [completion.get("model") for completion in completions],
-        "source": row.get("source"),
+        **_if_there(row, "source"),
     }
 
 
@@ -176,20 +176,20 @@ def _lists(row: Row, responses: str, scores: str) -> Row:
         "prompt": [user(row["prompt"])],
         "responses": row[responses],
         "scores": row[scores] or None,
-        "prompt_id": row.get("prompt_id"),
+        **_if_there(row, "prompt_id"),
     }
 
 
 def numbered(row: Row) -> Row:
     """ChenDRAG/ultrafeedback_reward and its relatives: chats A0, A1, ... with score_A0, score_A1, ...
 
-    Each chat holds the prompt and ends with one answer. Answers of "N/A" stand for an instruction that did not have
-    all its completions.
+    Each chat holds the prompt and ends with one answer. Texts answer `prompt`, as one's own table has them, and stay
+    texts. Answers of "N/A" stand for an instruction that did not have all its completions.
     """
     names = sorted((name for name in row if re.fullmatch(r"A\d+", name)), key=lambda name: int(name[1:])) or ["A0"]
     chats = [checked_text(row[name], name) for name in names]
     if all(chat is None or isinstance(chat, str) for chat in chats):
-        prompt, answers = [user(row["prompt"])], chats
+        prompt, answers = row["prompt"], chats
     else:
         prompt, answers = _split_chats(dict(zip(names, chats, strict=True)))
     if all(answer == PLACEHOLDER for answer in answers):
@@ -198,8 +198,13 @@ def numbered(row: Row) -> Row:
         "prompt": prompt,
         "responses": answers,
         "scores": [row[f"score_{name}"] for name in names],
-        "prompt_id": row.get("prompt_id"),
+        **_if_there(row, "prompt_id"),
     }
+
+
+def _if_there(row: Row, name: str) -> Row:
+    """A column that not every source has."""
+    return {name: row[name]} if name in row else {}
 
 
 def _split_chats(chats: dict[str, list[dict] | None]) -> tuple[list[dict], list[str | None]]:
