@@ -41,6 +41,10 @@ def score(prompts, completions, *, split, **columns):
     return [len(text) + 1000.0 * (part == "test") for text, part in zip(texts, split, strict=True)]
 
 
+def failing(prompts, completions, **columns):
+    raise RuntimeError("no score")
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -201,6 +205,16 @@ def test_a_run_that_failed_before_its_first_sample_does_not_bind_the_next(inputs
         generate.generate(arguments(inputs, tmp_path / "out.jsonl", max_new_tokens=600))
     generate.generate(arguments(inputs, tmp_path / "out.jsonl"))
     assert len(read(tmp_path / "out.jsonl")) == len(ROWS)
+
+
+def test_another_scorer_takes_over_samples_that_have_no_score(inputs, parts, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="no score"):
+        generate.generate(arguments(inputs, tmp_path / "out.jsonl", scorer=[f"{__name__}.failing"]))
+    with pytest.raises(ValueError, match="other settings: seed was 0 and is 1. Set"):
+        generate.generate(arguments(inputs, tmp_path / "out.jsonl", seed=1))
+    monkeypatch.setattr(generate, "opened", None)  # nothing is sampled again
+    generate.generate(arguments(inputs, tmp_path / "out.jsonl"))
+    assert (tmp_path / "out.jsonl").read_bytes() == parts[1]
 
 
 def test_a_kill_amid_the_deletion_of_the_parts_leaves_a_finished_output(inputs, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ With `--answers alpaca_eval`, `arena_hard` or `mt_bench` in place of `--scorer`,
 that benchmark, and the output holds one answer to each question, as its judge reads them.
 
 `--num_processes 8` uses several GPUs. A run that was killed goes on where it stopped when the same
-command is given again; the samples are the same as those of an uninterrupted run. Every column of a prompt row
+command is given again; the samples are the same as those of an uninterrupted run. While there are no scores,
+`--scorer` may be another. Every column of a prompt row
 (`split`, `topic`, ...) is copied to its output row.
 """
 
@@ -37,7 +38,7 @@ from ..generation.options import DTYPES
 from ..generation.sampler import encode_prompts
 from ..generation.scorer import as_mapping, asked_of_servers, check_scorer, compared_scorer
 from ..generation.start import Weights, dtype_for_all
-from ..runs.files import read_rows, write_json, write_rows
+from ..runs.files import read_json, read_rows, write_json, write_rows
 from ..runs.processes import Processes, free_memory, join_launcher
 from ..runs.settings import model_fingerprint, refuse_other_settings, run_settings
 from ..runs.stage import Stage
@@ -175,6 +176,16 @@ def answered(args: GenerateArguments, parts: Path, rows: list[dict]) -> Made:
     )
 
 
+def release_samples(stage: Stage) -> None:
+    """Samples that none has scored yet become those of this scorer, as another may be given after one that failed."""
+    path = stage.folder / stage.settings_name
+    if path.exists() and not any(file.stat().st_size for file in stage.folder.glob("scores-*.jsonl")):
+        saved = read_json(path)["settings"]
+        if "scorer" in saved.keys() & stage.settings.keys():
+            saved["scorer"] = stage.settings["scorer"]
+            write_json(path, {"settings": saved, "hash": digest(saved)})
+
+
 def generate(args: GenerateArguments) -> dict:
     """Samples, scores, writes; returns the statistics.
 
@@ -204,6 +215,7 @@ def generate(args: GenerateArguments) -> dict:
         refuse_other_settings(manifest, made["settings"], stage.settings, ways_out=WAYS_OUT)
         processes.say(f"{output} is complete already.")
         return made["statistics"]
+    processes.main(lambda: release_samples(stage))
     stage.open()
     make = answered if args.answers else scored
     statistics, write_output = make(args, parts, rows)
