@@ -142,7 +142,7 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     scorer = "test_report.count_good"
     (tmp_path / "self_enhance.json").write_text(json.dumps({"settings": {"self_enhance.scorer": scorer}}))
     write_round(tmp_path, [["good", "no"], ["no", "no"], ["bad", "so"]], name="before")
-    with pytest.raises(ValueError, match="held_out_generations"):
+    with pytest.raises(ValueError, match="no finished round yet"):
         write_report(tmp_path)
     write_round(tmp_path / "round-00", [["good", "no"], ["good", "no"], ["bad", "so"]])
     # the second good of a text is beyond the length of what it is compared with
@@ -163,6 +163,18 @@ def test_rounds_report_reads_all_journals_and_compares_the_same_prompt_and_sampl
     assert [row[5] for row in rows] == ["1", "1", "1.5"] and [row[-1] for row in rows] == ["", "7", "7"]
     assert "round 2" in page.text and "round 2" in (tmp_path / "rounds.svg").read_text()
     assert "Metricround 1round 2" in page.text.replace("\n", "") and "loss0.50.25" in page.text.replace("\n", "")
+
+
+def test_rounds_without_held_out_answers_have_the_page_of_their_trainings(tmp_path):
+    write_json(tmp_path / "self_enhance.json", {"settings": {}})
+    for number, loss in enumerate((0.5, 0.25)):
+        (tmp_path / f"round-0{number}/checkpoint").mkdir(parents=True)
+        write_json(tmp_path / f"round-0{number}/manifest.json", {})
+        log = {"log_history": [{"step": 1, "loss": loss}]}
+        write_json(tmp_path / f"round-0{number}/checkpoint/trainer_state.json", log)
+    page = check_page(write_report(tmp_path).read_text())
+    text = page.text.replace("\n", "")
+    assert "held_out_generations asks for" in text and "Metricround 1round 2" in text and "loss0.50.25" in text
 
 
 def test_a_report_of_rounds_asks_no_server(tmp_path):

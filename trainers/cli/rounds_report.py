@@ -27,12 +27,16 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
     """Title and parts of the page, and the trainings of the rounds; writes rounds.md and rounds.svg.
 
     Raises:
-        ValueError: the folder holds no finished round that was measured on held-out prompts.
+        ValueError: the folder holds no finished round.
     """
     rounds = [path.parent for path in sorted(folder.glob("round-*/manifest.json"))]
+    if not rounds:
+        raise ValueError(f"{folder} holds no finished round yet.")
+    title, trained = f"Self-enhancement: {folder.name}", enumerate((path / "checkpoint" for path in rounds), 1)
+    runs = [read_run(path, f"round {number}") for number, path in trained if path.is_dir()]
     rounds = [path for path in rounds if (path / "held-out/samples").is_dir()]
     if not rounds:
-        raise ValueError(f"{folder} holds no finished round with held-out samples: set held_out_generations.")
+        return title, {"": ["No held-out prompts were answered, which held_out_generations asks for."]}, runs
     settings = read_json(folder / "self_enhance.json")["settings"]
     policies = [read_answers(folder / "before"), *(read_answers(path / "held-out") for path in rounds)]
     manifests = [read_json(path / "manifest.json") for path in rounds]
@@ -58,9 +62,7 @@ def read(folder: Path) -> tuple[str, Sections, list[Run]]:
         "first round and after each. Intervals are 95 % bootstrap intervals over these prompts; gains are paired."
     )
     parts = [about, blocks.table(HEAD, rows), blocks.figures(pictures)]
-    trained = zip((path / "checkpoint" for path in rounds), names[1:], strict=True)
-    runs = [read_run(path, name) for path, name in trained if path.is_dir()]
-    return f"Self-enhancement: {folder.name}", {"": parts}, runs
+    return title, {"": parts}, runs
 
 
 def read_answers(folder: Path) -> list[list[Answer]]:
