@@ -125,6 +125,11 @@ def test_runs_that_diverge_or_fail_are_recorded_and_the_others_made(options, tmp
         run(options, tmp_path / "none", {"max_length": [2]})
 
 
+def test_a_tie_for_the_best_is_told(options, tmp_path, capsys):
+    run(options, tmp_path, {"beta": [0.1, 1.0]}, learning_rate=0.0)
+    assert "; 2 runs tie, of which it is the first)" in capsys.readouterr().out
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint(options, tmp_path, monkeypatch, capsys):
     more = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     values = {"beta": [0.1, 0.2]}

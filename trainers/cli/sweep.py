@@ -233,4 +233,6 @@ def _write(folder: Path, report: dict) -> None:
     write_json(folder / "sweep.json", report)
     write_atomic(folder / "sweep.md", table.encode())
     trained = " ".join(run["folder"] for run in runs if run["value"] is not None)
-    print(f"\n{table}\nbest: {best['folder']} ({report['metric']} {best['value']:.4f})\npolypo report {trained}")
+    tied = sum(run["value"] == best["value"] for run in runs)
+    also = f"; {tied} runs tie, of which it is the first" if tied > 1 else ""
+    print(f"\n{table}\nbest: {best['folder']} ({report['metric']} {best['value']:.4f}{also})\npolypo report {trained}")
