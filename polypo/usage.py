@@ -97,7 +97,7 @@ def _format(usage: str, groups: dict[str, dict[str, Option]], rest: str = "", ab
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for name, (kind, default, told) in group.items():
-            shown = "" if default in ("None", "MISSING") else f" [{default}]"
+            shown = "" if default in ("None", "MISSING", "") else f" [{default}]"
             told = " ".join(told.split()).replace("%", "%%") + shown
             section.add_argument(f"--{name}", metavar=kind.replace(" | None", ""), help=told)
     return parser.format_help()
@@ -173,9 +173,14 @@ def _option(line: ast.AnnAssign) -> Option:
         if isinstance(metadata := given.get("metadata"), ast.Dict):
             given |= {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}
     default = given.get("default") or given.get("default_factory")
+    value = _literal(default)
+    if isinstance(value, list):  # as a flag takes them
+        value = " ".join(map(str, value))
+    elif isinstance(default, ast.Name) and value != "MISSING":  # its value stands elsewhere
+        value = None
     choices, text = _literal(given.get("choices")), given.get("help")
     kind = "|".join(choices) if isinstance(choices, list) else ast.unparse(line.annotation)
-    return Option(kind, str(_literal(default)), "" if text is None else str(_literal(text)))
+    return Option(kind, str(value), "" if text is None else str(_literal(text)))
 
 
 def _literal(node: ast.expr | None):

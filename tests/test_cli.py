@@ -75,6 +75,14 @@ def test_a_usage_has_the_options_of_the_classes(name):
     assert all(f"--{name} " in short for name in (*usage.MODEL, *usage.TRAINING)) and "--help all" in short
 
 
+def test_a_default_is_shown_as_a_flag_takes_it_and_never_as_code():
+    shown = {name: " ".join(usage.command(name).split()) for name in ("aggregate", "compare", "masks")}
+    assert "vllm serve. --seed" in shown["aggregate"] and "dpo=runs/dpo. --distill" in shown["aggregate"]
+    assert "with each. [1 2 3]" in shown["compare"] and "from 0. [0 1 2]" in shown["masks"]
+    train = " ".join(usage.train([]).split())
+    assert "slices included. [train]" in train and "[]" not in train
+
+
 def test_a_usage_of_a_method_in_the_folder_where_one_is(tmp_path):
     (tmp_path / "my_lab").mkdir()
     code = (ROOT / "README.md").read_text().partition("`my_lab/hinge.py`:\n\n```python\n")[2].partition("```")[0]
