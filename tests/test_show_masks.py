@@ -46,6 +46,7 @@ def test_page_of_a_trained_run(tmp_path, adapter):
         (tmp_path, options, "holds no policy"),
         (tmp_path / "out", ["--rows", "1"], "give its recipe with --config"),
         (tmp_path / "out", [*options, "--independent", "false"], "independent"),
+        (tmp_path / "base", options, "is no SparsePO run with a learned mask"),
         (tmp_path / "out", [*options, "--split", "test"], "--split test: .* give --dataset_test_split"),
         (tmp_path / "out", [*options, "--rows", "0", "8"], "--rows 8: the train split has the rows 0 to 7"),
         (tmp_path / "out", [*options, "--rows", "-1"], "--rows -1: the train split has the rows 0 to 7"),

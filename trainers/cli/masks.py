@@ -27,6 +27,7 @@ from ..pages.page import blocks, write
 from ..pages.training import sections
 from ..runs.checkpoints import STATE
 from ..runs.record import RECORD, read_run
+from ..sparsepo.learned import FILE
 from . import config_files
 from .arguments import DataArguments, ModelArguments, set_model_options
 
@@ -56,7 +57,7 @@ def write_report(argv: list[str]) -> Path:
     """Writes the page and returns its path.
 
     Raises:
-        ValueError: the run's recipe was not given, the folder holds no policy, or a row cannot be shown.
+        ValueError: the run's recipe was not given, the folder holds no policy or no masks, or a row cannot be shown.
     """
     show, data, args, model = config_files.read(argv, ShowArguments, DataArguments, SparsePOConfig, ModelArguments)
     folder = Path(show.checkpoint)
@@ -103,6 +104,8 @@ def load_trainer(args: SparsePOConfig, model: ModelArguments, folder: Path, rows
         processing_class=policies.load_tokenizer(reference),
     )
     if trainer.mask_heads is not None:
+        if not (folder / FILE).is_file():
+            raise ValueError(f"{folder} is no SparsePO run with a learned mask: it holds no {FILE}.")
         trainer.mask_heads.restore(folder)
     return trainer
 
