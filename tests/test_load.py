@@ -1,6 +1,7 @@
 import gzip
 import importlib
 import logging
+import re
 import sys
 
 import pytest
@@ -43,6 +44,10 @@ def test_the_splits_of_a_folder_and_files_that_are_not_read(tmp_path, caplog):
 def test_split_of_a_file_and_max_rows(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", ROWS)
     assert load_preferences(path, split="train[1:]")["prompt"][:] == ["b"]
+    assert load_preferences(path, split="train[9:]+train[1:]")["prompt"][:] == ["b"]
+    for split in ("train[:0]", "train[9:]"):
+        with pytest.raises(ValueError, match=re.escape(f"split {split!r} of 'data.jsonl' has no rows")):
+            load_preferences(path, split=split)
     assert load_preferences(path, max_rows=1)["prompt"][:] == ["a"]
     assert len(load_preferences(path, max_rows=10)) == 2
 

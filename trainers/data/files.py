@@ -85,15 +85,15 @@ def in_split(splits: dict[str, Dataset], split: str, path: Path) -> Dataset:
     """A split in the syntax of `datasets`: slices like train[:90%], and sums.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: there is no such split, or it has no rows.
     """
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
         raise ValueError(f"unknown split {split!r} of {path.name!r}; give one of {sorted(splits)}.") from error
-    chosen = [
-        splits[part.splitname].select(range(len(splits[part.splitname]))[part.from_ : part.to]) for part in parts
-    ]
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts if part.from_ < part.to]
+    if not chosen:
+        raise ValueError(f"split {split!r} of {path.name!r} has no rows: name another.")
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
