@@ -94,8 +94,8 @@ def test_unusable_content_is_dropped_and_counted(field, value, reason):
 
 
 @pytest.mark.parametrize("prompt", ["a\udfff", [user("\udc80")]])
-def test_half_a_character_is_an_error_that_names_the_row(prompt):
-    with pytest.raises(ValueError, match="row 0: .*surrogates not allowed"):
+def test_half_a_character_is_an_error_that_names_row_and_column(prompt):
+    with pytest.raises(ValueError, match="row 0: 'prompt' holds half a .*surrogates not allowed.; write the whole"):
         read([{**GOOD, "prompt": prompt}])
 
 

@@ -198,7 +198,7 @@ def _fault(response: str | list[dict] | None, score: float | None) -> str | None
 def checked_text(value, name: str):
     """Text or a list of messages, as it is; ValueError otherwise."""
     if value is None or isinstance(value, str):
-        (value or "").encode()  # half a surrogate pair is a ValueError: no tokenizer and no file takes it
+        _refuse_half_characters(value or "", name)
         return value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):
@@ -214,8 +214,18 @@ def checked_text(value, name: str):
                 f"{name!r} holds a message whose 'tool_calls' is {describe(calls)}; give a list of {{'function': "
                 "{'name': text, 'arguments': a dict or JSON text}}."
             )
-        (message["role"] + (message["content"] or "")).encode()
+        _refuse_half_characters(message["role"] + (message["content"] or ""), name)
     return messages
+
+
+def _refuse_half_characters(text: str, name: str) -> None:
+    """Raises ValueError for half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name!r} holds half a surrogate pair ({error}); write the whole character, or leave it out."
+        ) from error
 
 
 def _is_call(call: Any) -> bool:
