@@ -212,8 +212,11 @@ def test_other_settings_are_refused_by_name(inputs, finished):
             compare.main(config(inputs, finished, methods=methods))
     with pytest.raises(ValueError, match=r"base.lora_r was 4 and is 2"):
         compare.main(config(inputs, finished, base={"lora_r": 2}))
-    with pytest.raises(ValueError, match="data are others"):
+    with pytest.raises(ValueError, match="data are others; score_scale was 'rank' and is 'zscore'. Set"):
         compare.main(config(inputs, finished, score_scale="zscore"))
+    with pytest.raises(ValueError, match="data are others; test_rows was 5 and is 4. Set"):
+        compare.main(config(inputs, finished, test_rows=4))
+    assert len(read_rows(finished / "test.jsonl.gz")) == 5
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ from ..generation.options import read_mapping, read_options
 from ..generation.sampler import plain_prompt
 from ..generation.scorer import compared_scorer
 from ..precision import instructions
-from ..runs.files import write_json, write_rows
+from ..runs.files import read_json, write_json, write_rows
 from ..runs.processes import free_memory
 from ..runs.record import read_run
-from ..runs.settings import model_fingerprint
-from ..runs.stage import Stage
+from ..runs.settings import model_fingerprint, refuse_other_settings
+from ..runs.stage import WAYS_OUT, Stage
 from . import config_files
 from .arguments import ModelArguments
 from .compare_data import RowOptions, cut_rows
@@ -46,7 +46,9 @@ from .compare_samples import SampleOptions, sample_and_measure
 from .report import write_report
 from .train import parse
 
+RUNS = "runs.json"
 SET_HERE = ("output_dir", "seed", "data_seed", "self_enhance")
+NOT_OF_ROWS = ("output_dir", "base", "methods", "seeds", "samples")  # fields of `CompareArguments`
 # What makes methods comparable; a method that set it for itself would have another model or another budget.
 SHARED = ("model_", "dtype", "lora_", "use_peft", "max_", "truncate_", "keep_system", "assistant_only_loss", "as_chat",
           "chat_template_kwargs", "invalid_rows", "num_train_epochs", "per_device_",
@@ -112,7 +114,7 @@ def compare(arguments: CompareArguments) -> Path:
     """Runs what is missing and writes the report; returns the path of its page.
 
     Raises:
-        ValueError: a setting that cannot be used, or a finished run of other settings.
+        ValueError: a setting that cannot be used, or a finished run of other settings or rows.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("A comparison runs in one process: start it with python.")
@@ -138,7 +140,7 @@ def compare(arguments: CompareArguments) -> Path:
         "lengths": [list(map(sum, trained_tokens(row))) for row in data.test],
         "runs": [{"name": run.name, "seed": run.seed, **run.stage.manifest()} for run in runs],
     }
-    write_json(data.folder / "runs.json", report)
+    write_json(data.folder / RUNS, report)
     page = write_report(data.folder)
     print((data.folder / "table.md").read_text())
     return page
@@ -169,6 +171,8 @@ class Data:
         if len(kept) < needed:
             raise ValueError(f"train_rows and test_rows need {needed} rows, but only {len(kept)} fit.")
         test, train = kept[:held_out], kept[held_out:needed]
+        key = digest([train, test])
+        refuse_other_rows(arguments, key)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "train.jsonl.gz", train)
         write_rows(self.folder / "test.jsonl.gz", test)
@@ -187,9 +191,22 @@ class Data:
             "train_rows": len(train),
             "test_rows": len(test),
             "tokens_per_epoch": sum(packed_tokens(row) for row in token_lengths(self.train)),
-            "digest": digest([train, test]),
+            "digest": key,
         }
         print(self.facts)
+
+
+def refuse_other_rows(arguments: CompareArguments, key: str) -> None:
+    """Raises ValueError, naming the settings, where the finished comparison in the folder has rows of another key."""
+    path = Path(arguments.output_dir) / RUNS
+    if path.exists() and (before := read_json(path))["data"]["digest"] != key:
+        saved, now = _of_rows(before["config"], before["data"]["digest"]), _of_rows(dataclasses.asdict(arguments), key)
+        refuse_other_settings(path, saved, now, ways_out=WAYS_OUT)
+
+
+def _of_rows(config: dict, key: str) -> dict:
+    own = {name: value for name, value in config.items() if name not in NOT_OF_ROWS}
+    return {"data": key, **own, **{f"base.{name}": value for name, value in config["base"].items()}}
 
 
 def plan(arguments: CompareArguments, data: Data) -> list[Trial]:
