@@ -169,6 +169,10 @@ def test_the_distilled_policy_is_trained_anew_when_anything_about_it_changed(cop
 
 @full
 def test_other_settings_need_another_folder_and_more_rounds_set_the_weights_back(copied, start, tmp_path, caplog):
+    for factors in ((1, 2, 3), (1, 0)):
+        with pytest.raises(ValueError, match="type_weights=.*: give one positive number for each of the 2 types"):
+            aggregate.main(command(copied, start, "--type_weights", *factors))
+    assert not (copied / "aggregate").exists()  # nothing was sampled for it
     aggregate.main(command(copied, start))
     for more, word in ((("--num_generations", 3), "num_generations was 2"), (("--max_prompts", 2), "prompts was ")):
         with pytest.raises(ValueError, match=f"{word}.*--output, or remove"):

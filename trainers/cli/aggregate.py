@@ -7,6 +7,7 @@ share the work and give the same weights: polypo aggregate --num_processes 2 ...
 sharded: --accelerate_config zero3. All others are whole in each process while they answer and score.
 """
 
+import math
 import os
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> None:
     own = ("num_generations", "max_new_tokens", "batch_size", "engine", "seed")
     sampling = {name: getattr(args, name) for name in own}
     arena = Arena(run, read_prompts(args), args.output or run / "aggregate", **sampling)
+    factors = args.type_weights or [1.0] * len(arena.types)
+    if len(factors) != len(arena.types) or not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(f"type_weights={factors}: give one positive number for each of the {len(arena.types)} types.")
     players = [*arena.types, *args.players]
     report = judge(arena, players, args)
     if args.distill:
