@@ -47,6 +47,15 @@ def test_a_finished_run_is_left_as_it_is(inputs, tmp_path, capsys):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"resume_from_checkpoint": False}])
+def test_the_same_command_again_does_not_begin_anew_over_checkpoints(changes, inputs, tmp_path):
+    run(inputs, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="the newest checkpoint-3: set resume_from_checkpoint to true"):
+        run(inputs, tmp_path, **changes)
+    assert contents(tmp_path) == before
+
+
 def test_a_prolonged_run_that_a_kill_cut_short_is_not_finished(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path)
     with monkeypatch.context() as patch:

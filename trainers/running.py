@@ -83,7 +83,8 @@ class RunningTrainer(StreamingTrainer):
             own. The model lies in `args.output_dir` in any case.
 
         Raises:
-            ValueError: `output_dir` holds a run with other settings; the message names them.
+            ValueError: `output_dir` holds a run with other settings, which the message names, or checkpoints that
+                nobody asked to go on from.
         """
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         with collected_reports(of="training rows") as left_out:

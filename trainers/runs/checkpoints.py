@@ -84,14 +84,26 @@ def _saved(checkpoint: Path) -> dict:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """What `args.resume_from_checkpoint` names; true is the last whole checkpoint of `output_dir`, if there is one."""
+    """What `args.resume_from_checkpoint` names; true is the last whole checkpoint of `output_dir`, if there is one.
+
+    Every process asks before it makes its trainer, and so before any of them writes a checkpoint of this run.
+
+    Raises:
+        ValueError: it names none, and there is one, which a run from the start would replace or be mixed with.
+    """
     wanted = str(args.resume_from_checkpoint)
+    assert args.output_dir is not None  # set by TrainingArguments
+    last = last_checkpoint(args.output_dir)
     if wanted.lower() in ("none", "false", ""):
+        if last is not None:
+            raise ValueError(
+                f"output_dir={args.output_dir} holds checkpoints of a run, the newest {Path(last).name}: set "
+                "resume_from_checkpoint to true to go on with it. To begin a new run choose another output_dir, or "
+                "delete them."
+            )
         return None
     if wanted.lower() not in ("true", "last"):
         return wanted
-    assert args.output_dir is not None  # set by TrainingArguments
-    last = last_checkpoint(args.output_dir)
     if last is None and args.process_index == 0:
         print(f"There is no checkpoint in output_dir={args.output_dir}: training begins at step 0.")
     return last
