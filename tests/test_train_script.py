@@ -16,6 +16,7 @@ from helpers import flags, launch, save_start
 from test_trainer import rows
 from trainers import SWEPOTrainer
 from trainers.cli import train
+from trainers.forward.policy import find_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +55,25 @@ def test_the_same_command_again_does_not_begin_anew_over_checkpoints(changes, in
     with pytest.raises(ValueError, match="the newest checkpoint-3: set resume_from_checkpoint to true"):
         run(inputs, tmp_path, **changes)
     assert contents(tmp_path) == before
+
+
+def test_a_run_where_another_has_ended_is_not_mixed_with_it(inputs, tmp_path, monkeypatch):
+    """Nor is one that was killed and goes on."""
+    adapter = {"use_peft": True, "lora_target_modules": "q_proj"}
+    launch(inputs, tmp_path, dataset_test_split="train[:4]", save_strategy="no", max_steps=1, **adapter)
+    first = json.loads((tmp_path / "all_results.json").read_text())
+    assert first["eval_loss"] and {"swepo", "lora"} < {*ModelCard.load(tmp_path / "README.md").data.tags}
+    second = {"trainer": "DPOTrainer", "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("trainers.running.remove_outcome", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            launch(inputs, tmp_path, **second)
+    launch(inputs, tmp_path, resume_from_checkpoint=True, **second)
+    results = [json.loads((tmp_path / f"{name}_results.json").read_text()) for name in ("all", "train")]
+    assert results[0] == results[1] and not (tmp_path / "eval_results.json").exists()
+    tags = {*ModelCard.load(tmp_path / "README.md").data.tags}
+    assert "dpo" in tags and not {"swepo", "lora", "peft"} & tags
+    assert find_adapter(str(tmp_path)) is None  # which would be taken for the policy
 
 
 def test_a_prolonged_run_that_a_kill_cut_short_is_not_finished(inputs, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from .runs.checkpoints import (
     last_checkpoint,
     lost_weights,
     refuse_other_run,
+    remove_outcome,
 )
 from .runs.files import read_json
 from .runs.processes import refuse_partial_weights
@@ -118,6 +119,8 @@ class RunningTrainer(StreamingTrainer):
         `dataset` names the data on the model card, which is written last and says that the run is finished.
         """
         result = self.train(resume_from_checkpoint=checkpoint)
+        if self.is_world_process_zero():
+            remove_outcome(self.args.output_dir)
         self.log_metrics("train", result.metrics)
         self.save_metrics("train", result.metrics)
         self.save_model()  # before the evaluation, which may cast the weights

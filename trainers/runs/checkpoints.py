@@ -20,7 +20,7 @@ from ..forward.reference import REFERENCE
 from .files import read_json
 from .settings import refuse_other_settings
 
-STATE, SETTINGS = "trainer_state.json", "run_settings.json"
+STATE, SETTINGS, CARD = "trainer_state.json", "run_settings.json", "README.md"
 EARLY_STOPPING = "EarlyStopping"  # the callback whose count a checkpoint keeps
 ADAPTER = "adapter_model.safetensors"
 DEFAULT = "default"  # PEFT's name for an adapter without one, whose weights lie in a checkpoint's own folder
@@ -116,7 +116,7 @@ def has_ended(args: PreferenceConfig, checkpoint: str) -> bool:
     """
     assert args.output_dir is not None
     folder, saved = Path(args.output_dir), Path(checkpoint) / STATE
-    card, own = folder / "README.md", folder / STATE
+    card, own = folder / CARD, folder / STATE
     # An older card is that of a run that was prolonged.
     if not is_complete(checkpoint) or not card.is_file() or card.stat().st_mtime < saved.stat().st_mtime:
         return False
@@ -129,6 +129,13 @@ def has_ended(args: PreferenceConfig, checkpoint: str) -> bool:
     if early and patience is not None:
         trained |= early["attributes"]["early_stopping_patience_counter"] >= patience
     return trained
+
+
+def remove_outcome(folder: str | Path) -> None:
+    """Removes what an earlier training left in `folder`: to its figures and the tags of its card those of the next one
+    would be added, and whole weights beside its adapter would be passed over."""
+    for name in ("all_results.json", "train_results.json", "eval_results.json", CARD, ADAPTER, "adapter_config.json"):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 # What is in them.
