@@ -12,6 +12,7 @@ from trainers.data import canonicalize
 from trainers.emdpo.m_step import m_step_rows
 
 ROWS = rows(4)
+EMPTY = Dataset.from_list(ROWS).select([])
 
 
 def trainer(tmp_path, tokenizer, dataset, *, cls=SWEPOTrainer, **options):
@@ -39,6 +40,17 @@ def test_several_splits_are_no_training_rows(budget, tmp_path, tokenizer):
         one.predict(splits)
     found = one.evaluate(splits)
     assert found["eval_train_loss"] == found["eval_test_loss"]
+
+
+@pytest.mark.parametrize("given, named", [
+    ({"train_dataset": EMPTY}, "train_dataset"),
+    ({"eval_dataset": EMPTY}, "eval_dataset"),
+    ({"eval_dataset": {"a": Dataset.from_list(ROWS), "b": EMPTY}}, r"eval_dataset\['b'\]"),
+])  # fmt: skip
+def test_a_data_set_without_rows_is_named(given, named, tmp_path, tokenizer):
+    data = {"train_dataset": Dataset.from_list(ROWS)} | given
+    with pytest.raises(ValueError, match=f"^{named} has no rows"):
+        SWEPOTrainer(tiny_llama(len(tokenizer)), args=config(tmp_path), processing_class=tokenizer, **data)
 
 
 def test_a_token_budget_without_training_rows(tmp_path, tokenizer):

@@ -106,7 +106,9 @@ class PreferenceTrainer(ReferringTrainer):
         with collected_reports(of="training rows") as self.left_out:
             train_dataset = prepare_training_rows(train_dataset, processing_class, args, columns=self.columns)
         with collected_reports(self.left_out, of="held-out rows"):
-            eval_dataset = prepare_rows(eval_dataset, processing_class, args, columns=self.columns, several=True)
+            eval_dataset = prepare_rows(
+                eval_dataset, processing_class, args, columns=self.columns, several=True, name="eval_dataset"
+            )
         for part in parts(train_dataset):
             self.check_rows(part, args, training=True)
         for part in parts(eval_dataset):

@@ -31,25 +31,32 @@ def prepare_rows(
     *,
     columns: tuple[str, ...] = (),
     several: bool = False,
+    name: str = "the data set",
 ) -> Dataset | dict[str, Dataset] | None:
     """Canonical rows, TRL pairs or tokenised rows -> tokenised rows as `args` want them; of `several`, a dict by name.
 
     Args:
         columns: further columns to carry along, which a method reads.
+        name: of the argument that the data set came in, for the error.
 
     Raises:
-        ValueError: it is no `datasets.Dataset`, or a row cannot be used.
+        ValueError: it is no `datasets.Dataset`, or has no rows, or a row cannot be used.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict) and several:
-        return {name: prepare_rows(part, tokenizer, args, columns=columns) for name, part in dataset.items()}
+        return {
+            key: prepare_rows(part, tokenizer, args, columns=columns, name=f"{name}[{key!r}]")
+            for key, part in dataset.items()
+        }
     refuse_stream(dataset, "Anything but training")
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"A {type(dataset).__name__} is no data set of rows: give a datasets.Dataset, such as one split of "
             "several (data['train']), or Dataset.from_list(rows); to train on also a datasets.IterableDataset."
         )
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows.")
     with args.main_process_first(desc="preparing the data set"):
         return prepare_dataset(dataset, tokenizer, num_proc=args.dataset_num_proc, columns=columns, **_options(args))
 
@@ -64,7 +71,7 @@ def prepare_training_rows(
     """As `prepare_rows`; a stream becomes one of tokenised rows."""
     if isinstance(dataset, IterableDataset):
         return token_stream(dataset, tokenizer, args, columns, **_options(args))
-    return prepare_rows(dataset, tokenizer, args, columns=columns)
+    return prepare_rows(dataset, tokenizer, args, columns=columns, name="train_dataset")
 
 
 def _options(args: PreferenceConfig) -> dict[str, Any]:
