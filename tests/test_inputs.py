@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from helpers import tiny_llama
 from test_trainer import config, rows
-from trainers import SWEPOTrainer
+from trainers import SGPOTrainer, SWEPOTrainer
 from trainers.data import canonicalize
 from trainers.emdpo.m_step import m_step_rows
 
@@ -51,6 +51,13 @@ def test_a_data_set_without_rows_is_named(given, named, tmp_path, tokenizer):
     data = {"train_dataset": Dataset.from_list(ROWS)} | given
     with pytest.raises(ValueError, match=f"^{named} has no rows"):
         SWEPOTrainer(tiny_llama(len(tokenizer)), args=config(tmp_path), processing_class=tokenizer, **data)
+
+
+@pytest.mark.parametrize("cls, known", [(SWEPOTrainer, "train, test"), (SGPOTrainer, "train, preferences, test, sft")])
+def test_a_split_that_no_run_reads_is_named(cls, known, tmp_path):
+    data = {"train": Dataset.from_list(ROWS), "eval": Dataset.from_list(ROWS)}
+    with pytest.raises(ValueError, match=f"'eval' is not known; those that are read are {known}"):
+        cls.run(config(tmp_path, cls), data, "nowhere")
 
 
 def test_a_token_budget_without_training_rows(tmp_path, tokenizer):

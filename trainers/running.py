@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from . import rounds
 from .config import PreferenceConfig
 from .data.drops import collected_reports
-from .data.load import load_split, name_of
+from .data.load import load_split, name_of, refuse_unknown_splits
 from .data.stream import TokenStream, refuse_stream
 from .forward import policy as policies
 from .runs.checkpoints import (
@@ -85,8 +85,9 @@ class RunningTrainer(StreamingTrainer):
 
         Raises:
             ValueError: `output_dir` holds a run with other settings, which the message names, or checkpoints that
-                nobody asked to go on from.
+                nobody asked to go on from; `data` has another split.
         """
+        refuse_unknown_splits(data, "train", "test")
         loading = {"quantization_config": quantization_config, "peft_config": peft_config}
         with collected_reports(of="training rows") as left_out:
             splits = {"train_dataset": load_split(data, args, "train")}

@@ -39,6 +39,13 @@ def load_split(data: Mapping[str, Rows] | Splits, args: TrainingArguments, name:
     return data.get(name) if isinstance(data, Mapping) else data.load(args, name)
 
 
+def refuse_unknown_splits(data: Mapping[str, Rows] | Splits, *known: str) -> None:
+    """Raises ValueError for a mapping with splits that a run would not read."""
+    unknown = [name for name in data if name not in known] if isinstance(data, Mapping) else []
+    if unknown:
+        raise ValueError(f"data: the split {unknown[0]!r} is not known; those that are read are {', '.join(known)}.")
+
+
 def name_of(data: Mapping[str, Rows] | Splits) -> str | list[str] | None:
     """What a model card calls the `data` of `load_split`; a mapping has no name."""
     return None if isinstance(data, Mapping) else data.dataset_name

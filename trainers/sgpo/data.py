@@ -12,7 +12,7 @@ from polypo.recipes import shipped
 from ..data.canonical import canonicalize
 from ..data.drops import DropReport, refuse
 from ..data.json_rows import columns_of
-from ..data.load import load_preferences, read_dataset
+from ..data.load import load_preferences, read_dataset, refuse_unknown_splits
 from ..data.rows import refuse_template_options, unfinished
 from ..data.stream import refuse_stream
 from ..generation.sampler import Prompt, plain_prompt
@@ -39,8 +39,9 @@ def read_data(args: SGPOConfig, data) -> Rows:
     `data` are splits by name, see `SGPOTrainer.run`, or data arguments.
 
     Raises:
-        ValueError: a split is missing, or has no row of its own.
+        ValueError: a split is missing, not known, or has no row of its own.
     """
+    refuse_unknown_splits(data, "train", "preferences", "test", "sft")
     held_out = _read(args, data, "test", needs_reference=False) or []
     improver = _without(_read(args, data, "train") or [], held_out, "improver prompts are held out")
     preferences = _read(args, data, "preferences", needs_reference=False) or []
