@@ -235,6 +235,15 @@ def test_one_target_of_an_adapter_is_a_name_or_a_regular_expression(asked):
         assert adapted.targeted_module_names == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
+@pytest.mark.parametrize("name, value", [("lora_r", "8"), ("lora_target_modules", "q_proj"), ("use_dora", "true")])
+def test_an_option_of_an_adapter_without_one_is_refused(name, value):
+    own = {"output_dir": "out", "use_cpu": True}
+    with pytest.raises(ValueError, match=f"{name} has no effect without use_peft"):
+        train.read([f"--{name}", value], own)
+    assert train.read(["--use_peft", "false"], own | {name: value})[-1].of_trainer["peft_config"] is None
+    assert train.read(["--use_peft"], own | {name: value})[-1].of_trainer["peft_config"] is not None
+
+
 # Accelerate.
 
 

@@ -41,8 +41,9 @@ def run(options, output, values, **more):
     return read_json(output / "sweep.json")
 
 
-def planned(options, output, values):
-    return sweep.plan(sweep.SweepArguments(values), ["--config", str(options), "--output_dir", str(output)])[0]
+def planned(options, output, values, **more):
+    argv = ["--config", str(options), *flags(output_dir=output, **more)]
+    return sweep.plan(sweep.SweepArguments(values), argv)[0]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_more_draws_add_to_those_that_were_made():
 
 def test_values_are_read_as_those_of_a_recipe(options, tmp_path):
     values = {"max_length": [None, "64"], "lora_target_modules": [["q_proj", "v_proj"]]}
-    runs = planned(options, tmp_path, values)
+    runs = planned(options, tmp_path, values, use_peft=True)
     assert [run.stage.folder.name for run in runs] == [
         f"max_length-{length}_lora_target_modules-q_proj-v_proj" for length in ("null", "64")
     ]
@@ -210,10 +211,10 @@ def test_values_are_read_as_those_of_a_recipe(options, tmp_path):
 def test_long_values_are_told_apart_in_names_that_a_file_system_takes(options, tmp_path):
     common = "|".join(["\u00fcber_proj"] * 30)
     values = {"lora_target_modules": [f"{common}|q_proj", f"{common}|v_proj"]}
-    runs = planned(options, tmp_path, values)
+    runs = planned(options, tmp_path, values, use_peft=True)
     names = [run.stage.folder.name for run in runs]
     assert len({*names}) == 2 and all(200 < len(name.encode()) <= 209 for name in names)
-    assert names == [run.stage.folder.name for run in planned(options, tmp_path, values)]
+    assert names == [run.stage.folder.name for run in planned(options, tmp_path, values, use_peft=True)]
     for one in runs:
         one.stage.open()
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -136,6 +136,8 @@ class ModelArguments(ModelConfig):
     """TRL's options of the model, with a dtype that goes by the machine."""
 
     model_name_or_path: str = option("", "Folder or hub id of a model or of an adapter.")
+    # None where it is not set: false turns off the LoRA of a recipe.
+    use_peft: bool = option(None, "Train an adapter (LoRA), and not all weights.")
     dtype: str | None = option(
         "float32",
         "Of the weights: auto is that of the files, fast is bfloat16 where this machine computes it fast, and float32 "
@@ -148,6 +150,10 @@ class ModelArguments(ModelConfig):
         names: Any = self.lora_target_modules
         if isinstance(names, str) and re.fullmatch(r"[\w.]+", names):
             self.lora_target_modules = [names]
+        of_lora = [f for f in fields(ModelConfig) if re.search("lora|dora", f.name)]
+        if self.use_peft is None and (idle := [f.name for f in of_lora if getattr(self, f.name) != f.default]):
+            raise ValueError(f"{idle[0]} has no effect without use_peft: set that to true, or leave this out.")
+        self.use_peft = bool(self.use_peft)
 
     @property
     def of_trainer(self) -> dict:
