@@ -329,6 +329,12 @@ def test_choosing_the_number_of_types_trains_nothing_where_a_description_is_aske
             )
 
 
+@pytest.mark.parametrize("trainer", ["SWEPOTrainer", "trainers.DPOTrainer"])
+def test_the_types_of_another_trainer_are_not_looked_for(trainer, start, tmp_path):
+    with pytest.raises(ValueError, match=f"not of {trainer.rpartition('.')[2]}"):
+        choose_types.main(flags(model_name_or_path=start, dataset_name="none", output_dir=tmp_path, trainer=trainer))
+
+
 # Serving.
 
 

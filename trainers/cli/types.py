@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from polypo import recipes
+
 from .. import EMDPOTrainer
 from ..config import check_options, option
 from ..emdpo.mixture import annotator_log_likelihood
@@ -22,6 +24,7 @@ from ..runs.files import write_atomic, write_json
 from ..statistics import FEWEST, about_intervals, bootstrap_interval
 from . import config_files
 from .arguments import DataArguments, ModelArguments, set_model_options
+from .train import find_trainer
 
 
 @dataclass
@@ -36,9 +39,12 @@ class TypesArguments:
 
 
 def main(argv: list[str]) -> dict:
-    options, data, args, model = config_files.read(
-        argv, TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments
-    )
+    flags, recipe = recipes.split_recipe(argv)
+    trainer_class = find_trainer(recipes.chosen("trainer", flags, recipe, EMDPOTrainer.__name__))
+    if trainer_class is not EMDPOTrainer:
+        raise ValueError(f"polypo types looks for the types of EMDPOTrainer, not of {trainer_class.__name__}.")
+    classes: list[type] = [TypesArguments, DataArguments, EMDPOTrainer.config_class, ModelArguments]
+    options, data, args, model = config_files.parse(classes, flags, recipe)
     set_model_options(args, model)
     if data.dry_run or data.probe:
         raise ValueError("polypo types has no dry_run and no probe: ask polypo train, with --num_types.")
