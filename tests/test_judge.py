@@ -326,10 +326,10 @@ def test_a_run_that_failed_while_scoring_goes_on_at_another_address_and_counts_a
             generate.main(command(inputs, output, judge(served, tmp_path, concurrency=1, prices=[1, 1])))
     with serving(by_length) as served:
         spec = judge(served, tmp_path, concurrency=3)
-        with pytest.raises(ValueError, match="scorer was .*'judge': 'strict'.* and is .*'judge': 'kind'"):
-            generate.main(command(inputs, output, spec | {"model": "kind"}))
         generate.main(command(inputs, output, spec))
         assert len(served.requests) == 7
+        with pytest.raises(ValueError, match="scorer was .*'judge': 'strict'.* and is .*'judge': 'kind'"):
+            generate.main(command(inputs, output, spec | {"model": "kind"}))
     statistics = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["statistics"]
     assert statistics["scorer_calls"] == 12 and statistics["scorer_answers_known"] == 5
     assert statistics["scorer_cost"] == pytest.approx(5 * 120 / 1e6)  # the second start named no prices
