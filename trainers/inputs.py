@@ -18,7 +18,7 @@ from .config import PreferenceConfig, Truncation
 from .data.budget import token_lengths
 from .data.stream import TokenStream, refuse_stream, token_stream
 from .data.tokenization import prepare_dataset
-from .forward.policy import table_sizes
+from .forward.policy import context_length, table_sizes
 
 Batch = dict[str, Tensor]
 REPEATED = "repeated"  # (B,) bool in a batch: rows that are there to fill it up
@@ -145,7 +145,7 @@ def check_ranges(datasets: list[Dataset], models: list[PreTrainedModel]) -> None
                 f"The longest row has {longest} tokens, but {type(model).__name__} has a table of {positions} "
                 f"positions: set max_length to {positions}."
             )
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(model.config)
         if context is not None and longest - 1 > context:
             warnings.warn(
                 f"Some rows are longer than the {context} tokens that {type(model).__name__} was made for "

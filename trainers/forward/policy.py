@@ -244,12 +244,17 @@ def text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """The tokens that a model was made for, None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def table_sizes(model: PreTrainedModel) -> tuple[int, int | None]:
     """How many token ids a model can be fed and can predict, and how many positions where it has a table of them."""
     tokens = model.get_input_embeddings()
     # A layer under an adapter names its rows as one of its sizes; the weights of a sharded one are empty.
     rows = getattr(tokens, "num_embeddings", None) or getattr(tokens, "in_features", None) or head_rows(tokens)
-    decoder, longest = model.get_decoder(), getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    decoder, longest = model.get_decoder(), context_length(model.config)
     known = (tokens, getattr(tokens, "base_layer", None))
     learned = [m.num_embeddings for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in known]
     fixed = [len(buffer) for buffer in decoder.buffers() if buffer.dim() == 2]

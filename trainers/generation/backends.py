@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..forward.policy import context_length
 from .decoding import Decoding, can_decode
 from .sampler import GumbelSampler, Sample, SamplingConfig
 
@@ -59,7 +60,7 @@ class HuggingFace:
 
     @property
     def context(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     def sample(self, requests: list[Request], config: SamplingConfig) -> Iterator[dict[int, Sample]]:
         if not can_decode(self.model):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
 
-from ..forward.policy import SAFE
+from ..forward.policy import SAFE, context_length
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,8 @@ class RewardText:
             )
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        text_config = config.get_text_config()
-        self.pad: int | None = text_config.pad_token_id
-        self.limit = getattr(text_config, "max_position_embeddings", None)
+        self.pad: int | None = config.get_text_config().pad_token_id
+        self.limit = context_length(config)
 
     def encode(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
         if self.tokenizer.chat_template is None and isinstance(prompt, str) and isinstance(completion, str):

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..forward.cache import score_rows
+from ..forward.policy import context_length
 from ..generation.backends import Backend
 from ..generation.collect import collect, collect_samples, in_chunks
 from ..generation.engine import opened
@@ -154,7 +155,7 @@ class Sampler:
         return weights_of(name, start, self.args, dtype=dtype, quantization_config=quantization)
 
     def _with_room(self, name: str, prompts: list[Prompt | None], new_tokens: int) -> dict[int, Prompt]:
-        limit = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        limit = context_length(AutoConfig.from_pretrained(name))
         at = {i: prompt for i, prompt in enumerate(prompts) if prompt is not None}
         tokenizer = self.tokenizer if name == self.model else AutoTokenizer.from_pretrained(name)
         lengths = map(len, encode_prompts(tokenizer, [*at.values()]))
