@@ -182,8 +182,7 @@ def release_samples(stage: Stage) -> None:
     if path.exists() and not any(file.stat().st_size for file in stage.folder.glob("scores-*.jsonl")):
         saved = read_json(path)["settings"]
         if "scorer" in saved.keys() & stage.settings.keys():
-            saved["scorer"] = stage.settings["scorer"]
-            write_json(path, {"settings": saved, "hash": digest(saved)})
+            replace(stage, settings=saved | {"scorer": stage.settings["scorer"]}).write_settings()
 
 
 def generate(args: GenerateArguments) -> dict:

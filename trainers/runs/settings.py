@@ -55,8 +55,8 @@ def run_settings(
     if args is not None:
         own = {f.name for f in dataclasses.fields(args)} - {f.name for f in dataclasses.fields(TrainingArguments)}
         values = args.to_dict()
-        lengths = values.keys() & {*LENGTH}
-        names = (own | {*COMPARED} | lengths) - {*FREE, *free, *(() if length else lengths)}
+        left_out = {*FREE, *free} if length else {*FREE, *free, *LENGTH}
+        names = (own | {*COMPARED} | values.keys() & {*LENGTH}) - left_out
         settings = {name: values.get(name) for name in sorted(names)}
         batch = 1 if values.get("max_tokens_per_batch") else args.per_device_train_batch_size
         settings["batch size x accumulation x processes"] = batch * args.gradient_accumulation_steps * args.world_size

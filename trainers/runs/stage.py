@@ -61,20 +61,20 @@ class Stage:
         Raises:
             ValueError: there is work that was made with other settings, or with unknown ones.
         """
-
-        def write() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / self.settings_name, {"settings": self.settings, "hash": self.key})
-
         path = self.folder / self.settings_name
         if not path.exists() and any(self.folder.glob(JOURNALS)):
             raise ValueError(
                 f"{self.folder} holds samples or scores, but no {path.name} that says how they were made: "
                 f"{self.ways_out}, or remove that folder."
             )
-        self.processes.main(lambda: None if path.exists() and self._has_work() else write())
+        self.processes.main(lambda: None if path.exists() and self._has_work() else self.write_settings())
         self._check()
         return self.folder
+
+    def write_settings(self) -> None:
+        """Binds the folder to the settings of this stage (one process only)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / self.settings_name, {"settings": self.settings, "hash": self.key})
 
     def finish(self, **content) -> None:
         """Writes the manifest, atomically: the hash of the settings, and `content`."""
